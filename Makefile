@@ -1,0 +1,63 @@
+# make demo   trains the demo preset: real Gemma, no access to the Hub needed
+# make test   every test; make test-fast leaves out those that need the real Gemma
+# make lint   ruff and mypy
+#
+# PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV=... its folder,
+# ARGS="--max_steps 100" goes to scripts/train.py (demo) or to pytest (test, test-fast).
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# What `accelerate launch` would otherwise guess, with a warning for each; plain `accelerate launch scripts/train.py` does the same.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: help demo test test-fast lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.stamp-demo
+	$(LAUNCH) scripts/train.py --preset demo $(ARGS)
+
+test: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -m "" --durations=10 $(ARGS)
+
+test-fast: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest --durations=10 $(ARGS)
+
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+# The stamps are written last, so an installation that broke off is tried again, and one that is done is not repeated
+# until the requirements change. The package is installed in place: a change of its code needs no installation.
+$(VENV)/.stamp-venv:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "make: '$(PYTHON)' was not found: install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), hf_selortho needs 3.10 or newer: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) has no module venv or ensurepip: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "pip>=21.3"
+	@touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e ".[demo,test]"
+	@touch $@ $(VENV)/.stamp-demo

@@ -1,0 +1,26 @@
+"""Sparse autoencoders with selective orthogonality, as models of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_selortho import SelOrthoConfig
+from .decorrelation import Pairs, decorrelation_penalty, select_pairs
+from .errors import ConfigError, SelOrthoError
+from .modeling_selortho import SelOrthoOutput, SelOrthoSAE
+
+__version__ = "0.1.0"
+
+AutoConfig.register(SelOrthoConfig.model_type, SelOrthoConfig, exist_ok=True)
+AutoModel.register(SelOrthoConfig, SelOrthoSAE, exist_ok=True)
+
+__all__ = [
+    "ConfigError",
+    "Pairs",
+    "SelOrthoConfig",
+    "SelOrthoError",
+    "SelOrthoOutput",
+    "SelOrthoSAE",
+    "decorrelation_penalty",
+    "select_pairs",
+]

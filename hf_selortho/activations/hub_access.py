@@ -1,0 +1,76 @@
+"""What the Hub answers, in one line a person can act on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub import errors as hub
+
+from hf_selortho.errors import SelOrthoError
+
+# What looking something up on the Hub may raise. Connection errors are no OSErrors, but share a parent with
+# HfHubHTTPError: the error of the HTTP library below, which differs between the versions of huggingface_hub.
+# ValueError: an ill-formed id.
+LOOKUP_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, hub.HfHubHTTPError.__mro__[1])
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line of at most 300 characters, with its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def hub_error(
+    error: Exception,
+    kind: Literal["model", "dataset"],
+    name: str,
+    revision: str | None = None,
+    token: str | None = None,
+) -> SelOrthoError:
+    """Explain what the Hub client raised while it looked for `name`.
+
+    Args:
+        error: the exception of huggingface_hub, or an `OSError` of the network below it.
+        kind: what was looked for.
+        name: its id, as the user gave it.
+        revision: the branch, tag or commit that was asked for.
+        token: the access token that was given, if any; a stored one is found by itself.
+    """
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+    if isinstance(error, hub.GatedRepoError):
+        if token or huggingface_hub.get_token():
+            return SelOrthoError(
+                f'{kind} "{name}" is gated and your token has no access to it: accept its terms at {page} with the '
+                "account that the token belongs to"
+            )
+        return SelOrthoError(
+            f'{kind} "{name}" is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN'
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return SelOrthoError(f'{kind} "{name}" has no revision "{revision}": choose a branch, tag or commit of {page}')
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return SelOrthoError(
+            f'unknown {kind} "{name}": neither on the Hub nor a local path; check the spelling, or, if it is private, '
+            "run `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, hub.HFValidationError):
+        return SelOrthoError(f'unknown {kind} "{name}": no such local path, and not an id of the Hub ("owner/name")')
+    if isinstance(error, hub.RemoteEntryNotFoundError):
+        return SelOrthoError(f'"{name}" on the Hub holds no {kind} that can be read: {one_line(error)}')
+    if isinstance(error, hub.HfHubHTTPError):
+        status = error.response.status_code
+        remedy = "check your token (`hf auth login`, HF_TOKEN)" if status in (401, 403) else "try again later"
+        return SelOrthoError(f'the Hub refused {kind} "{name}" with HTTP status {status}: {remedy}')
+    return unreachable(kind, name)
+
+
+def unreachable(kind: str, name: str) -> SelOrthoError:
+    """The error for "no network, and not in the local cache"."""
+    offline = constants.HF_HUB_OFFLINE
+    why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the Hub cannot be reached"
+    return SelOrthoError(
+        f'{kind} "{name}" is not in the local cache and {why}: check the connection and the spelling, or use '
+        "`--preset demo`, which needs no Hub"
+    )

@@ -1,0 +1,161 @@
+"""Opening a dataset of the Hub or a local file with `datasets`, and saying in one line why it did not work."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub
+from pyarrow import ArrowException
+
+from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_line, unreachable
+from hf_selortho.errors import SelOrthoError
+
+logger = logging.getLogger(__name__)
+
+# What `datasets` raises for a missing, damaged or unexpected file. StopIteration: a json file without a row.
+READ_ERRORS: tuple[type[Exception], ...] = (
+    *LOOKUP_ERRORS,
+    DatasetsError,
+    ArrowException,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    StopIteration,
+)
+
+_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class LoadedTexts(NamedTuple):
+    dataset: Dataset | IterableDataset
+    column: str  # the one with the text
+    revision: str | None  # commit of a Hub dataset
+
+
+def load_texts(
+    name: str, config_name: str | None, split: str, text_column: str | None, revision: str | None, streaming: bool
+) -> LoadedTexts:
+    """Open the dataset and find its text column; the arguments are the fields of `texts.TextSource`."""
+    path = Path(name).expanduser()
+    if path.exists():
+        arguments = _local_arguments(path)
+        commit = None
+        if revision is not None:
+            raise SelOrthoError(f'"{name}" is local and has no revision "{revision}": leave the revision out')
+    elif _format(path) is not None or name.startswith((".", "/", "~")):
+        raise SelOrthoError(f"no such file or folder of texts: {name}")
+    else:
+        commit = _commit(name, revision)
+        arguments = {"path": name, "revision": commit or revision}
+    try:
+        dataset = load_dataset(**arguments, name=config_name, split=split, streaming=streaming)
+        features = dataset.features or Features({})
+        if not features and isinstance(dataset, IterableDataset):
+            features = Features({key: Value("string") for key in next(iter(dataset), {})})
+    except READ_ERRORS as error:
+        if commit is None and not path.exists() and isinstance(error, (ConnectionError, FileNotFoundError)):
+            raise unreachable("dataset", name) from error
+        raise read_error(name, error, split) from error
+    if isinstance(dataset, Dataset) and not path.exists():
+        commit = _cached_commit(name, dataset, commit, revision)
+    if not features or (isinstance(dataset, Dataset) and not len(dataset)):
+        raise _empty(name)
+    column = _text_column(name, features, text_column)
+    return LoadedTexts(dataset.select_columns([column]), column, commit)
+
+
+def read_error(name: str, error: BaseException, split: str | None = None) -> SelOrthoError:
+    """One line for an exception of `datasets`."""
+    message = one_line(error)
+    if splits := re.search(r"(?:Unknown|Bad) split.*?(\[.*\])", message):
+        return SelOrthoError(f'"{name}" has no split "{split}": choose one of {splits[1]}')
+    if isinstance(error, StopIteration) or "corresponds to no data" in message:
+        return _empty(name)
+    reason = one_line(error.__cause__) if isinstance(error, DatasetsError) and error.__cause__ else message
+    return SelOrthoError(f'cannot read the dataset "{name}": {reason}')
+
+
+def _empty(name: str) -> SelOrthoError:
+    return SelOrthoError(f'the dataset "{name}" is empty: expected at least one row with text')
+
+
+def _local_arguments(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if _format(file) and not file.name.startswith("."))
+        if not files:
+            raise SelOrthoError(f"the folder {path} holds no file of texts: expected {', '.join(_FORMATS)}")
+        arguments: dict[str, Any] = {"path": str(path)}  # datasets finds files and splits by their names
+    else:
+        files = [path]
+        if _format(path) is None:
+            raise SelOrthoError(f"{path} is of no known kind: expected one of {', '.join(_FORMATS)}")
+        arguments = {"path": _format(path), "data_files": {"train": [str(path)]}}
+    if not any(file.stat().st_size for file in files):
+        raise _empty(str(path))
+    suffixes = {suffix for file in files for suffix in file.suffixes}
+    if ".txt" in suffixes:
+        arguments["sample_by"] = "paragraph" if any(map(_has_blank_lines, files)) else "line"
+    if ".tsv" in suffixes:
+        arguments["sep"] = "\t"
+    return arguments
+
+
+def _format(path: Path) -> str | None:
+    stem = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
+    return _FORMATS.get(stem.suffix.lower())
+
+
+def _has_blank_lines(path: Path) -> bool:
+    if path.suffix.lower() != ".txt":
+        return False
+    with path.open("rb") as file:
+        return b"\n\n" in file.read(1 << 20).replace(b"\r", b"").rstrip()
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that the revision stands for, None if the Hub cannot be asked."""
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
+    except LOOKUP_ERRORS as error:
+        decided = isinstance(error, (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError))
+        if decided or getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise hub_error(error, "dataset", name, revision) from error
+        logger.info('the Hub does not answer (%s), looking for "%s" in the local cache', one_line(error), name)
+        return None
+
+
+def _cached_commit(name: str, dataset: Dataset, commit: str | None, revision: str | None) -> str | None:
+    """The commit, which `datasets` writes into the path of what it caches; without network it takes the latest copy."""
+    if commit is None:
+        found = [_COMMIT.fullmatch(part) for file in dataset.cache_files for part in Path(file["filename"]).parts]
+        commit = next((match[0] for match in found if match), None)
+        if revision is not None and _COMMIT.fullmatch(revision) and commit != revision:
+            raise SelOrthoError(
+                f'dataset "{name}" is cached at commit {commit}, not at {revision}, and the Hub cannot be reached: '
+                "go online, or leave the revision out"
+            )
+    return commit
+
+
+def _text_column(name: str, features: Features, wanted: str | None) -> str:
+    # "null" is what a column is called that holds nothing; whoever asks for it learns that the texts are empty.
+    kinds = {column: getattr(feature, "dtype", type(feature).__name__) for column, feature in features.items()}
+    texts = [column for column, kind in kinds.items() if kind in ("string", "large_string")]
+    if wanted is None:
+        wanted = "text" if "text" in kinds else texts[0] if len(texts) == 1 else None
+    listed = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    if wanted is None:
+        raise SelOrthoError(f'which column of "{name}" holds the text? Choose --text_column from: {listed}')
+    if wanted not in kinds:
+        raise SelOrthoError(f'"{name}" has no column "{wanted}": choose --text_column from: {listed}')
+    if wanted not in texts and kinds[wanted] != "null":
+        raise SelOrthoError(f'column "{wanted}" of "{name}" holds no text: choose --text_column from: {listed}')
+    return wanted

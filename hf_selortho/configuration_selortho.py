@@ -1,0 +1,149 @@
+"""Configuration of a selective-orthogonality sparse autoencoder.
+
+Every setting of the SAE is declared here once; the command line of the training script is derived from these fields
+(whose annotations must therefore be types, not strings: no `from __future__ import annotations` here).
+"""
+
+import difflib
+import math
+from dataclasses import Field, field, fields
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+from .errors import ConfigError
+
+CONFIG_VERSION = 1
+
+Activation = Literal["relu", "topk"]
+Penalty = Literal["selective", "full", "none"]
+Correlation = Literal["cosine", "pearson"]
+Reduction = Literal["mean", "sum"]
+InputNormalization = Literal["standard", "none"]
+
+
+def _setting(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
+
+
+class SelOrthoConfig(PreTrainedConfig):
+    """Settings of a [`SelOrthoSAE`] and of the language-model activations that it was trained on.
+
+    The loss is eq. 7 of the paper: `mean_B |x_hat - x|^2 + l1_coefficient * mean_B |h|_1 + ortho_coefficient * R *
+    sum_T c_ij^2`, where `T` are the `ceil(pair_fraction * n (n - 1) / 2)` most correlated pairs of features of the
+    batch. The fields carry their own description: `SelOrthoConfig.describe()` returns them.
+
+    Raises:
+        ConfigError: a value is not allowed; the message names the field, the value and what is allowed.
+    """
+
+    model_type = "selortho_sae"
+
+    d_in: int | None = _setting(None, "Width of the language model's residual stream.")
+    d_sae: int | None = _setting(None, "Number of features; the paper uses as many as d_in.")
+    activation: Activation = _setting("relu", "Activation function: relu (the paper) or topk.")
+    k: int | None = _setting(None, "Active features per token; only with activation topk.")
+    l1_coefficient: float = _setting(0.04, "Weight of the L1 sparsity term, eq. 7; it acts with activation relu only.")
+    penalty: Penalty = _setting(
+        "selective", "Which pairs are decorrelated: the most correlated ones (selective), every pair (full), none."
+    )
+    ortho_coefficient: float = _setting(0.1, "Weight of the decorrelation penalty, eq. 7.")
+    pair_fraction: float = _setting(0.001, "Share of all feature pairs that the selective penalty acts on, eq. 5.")
+    correlation: Correlation = _setting("cosine", "Uncentred cosine (eq. 4) or centred Pearson correlation.")
+    reduction: Reduction = _setting("mean", "Penalty as the mean over the pairs or their sum (the paper).")
+    min_support: int = _setting(4, "A feature takes part in a pair if it fired on at least this many tokens of the batch.")
+    input_normalization: InputNormalization = _setting(
+        "standard", "standard: centre the activations and scale them to a mean squared norm of 1; none: use them raw."
+    )
+    lm_name: str | None = _setting(None, "Language model whose activations the SAE reads.")
+    lm_revision: str | None = _setting(None, "Resolved commit (or content hash) of the language model.")
+    layer: int | None = _setting(None, "Decoder layer, counted from 0, after which the residual stream is read.")
+    hook_name: str | None = _setting(None, "Module of the language model whose output is read.")
+    context_length: int = _setting(128, "Longest context in tokens, BOS included.")
+    prepend_bos: bool = _setting(True, "Whether each context starts with BOS (left out of the training data).")
+    max_norm_ratio: float | None = _setting(
+        10.0, "Tokens whose activation norm exceeds this multiple of the median are left out; none keeps all."
+    )
+    max_norm: float | None = _setting(None, "The norm that this came to: tokens of a larger one were left out.")
+    dataset: str | None = _setting(None, "Dataset of the training text.")
+    dataset_revision: str | None = _setting(None, "Resolved commit of the dataset.")
+    dataset_split: str | None = _setting(None, "Split of the dataset.")
+    config_version: int = _setting(CONFIG_VERSION, "Version of this format.")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_misspelt(kwargs)
+        super().__post_init__(**kwargs)
+        self._check_version()
+        self._check_types()
+        self._check_values()
+
+    @classmethod
+    def own_fields(cls) -> list[Field]:
+        """The fields declared by this class, without those of `PreTrainedConfig`."""
+        return [f for f in fields(cls) if "help" in f.metadata]
+
+    @classmethod
+    def describe(cls) -> dict[str, str]:
+        """Description of every field by name."""
+        return {f.name: f.metadata["help"] for f in cls.own_fields()}
+
+    def own_settings(self) -> dict[str, Any]:
+        """Values of the fields declared by this class."""
+        return {f.name: getattr(self, f.name) for f in self.own_fields()}
+
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        # transformers keeps unknown keyword arguments as attributes: a misspelt setting would be silently without effect
+        names = [f.name for f in self.own_fields()]
+        for key in kwargs:
+            close = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+            if close:
+                raise ConfigError(f"{key} is not a setting of SelOrthoConfig; did you mean {close[0]}?")
+
+    def _check_version(self) -> None:
+        version = self.config_version
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ConfigError(f"config_version={version!r}: expected a whole number from 1 to {CONFIG_VERSION}")
+        if version > CONFIG_VERSION:
+            raise ConfigError(
+                f"config_version={version}: this SAE was saved by a newer hf_selortho (this one reads up to version "
+                f"{CONFIG_VERSION}); update with: pip install -U hf_selortho"
+            )
+
+    def _check_types(self) -> None:
+        for f in self.own_fields():
+            allowed = get_args(f.type) or (f.type,)
+            value = getattr(self, f.name)
+            if f.name in ("d_in", "d_sae") and value is None:
+                raise ConfigError(f"{f.name} is missing: SelOrthoConfig needs d_in and d_sae, e.g. d_in=640, d_sae=1280")
+            if type(value) is int and float in allowed:
+                value = float(value)
+                setattr(self, f.name, value)
+            if isinstance(allowed[0], str):
+                if value not in allowed:
+                    raise ConfigError(f"{f.name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+            elif type(value) not in allowed:
+                names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+                raise ConfigError(f"{f.name}={value!r}: expected {names}, not {type(value).__name__}")
+
+    def _check_values(self) -> None:
+        for name in ("d_in", "d_sae", "min_support", "k"):
+            self._require(name, lambda v: v is None or v >= 1, "a whole number of at least 1")
+        self._require("context_length", lambda v: v >= 2, "at least 2 tokens")
+        self._require("layer", lambda v: v is None or v >= 0, "a layer counted from 0")
+        for name in ("l1_coefficient", "ortho_coefficient"):
+            self._require(name, lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0")
+        self._require("pair_fraction", lambda v: 0 < v <= 1, "a share in (0, 1]")
+        self._require("max_norm", lambda v: v is None or v > 0, "None or a number above 0")
+        self._require("max_norm_ratio", lambda v: v is None or (v > 1 and math.isfinite(v)), "None or a number above 1")
+        if self.activation == "topk" and self.k is None:
+            raise ConfigError("k=None: activation='topk' needs k, the number of active features per token")
+        if self.activation != "topk" and self.k is not None:
+            raise ConfigError(f"k={self.k}: only activation='topk' takes k, not {self.activation!r}")
+        if self.k is not None and self.k > self.d_sae:
+            raise ConfigError(f"k={self.k}: expected at most d_sae={self.d_sae}")
+
+    def _require(self, name: str, allowed: Any, expected: str) -> None:
+        value = getattr(self, name)
+        if not allowed(value):
+            raise ConfigError(f"{name}={value!r}: expected {expected}")
+

@@ -1,0 +1,214 @@
+"""The pictures of a run, PNG files for its model card. Drawn without pyplot: no global state, no display needed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
+
+from ..errors import SelOrthoError
+
+# Okabe and Ito's palette: told apart with any colour vision
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F6368"
+_COLORS = (BLUE, VERMILION, GREEN)
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "legend.frameon": False,
+    "savefig.facecolor": "white",  # readable on the dark theme of a web page too
+}
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    series: dict[str, str]  # key of a metrics.jsonl row -> its name in the legend
+    log: bool = False
+    percent: bool = False
+
+
+_PANELS = (
+    _Panel("Fraction of variance unexplained", {"fvu": ""}, log=True),
+    _Panel(
+        "Loss terms (weighted)", {"reconstruction": "reconstruction", "l1": "L1", "ortho": "decorrelation"}, log=True
+    ),
+    _Panel(
+        "Feature correlation in the batch", {"peak_correlation": "peak", "top_correlation": "mean of selected pairs"}
+    ),
+    _Panel("Active features per token (L0)", {"l0": ""}),
+    _Panel("Dead features", {"dead_features": ""}),
+    _Panel("Share of selected pairs that are new", {"pair_churn": ""}, percent=True),
+)
+
+
+def plot_training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Draw the rows of `metrics.jsonl` over the steps: raw values pale, their running mean in front.
+
+    Figures that no row holds get no panel. Raises SelOrthoError if there is nothing to draw.
+    """
+    panels = [p for p in _PANELS if any(len(_series(rows, key)[0]) for key in p.series)]
+    if not panels:
+        raise SelOrthoError("no training curves to draw: the rows hold none of " + ", ".join(_known_keys()))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.1 * columns, 2.9 * lines), layout="constrained")
+        for number, panel in enumerate(panels):
+            axes = figure.add_subplot(lines, columns, number + 1)
+            _draw_panel(axes, panel, rows)
+            if number >= len(panels) - columns:
+                axes.set_xlabel("step")
+        return _save(figure, path)
+
+
+def plot_correlation_histogram(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
+    """Draw how the correlations of the feature pairs are distributed, the selected tail marked.
+
+    `arrays` are those of `evaluate_sae`: `correlation_counts`, `correlation_edges`, `correlation_threshold`.
+    """
+    counts, edges = arrays["correlation_counts"], arrays["correlation_edges"]
+    threshold = float(arrays["correlation_threshold"])
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, label="pairs of features")
+        if math.isfinite(threshold):
+            _mark_tail(axes, counts, edges, threshold)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.7)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("correlation of two features over one batch of held-out tokens")
+        axes.set_ylabel("pairs (log scale)")
+        axes.set_title("Correlations between features" + _sampled(arrays))
+        axes.legend(loc="upper right")
+        return _save(figure, path)
+
+
+def plot_feature_density(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
+    """Draw on which share of the tokens each feature fires (`arrays["feature_density"]`), on a logarithmic axis."""
+    density = arrays["feature_density"]
+    alive = density[density > 0]  # a logarithmic axis has no zero: the others are named in the title
+    dead = len(density) - len(alive)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        if len(alive):
+            low = math.floor(math.log10(alive.min()) - 1e-9)
+            bins = np.logspace(low, 0, 10 * -low + 1).tolist()
+            axes.hist(alive, bins=bins, color=BLUE)
+            median = float(np.median(alive))
+            axes.axvline(median, color=VERMILION, linewidth=1.8, linestyle="--", label=f"median {_share(median)}")
+            axes.set_xlim(bins[0], 1)
+            axes.legend(loc="upper left")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: _share(value))
+        axes.set_xlabel("share of held-out tokens on which the feature fires (log scale)")
+        axes.set_ylabel("features")
+        axes.set_title("How often features fire" + f" ({dead:,} of {len(density):,} never did)" * (dead > 0))
+        return _save(figure, path)
+
+
+def plot_decoder_cosine(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
+    """Draw every feature's largest decoder cosine with another feature (`arrays["max_decoder_cosine"]`)."""
+    cosine = arrays["max_decoder_cosine"]
+    mean = float(cosine.mean())
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        low = min(0.0, math.floor(float(cosine.min()) * 10) / 10)
+        axes.hist(cosine, bins=np.linspace(low, 1, 61).tolist(), color=BLUE)
+        axes.axvline(mean, color=VERMILION, linewidth=1.8, linestyle="--", label=f"mean {mean:.2f}")
+        axes.set_xlim(low, 1)
+        axes.set_xlabel("cosine with the most similar other decoder direction (1: a duplicate)")
+        axes.set_ylabel("features")
+        axes.set_title("Nearest neighbours among the decoder directions")
+        axes.legend(loc="upper right")
+        return _save(figure, path)
+
+
+def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
+    drawn = {key: _series(rows, key) for key in panel.series}
+    drawn = {key: (steps, values) for key, (steps, values) in drawn.items() if len(steps)}
+    for color, (key, (steps, values)) in zip(_COLORS, drawn.items(), strict=False):
+        smooth = _running_mean(values, max(1, len(values) // 50))
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color=color, linewidth=1.8, label=panel.series[key])
+    everything = np.concatenate([values for _, values in drawn.values()])
+    if panel.log and (everything > 0).any():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=min(0.0, float(everything.min())))
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title(panel.title)
+    if len(panel.series) > 1:
+        axes.legend(fontsize=9)
+
+
+def _mark_tail(axes: Axes, counts: np.ndarray, edges: np.ndarray, threshold: float) -> None:
+    """Colour the pairs of |correlation| above the threshold, splitting the bin it falls into."""
+    for left, right in zip(edges[:-1], edges[1:], strict=True):
+        count = counts[np.searchsorted(edges, left)]
+        if right > threshold:
+            start = max(left, threshold)
+            axes.bar(start, count, right - start, align="edge", color=VERMILION)
+        if left < -threshold:
+            axes.bar(left, count, min(right, -threshold) - left, align="edge", color=VERMILION)
+    label = f"selected: |c| ≥ {threshold:.2f}" if edges[0] < 0 else f"selected: c ≥ {threshold:.2f}"
+    axes.bar(0, 0, color=VERMILION, label=label)
+    for position in (threshold, -threshold) if edges[0] < 0 else (threshold,):
+        axes.axvline(position, color=GREY, linewidth=1, linestyle="--")
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one figure; rows that lack it are passed over."""
+    found = [(row["step"], row[key]) for row in rows if "step" in row and isinstance(row.get(key), int | float)]
+    points = np.array([p for p in found if math.isfinite(p[1])], dtype=float).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+def _known_keys() -> list[str]:
+    return [key for panel in _PANELS for key in panel.series]
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the window up to each point, shorter at the start."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _share(value: float) -> str:
+    return f"{value * 100:.2g}%" if value < 0.0995 else f"{value * 100:.0f}%"
+
+
+def _sampled(arrays: Mapping[str, np.ndarray]) -> str:
+    features, eligible = arrays.get("correlation_features", (0, 0))
+    return f" (a sample of {features:,} of {eligible:,})" if features < eligible else ""
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150, format="png")
+    return Path(path)

@@ -1,0 +1,80 @@
+"""What a run leaves for people to read: metrics.json, run.json, pictures, the model card and a table on the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..configuration_selortho import SelOrthoConfig
+from ..evaluation.plots import (
+    plot_correlation_histogram,
+    plot_decoder_cosine,
+    plot_feature_density,
+    plot_training_curves,
+)
+from ..training.outputs import CARD, METRICS, PICTURES, RUN, write_json
+from .model_card import render_model_card
+
+# Metric, its name on the screen, its format.
+_TABLE = [
+    ("fvu", "FVU (fraction of variance unexplained)", ".4f"),
+    ("mse", "MSE (squared error a token, raw)", ".4g"),
+    ("l0", "L0 (active features a token)", ".1f"),
+    ("l1", "L1 (sum of feature activations a token)", ".3f"),
+    ("top_correlation", "mean correlation of the selected pairs", ".4f"),
+    ("peak_correlation", "peak correlation", ".4f"),
+    ("mean_correlation", "mean correlation", ".4f"),
+    ("max_decoder_cosine", "mean maximum decoder cosine", ".4f"),
+    ("unique_features", "unique features in the selected pairs", ".0f"),
+    ("active_features", "active features", "d"),
+    ("dead_features", "dead features", "d"),
+    ("ce_clean", "LM cross-entropy, clean", ".4f"),
+    ("ce_reconstruction", "LM cross-entropy, reconstruction spliced in", ".4f"),
+    ("ce_zero_ablation", "LM cross-entropy, layer zero-ablated", ".4f"),
+    ("loss_recovered", "loss recovered", ".4f"),
+]
+
+
+def write_report(
+    folder: Path,
+    config: SelOrthoConfig,
+    metrics: dict[str, Any],
+    run: dict[str, Any],
+    log_rows: list[dict[str, Any]],
+    arrays: dict[str, np.ndarray],
+) -> None:
+    """Write everything but the weights into the folder of a run."""
+    run = {**run, "pictures": [str(path.relative_to(folder)) for path in draw_pictures(folder, log_rows, arrays)]}
+    write_json(folder / METRICS, metrics)
+    write_json(folder / RUN, run)
+    card = render_model_card(config.own_settings(), metrics, run)
+    (folder / CARD).write_text(str(card), encoding="utf-8")
+
+
+def draw_pictures(folder: Path, log_rows: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[Path]:
+    """Training curves, and what the evaluation has arrays for."""
+    pictures = folder / PICTURES
+    pictures.mkdir(exist_ok=True)
+    drawn = []
+    if log_rows:
+        drawn.append(plot_training_curves(log_rows, pictures / "training_curves.png"))
+    if "correlation_counts" in arrays:
+        drawn.append(plot_correlation_histogram(arrays, pictures / "correlations.png"))
+    if "feature_density" in arrays:
+        drawn.append(plot_feature_density(arrays, pictures / "feature_density.png"))
+    if "max_decoder_cosine" in arrays:
+        drawn.append(plot_decoder_cosine(arrays, pictures / "decoder_cosine.png"))
+    return drawn
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """The evaluation as an aligned table; the training's own figures where there was no evaluation."""
+    measured = metrics["evaluation"]
+    title = f"held-out evaluation, {measured['samples']} contexts, {measured['tokens']} tokens" if measured else ""
+    if not measured:
+        measured, title = metrics["training"], "training, mean of the last 100 steps (no evaluation on held-out text)"
+    rows = [(label, format(measured[key], spec)) for key, label, spec in _TABLE if measured.get(key) is not None]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join([title, *(f"  {label:<{width}}  {value:>12}" for label, value in rows)])

@@ -1,0 +1,1 @@
+"""Batches of activations to a trained SAE."""

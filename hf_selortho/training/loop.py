@@ -1,0 +1,205 @@
+"""The training loop: batches of activations in, a trained SAE out."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..activations.buffer import ActivationBatch, ActivationBuffer
+from ..decorrelation import BatchGroup
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
+from .arguments import RunArguments
+from .checkpoint import Checkpoints
+from .outputs import MetricsLog
+from .state import TrainState, learning_rate_at, pair_churn, step_report
+
+LAST_STEPS = 100  # the paper averages its training metrics over the last 100 steps; all of them are logged
+
+
+class NonFiniteLossError(SelOrthoError):
+    """The loss became NaN or infinite; the step was not applied."""
+
+
+class Trainer:
+    """Trains one SAE on the batches of a buffer.
+
+    Args:
+        accelerator: device, mixed precision and data parallelism.
+        sae: the model, in float32; its decoder rows have norm 1 after every step.
+        buffer: this process's batches.
+        arguments: optimisation and logging.
+        log, checkpoints: where the run leaves its traces.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        sae: SelOrthoSAE,
+        buffer: ActivationBuffer,
+        arguments: RunArguments,
+        log: MetricsLog | None,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.accelerator, self.buffer, self.arguments = accelerator, buffer, arguments
+        self.log, self.checkpoints = log, checkpoints
+        self.sae = sae.to(accelerator.device)
+        optimizer = torch.optim.Adam(
+            self.sae.parameters(),
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self.model, self.optimizer = accelerator.prepare(self.sae, optimizer)
+        self.group = BatchGroup() if accelerator.num_processes > 1 else None
+        self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
+        self._seconds = {"data": 0.0, "step": 0.0}
+        self._tokens_timed = 0
+
+    def resume(self, checkpoint: Any) -> None:
+        """Go on from a checkpoint whose weights the SAE already has."""
+        self.checkpoints.load(checkpoint, self.sae, self.optimizer.optimizer, self.buffer, self.state)
+
+    def train(self) -> TrainState:
+        """Run to `max_steps`; returns the counters.
+
+        Raises:
+            NonFiniteLossError: names the step, the documents of the batch and the last checkpoint.
+        """
+        self.model.train()
+        arguments = self.arguments
+        progress = tqdm(
+            total=arguments.max_steps,
+            initial=self.state.step,
+            disable=not self.accelerator.is_main_process,
+            desc="training",
+            unit="step",
+        )
+        with progress:
+            while self.state.step < arguments.max_steps:
+                report = self._step()
+                progress.update()
+                if report is not None:
+                    progress.set_postfix(_shown(report))
+                if arguments.checkpoint_every and self.state.step % arguments.checkpoint_every == 0:
+                    self.checkpoints.save(self.sae, self.optimizer.optimizer, self.buffer, self.state)
+        return self.state
+
+    def _step(self) -> dict[str, Any] | None:
+        """One optimiser step; returns its report if the step is logged."""
+        self._set_learning_rate(self.state.step + 1)
+        previous = self.state.pairs
+        for index in range(self.arguments.gradient_accumulation_steps):
+            started = time.perf_counter()
+            batch = self.buffer.next_batch()
+            self._seconds["data"] += time.perf_counter() - started
+            started = time.perf_counter()
+            last = index == self.arguments.gradient_accumulation_steps - 1
+            output, activations = self._accumulate(batch, last)
+            self._seconds["step"] += time.perf_counter() - started
+        started = time.perf_counter()
+        self._apply()
+        self.state.step += 1
+        self.state.pairs = output.pairs
+        self._seconds["step"] += time.perf_counter() - started
+        return self._report(activations, output, previous) if self._is_logged() else None
+
+    def _accumulate(self, batch: ActivationBatch, last: bool) -> tuple[SelOrthoOutput, Tensor]:
+        """Add the gradient of one batch; gradients are exchanged between processes after the last one only."""
+        activations = batch.activations.to(self.accelerator.device)
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():
+                output = self.model(activations, group=self.group)
+            if not torch.isfinite(output.loss):
+                raise NonFiniteLossError(self._non_finite_message(output, batch))
+            self.accelerator.backward(output.loss / self.arguments.gradient_accumulation_steps)
+        tokens = len(activations) * self.accelerator.num_processes
+        self.state.count(output.feature_acts.detach(), tokens)
+        self._tokens_timed += tokens
+        return output, activations
+
+    def _apply(self) -> None:
+        """The constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6)."""
+        if self.arguments.max_grad_norm is not None:
+            self.accelerator.unscale_gradients()
+        self.sae.project_decoder_gradient()
+        if self.arguments.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.arguments.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sae.normalize_decoder()
+
+    def _set_learning_rate(self, step: int) -> None:
+        a = self.arguments
+        rate = learning_rate_at(
+            step, peak=a.learning_rate, steps=a.max_steps, warmup=a.warmup_steps, decay=a.decay_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _is_logged(self) -> bool:
+        step, a = self.state.step, self.arguments
+        return step == 1 or step % a.logging_steps == 0 or step > a.max_steps - LAST_STEPS
+
+    def _report(self, activations: Tensor, output: SelOrthoOutput, previous: Any) -> dict[str, Any]:
+        figures = self._mean_over_processes(step_report(self.sae, activations, output, self.group))
+        figures["pair_churn"] = pair_churn(output.pairs, previous, self.sae.config.d_sae)
+        seconds, tokens = sum(self._seconds.values()), self._tokens_timed
+        row = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            **figures,
+            "dead_features": self._dead_features(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens / seconds,
+            "seconds_data": self._seconds["data"],
+            "seconds_step": self._seconds["step"],
+        }
+        self._seconds, self._tokens_timed = {"data": 0.0, "step": 0.0}, 0
+        if self.log is not None:
+            self.log.add(row)
+        self.accelerator.log({key: value for key, value in row.items() if value is not None}, step=self.state.step)
+        return row
+
+    def _mean_over_processes(self, figures: dict[str, float | None]) -> dict[str, float | None]:
+        if self.group is None:
+            return figures
+        names = [name for name, value in figures.items() if value is not None]
+        values = torch.tensor([figures[name] for name in names], device=self.accelerator.device)
+        means = (self.group.sum(values) / self.group.size).tolist()
+        return {**figures, **dict(zip(names, means, strict=True))}
+
+    def _dead_features(self) -> int:
+        """Features that fired in no process for `dead_after_tokens` tokens."""
+        since = self.state.tokens_since_fired
+        if self.group is not None:
+            since = -self.accelerator.gather(-since[None]).amax(0)
+        return int((since >= self.arguments.dead_after_tokens).sum())
+
+    def _non_finite_message(self, output: SelOrthoOutput, batch: ActivationBatch) -> str:
+        assert output.losses is not None
+        terms = ", ".join(f"{name} {float(term):g}" for name, term in output.losses.items())
+        documents = batch.document_ids.unique().tolist()
+        checkpoint = self.checkpoints.latest
+        return (
+            f"loss is not finite at step {self.state.step + 1} ({terms}); the step was not applied. Documents of the "
+            f"batch: {', '.join(map(str, documents[:16]))}{' ...' if len(documents) > 16 else ''}. Last good checkpoint: "
+            f"{checkpoint or 'none (see --checkpoint_every)'}; try a lower --learning_rate"
+        )
+
+
+def _shown(report: dict[str, Any]) -> dict[str, str]:
+    """The part of a report that the progress bar has room for."""
+    formats = {
+        "loss": ".4f", "fvu": ".3f", "l0": ".0f", "dead_features": "d", "peak_correlation": ".2f",
+        "tokens_per_second": ".0f",
+    }  # fmt: skip
+    short = {"dead_features": "dead", "peak_correlation": "peak", "tokens_per_second": "tok/s"}
+    return {short.get(k, k): format(report[k], spec) for k, spec in formats.items() if report[k] is not None}

@@ -1,0 +1,160 @@
+"""Files of a run: the output folder, metrics.jsonl, JSON written atomically, and the environment it ran in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import SelOrthoError
+
+METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "README.md"
+PICTURES, CHECKPOINTS = "pictures", "checkpoints"
+_OWN_FILES = (METRICS_LOG, METRICS, RUN, CARD, "config.json", "model.safetensors")
+_OWN_FOLDERS = (PICTURES, CHECKPOINTS, "trackers")
+_LIBRARIES = (
+    "hf_selortho", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "safetensors",
+    "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def prepare_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) -> Path:
+    """Create the output folder, or empty it of an earlier run's files if `overwrite`.
+
+    Only files that a run writes are ever removed.
+
+    Raises:
+        SelOrthoError: it is a file, or not empty and neither overwritten nor resumed.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise SelOrthoError(f"output folder {folder} is a file: choose another --output_dir")
+    if folder.is_dir() and any(folder.iterdir()) and not resuming:
+        if not overwrite:
+            raise SelOrthoError(
+                f"output folder {folder} is not empty: choose another --output_dir, pass --resume_from_checkpoint auto "
+                "to go on, or --overwrite_output_dir to replace the run in it"
+            )
+        for name in _OWN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name in _OWN_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SelOrthoError(f"cannot create output folder {folder} ({error.strerror}): choose another --output_dir") from None
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON to a temporary name, flush it to the disk, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(_jsonable(content), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a logged step, in order of steps."""
+
+    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+        self.path = path
+        self.rows = [row for row in read_metrics_log(path) if row["step"] <= resume_at] if resume_at else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
+        temporary.replace(path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row; it is on its way to the disk when this returns."""
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def mean_of_last(self, steps: int) -> dict[str, float]:
+        """Mean of every number over the rows of the last `steps` steps (the paper averages over the last 100)."""
+        if not self.rows:
+            return {}
+        recent = [row for row in self.rows if row["step"] > self.rows[-1]["step"] - steps]
+        means = {}
+        for key in recent[-1]:
+            values = [row[key] for row in recent if isinstance(row.get(key), (int, float))]
+            if values and key not in ("step", "tokens"):
+                means[key] = sum(values) / len(values)
+        return means
+
+
+def read_metrics_log(path: Path) -> Iterable[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a run depends on."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """The machine in words: accelerator or processor, cores, number of processes."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor_name()} ({os.cpu_count()} cores), {device.type}"
+    return name if processes == 1 else f"{processes} processes, each on {name}"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB: resident memory, or that of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # Linux counts in KiB
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_jsonable(row), allow_nan=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what could not be measured becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value

@@ -1,0 +1,243 @@
+"""Train a selective-orthogonality SAE on the activations of a language model, evaluate it and write its card.
+
+    accelerate launch scripts/train.py --preset demo
+    accelerate launch scripts/train.py --model google/gemma-3-1b-pt --layer 13 --dataset texts.jsonl --output_dir runs/mine
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs, set_seed
+
+from hf_selortho import SelOrthoError, SelOrthoSAE
+from hf_selortho.activations.buffer import ActivationBuffer, ActivationStatistics
+from hf_selortho.activations.capture import ActivationCapture
+from hf_selortho.activations.lm import LanguageModel, load_language_model
+from hf_selortho.activations.texts import Documents, TextSource, open_documents
+from hf_selortho.activations.tokens import ContextStream, held_out_contexts
+from hf_selortho.command_line import run_script
+from hf_selortho.evaluation.evaluator import Evaluation, evaluate_sae
+from hf_selortho.hub.report import metrics_table, write_report
+from hf_selortho.training.arguments import TrainingArguments, parse_arguments, sae_config
+from hf_selortho.training.checkpoint import Checkpoints, find_checkpoint
+from hf_selortho.training.loop import LAST_STEPS, Trainer
+from hf_selortho.training.outputs import (
+    METRICS_LOG,
+    MetricsLog,
+    hardware,
+    library_versions,
+    peak_memory_gb,
+    prepare_output_folder,
+)
+
+logger = logging.getLogger("hf_selortho.train")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Text in; trained, evaluated and documented SAE out."""
+    started = time.time()
+    arguments = parse_arguments(argv)
+    run = arguments.run
+    accelerator = make_accelerator(arguments)
+    checkpoint = find_checkpoint(run.resume_from_checkpoint, run.output_dir)
+    output = Path(run.output_dir)
+    checkpoints = Checkpoints(accelerator, output, arguments.flat(), keep=run.keep_checkpoints)
+    resume_at = checkpoints.check(checkpoint) if checkpoint else 0
+    if accelerator.is_main_process:
+        resuming = run.resume_from_checkpoint is not None
+        prepare_output_folder(output, overwrite=run.overwrite_output_dir, resuming=resuming)
+    accelerator.wait_for_everyone()
+    set_seed(run.seed)
+
+    documents = load_documents(arguments)
+    lm = load_lm(arguments, accelerator)
+    capture = ActivationCapture(lm, arguments.sae.layer, batch_tokens=arguments.model.lm_batch_tokens)
+    buffer = make_buffer(arguments, accelerator, capture, documents)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+        sae = SelOrthoSAE.from_pretrained(checkpoint, dtype=torch.float32)
+    else:
+        logger.info("filling the buffer with activations of %s at %s", lm.name, capture.hook_name)
+        sae = new_sae(arguments, capture, documents, buffer.fill())
+    log = MetricsLog(output / METRICS_LOG, resume_at=resume_at) if accelerator.is_main_process else None
+    trainer = Trainer(accelerator, sae, buffer, run, log, checkpoints)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    state = trainer.train()
+    accelerator.end_training()
+    if log is None:
+        return
+    sae.eval().save_pretrained(output)
+    trained = time.time()
+    evaluation = evaluate(arguments, sae, capture, documents)
+    metrics = {
+        "schema_version": 1,
+        "evaluation": evaluation.metrics if evaluation else {},
+        "training": {**log.mean_of_last(LAST_STEPS), "steps": state.step, "tokens": state.tokens},
+        "data": {**buffer.totals(accelerator.num_processes), "held_out_fraction": arguments.data.held_out_fraction},
+    }
+    run_info = {
+        "command": shlex.join(["accelerate", "launch", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]),
+        "preset": arguments.preset,
+        "arguments": arguments.flat(),
+        "versions": library_versions(),
+        "hardware": hardware(accelerator.device, accelerator.num_processes),
+        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        "training_seconds": round(trained - started, 1),
+        "wall_seconds": round(time.time() - started, 1),
+        "peak_memory_gb": round(peak_memory_gb(accelerator.device), 2),
+    }
+    write_report(output, sae.config, metrics, run_info, log.rows, evaluation.arrays if evaluation else {})
+    sys.stdout.write(closing_words(output, metrics, run_info))
+
+
+def make_accelerator(arguments: TrainingArguments) -> Accelerator:
+    """Device, mixed precision and trackers. float16 scales the loss dynamically, doubling or halving (factor 2.0)."""
+    trackers = [name for name in arguments.run.report_to if name != "none"]
+    try:
+        accelerator = Accelerator(
+            cpu=arguments.run.cpu,
+            mixed_precision=arguments.run.mixed_precision,
+            log_with=trackers or None,
+            project_dir=str(Path(arguments.run.output_dir) / "trackers"),
+            kwargs_handlers=[GradScalerKwargs(growth_factor=2.0, backoff_factor=0.5)],
+        )
+        if trackers:
+            accelerator.init_trackers("hf_selortho", config=_tracked(arguments.flat()))
+    except (ValueError, ImportError) as error:
+        raise SelOrthoError(f"accelerate cannot start with these arguments: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise SelOrthoError("--mixed_precision fp16 needs a GPU: use --mixed_precision bf16 or no on the CPU")
+    if arguments.run.batch_size % accelerator.num_processes:
+        raise SelOrthoError(
+            f"--batch_size {arguments.run.batch_size} is not a multiple of the {accelerator.num_processes} processes"
+        )
+    return accelerator
+
+
+def load_documents(arguments: TrainingArguments) -> Documents:
+    """The text, with its held-out documents."""
+    data = arguments.data
+    return open_documents(
+        TextSource(
+            dataset=data.dataset,
+            config_name=data.dataset_config,
+            split=data.split,
+            text_column=data.text_column,
+            revision=data.dataset_revision,
+            streaming=data.streaming,
+            held_out_fraction=data.held_out_fraction,
+        )
+    )
+
+
+def load_lm(arguments: TrainingArguments, accelerator: Accelerator) -> LanguageModel:
+    """The frozen language model on this process's device; one process a machine downloads or converts it first."""
+    model = arguments.model
+    assert model.model is not None
+    with accelerator.local_main_process_first():
+        return load_language_model(model.model, model.model_revision, dtype=model.lm_dtype, device=accelerator.device)
+
+
+def make_buffer(
+    arguments: TrainingArguments, accelerator: Accelerator, capture: ActivationCapture, documents: Documents
+) -> ActivationBuffer:
+    """This process's part of the buffer, over documents that no other process reads."""
+    data, run, processes, rank = arguments.data, arguments.run, accelerator.num_processes, accelerator.process_index
+    stream = ContextStream(
+        documents,
+        capture.lm.tokenizer,
+        context_length=arguments.sae.context_length,
+        prepend_bos=arguments.sae.prepend_bos,
+        seed=run.seed,
+        rank=rank,
+        world_size=processes,
+        min_tokens=data.min_tokens,
+    )
+    return ActivationBuffer(
+        capture,
+        stream,
+        contexts=-(-data.buffer_contexts // processes),
+        context_length=arguments.sae.context_length,
+        batch_size=run.batch_size // processes,
+        refresh_every=data.refresh_every,
+        reuse=data.buffer_reuse,
+        max_norm_ratio=arguments.sae.max_norm_ratio,
+        seed=run.seed * processes + rank,
+    )
+
+
+def new_sae(
+    arguments: TrainingArguments, capture: ActivationCapture, documents: Documents, statistics: ActivationStatistics
+) -> SelOrthoSAE:
+    """A fresh SAE whose config says where its activations come from, with the input statistics in its buffers."""
+    config = sae_config(
+        arguments,
+        d_in=capture.lm.d_model,
+        lm_name=capture.lm.name,
+        lm_revision=capture.lm.revision,
+        hook_name=capture.hook_name,
+        max_norm=statistics.max_norm,
+        dataset=documents.name,
+        dataset_revision=documents.revision,
+        dataset_split=documents.split,
+    )
+    sae = SelOrthoSAE(config)
+    if config.input_normalization == "standard":
+        sae.set_input_statistics(statistics.mean, statistics.scale)
+    return sae
+
+
+def evaluate(
+    arguments: TrainingArguments, sae: SelOrthoSAE, capture: ActivationCapture, documents: Documents
+) -> Evaluation | None:
+    """Metrics on documents that training never saw."""
+    samples = arguments.evaluation.eval_samples
+    if samples == 0 or arguments.data.held_out_fraction == 0:
+        return None
+    logger.info("evaluating on up to %d held-out contexts", samples)
+    contexts = held_out_contexts(
+        documents,
+        capture.lm.tokenizer,
+        limit=samples,
+        context_length=arguments.sae.context_length,
+        prepend_bos=arguments.sae.prepend_bos,
+        min_tokens=arguments.data.min_tokens,
+    )
+    return evaluate_sae(
+        sae,
+        capture,
+        contexts,
+        batch_size=arguments.run.batch_size,
+        ce_samples=arguments.evaluation.eval_ce_samples,
+    )
+
+
+def closing_words(output: Path, metrics: dict[str, Any], run_info: dict[str, Any]) -> str:
+    """The last lines on the screen: a table of the metrics, and what to type next."""
+    minutes, seconds = divmod(round(run_info["wall_seconds"]), 60)
+    return (
+        f"\n{metrics_table(metrics)}\n\n{output}/ holds the SAE, its metrics, pictures and card (README.md); "
+        f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
+        f'  python -c "from hf_selortho import SelOrthoSAE; print(SelOrthoSAE.from_pretrained({str(output)!r}))"\n'
+        f"  python scripts/evaluate_sae.py {shlex.quote(str(output))}\n"
+    )
+
+
+def _tracked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Trackers take numbers, strings and booleans only."""
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in arguments.items()}
+
+
+if __name__ == "__main__":
+    run_script(main)

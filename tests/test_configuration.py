@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_selortho import ConfigError, SelOrthoConfig
+
+
+def test_defaults_are_the_papers_where_it_says() -> None:
+    config = SelOrthoConfig(d_in=8, d_sae=16)
+    assert (config.activation, config.l1_coefficient, config.ortho_coefficient) == ("relu", 0.04, 0.1)
+    assert (config.penalty, config.pair_fraction, config.correlation) == ("selective", 0.001, "cosine")
+    assert (config.context_length, config.prepend_bos) == (128, True)
+
+
+def test_every_setting_is_described() -> None:
+    assert {"d_in", "d_sae", "layer", "lm_revision", "min_support"} <= set(SelOrthoConfig.describe())
+    assert all(len(text) > 10 for text in SelOrthoConfig.describe().values())
+
+
+def test_round_trip_through_json(tmp_path) -> None:
+    config = SelOrthoConfig(
+        d_in=8, d_sae=16, activation="topk", k=4, penalty="full", reduction="sum", lm_name="org/lm", layer=3, max_norm=7.5
+    )
+    config.save_pretrained(tmp_path)
+    assert SelOrthoConfig.from_pretrained(tmp_path).own_settings() == config.own_settings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"d_in": None}, "d_in is missing"),
+        ({"d_sae": 0}, "d_sae=0: expected a whole number of at least 1"),
+        ({"d_sae": "64"}, "d_sae='64': expected int or None, not str"),
+        ({"activation": "gelu"}, "activation='gelu': expected one of 'relu', 'topk'"),
+        ({"activation": "topk"}, "k=None: activation='topk' needs k"),
+        ({"k": 4}, "k=4: only activation='topk' takes k, not 'relu'"),
+        ({"activation": "topk", "k": 17}, "k=17: expected at most d_sae=16"),
+        ({"penalty": "some"}, "penalty='some': expected one of 'selective', 'full', 'none'"),
+        ({"ortho_coefficient": -1.0}, "ortho_coefficient=-1.0: expected a finite number of at least 0"),
+        ({"l1_coefficient": float("nan")}, "l1_coefficient=nan: expected a finite number"),
+        ({"pair_fraction": 0}, r"pair_fraction=0.0: expected a share in \(0, 1\]"),
+        ({"pair_fraction": 1.5}, "pair_fraction=1.5"),
+        ({"correlation": "kendall"}, "correlation='kendall': expected one of 'cosine', 'pearson'"),
+        ({"reduction": "max"}, "reduction='max': expected one of 'mean', 'sum'"),
+        ({"min_support": 0}, "min_support=0: expected a whole number of at least 1"),
+        ({"min_support": True}, "min_support=True: expected int, not bool"),
+        ({"layer": -1}, "layer=-1: expected a layer counted from 0"),
+        ({"context_length": 1}, "context_length=1: expected at least 2 tokens"),
+        ({"max_norm_ratio": 1.0}, "max_norm_ratio=1.0: expected None or a number above 1"),
+        ({"input_normalization": "unit"}, "input_normalization='unit': expected one of 'standard', 'none'"),
+        ({"ortho_coeficient": 0.2}, "ortho_coeficient is not a setting of SelOrthoConfig; did you mean ortho_coefficient"),
+    ],
+)
+def test_bad_values_are_named(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SelOrthoConfig(**{"d_in": 8, "d_sae": 16, **settings})
+
+
+def test_a_config_of_a_newer_version_is_refused(tmp_path) -> None:
+    SelOrthoConfig(d_in=8, d_sae=16).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "config_version": 99}))
+    with pytest.raises(ConfigError, match="saved by a newer hf_selortho .*pip install -U"):
+        SelOrthoConfig.from_pretrained(tmp_path)

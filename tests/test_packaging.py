@@ -1,0 +1,137 @@
+"""The project as it leaves the house: wheel and sdist built for real, opened, installed; and what CI relies on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_selortho
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "hf_selortho"
+TEMPLATE = "hf_selortho/hub/model_card_template.md"
+
+# Run where only the installed wheel can be found: everything a user of the package needs from files beside the code.
+USE_THE_INSTALLED_PACKAGE = """
+import sys
+from pathlib import Path
+import hf_selortho
+from hf_selortho.hub.model_card import load_template
+from hf_selortho.training.arguments import list_presets, load_preset
+
+assert Path(hf_selortho.__file__).is_relative_to(sys.argv[1]), hf_selortho.__file__
+assert "{{" in load_template()
+for name in list_presets():
+    assert load_preset(name)
+    sys.stdout.write(name + "\\n")
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that has to succeed."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the checkout; without isolation, since isolation would fetch the build backend from the network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist_and_wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the wheel built from it alone: what `pip install` of an sdist does."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    [sdist], [built] = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, built
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    held = {name: data for name, data in contents(wheel).items() if ".dist-info/" not in name}
+    files = [path for kind in ("*.py", "*.json") for path in (ROOT / PACKAGE).rglob(kind)]
+    expected = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
+    assert any(re.fullmatch(r"hf_selortho/presets/[\w-]+\.json", name) for name in expected)
+    expected[TEMPLATE] = (ROOT / "model_card_template.md").read_bytes()
+    assert held.keys() == expected.keys()
+    assert held == expected
+
+
+def test_wheel_carries_version_and_license(wheel: Path) -> None:
+    metadata = {Path(name).name: data for name, data in contents(wheel).items() if ".dist-info/" in name}
+    assert f"\nVersion: {hf_selortho.__version__}\n" in metadata["METADATA"].decode()
+    assert metadata["LICENSE"] == (ROOT / "LICENSE").read_bytes()
+
+
+def test_sdist_builds_the_same_wheel(wheel: Path, sdist_and_wheel: tuple[Path, Path]) -> None:
+    sdist, wheel_of_sdist = sdist_and_wheel
+    assert contents(wheel_of_sdist) == contents(wheel)
+    with tarfile.open(sdist) as archive:
+        tops = {Path(name).parts[1] for name in archive.getnames()}
+    assert {"scripts", "tests", "model_card_template.md", "README.md", "LICENSE", "pyproject.toml"} <= tops
+    assert tops & {"runs", ".venv", ".git", ".ci"} == set()
+
+
+def test_installed_wheel_finds_its_presets_and_its_template(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    found = run(sys.executable, "-c", USE_THE_INSTALLED_PACKAGE, target, cwd=tmp_path, PYTHONPATH=str(target))
+    presets = {path.stem for path in (ROOT / PACKAGE / "presets").glob("*.json")}
+    assert set(found.split()) == presets
+    assert {"demo", "gemma2-2b-l5", "gemma2-2b-l12", "gemma2-2b-l19", "gemma2-2b-l12-paper"} <= presets
+
+
+def test_version_is_the_same_everywhere() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, flags=re.MULTILINE)[1] == hf_selortho.__version__
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+SKIPPING_TESTS = """
+import pytest
+def test_passes(): pass
+def test_skips(): pytest.skip("no reason")
+@pytest.mark.skipif(True, reason="not here")
+def test_is_skipped(): pass
+@pytest.mark.xfail(reason="known")
+def test_fails_as_known(): assert False
+"""
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome", "code"),
+    [("0", "1 passed, 3 skipped, 1 xfailed", 0), ("1", "1 failed, 1 passed, 1 xfailed, 2 errors", 1)],
+)
+def test_a_skip_is_a_failure_in_ci(tmp_path: Path, ci: str, outcome: str, code: int) -> None:
+    (tmp_path / "test_skips.py").write_text(SKIPPING_TESTS)
+    (tmp_path / "test_skipped_module.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_SELORTHO_CI": ci},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome in done.stdout
+    assert done.returncode == code
