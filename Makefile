@@ -20,8 +20,9 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
 
+# A second `make demo` replaces runs/demo; whoever passes ARGS, such as another output folder, decides that alone.
 demo: $(VENV)/.stamp-demo
-	$(LAUNCH) scripts/train.py --preset demo $(ARGS)
+	$(LAUNCH) scripts/train.py --preset demo $(or $(ARGS),--overwrite_output_dir)
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -m "" --durations=10 $(ARGS)

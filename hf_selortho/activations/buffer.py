@@ -84,7 +84,7 @@ class ActivationBuffer:
         batch_size: int = 4096,
         refresh_every: int = 24,
         reuse: float = 1.0,
-        max_norm_ratio: float | None = 10.0,
+        max_norm_ratio: float | None = 4.0,
         seed: int = 0,
     ) -> None:
         self.capture, self.stream = capture, stream

@@ -44,21 +44,22 @@ class ActivationCapture:
         lm: the frozen language model.
         layer: decoder layer, counted from 0; its output is read.
         max_norm: activations of a larger L2 norm ("sink" tokens) are left out; None keeps all.
-        batch_tokens: padded tokens a forward pass of the language model takes at once.
+        batch_tokens: padded tokens a forward pass of the language model takes at once; by default 2048 on a CPU, where
+            more falls out of its caches (Gemma-3-270m: 3800 tokens/s at 2048, 2100 at 8192), and 16384 elsewhere.
 
     Raises:
         SelOrthoError: the layer is out of range; the message gives the range.
     """
 
     def __init__(
-        self, lm: LanguageModel, layer: int, max_norm: float | None = None, batch_tokens: int = 8192
+        self, lm: LanguageModel, layer: int, max_norm: float | None = None, batch_tokens: int | None = None
     ) -> None:
         check_layer(lm, layer)
         self.lm = lm
         self.layer = layer
         self.hook_name = f"{lm.layers_path}.{layer}"
         self.max_norm = max_norm
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
         self._special_ids = torch.tensor(sorted(set(lm.tokenizer.all_special_ids)), dtype=torch.int64)
 
     @property

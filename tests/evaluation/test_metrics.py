@@ -101,7 +101,9 @@ def test_correlation_of_less_than_a_batch_is_measured_all_the_same():
 
 def test_batches_without_an_eligible_pair_are_left_out_of_the_mean():
     h = activations(60, 10)
-    result = CorrelationMetric(batch_size=60, pair_fraction=0.1).compute(predictions=torch.cat([h, torch.zeros(60, 10)]))
+    result = CorrelationMetric(batch_size=60, pair_fraction=0.1).compute(
+        predictions=torch.cat([h, torch.zeros(60, 10)])
+    )
     assert result["peak_correlation"] == pytest.approx(functional.batch_correlation_summary(h, 0.1, 4).peak)
 
 

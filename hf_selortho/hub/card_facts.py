@@ -1,0 +1,156 @@
+"""What a model card says of an SAE and its training, ready for the template.
+
+Every string is safe Markdown or a Python literal. What is unknown is None or absent, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .markdown import cell, code, duration, fence, literal, mask_tokens, number, one_line
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+EMBEDDED_MODEL = "gemma-3-270m"
+EMBEDDED_ORIGIN = "google/gemma-3-270m"  # the embedded model is a 4-bit copy of it
+
+
+def is_commit(revision: Any) -> bool:
+    """Whether a revision is a commit of the Hub, not the fingerprint of something local."""
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
+
+
+def hub_id(name: Any, revision: Any) -> str | None:
+    """`name` if it is a repository that was loaded from the Hub, which a commit as its revision proves."""
+    return name if isinstance(name, str) and is_commit(revision) and _HUB_ID.fullmatch(name) else None
+
+
+def base_model(config: Mapping[str, Any]) -> str | None:
+    """Id of the language model on the Hub, None for a local one."""
+    if config.get("lm_name") == EMBEDDED_MODEL:
+        return EMBEDDED_ORIGIN
+    return hub_id(config.get("lm_name"), config.get("lm_revision"))
+
+
+def model_facts(config: Mapping[str, Any], repo_id: str | None) -> dict[str, Any]:
+    """From the configuration: what the SAE is."""
+    lm = config.get("lm_name")
+    return {
+        "title": code(repo_id.split("/")[-1]) if repo_id else None,
+        "lm": code(lm) if lm else None,
+        "embedded_origin": EMBEDDED_ORIGIN if lm == EMBEDDED_MODEL else None,
+        "layer": number(config["layer"]) if config.get("layer") is not None else None,
+        "hook": code(config["hook_name"]) if config.get("hook_name") else None,
+        "d_in": number(config["d_in"]),
+        "d_sae": number(config["d_sae"]),
+        "k": number(config["k"]) if config.get("k") else None,
+        "under_gemma_terms": re.search(r"gemma(?![-_]?[4-9])", str(lm).lower()) is not None,
+    }
+
+
+def usage_facts(config: Mapping[str, Any], run: Mapping[str, Any], repo_id: str | None) -> dict[str, Any]:
+    """For the code snippet, as Python literals: where the SAE is, and which language model at which revision."""
+    place = repo_id or (run.get("arguments") or {}).get("output_dir") or "."
+    return {
+        "sae": literal(str(place)),
+        "lm": literal(str(config["lm_name"])) if config.get("lm_name") else None,
+        "revision": literal(str(config["lm_revision"])) if config.get("lm_revision") else None,
+        "package": "hf_selortho[demo]" if config.get("lm_name") == EMBEDDED_MODEL else "hf_selortho",
+        "prepend_bos": bool(config.get("prepend_bos", True)),
+    }
+
+
+def training_facts(config: Mapping[str, Any], metrics: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """How the SAE came about: a table of facts, the command, every argument, the versions of the libraries."""
+    command = one_line(run["command"]) if run.get("command") else None
+    versions = run.get("versions") or {}
+    arguments = mask_tokens(json.dumps(run["arguments"], indent=2)) if run.get("arguments") else None
+    rows = [*_source_rows(config), *_amount_rows(config, metrics), *_loss_rows(config), *_run_rows(run, metrics)]
+    return {
+        "rows": rows,
+        "command": command,
+        "command_fence": fence(command or ""),
+        "arguments": arguments,
+        "versions": ", ".join(code(f"{name} {version}") for name, version in versions.items()) or None,
+    }
+
+
+def _at(revision: Any) -> str:
+    return f" at revision {cell(revision)}" if revision else ""
+
+
+def _source_rows(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if config.get("lm_name"):
+        yield "Language model", cell(config["lm_name"]) + _at(config.get("lm_revision"))
+    if config.get("layer") is not None:
+        hook = f", the output of {cell(config['hook_name'])}" if config.get("hook_name") else ""
+        yield "Activations", f"residual stream after decoder layer {number(config['layer'])} (counted from 0){hook}"
+    if config.get("dataset"):
+        split = f", split {cell(config['dataset_split'])}" if config.get("dataset_split") else ""
+        yield "Text", cell(config["dataset"]) + split + _at(config.get("dataset_revision"))
+    if config.get("context_length"):
+        bos = ", starting with BOS, which is not trained on" if config.get("prepend_bos") else ", without BOS"
+        yield "Contexts", f"up to {number(config['context_length'])} tokens of one document{bos}"
+
+
+def _amount_rows(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    training, data = metrics.get("training") or {}, metrics.get("data") or {}
+    if training.get("tokens"):
+        steps = f" in {number(training['steps'], 'count')} steps" if training.get("steps") else ""
+        yield "Trained on", f"{number(training['tokens'], 'count')} tokens{steps}"
+    if data.get("tokens_kept"):
+        contexts = f" from {number(data['contexts'], 'count')} contexts" if data.get("contexts") else ""
+        yield "Activations computed", f"{number(data['tokens_kept'], 'count')} tokens{contexts}"
+    if data.get("dropped_sinks") is not None:
+        ratio = config.get("max_norm_ratio")
+        limit = f" (norm above {number(ratio, 'exact')} times the median)" if ratio else ""
+        special = data.get("dropped_special")
+        others = f"; {number(special, 'count')} special tokens such as BOS" if special is not None else ""
+        yield "Tokens left out", f"{number(data['dropped_sinks'], 'count')} sink tokens{limit}{others}"
+
+
+def _loss_rows(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if config.get("activation"):
+        k = f", k = {number(config['k'])}" if config.get("k") else ""
+        yield "Activation function", f"{cell(config['activation'])}{k}"
+    if config.get("activation") == "relu" and config.get("l1_coefficient") is not None:
+        yield "L1 coefficient", number(config["l1_coefficient"], "exact")
+    if config.get("penalty"):
+        yield "Decorrelation penalty", _penalty(config)
+    normalization = {"standard": "centred, scaled to a mean squared norm of 1; undone by `decode`", "none": "none"}
+    if config.get("input_normalization") in normalization:
+        yield "Input normalisation", normalization[config["input_normalization"]]
+
+
+def _penalty(config: Mapping[str, Any]) -> str:
+    if config["penalty"] == "none" or not config.get("ortho_coefficient"):
+        return "none"
+    share = number(100 * config["pair_fraction"], "exact") if config["penalty"] == "selective" else None
+    pairs = f"the {share}% most correlated pairs of features" if share else "all pairs of features"
+    return (
+        f"{cell(config['penalty'])}: {cell(config['reduction'])} of the squared correlation "
+        f"({cell(config['correlation'])}) of {pairs}, coefficient {number(config['ortho_coefficient'], 'exact')}"
+    )
+
+
+def _run_rows(run: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    arguments = run.get("arguments") or {}
+    if arguments.get("learning_rate"):
+        batch = f", batches of {number(arguments['batch_size'], 'count')} tokens" if arguments.get("batch_size") else ""
+        yield "Optimiser", f"Adam, learning rate {number(arguments['learning_rate'], 'exact')}{batch}"
+    if arguments.get("seed") is not None:
+        yield "Seed", number(arguments["seed"])
+    if run.get("hardware"):
+        yield "Hardware", cell(run["hardware"])
+    if run.get("wall_seconds"):
+        per_step = (metrics.get("training") or {}).get("seconds_per_step")
+        step = f", {number(per_step)} s a step" if per_step else ""
+        yield "Time", f"{duration(run['wall_seconds'])} for the whole run{step}"
+    if run.get("peak_memory_gb"):
+        yield "Peak memory", f"{number(run['peak_memory_gb'], 'exact')} GB"
+    if run.get("started"):
+        yield "Started", cell(run["started"])

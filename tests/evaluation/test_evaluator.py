@@ -1,0 +1,212 @@
+"""The evaluator on real (small, random) language models of four architectures, against plain computations."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_selortho import SelOrthoConfig, SelOrthoSAE
+from hf_selortho.activations.capture import ActivationCapture
+from hf_selortho.activations.tokens import Context, pad_batch
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.evaluation import functional
+from hf_selortho.evaluation.evaluator import evaluate_sae, next_token_losses
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def contexts(tiny_tokenizer, sample_documents) -> list[Context]:
+    ids = [tiny_tokenizer(text).input_ids[:48] for text in sample_documents[:60]]
+    return [Context(number, row[: 20 + number % 29]) for number, row in enumerate(ids)]
+
+
+def identity_sae(width: int, **settings) -> SelOrthoSAE:
+    """relu(x) - relu(-x) = x: a reconstruction without error."""
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=width, d_sae=2 * width, **settings)).eval()
+    eye = torch.eye(width)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
+        sae.W_dec.copy_(torch.cat([eye, -eye], dim=0))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae
+
+
+def zero_sae(width: int) -> SelOrthoSAE:
+    sae = identity_sae(width)
+    sae.W_dec.data.zero_()
+    return sae
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "llama", "gpt2"])
+def test_losses_are_those_of_transformers(arch, tiny_lm, contexts):
+    """Gemma 2's random logits are far into its softcapping, so a head applied without it would show."""
+    capture = ActivationCapture(tiny_lm(arch), LAYER)
+    input_ids, mask = pad_batch(contexts[:8], capture.lm.tokenizer.pad_token_id)
+    with torch.inference_mode():
+        losses = next_token_losses(capture, input_ids, mask)
+        labels = input_ids.masked_fill(mask == 0, -100)
+        expected = capture.lm.model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+    assert len(losses) == int(mask[:, 1:].sum())
+    assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "llama", "gpt2"])
+def test_perfect_reconstruction_loses_nothing(arch, tiny_lm, contexts):
+    lm = tiny_lm(arch)
+    metrics = evaluate_sae(identity_sae(32), ActivationCapture(lm, LAYER), contexts, progress=False).metrics
+    assert metrics["fvu"] == pytest.approx(0, abs=1e-9) and metrics["explained_variance"] == pytest.approx(1)
+    assert metrics["ce_reconstruction"] == pytest.approx(metrics["ce_clean"], rel=1e-4)
+    assert metrics["ce_zero_ablation"] != pytest.approx(metrics["ce_clean"], rel=1e-3)
+    assert metrics["loss_recovered"] == pytest.approx(1, abs=0.01)
+    assert metrics["l0"] == pytest.approx(32) and metrics["dead_features"] == 0
+
+
+def test_reconstruction_of_zero_is_zero_ablation(tiny_lm, contexts):
+    capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
+    metrics = evaluate_sae(zero_sae(32), capture, contexts, progress=False).metrics
+    assert metrics["ce_reconstruction"] == metrics["ce_zero_ablation"]
+    assert metrics["loss_recovered"] == 0
+    x = capture.harvest(contexts).activations
+    assert metrics["fvu"] == pytest.approx(functional.fvu(x, torch.zeros_like(x)).item(), rel=1e-6)
+    assert metrics["mse"] == pytest.approx(x.square().sum(1).mean().item(), rel=1e-6)
+
+
+def test_bos_and_sinks_keep_their_activations(tiny_lm, contexts, caplog):
+    """Where nothing may be replaced, replacing changes nothing: every sequence is BOS and a token to predict, or a
+    sink."""
+    lm = tiny_lm("gemma3")
+    short = [Context(c.document_id, c.input_ids[:2]) for c in contexts]
+    with caplog.at_level(logging.WARNING):
+        metrics = evaluate_sae(zero_sae(32), ActivationCapture(lm, LAYER), short, progress=False).metrics
+    assert metrics["ce_clean"] == metrics["ce_reconstruction"] == metrics["ce_zero_ablation"]
+    assert "loss_recovered" not in metrics and "loss_recovered" in caplog.text
+    assert metrics["ce_tokens"] == metrics["ce_samples"] == len(short)
+
+    norms = ActivationCapture(lm, LAYER).harvest(contexts).activations.norm(dim=1)
+    strict, loose = (ActivationCapture(lm, LAYER, max_norm=norms.quantile(q).item()) for q in (0.1, 0.9))
+    few, most = (evaluate_sae(zero_sae(32), c, contexts, progress=False).metrics for c in (strict, loose))
+    assert few["tokens"] < most["tokens"]
+    assert few["ce_zero_ablation"] != most["ce_zero_ablation"]
+
+
+def test_figures_are_those_of_all_tokens_at_once(tiny_lm, contexts):
+    torch.manual_seed(1)
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=32, d_sae=48, min_support=2, pair_fraction=0.01)).eval()
+    sae.b_enc.data -= 0.5
+    capture = ActivationCapture(tiny_lm("llama"), LAYER)
+    evaluation = evaluate_sae(sae, capture, contexts, batch_size=10_000, ce_samples=0, progress=False)  # a single batch
+    metrics, arrays = evaluation.metrics, evaluation.arrays
+    with torch.no_grad():
+        x = capture.harvest(contexts).activations
+        h = sae.encode(x)
+        summary = functional.batch_correlation_summary(h, 0.01, 2)
+        expected = {
+            "samples": len(contexts),
+            "tokens": len(x),
+            "fvu": functional.fvu(x, sae.decode(h)).item(),
+            "l0": functional.l0(h).item(),
+            "l1": functional.l1(h).item(),
+            "peak_correlation": summary.peak,
+            "mean_correlation": summary.mean,
+            "top_correlation": summary.top,
+            "selected_pairs": summary.selected_pairs,
+            "unique_features": summary.unique_features,
+            "max_decoder_cosine": functional.max_decoder_cosine(sae.W_dec).mean().item(),
+        }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert np.allclose(arrays["feature_density"], (h > 0).double().mean(0).numpy(), atol=1e-9)
+    assert arrays["max_decoder_cosine"].shape == (48,)
+    assert arrays["correlation_counts"].sum() == math.comb(summary.eligible_features, 2)
+    assert float(arrays["correlation_threshold"]) == pytest.approx(summary.threshold, abs=1e-5)
+
+
+def test_every_token_is_measured_once_whatever_the_batch_size(tiny_lm, contexts):
+    sae, capture = identity_sae(32), ActivationCapture(tiny_lm("gemma3"), LAYER)
+    results = [
+        evaluate_sae(sae, capture, contexts, batch_size=size, ce_samples=0, progress=False) for size in (37, 500, 10**6)
+    ]
+    for result in results:
+        assert result.metrics["tokens"] == sum(len(c.input_ids) - 1 for c in contexts)
+        assert result.metrics["l1"] == pytest.approx(results[0].metrics["l1"], rel=1e-5)
+        assert np.allclose(result.arrays["feature_density"], results[0].arrays["feature_density"])
+
+
+def test_batches_mix_documents(tiny_lm, contexts):
+    """100 consecutive tokens would come from three or four documents."""
+    from hf_selortho.evaluation.evaluator import _token_batches
+
+    capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
+    batches = list(_token_batches(capture, contexts, 100, seed=0, progress=False))
+    everything = capture.harvest(contexts)
+    assert {len(b) for b in batches[:-1]} == {100}
+    assert torch.allclose(torch.cat(batches).sort(0).values, everything.activations.sort(0).values, atol=1e-5)
+    nearest = torch.cdist(batches[0], everything.activations).argmin(1)
+    assert len(everything.document_ids[nearest].unique()) > 20
+
+
+def test_same_figures_again_and_json(tiny_lm, contexts):
+    sae, capture = identity_sae(32), ActivationCapture(tiny_lm("gemma3"), LAYER)
+    first, second = (
+        evaluate_sae(sae, capture, contexts, batch_size=200, ce_samples=5, progress=False).metrics for _ in range(2)
+    )
+    assert first == second
+    assert first["ce_samples"] == 5
+    assert json.loads(json.dumps(first, allow_nan=False)) == first
+    assert set(first) == {
+        "samples", "tokens", "mse", "fvu", "explained_variance", "l0", "l1", "active_features", "active_fraction",
+        "dead_features", "dead_fraction", "peak_correlation", "mean_correlation", "top_correlation", "selected_pairs",
+        "unique_features", "max_decoder_cosine", "ce_samples", "ce_tokens", "ce_clean", "ce_reconstruction",
+        "ce_zero_ablation", "loss_recovered",
+    }  # fmt: skip
+
+
+def test_the_model_is_left_as_it_was(tiny_lm, contexts):
+    capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
+    input_ids, mask = pad_batch(contexts[:2], 0)
+    with torch.inference_mode():
+        before = capture.lm.model(input_ids=input_ids, attention_mask=mask).logits
+        evaluate_sae(zero_sae(32), capture, contexts[:4], progress=False)
+        assert torch.equal(capture.lm.model(input_ids=input_ids, attention_mask=mask).logits, before)
+
+
+def test_without_correlations_to_speak_of(tiny_lm, contexts):
+    """An SAE whose features never fire has no eligible pair: the figures are left out, not NaN."""
+    sae = identity_sae(32)
+    sae.b_enc.data -= 1e6
+    evaluation = evaluate_sae(sae, ActivationCapture(tiny_lm("gemma3"), LAYER), contexts, ce_samples=0, progress=False)
+    assert evaluation.metrics["dead_fraction"] == 1 and evaluation.metrics["selected_pairs"] == 0
+    assert "peak_correlation" not in evaluation.metrics
+    assert all(math.isfinite(value) for value in evaluation.metrics.values())
+
+
+def test_errors(tiny_lm, contexts):
+    capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
+    with pytest.raises(SelOrthoError, match=r"d_in=33, trained on google/gemma-2-2b, .* are 32 wide"):
+        evaluate_sae(identity_sae(33, lm_name="google/gemma-2-2b"), capture, contexts)
+    with pytest.raises(SelOrthoError, match="no held-out contexts"):
+        evaluate_sae(identity_sae(32), capture, [])
+    with pytest.raises(SelOrthoError, match="no held-out token is left"):
+        evaluate_sae(identity_sae(32), capture, [Context(0, [capture.lm.tokenizer.bos_token_id])], progress=False)
+
+
+@pytest.mark.slow
+def test_cross_entropy_of_the_real_gemma_in_chunks_is_the_plain_one(embedded_lm, sample_documents):
+    """262,144 logits a token in bfloat16, against the log-softmax of the whole batch in float32."""
+    capture = ActivationCapture(embedded_lm, 8)
+    ids = [embedded_lm.tokenizer(text, add_special_tokens=False).input_ids[:31] for text in sample_documents[:4]]
+    contexts = [Context(number, [embedded_lm.tokenizer.bos_token_id, *row]) for number, row in enumerate(ids)]
+    input_ids, mask = pad_batch(contexts, 0)
+    with torch.inference_mode():
+        losses = next_token_losses(capture, input_ids, mask)
+        logits = embedded_lm.model(input_ids=input_ids, attention_mask=mask).logits.float()
+    plain = -logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0][mask[:, 1:].bool()]
+    assert torch.allclose(losses, plain, atol=1e-4)
+    metrics = evaluate_sae(identity_sae(640), capture, contexts, progress=False).metrics
+    assert metrics["loss_recovered"] > 0.99 and metrics["ce_zero_ablation"] > metrics["ce_clean"] + 2

