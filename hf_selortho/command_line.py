@@ -1,13 +1,28 @@
-"""What the scripts share: an error of the user's is one line and exit code 2, and the log is readable."""
+"""What the scripts share: one-line errors with exit code 2, a readable log, and processes on CPUs."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import psutil
+import torch
+from accelerate.commands.config import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 from .errors import SelOrthoError
+
+
+class OneLineParser(HfArgumentParser):
+    """An argument parser whose errors are one line, without the usage text of a hundred arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -24,9 +39,59 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _set_up_logging() -> None:
-    from transformers.utils import logging as transformers_logging
+def use_all_cores(processes: int, threads: int | None = None) -> None:
+    """Give this process its share of the machine's cores (or `threads`).
 
+    `accelerate launch` sets OMP_NUM_THREADS to 1 on a machine without a GPU, which would leave all cores but one idle.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // processes))
+
+
+def start_cpu_processes() -> None:
+    """Do what `accelerate launch --cpu --num_processes N` asks for, which accelerate itself leaves to mpirun.
+
+    On CPUs it starts a single process, whatever N, and passes N on to nobody: it is read from the command line of the
+    parent process. This process then becomes torchrun, which starts the N processes. Returns if there is nothing to do.
+    """
+    started_by_accelerate = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    parent = psutil.Process().parent()
+    if not started_by_accelerate or "WORLD_SIZE" in os.environ or parent is None:
+        return
+    arguments = torchrun_arguments(parent.cmdline())
+    if arguments is not None:
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments, *sys.argv])
+
+
+def torchrun_arguments(command: Sequence[str]) -> list[str] | None:
+    """Arguments of torchrun that do what the command line of an `accelerate launch` asks for; None for one process."""
+    if "launch" in command:
+        given = list(command[command.index("launch") + 1 :])
+    else:  # python -m accelerate.commands.launch, or accelerate-launch
+        names = ("accelerate.commands.launch", "accelerate-launch", "launch.py")
+        start = next((n for n, part in enumerate(command) if part.endswith(names)), None)
+        if start is None:
+            return None
+        given = list(command[start + 1 :])
+    launch, _ = launch_command_parser().parse_known_args(given)
+    if launch.config_file is not None or os.path.isfile(default_config_file):
+        defaults = load_config_from_file(launch.config_file)
+        for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"):
+            if getattr(launch, name) is None:
+                setattr(launch, name, getattr(defaults, name, None))
+    processes, machines = launch.num_processes or 1, launch.num_machines or 1
+    if processes <= 1:
+        return None
+    per_machine = ["--nproc_per_node", str(processes // machines)]
+    if machines == 1:
+        return ["--standalone", *per_machine]
+    return [
+        *("--nnodes", str(machines), "--node_rank", str(launch.machine_rank or 0), *per_machine),
+        *("--master_addr", str(launch.main_process_ip), "--master_port", str(launch.main_process_port)),
+    ]
+
+
+def _set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hf_selortho").setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()

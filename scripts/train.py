@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -25,7 +26,7 @@ from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.activations.lm import LanguageModel, load_language_model
 from hf_selortho.activations.texts import Documents, TextSource, open_documents
 from hf_selortho.activations.tokens import ContextStream, held_out_contexts
-from hf_selortho.command_line import run_script
+from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_sae
 from hf_selortho.hub.report import metrics_table, write_report
 from hf_selortho.training.arguments import TrainingArguments, parse_arguments, sae_config
@@ -116,6 +117,8 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
             accelerator.init_trackers("hf_selortho", config=_tracked(arguments.flat()))
     except (ValueError, ImportError) as error:
         raise SelOrthoError(f"accelerate cannot start with these arguments: {error}") from error
+    if accelerator.device.type == "cpu":
+        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), arguments.run.cpu_threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SelOrthoError("--mixed_precision fp16 needs a GPU: use --mixed_precision bf16 or no on the CPU")
     if arguments.run.batch_size % accelerator.num_processes:
@@ -240,4 +243,5 @@ def _tracked(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    start_cpu_processes()
     run_script(main)

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser
-
+from ..command_line import OneLineParser
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 
@@ -90,6 +89,7 @@ class RunArguments:
     max_grad_norm: float | None = _argument(None, "Gradients are clipped to this norm; default: not clipped.")
     mixed_precision: str | None = _argument(None, "no, bf16 or fp16; default: what accelerate launch was given.")
     cpu: bool = _argument(False, "Train on the CPU even where there is an accelerator.")
+    cpu_threads: int | None = _argument(None, "Threads of each process on a CPU; default: its share of all cores.")
     seed: int = _argument(0, "Seed of the initial weights and of the order of the data.")
     logging_steps: int = _argument(10, "Steps between two rows of metrics.jsonl.")
     dead_after_tokens: int = _argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
@@ -122,13 +122,6 @@ class TrainingArguments:
         """Every argument by name, in the order of the help text."""
         groups = (self.model, self.sae, self.data, self.run, self.evaluation)
         return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
-
-
-class OneLineParser(HfArgumentParser):
-    """An argument parser whose errors are one line, without the usage text of a hundred arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
 
 def list_presets() -> list[str]:
@@ -244,6 +237,7 @@ _RULES: list[tuple[str, str, Any, str]] = [
     ("run", "decay_steps", lambda v: v >= 0, "at least 0"),
     ("run", "max_grad_norm", lambda v: v > 0, "a number above 0"),
     ("run", "mixed_precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
+    ("run", "cpu_threads", lambda v: v >= 1, "at least 1"),
     ("run", "logging_steps", lambda v: v >= 1, "at least 1"),
     ("run", "dead_after_tokens", lambda v: v >= 1, "at least 1"),
     ("run", "checkpoint_every", lambda v: v >= 0, "at least 0"),

@@ -25,7 +25,7 @@ _NAME = re.compile(r"step_(\d+)")
 # Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
 _FREE_ARGUMENTS = {
     "output_dir", "overwrite_output_dir", "max_steps", "report_to", "logging_steps", "checkpoint_every",
-    "keep_checkpoints", "resume_from_checkpoint", "eval_samples", "eval_ce_samples", "cpu",
+    "keep_checkpoints", "resume_from_checkpoint", "eval_samples", "eval_ce_samples", "cpu", "cpu_threads",
 }  # fmt: skip
 
 

@@ -185,7 +185,7 @@ class Trainer:
 
     def _non_finite_message(self, output: SelOrthoOutput, batch: ActivationBatch) -> str:
         assert output.losses is not None
-        terms = ", ".join(f"{name} {float(term):g}" for name, term in output.losses.items())
+        terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
         documents = batch.document_ids.unique().tolist()
         checkpoint = self.checkpoints.latest
         return (

@@ -57,9 +57,9 @@ def step_report(
         pairs = select_pairs(h, config.pair_fraction, config.min_support, config.correlation, group=group)
     strength = pairs.correlation.abs()
     return {
-        "loss": float(output.loss),
-        **{name: float(term) for name, term in output.losses.items()},
-        "fvu": float(output.losses["reconstruction"] / variance),
+        "loss": output.loss.item(),
+        **{name: term.item() for name, term in output.losses.items()},
+        "fvu": (output.losses["reconstruction"] / variance).item(),
         "l0": float((h > 0).sum(1).float().mean()),
         "peak_correlation": float(strength.max()) if len(pairs) else None,
         "top_correlation": float(strength.mean()) if len(pairs) else None,

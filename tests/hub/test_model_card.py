@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
@@ -206,8 +205,7 @@ def test_hostile_names_stay_text():
     assert "![" not in card.text  # none of the pictures is a plain relative path
     headings = [line for line in prose.splitlines() if line.startswith("#")]
     assert headings[0] == "# CODE" and all(heading.startswith("## ") for heading in headings[1:])
-    metadata = yaml.safe_load(str(card).split("\n---\n")[0].removeprefix("---"))
-    assert set(metadata) == {"library_name", "license", "tags", "model-index"}
+    assert set(ModelCard(str(card)).data.to_dict()) == {"library_name", "license", "tags", "model-index"}
 
 
 def test_access_tokens_do_not_reach_the_card():

@@ -1,0 +1,122 @@
+"""Evaluate a trained SAE on held-out text of its dataset, or of another one.
+
+    python scripts/evaluate_sae.py runs/demo
+    python scripts/evaluate_sae.py org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
+from hf_selortho.activations.capture import ActivationCapture
+from hf_selortho.activations.lm import load_language_model
+from hf_selortho.activations.texts import TextSource, open_documents
+from hf_selortho.activations.tokens import held_out_contexts
+from hf_selortho.command_line import OneLineParser, run_script
+from hf_selortho.evaluation.evaluator import evaluate_sae
+from hf_selortho.hub.report import metrics_table
+from hf_selortho.training.outputs import write_json
+
+logger = logging.getLogger("hf_selortho.evaluate")
+
+
+def _argument(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, and on what; whatever is not given is taken from the SAE's config."""
+
+    revision: str | None = _argument(None, "Branch, tag or commit of the SAE.")
+    subfolder: str | None = _argument(None, "Folder of the SAE within its repository.")
+    model: str | None = _argument(None, "Language model; default: the one that the SAE was trained on.")
+    model_revision: str | None = _argument(None, "Its branch, tag or commit; default: that of the training.")
+    lm_dtype: str = _argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
+    dataset: str | None = _argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
+    dataset_config: str | None = _argument(None, "Configuration of the dataset, where it has several.")
+    split: str | None = _argument(None, "Split of the dataset; default: that of the training.")
+    text_column: str | None = _argument(None, "Column that holds the text; default: text, or the only text column.")
+    streaming: bool = _argument(False, "Read the dataset as a stream.")
+    held_out_fraction: float = _argument(0.1, "Share of the documents to draw from; 1: all, for text never trained on.")
+    min_tokens: int = _argument(8, "Contexts with fewer tokens are left out.")
+    batch_size: int = _argument(4096, "Tokens of the batches that correlations are measured on.")
+    eval_samples: int = _argument(1000, "Held-out contexts.")
+    eval_ce_samples: int = _argument(64, "Of these, contexts on which the language model's own loss is measured.")
+    output: str | None = _argument(None, "JSON file to write the metrics to.")
+    cpu: bool = _argument(False, "Use the CPU even where there is a GPU.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load an SAE and the language model it reads, measure, print a table."""
+    parser = OneLineParser(EvaluateArguments, allow_abbrev=False)
+    parser.add_argument("sae", help="Folder or Hub id of the SAE.")
+    arguments, rest = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
+    metrics = evaluate(rest.sae, arguments)
+    if arguments.output:
+        write_json(Path(arguments.output), {"schema_version": 1, "sae": rest.sae, "evaluation": metrics})
+    sys.stdout.write(metrics_table({"evaluation": metrics}) + "\n")
+
+
+def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
+    """Metrics of the SAE by name."""
+    if not 0 < arguments.held_out_fraction <= 1 or arguments.eval_samples < 1:
+        raise SelOrthoError("--held_out_fraction must be in (0, 1] and --eval_samples at least 1")
+    device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
+    sae = SelOrthoSAE.from_pretrained(name, revision=arguments.revision or "main", subfolder=arguments.subfolder or "")
+    sae = sae.to(device).eval()
+    config = sae.config
+    documents = open_documents(text_source(config, arguments))
+    same_model = arguments.model is None
+    lm = load_language_model(
+        required(arguments.model or config.lm_name, "--model"),
+        arguments.model_revision or (config.lm_revision if same_model else None),
+        dtype=arguments.lm_dtype,
+        device=device,
+    )
+    capture = ActivationCapture(lm, required(config.layer, "a layer in the SAE's config"), config.max_norm)
+    contexts = held_out_contexts(
+        documents,
+        lm.tokenizer,
+        limit=arguments.eval_samples,
+        context_length=config.context_length,
+        prepend_bos=config.prepend_bos,
+        min_tokens=arguments.min_tokens,
+    )
+    evaluation = evaluate_sae(
+        sae, capture, contexts, batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
+    )
+    return evaluation.metrics
+
+
+def text_source(config: SelOrthoConfig, arguments: EvaluateArguments) -> TextSource:
+    """The dataset of the command line, else that of the training with the same documents held out."""
+    same = arguments.dataset is None
+    return TextSource(
+        dataset=required(arguments.dataset or config.dataset, "--dataset"),
+        config_name=arguments.dataset_config,
+        split=arguments.split or (config.dataset_split if same else None) or "train",
+        text_column=arguments.text_column,
+        revision=config.dataset_revision if same else None,
+        streaming=arguments.streaming,
+        held_out_fraction=arguments.held_out_fraction,
+    )
+
+
+def required(value: Any, name: str) -> Any:
+    """The value, or an error that says what to give."""
+    if value is None:
+        raise SelOrthoError(f"the SAE's config does not say what it was trained on: {name} is needed")
+    return value
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,259 @@
+"""The training script on small random language models: real files, real processes, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file, save_file
+
+from hf_selortho import SelOrthoError, SelOrthoSAE
+from hf_selortho.activations.capture import ActivationCapture
+from hf_selortho.activations.tokens import Context, pad_batch
+from scripts import evaluate_sae, train
+
+ROOT = Path(__file__).parents[2]
+LEFT_BY_A_RUN = {
+    "README.md", "config.json", "metrics.json", "metrics.jsonl", "model.safetensors", "pictures", "run.json"
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def arguments(tiny_lm_dir, sample_text_files, tmp_path):
+    """`arguments(max_steps=3, penalty="none", ...)`: a command line for a run of seconds in `tmp_path/run`."""
+
+    def build(**changes: object) -> list[str]:
+        settings = {
+            "model": tiny_lm_dir("llama"), "lm_dtype": "float32", "layer": 1, "dataset": sample_text_files.csv,
+            "context_length": 32, "d_sae": 64, "pair_fraction": 0.01, "batch_size": 128, "buffer_contexts": 32,
+            "refresh_every": 4, "max_steps": 12, "learning_rate": 1e-3, "logging_steps": 5, "eval_samples": 30,
+            "eval_ce_samples": 8, "output_dir": tmp_path / "run", "cpu": True, **changes,
+        }  # fmt: skip
+        return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
+
+    return build
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_an_evaluated_documented_sae(arguments, tmp_path, tiny_lm, capsys) -> None:
+    train.main(arguments())
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == LEFT_BY_A_RUN
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["evaluation"]["samples"] == 30 and 0 < metrics["evaluation"]["fvu"] < 2
+    assert {"loss_recovered", "peak_correlation", "top_correlation", "l0", "dead_features"} <= set(metrics["evaluation"])
+    assert metrics["training"]["steps"] == 12 and metrics["training"]["tokens"] == 12 * 128
+    assert metrics["data"]["dropped_special"] == metrics["data"]["contexts"]
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == list(range(1, 13))  # the last 100 steps are all logged
+    assert rows[-1]["reconstruction"] < rows[0]["reconstruction"]
+    card = (run / "README.md").read_text()
+    assert "model-index" in card and "selective orthogonality" in card
+    assert sorted(p.name for p in (run / "pictures").iterdir()) == [
+        "correlations.png", "decoder_cosine.png", "feature_density.png", "training_curves.png"
+    ]  # fmt: skip
+    info = json.loads((run / "run.json").read_text())
+    assert info["arguments"]["d_sae"] == 64 and info["versions"]["torch"] == torch.__version__
+    sae = SelOrthoSAE.from_pretrained(run)
+    assert (sae.config.d_in, sae.config.layer, sae.config.hook_name) == (32, 1, "model.layers.1")
+    assert sae.config.lm_revision.startswith("local-sha256:") and sae.config.dataset.endswith("sample.csv")
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    shown = capsys.readouterr().out
+    assert "FVU" in shown and f"{metrics['evaluation']['fvu']:.4f}" in shown and "Next:" in shown
+
+
+def test_users_feed_raw_activations(arguments, tmp_path, tiny_lm, tiny_tokenizer) -> None:
+    train.main(arguments(max_steps=60))
+    sae = SelOrthoSAE.from_pretrained(tmp_path / "run")
+    lm = tiny_lm("llama")
+    ids = [tiny_tokenizer.bos_token_id, *tiny_tokenizer("The market sold a new engine", add_special_tokens=False).input_ids]
+    hidden = ActivationCapture(lm, 1).hidden_states(*pad_batch([Context(0, ids)], 0))[0, 1:]
+    error = (sae(hidden).reconstruction - hidden).square().sum() / (hidden - sae.input_mean).square().sum()
+    assert error < 0.7
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(arguments, tmp_path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.main(arguments(output_dir=tmp_path / name, seed=seed, eval_samples=0))
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a) and not torch.equal(a["W_enc"], c["W_enc"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"penalty": "none"},
+        {"penalty": "full", "reduction": "sum"},
+        {"correlation": "pearson"},
+        {"activation": "topk", "k": 4},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "warmup_steps": 0.2, "decay_steps": 4},
+        {"mixed_precision": "bf16"},
+        {"input_normalization": "none", "max_norm_ratio": "inf"},
+        {"buffer_reuse": 4},
+        {"streaming": True},
+    ],
+    ids=lambda changes: "-".join(map(str, changes)),
+)
+def test_variants_train(changes, arguments, tmp_path) -> None:
+    train.main(arguments(eval_samples=0, **changes))
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["reconstruction"] < rows[0]["reconstruction"]
+    assert rows[-1]["tokens"] == 12 * 128 * changes.get("gradient_accumulation_steps", 1)
+    assert (rows[-1]["ortho"] == 0) == (changes.get("penalty") == "none")
+    assert rows[-1]["peak_correlation"] > 0  # measured even where nothing is penalised
+
+
+def test_the_penalty_lowers_the_correlations_of_the_selected_pairs(arguments, tmp_path) -> None:
+    tops = []
+    for penalty in ("none", "selective"):
+        folder = tmp_path / penalty
+        train.main(arguments(max_steps=150, output_dir=folder, penalty=penalty, ortho_coefficient=3, eval_samples=0))
+        tops.append(sum(row["top_correlation"] for row in rows_of(folder)[-20:]) / 20)
+    assert tops[1] < 0.85 * tops[0]
+
+
+def test_resumed_it_ends_as_if_never_stopped(arguments, tmp_path) -> None:
+    train.main(arguments(output_dir=tmp_path / "whole", buffer_reuse=2, eval_samples=0))
+    part = arguments(max_steps=7, checkpoint_every=3, buffer_reuse=2, eval_samples=0)
+    train.main(part)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step_000003", "step_000006"]
+    train.main(
+        arguments(checkpoint_every=3, buffer_reuse=2, eval_samples=0, resume_from_checkpoint="auto", keep_checkpoints=1)
+    )
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 13))
+    timeless = [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per")) and k != "pair_churn"}
+        for folder in ("whole", "run")
+        for row in rows_of(tmp_path / folder)
+    ]
+    assert timeless[:12] == timeless[12:]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000012"]
+
+
+def test_a_checkpoint_of_other_settings(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
+    with pytest.raises(SelOrthoError, match="made with other settings .l1_coefficient 0.04 -> 0.1; seed 0 -> 3."):
+        train.main(arguments(l1_coefficient=0.1, seed=3, resume_from_checkpoint="auto"))
+
+
+def test_a_damaged_checkpoint(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
+    weights = tmp_path / "run" / "checkpoints" / "step_000002" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(SelOrthoError, match=r"model\.safetensors is damaged or incomplete"):
+        train.main(arguments(max_steps=3, resume_from_checkpoint="auto"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
+    weights = tmp_path / "run" / "checkpoints" / "step_000002" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["b_dec"][0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    expected = "loss is not finite at step 3 .reconstruction nan.* Documents of the batch: .*step_000002"
+    with pytest.raises(SelOrthoError, match=expected):
+        train.main(arguments(max_steps=4, resume_from_checkpoint="auto"))
+
+
+def test_activations_that_are_not_finite_name_the_documents(arguments, tiny_lm_dir, tmp_path) -> None:
+    folder = tmp_path / "lm"
+    folder.mkdir()
+    for path in tiny_lm_dir("llama").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SelOrthoError, match="NaN or infinity in the activations of .* tokens of documents"):
+        train.main(arguments(model=folder))
+
+
+def test_an_output_folder_in_use(arguments, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(SelOrthoError, match="is not empty"):
+        train.main(arguments())
+    train.main([*arguments(max_steps=1, eval_samples=0), "--overwrite_output_dir"])
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_evaluating_it_again_gives_the_same_figures(arguments, tmp_path, capsys) -> None:
+    train.main(arguments())
+    run = tmp_path / "run"
+    output = tmp_path / "again.json"
+    evaluate_sae.main(
+        [str(run), "--lm_dtype", "float32", "--batch_size", "128", "--eval_samples", "30", "--eval_ce_samples", "8",
+         "--output", str(output), "--cpu"]
+    )  # fmt: skip
+    again = json.loads(output.read_text())["evaluation"]
+    assert again == pytest.approx(json.loads((run / "metrics.json").read_text())["evaluation"], rel=1e-5)
+
+
+def test_an_sae_does_not_fit_another_language_model(arguments, tiny_lm_dir, tmp_path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    train.main(arguments(max_steps=1, eval_samples=0))
+    config = AutoConfig.from_pretrained(tiny_lm_dir("llama"))
+    config.hidden_size = 48
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(tiny_lm_dir("llama")).save_pretrained(tmp_path / "wide")
+    with pytest.raises(SelOrthoError, match="(?s)32.*48|48.*32"):
+        evaluate_sae.main([str(tmp_path / "run"), "--model", str(tmp_path / "wide"), "--cpu"])
+
+
+def run_script(argv: list[str], launcher: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess:
+    command = [*(launcher or [sys.executable]), str(ROOT / "scripts" / "train.py"), *argv]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": 9}, "layer 9 is out of range: .* has 4 layers, choose 0 to 3"),
+        ({"text_column": "body"}, r"no column \"body\": choose --text_column from: text .*, label"),
+        ({"dataset": "nosuch/data"}, "--preset demo"),
+    ],
+    ids=["layer", "column", "network"],
+)
+def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(changes, message, arguments, tmp_path) -> None:
+    result = run_script(arguments(**changes))
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and result.stdout == ""
+    assert lines[-1].startswith("train.py: error: ") and "Traceback" not in result.stderr
+    import re
+
+    assert re.search(message, lines[-1]), lines[-1]
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(arguments, tmp_path) -> None:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                  "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    result = run_script(arguments(checkpoint_every=6), accelerate)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["training"]["tokens"] == 12 * 128 and metrics["data"]["processes"] == 2
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["reconstruction"] < rows[0]["reconstruction"]
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000012"
+    assert {"buffer_0.safetensors", "buffer_1.safetensors"} <= {path.name for path in checkpoint.iterdir()}
