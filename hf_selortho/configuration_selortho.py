@@ -51,7 +51,9 @@ class SelOrthoConfig(PreTrainedConfig):
     pair_fraction: float = _setting(0.001, "Share of all feature pairs that the selective penalty acts on, eq. 5.")
     correlation: Correlation = _setting("cosine", "Uncentred cosine (eq. 4) or centred Pearson correlation.")
     reduction: Reduction = _setting("mean", "Penalty as the mean over the pairs or their sum (the paper).")
-    min_support: int = _setting(4, "A feature takes part in a pair if it fired on at least this many tokens of the batch.")
+    min_support: int = _setting(
+        4, "A feature takes part in a pair if it fired on at least this many tokens of the batch."
+    )
     input_normalization: InputNormalization = _setting(
         "standard", "standard: centre the activations and scale them to a mean squared norm of 1; none: use them raw."
     )
@@ -93,7 +95,7 @@ class SelOrthoConfig(PreTrainedConfig):
         return {f.name: getattr(self, f.name) for f in self.own_fields()}
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
-        # transformers keeps unknown keyword arguments as attributes: a misspelt setting would be silently without effect
+        # transformers keeps unknown keyword arguments as attributes: a misspelt setting would silently do nothing
         names = [f.name for f in self.own_fields()]
         for key in kwargs:
             close = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
@@ -115,7 +117,9 @@ class SelOrthoConfig(PreTrainedConfig):
             allowed = get_args(f.type) or (f.type,)
             value = getattr(self, f.name)
             if f.name in ("d_in", "d_sae") and value is None:
-                raise ConfigError(f"{f.name} is missing: SelOrthoConfig needs d_in and d_sae, e.g. d_in=640, d_sae=1280")
+                raise ConfigError(
+                    f"{f.name} is missing: SelOrthoConfig needs d_in and d_sae, e.g. d_in=640, d_sae=1280"
+                )
             if type(value) is int and float in allowed:
                 value = float(value)
                 setattr(self, f.name, value)
@@ -140,11 +144,10 @@ class SelOrthoConfig(PreTrainedConfig):
             raise ConfigError("k=None: activation='topk' needs k, the number of active features per token")
         if self.activation != "topk" and self.k is not None:
             raise ConfigError(f"k={self.k}: only activation='topk' takes k, not {self.activation!r}")
-        if self.k is not None and self.k > self.d_sae:
+        if self.k is not None and self.d_sae is not None and self.k > self.d_sae:
             raise ConfigError(f"k={self.k}: expected at most d_sae={self.d_sae}")
 
     def _require(self, name: str, allowed: Any, expected: str) -> None:
         value = getattr(self, name)
         if not allowed(value):
             raise ConfigError(f"{name}={value!r}: expected {expected}")
-

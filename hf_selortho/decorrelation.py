@@ -273,9 +273,7 @@ def _pair_dots(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return torch.cat(dots) if dots else values.new_zeros(0)
 
 
-def _select(
-    h: Tensor, norms: FeatureNorms, pair_fraction: float, min_support: int, group: BatchGroup | None
-) -> Pairs:
+def _select(h: Tensor, norms: FeatureNorms, pair_fraction: float, min_support: int, group: BatchGroup | None) -> Pairs:
     n = h.shape[1]
     columns = ((norms.support >= min_support) & (norms.squares > 0)).nonzero()[:, 0]  # eligible features
     m = len(columns)
@@ -366,7 +364,9 @@ def _centred(h: Tensor, norms: FeatureNorms) -> Tensor:
 
 def _check_arguments(h: Tensor, pair_fraction: float, correlation: str, method: str) -> None:
     if h.ndim != 2:
-        raise SelOrthoError(f"h has shape {tuple(h.shape)}: expected (tokens, features); flatten the leading axes first")
+        raise SelOrthoError(
+            f"h has shape {tuple(h.shape)}: expected (tokens, features); flatten the leading axes first"
+        )
     if not 0 < pair_fraction <= 1:
         raise SelOrthoError(f"pair_fraction={pair_fraction!r}: expected a share in (0, 1]")
     if correlation not in ("cosine", "pearson"):

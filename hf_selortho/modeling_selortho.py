@@ -55,6 +55,7 @@ class SelOrthoSAE(PreTrainedModel):
     def __init__(self, config: SelOrthoConfig) -> None:
         super().__init__(config)
         d_in, d_sae = config.d_in, config.d_sae
+        assert d_in is not None and d_sae is not None  # the config has checked it
         self.W_enc = nn.Parameter(torch.empty(d_in, d_sae))
         self.b_enc = nn.Parameter(torch.empty(d_sae))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
@@ -87,9 +88,10 @@ class SelOrthoSAE(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
+            model, info = loaded
         except SafetensorError as error:
             raise SelOrthoError(
                 f"{_weights_file(pretrained_model_name_or_path, kwargs)} is damaged or incomplete ({error}); "
@@ -127,9 +129,11 @@ class SelOrthoSAE(PreTrainedModel):
             SelOrthoError: the last axis is not `d_in` wide.
         """
         if activations.shape[-1] != self.config.d_in:
+            config = self.config
+            where = f" ({config.lm_name}, {config.hook_name})" if config.lm_name else ""
             raise SelOrthoError(
-                f"activations of shape {tuple(activations.shape)}: this SAE reads activations of width d_in={self.config.d_in}"
-                + (f" ({self.config.lm_name}, {self.config.hook_name})" if self.config.lm_name else "")
+                f"activations of shape {tuple(activations.shape)}: this SAE reads activations of width "
+                f"d_in={config.d_in}{where}"
             )
         x = activations.to(torch.promote_types(activations.dtype, torch.float32))
         return (x - self.input_mean) / self.input_scale
@@ -169,7 +173,7 @@ class SelOrthoSAE(PreTrainedModel):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to L2 norm 1 (eq. 6)."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:

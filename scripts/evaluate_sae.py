@@ -1,7 +1,7 @@
 """Evaluate a trained SAE on held-out text of its dataset, or of another one.
 
-    python scripts/evaluate_sae.py runs/demo
-    python scripts/evaluate_sae.py org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
+python scripts/evaluate_sae.py runs/demo
+python scripts/evaluate_sae.py org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class EvaluateArguments:
     model: str | None = _argument(None, "Language model; default: the one that the SAE was trained on.")
     model_revision: str | None = _argument(None, "Its branch, tag or commit; default: that of the training.")
     lm_dtype: str = _argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
-    dataset: str | None = _argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
+    dataset: str | None = _argument(
+        None, "Hub id, local file or folder, or python-docs; default: that of the training."
+    )
     dataset_config: str | None = _argument(None, "Configuration of the dataset, where it has several.")
     split: str | None = _argument(None, "Split of the dataset; default: that of the training.")
     text_column: str | None = _argument(None, "Column that holds the text; default: text, or the only text column.")
@@ -57,7 +59,8 @@ class EvaluateArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load an SAE and the language model it reads, measure, print a table."""
-    parser = OneLineParser(EvaluateArguments, allow_abbrev=False)
+    groups: list[Any] = [EvaluateArguments]
+    parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("sae", help="Folder or Hub id of the SAE.")
     arguments, rest = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
     metrics = evaluate(rest.sae, arguments)
@@ -71,7 +74,12 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     if not 0 < arguments.held_out_fraction <= 1 or arguments.eval_samples < 1:
         raise SelOrthoError("--held_out_fraction must be in (0, 1] and --eval_samples at least 1")
     device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
-    sae = SelOrthoSAE.from_pretrained(name, revision=arguments.revision or "main", subfolder=arguments.subfolder or "")
+    try:
+        sae = SelOrthoSAE.from_pretrained(
+            name, revision=arguments.revision or "main", subfolder=arguments.subfolder or ""
+        )
+    except (OSError, ValueError) as error:
+        raise SelOrthoError(f"cannot load the SAE {name!r}: {error}") from error
     sae = sae.to(device).eval()
     config = sae.config
     documents = open_documents(text_source(config, arguments))

@@ -1,7 +1,7 @@
 """Train a selective-orthogonality SAE on the activations of a language model, evaluate it and write its card.
 
-    accelerate launch scripts/train.py --preset demo
-    accelerate launch scripts/train.py --model google/gemma-3-1b-pt --layer 13 --dataset texts.jsonl --output_dir runs/mine
+accelerate launch scripts/train.py --preset demo
+accelerate launch scripts/train.py --model google/gemma-3-1b-pt --layer 13 --dataset texts.jsonl --output_dir runs/mine
 """
 
 from __future__ import annotations

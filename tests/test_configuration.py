@@ -21,7 +21,15 @@ def test_every_setting_is_described() -> None:
 
 def test_round_trip_through_json(tmp_path) -> None:
     config = SelOrthoConfig(
-        d_in=8, d_sae=16, activation="topk", k=4, penalty="full", reduction="sum", lm_name="org/lm", layer=3, max_norm=7.5
+        d_in=8,
+        d_sae=16,
+        activation="topk",
+        k=4,
+        penalty="full",
+        reduction="sum",
+        lm_name="org/lm",
+        layer=3,
+        max_norm=7.5,
     )
     config.save_pretrained(tmp_path)
     assert SelOrthoConfig.from_pretrained(tmp_path).own_settings() == config.own_settings()
@@ -50,7 +58,10 @@ def test_round_trip_through_json(tmp_path) -> None:
         ({"context_length": 1}, "context_length=1: expected at least 2 tokens"),
         ({"max_norm_ratio": 1.0}, "max_norm_ratio=1.0: expected None or a number above 1"),
         ({"input_normalization": "unit"}, "input_normalization='unit': expected one of 'standard', 'none'"),
-        ({"ortho_coeficient": 0.2}, "ortho_coeficient is not a setting of SelOrthoConfig; did you mean ortho_coefficient"),
+        (
+            {"ortho_coeficient": 0.2},
+            "ortho_coeficient is not a setting of SelOrthoConfig; did you mean ortho_coefficient",
+        ),
     ],
 )
 def test_bad_values_are_named(settings, message) -> None:

@@ -30,7 +30,10 @@ def brute_force(h: Tensor, pair_fraction: float, min_support: int, correlation: 
     for i in range(n):
         for j in range(i + 1, n):
             if min(support[i], support[j]) >= min_support and norms[i] > 0 and norms[j] > 0:
-                dot, squares = columns[:, i] @ columns[:, j], columns[:, i].square().sum() * columns[:, j].square().sum()
+                dot, squares = (
+                    columns[:, i] @ columns[:, j],
+                    columns[:, i].square().sum() * columns[:, j].square().sum(),
+                )
                 # on small integers this quotient is exact up to one rounding: equal correlations are equal numbers
                 found.append((i, j, float(dot.sign() * (dot.square() / squares).sqrt())))
     found.sort(key=lambda pair: (-abs(pair[2]), pair[0], pair[1]))

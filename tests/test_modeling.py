@@ -178,7 +178,9 @@ def test_pickled_weights_are_not_loaded(tmp_path) -> None:
 
 
 def test_activations_of_another_width() -> None:
-    with pytest.raises(SelOrthoError, match=r"activations of shape \(4, 13\): this SAE reads activations of width d_in=12"):
+    with pytest.raises(
+        SelOrthoError, match=r"activations of shape \(4, 13\): this SAE reads activations of width d_in=12"
+    ):
         make_sae(lm_name="org/lm", hook_name="model.layers.3")(torch.zeros(4, 13))
 
 

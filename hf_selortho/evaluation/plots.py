@@ -112,7 +112,7 @@ def plot_feature_density(arrays: Mapping[str, np.ndarray], path: str | os.PathLi
         axes = figure.add_subplot()
         if len(alive):
             low = math.floor(math.log10(alive.min()) - 1e-9)
-            bins = np.logspace(low, 0, 10 * -low + 1).tolist()
+            bins = np.logspace(low, 0, max(60, 10 * -low) + 1).tolist()
             axes.hist(alive, bins=bins, color=BLUE)
             median = float(np.median(alive))
             axes.axvline(median, color=VERMILION, linewidth=1.8, linestyle="--", label=f"median {_share(median)}")

@@ -1,4 +1,4 @@
-"""Arguments of a training run: small dataclasses, presets as JSON files, and the SAE's settings taken from its config."""
+"""Arguments of a run: small dataclasses, presets as JSON files, and the SAE's settings taken from its config."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class RunArguments:
     adam_beta1: float = _argument(0.9, "Adam's beta 1.")
     adam_beta2: float = _argument(0.999, "Adam's beta 2.")
     adam_epsilon: float = _argument(1e-8, "Adam's epsilon.")
-    warmup_steps: float = _argument(0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0.")
+    warmup_steps: float = _argument(
+        0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0."
+    )
     decay_steps: float = _argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
     max_grad_norm: float | None = _argument(None, "Gradients are clipped to this norm; default: not clipped.")
     mixed_precision: str | None = _argument(None, "no, bf16 or fp16; default: what accelerate launch was given.")
@@ -154,16 +156,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
         SelOrthoError: an unknown preset, or a value that is not allowed. Unknown arguments exit with code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups = (ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments)
+    groups: list[Any] = [ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments]
     parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("--preset", help=f"Named settings to start from: {', '.join(list_presets())}, or a .json file.")
     preset = _preset_of(argv)
     if preset is not None:
         parser.set_defaults(**_known(load_preset(preset), groups, preset))
-    *parsed, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    model, sae, data, run, evaluation, rest, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True
+    )
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    arguments = TrainingArguments(*parsed, preset=rest.preset)
+    arguments = TrainingArguments(model, sae, data, run, evaluation, rest.preset)
     _check(arguments)
     return arguments
 
@@ -201,9 +205,13 @@ def _known(preset: dict[str, Any], groups: Sequence[Any], name: str) -> dict[str
 def _check(arguments: TrainingArguments) -> None:
     """Refuse what no run could start with, before anything is loaded."""
     if arguments.model.model is None:
-        raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out")
+        raise SelOrthoError(
+            "no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out"
+        )
     if arguments.sae.layer is None:
-        raise SelOrthoError("no layer given: pass --layer, the decoder layer (counted from 0) to read activations after")
+        raise SelOrthoError(
+            "no layer given: pass --layer, the decoder layer (counted from 0) to read activations after"
+        )
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
     for group, name, allowed, expected in _RULES:

@@ -45,7 +45,9 @@ def find_checkpoint(wanted: str | None, output_dir: str | Path) -> Path | None:
     folder = Path(wanted)
     if not (folder / "trainer.json").is_file():
         available = ", ".join(str(path) for path in list_checkpoints(Path(output_dir))) or "none"
-        raise SelOrthoError(f"{folder} is not a checkpoint (it has no trainer.json); checkpoints of this run: {available}")
+        raise SelOrthoError(
+            f"{folder} is not a checkpoint (it has no trainer.json); checkpoints of this run: {available}"
+        )
     return folder
 
 
@@ -77,7 +79,9 @@ class Checkpoints:
         found = list_checkpoints(self.output_dir)
         return found[-1] if found else None
 
-    def save(self, sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, buffer: ActivationBuffer, state: TrainState) -> Path:
+    def save(
+        self, sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, buffer: ActivationBuffer, state: TrainState
+    ) -> Path:
         """Write a checkpoint of the current step; its folder gets its name when all processes have written."""
         folder = self.output_dir / CHECKPOINTS / f"step_{state.step:06d}"
         temporary = folder.with_name(f".{folder.name}.tmp")
@@ -110,7 +114,12 @@ class Checkpoints:
         return folder
 
     def load(
-        self, folder: Path, sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, buffer: ActivationBuffer, state: TrainState
+        self,
+        folder: Path,
+        sae: SelOrthoSAE,
+        optimizer: torch.optim.Optimizer,
+        buffer: ActivationBuffer,
+        state: TrainState,
     ) -> None:
         """Restore optimiser, buffer and counters; the SAE itself has been loaded from the folder already."""
         trainer = self._read(folder / "trainer.json")
@@ -142,8 +151,8 @@ class Checkpoints:
             differing.append(f"processes {trainer['processes']} -> {self.accelerator.num_processes}")
         if differing:
             raise SelOrthoError(
-                f"checkpoint {folder} was made with other settings ({'; '.join(differing)}); use the same ones, or start "
-                "a new run in another --output_dir"
+                f"checkpoint {folder} was made with other settings ({'; '.join(differing)}); use the same ones, or "
+                "start a new run in another --output_dir"
             )
         return trainer["step"]
 
@@ -154,14 +163,18 @@ class Checkpoints:
     def _save_process(self, folder: Path, buffer: ActivationBuffer, state: TrainState) -> None:
         tensors, rest = buffer.state_dict()
         tensors["tokens_since_fired"] = state.tokens_since_fired.cpu()
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"buffer_{self._rank}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, folder / f"buffer_{self._rank}.safetensors"
+        )
         write_json(folder / f"buffer_{self._rank}.json", rest)
 
     def _read(self, path: Path) -> Any:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SelOrthoError(f"checkpoint {path.parent} is damaged: {path.name}: {error}; resume from an earlier one") from error
+            raise SelOrthoError(
+                f"checkpoint {path.parent} is damaged: {path.name}: {error}; resume from an earlier one"
+            ) from error
 
 
 def optimizer_tensors(sae: SelOrthoSAE, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

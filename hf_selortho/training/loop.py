@@ -187,10 +187,11 @@ class Trainer:
         assert output.losses is not None
         terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
         documents = batch.document_ids.unique().tolist()
+        named = ", ".join(map(str, documents[:16])) + (" ..." if len(documents) > 16 else "")
         checkpoint = self.checkpoints.latest
         return (
             f"loss is not finite at step {self.state.step + 1} ({terms}); the step was not applied. Documents of the "
-            f"batch: {', '.join(map(str, documents[:16]))}{' ...' if len(documents) > 16 else ''}. Last good checkpoint: "
+            f"batch: {named}. Last good checkpoint: "
             f"{checkpoint or 'none (see --checkpoint_every)'}; try a lower --learning_rate"
         )
 

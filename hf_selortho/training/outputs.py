@@ -52,7 +52,9 @@ def prepare_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SelOrthoError(f"cannot create output folder {folder} ({error.strerror}): choose another --output_dir") from None
+        raise SelOrthoError(
+            f"cannot create output folder {folder} ({error.strerror}): choose another --output_dir"
+        ) from None
     return folder
 
 

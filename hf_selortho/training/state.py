@@ -46,7 +46,7 @@ def step_report(
     output: SelOrthoOutput,
     group: BatchGroup | None = None,
 ) -> dict[str, float | None]:
-    """Figures of one batch (B, d_in) by name; correlations are those of the selected pairs, whether penalised or not."""
+    """Figures of one batch (B, d_in); correlations are those of the selected pairs, whether penalised or not."""
     assert output.losses is not None and output.feature_acts is not None and output.loss is not None
     h = output.feature_acts
     x = sae.normalize_input(activations)

@@ -57,7 +57,9 @@ def test_a_run_leaves_an_evaluated_documented_sae(arguments, tmp_path, tiny_lm, 
     assert {path.name for path in run.iterdir()} == LEFT_BY_A_RUN
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["evaluation"]["samples"] == 30 and 0 < metrics["evaluation"]["fvu"] < 2
-    assert {"loss_recovered", "peak_correlation", "top_correlation", "l0", "dead_features"} <= set(metrics["evaluation"])
+    assert {"loss_recovered", "peak_correlation", "top_correlation", "l0", "dead_features"} <= set(
+        metrics["evaluation"]
+    )
     assert metrics["training"]["steps"] == 12 and metrics["training"]["tokens"] == 12 * 128
     assert metrics["data"]["dropped_special"] == metrics["data"]["contexts"]
     rows = rows_of(run)
@@ -82,7 +84,10 @@ def test_users_feed_raw_activations(arguments, tmp_path, tiny_lm, tiny_tokenizer
     train.main(arguments(max_steps=60))
     sae = SelOrthoSAE.from_pretrained(tmp_path / "run")
     lm = tiny_lm("llama")
-    ids = [tiny_tokenizer.bos_token_id, *tiny_tokenizer("The market sold a new engine", add_special_tokens=False).input_ids]
+    ids = [
+        tiny_tokenizer.bos_token_id,
+        *tiny_tokenizer("The market sold a new engine", add_special_tokens=False).input_ids,
+    ]
     hidden = ActivationCapture(lm, 1).hidden_states(*pad_batch([Context(0, ids)], 0))[0, 1:]
     error = (sae(hidden).reconstruction - hidden).square().sum() / (hidden - sae.input_mean).square().sum()
     assert error < 0.7
@@ -247,8 +252,7 @@ def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(changes, message, a
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(arguments, tmp_path) -> None:
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                  "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     result = run_script(arguments(checkpoint_every=6), accelerate)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -11,7 +11,9 @@ GIVEN = ["--model", "org/lm", "--layer", "3"]
 
 
 def test_a_preset_and_single_arguments_on_top() -> None:
-    arguments = parse_arguments(["--preset", "gemma2-2b-l12", "--layer", "13", "--no_prepend_bos", "--report_to", "wandb"])
+    arguments = parse_arguments(
+        ["--preset", "gemma2-2b-l12", "--layer", "13", "--no_prepend_bos", "--report_to", "wandb"]
+    )
     assert (arguments.model.model, arguments.sae.layer, arguments.sae.d_sae) == ("google/gemma-2-2b", 13, 2304)
     assert arguments.sae.prepend_bos is False and arguments.run.report_to == ["wandb"]
     assert arguments.preset == "gemma2-2b-l12"

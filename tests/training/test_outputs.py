@@ -20,7 +20,10 @@ def test_overwriting_removes_a_run_and_nothing_else(tmp_path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     prepare_output_folder(tmp_path, overwrite=True, resuming=False)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == ["data/x.csv", "thesis.tex"]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "data/x.csv",
+        "thesis.tex",
+    ]
 
 
 def test_a_file_in_the_way(tmp_path) -> None:
