@@ -6,23 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from .errors import SelOrthoError
-
-
-class OneLineParser(HfArgumentParser):
-    """An argument parser whose errors are one line, without the usage text of a hundred arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
 
 def run_script(main: Callable[[], None]) -> None:

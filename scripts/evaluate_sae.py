@@ -20,9 +20,10 @@ from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.activations.lm import load_language_model
 from hf_selortho.activations.texts import TextSource, open_documents
 from hf_selortho.activations.tokens import held_out_contexts
-from hf_selortho.command_line import OneLineParser, run_script
+from hf_selortho.command_line import run_script
 from hf_selortho.evaluation.evaluator import evaluate_sae
 from hf_selortho.hub.report import metrics_table
+from hf_selortho.training.arguments import OneLineParser
 from hf_selortho.training.outputs import write_json
 
 logger = logging.getLogger("hf_selortho.evaluate")

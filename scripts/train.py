@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("resuming from %s", checkpoint)
         sae = SelOrthoSAE.from_pretrained(checkpoint, dtype=torch.float32)
     else:
-        logger.info("filling the buffer with activations of %s at %s", lm.name, capture.hook_name)
-        sae = new_sae(arguments, capture, documents, buffer.fill())
+        sae = new_sae(arguments, capture, documents, buffer.fill(progress=accelerator.is_main_process))
     log = MetricsLog(output / METRICS_LOG, resume_at=resume_at) if accelerator.is_main_process else None
     trainer = Trainer(accelerator, sae, buffer, run, log, checkpoints)
     if checkpoint is not None:

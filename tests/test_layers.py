@@ -29,10 +29,11 @@ ALLOWED = {
     "__init__": {"core"},
     "core": set(),
     "activations": {"errors"},  # it does not know the SAE
-    "training": {"__init__", "core", "activations"},
+    "training": {"__init__", "core", "activations", "command_line"},  # its arguments are those of the command line
     "evaluation": {"__init__", "core", "activations"},
     "features": {"__init__", "core", "activations"},
     "hub": {"__init__", "core", "activations", "training", "evaluation", "features"},
+    "command_line": {"errors"},  # a flat file, but not one that goes to the Hub
 }
 CORE_THIRD_PARTY = {"torch", "transformers", "safetensors"}  # what a copy of core on the Hub can count on
 
@@ -66,7 +67,7 @@ def place_of(name: str, root: Path) -> str:
 
 
 def layer_of(place: str, root: Path) -> str:
-    return place if place == "__init__" or (root / PACKAGE / place).is_dir() else "core"
+    return place if place in ALLOWED or (root / PACKAGE / place).is_dir() else "core"
 
 
 def fault_of(layer: str, imported: Import, root: Path) -> str | None:

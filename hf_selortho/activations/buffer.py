@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
 from .capture import ActivationCapture, Harvest, concatenate, max_norm_from_ratio
@@ -108,10 +109,14 @@ class ActivationBuffer:
         if self.reuse < 1:
             raise SelOrthoError(f"buffer_reuse={self.reuse}: expected at least 1 (every activation used once)")
 
-    def fill(self) -> ActivationStatistics:
-        """Fill the empty buffer and estimate mean, scale and sink threshold on what it holds (on all processes)."""
+    def fill(self, progress: bool = False) -> ActivationStatistics:
+        """Fill the empty buffer and estimate mean, scale and sink threshold on what it holds (on all processes).
+
+        `progress` shows a bar.
+        """
         self.capture.max_norm = None
-        harvest = self._harvest_rows(self.capacity)
+        with tqdm(total=self.capacity, desc="filling the buffer", unit="token", disable=not progress) as bar:
+            harvest = self._harvest_rows(self.capacity, bar)
         norms = torch.cat([chunk.float().norm(dim=1) for chunk in harvest.activations.split(CHUNK)])
         median = _mean_over_processes(norms.median())
         self.capture.max_norm = max_norm = max_norm_from_ratio(median, self.max_norm_ratio)
@@ -215,13 +220,13 @@ class ActivationBuffer:
             rows -= len(contexts[-1].input_ids) - 1
         return contexts
 
-    def _harvest_rows(self, rows: int) -> Harvest:
+    def _harvest_rows(self, rows: int, progress: tqdm | None = None) -> Harvest:
         """At least `rows` activations, from as many contexts as that takes."""
         parts: list[Harvest] = []
         missing = rows
         while missing > 0:
             contexts = self._contexts_for(missing)
-            part = self.capture.harvest(contexts)
+            part = self.capture.harvest(contexts, progress)
             self.counts.add(len(contexts), part)
             parts.append(part)
             missing -= len(part)

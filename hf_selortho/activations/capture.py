@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
 from .lm import LanguageModel, check_layer
@@ -91,13 +92,20 @@ class ActivationCapture:
         """Which tokens (b, t) are activations to learn from: no padding, no special token, no sink."""
         return self._regular(input_ids, attention_mask).to(hidden.device) & self._within_norm(hidden)
 
-    def harvest(self, contexts: Sequence[Context]) -> Harvest:
+    def harvest(self, contexts: Sequence[Context], progress: tqdm | None = None) -> Harvest:
         """Activations of the kept tokens of `contexts`, computed in batches of similar length.
+
+        Args:
+            contexts: what the language model reads. progress: a bar that advances by the tokens kept.
 
         Raises:
             NonFiniteActivationsError: the language model produced NaN or infinity; names the documents.
         """
-        parts = [self._harvest_batch(batch) for batch in length_batches(contexts, self.batch_tokens)]
+        parts = []
+        for batch in length_batches(contexts, self.batch_tokens):
+            parts.append(self._harvest_batch(batch))
+            if progress is not None:
+                progress.update(len(parts[-1]))
         if not parts:
             raise SelOrthoError("no contexts to harvest: expected at least one")
         return concatenate(parts)

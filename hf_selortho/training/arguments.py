@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from ..command_line import OneLineParser
+from transformers import HfArgumentParser
+
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 
@@ -124,6 +125,13 @@ class TrainingArguments:
         """Every argument by name, in the order of the help text."""
         groups = (self.model, self.sae, self.data, self.run, self.evaluation)
         return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
+
+
+class OneLineParser(HfArgumentParser):
+    """An argument parser whose errors are one line, without the usage text of a hundred arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
 
 def list_presets() -> list[str]:

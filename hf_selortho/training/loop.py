@@ -61,11 +61,12 @@ class Trainer:
         self.group = BatchGroup() if accelerator.num_processes > 1 else None
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
         self._seconds = {"data": 0.0, "step": 0.0}
-        self._tokens_timed = 0
+        self._tokens_timed, self._reported_at = 0, 0  # since the last report
 
     def resume(self, checkpoint: Any) -> None:
         """Go on from a checkpoint whose weights the SAE already has."""
         self.checkpoints.load(checkpoint, self.sae, self.optimizer.optimizer, self.buffer, self.state)
+        self._reported_at = self.state.step
 
     def train(self) -> TrainState:
         """Run to `max_steps`; returns the counters.
@@ -151,7 +152,7 @@ class Trainer:
     def _report(self, activations: Tensor, output: SelOrthoOutput, previous: Any) -> dict[str, Any]:
         figures = self._mean_over_processes(step_report(self.sae, activations, output, self.group))
         figures["pair_churn"] = pair_churn(output.pairs, previous, self.sae.config.d_sae)
-        seconds, tokens = sum(self._seconds.values()), self._tokens_timed
+        seconds, tokens, steps = sum(self._seconds.values()), self._tokens_timed, self.state.step - self._reported_at
         row = {
             "step": self.state.step,
             "tokens": self.state.tokens,
@@ -159,10 +160,10 @@ class Trainer:
             "dead_features": self._dead_features(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": tokens / seconds,
-            "seconds_data": self._seconds["data"],
-            "seconds_step": self._seconds["step"],
+            "seconds_per_step": self._seconds["step"] / steps,
+            "seconds_per_step_data": self._seconds["data"] / steps,
         }
-        self._seconds, self._tokens_timed = {"data": 0.0, "step": 0.0}, 0
+        self._seconds, self._tokens_timed, self._reported_at = {"data": 0.0, "step": 0.0}, 0, self.state.step
         if self.log is not None:
             self.log.add(row)
         self.accelerator.log({key: value for key, value in row.items() if value is not None}, step=self.state.step)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_selortho.command_line import torchrun_arguments, use_all_cores
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            "python accelerate launch --cpu --num_processes 2 scripts/train.py --preset demo",
+            "--standalone --nproc_per_node 2",
+        ),
+        ("accelerate-launch --cpu --num_processes=3 train.py", "--standalone --nproc_per_node 3"),
+        ("python -m accelerate.commands.launch --cpu --num_processes 2 train.py", "--standalone --nproc_per_node 2"),
+        (
+            "accelerate launch --cpu --num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 "
+            "--main_process_port 29501 train.py --seed 3",
+            "--nnodes 2 --node_rank 1 --nproc_per_node 2 --master_addr 10.0.0.1 --master_port 29501",
+        ),
+        ("accelerate launch --cpu --num_processes 1 train.py", None),
+        ("accelerate launch --cpu train.py", None),
+        ("/bin/bash -c something", None),
+    ],
+)
+def test_what_accelerate_launch_was_asked_for(command, expected, monkeypatch) -> None:
+    monkeypatch.setattr("hf_selortho.command_line.default_config_file", "/nonexistent")
+    found = torchrun_arguments(command.split())
+    assert found == (None if expected is None else expected.split())
+
+
+def test_a_config_file_of_accelerate_counts(tmp_path) -> None:
+    config = tmp_path / "cpu.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\n"
+        "machine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\n"
+    )
+    command = ["accelerate", "launch", "--config_file", str(config), "train.py"]
+    assert torchrun_arguments(command) == ["--standalone", "--nproc_per_node", "2"]
+
+
+def test_cores_are_shared_among_processes() -> None:
+    before = torch.get_num_threads()
+    try:
+        use_all_cores(1, threads=1)
+        assert torch.get_num_threads() == 1
+        use_all_cores(1)
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        use_all_cores(1000)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+SCRIPT = """
+import sys
+from hf_selortho.command_line import run_script
+from hf_selortho.errors import SelOrthoError
+
+def main():
+    if sys.argv[1] == "mistake":
+        raise SelOrthoError("layer 99 is out of range:\\n choose 0 to 17")
+    if sys.argv[1] == "bug":
+        raise ZeroDivisionError
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(("what", "code"), [("nothing", 0), ("mistake", 2), ("bug", 1)])
+def test_exit_codes(what, code, tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run([sys.executable, str(script), what], capture_output=True, text=True, check=False)
+    assert result.returncode == code
+    if what == "mistake":
+        assert result.stderr == "script.py: error: layer 99 is out of range: choose 0 to 17\n"
+    assert ("Traceback" in result.stderr) == (what == "bug")
