@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_selortho import SelOrthoConfig
@@ -68,13 +69,13 @@ class SelOrthoSAE(PreTrainedModel):
         """Random unit decoder rows, the encoder their transpose, biases and input mean 0, input scale 1."""
         if module is not self:
             return
-        with torch.no_grad():
-            nn.init.normal_(self.W_dec)
-            self.normalize_decoder()
-            self.W_enc.copy_(self.W_dec.T)
-            for zero in (self.b_enc, self.b_dec, self.input_mean):
-                nn.init.zeros_(zero)
-            nn.init.ones_(self.input_scale)
+        # these functions of transformers leave alone what has been loaded
+        directions = torch.nn.functional.normalize(torch.randn_like(self.W_dec), dim=1)  # (d_sae, d_in)
+        init.copy_(self.W_dec, directions)
+        init.copy_(self.W_enc, directions.T)
+        for zero in (self.b_enc, self.b_dec, self.input_mean):
+            init.zeros_(zero)
+        init.ones_(self.input_scale)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
