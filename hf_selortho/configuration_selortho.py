@@ -70,7 +70,10 @@ class SelOrthoConfig(PreTrainedConfig):
     max_norm: float | None = _setting(None, "The norm that this came to: tokens of a larger one were left out.")
     dataset: str | None = _setting(None, "Dataset of the training text.")
     dataset_revision: str | None = _setting(None, "Resolved commit of the dataset.")
+    dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
     dataset_split: str | None = _setting(None, "Split of the dataset.")
+    text_column: str | None = _setting(None, "Column of the dataset that holds the text.")
+    held_out_fraction: float | None = _setting(None, "Share of the documents that training never saw.")
     config_version: int = _setting(CONFIG_VERSION, "Version of this format.")
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -138,6 +141,7 @@ class SelOrthoConfig(PreTrainedConfig):
         for name in ("l1_coefficient", "ortho_coefficient"):
             self._require(name, lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0")
         self._require("pair_fraction", lambda v: 0 < v <= 1, "a share in (0, 1]")
+        self._require("held_out_fraction", lambda v: v is None or 0 <= v < 1, "None or a share in [0, 1)")
         self._require("max_norm", lambda v: v is None or v > 0, "None or a number above 0")
         self._require("max_norm_ratio", lambda v: v is None or (v > 1 and math.isfinite(v)), "None or a number above 1")
         if self.activation == "topk" and self.k is None:

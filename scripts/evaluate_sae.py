@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,35 @@ from hf_selortho.activations.tokens import held_out_contexts
 from hf_selortho.command_line import run_script
 from hf_selortho.evaluation.evaluator import evaluate_sae
 from hf_selortho.hub.report import metrics_table
-from hf_selortho.training.arguments import OneLineParser
+from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.training.outputs import write_json
 
 logger = logging.getLogger("hf_selortho.evaluate")
-
-
-def _argument(default: Any, description: str) -> Any:
-    return field(default=default, metadata={"help": description})
 
 
 @dataclass
 class EvaluateArguments:
     """What to evaluate, and on what; whatever is not given is taken from the SAE's config."""
 
-    revision: str | None = _argument(None, "Branch, tag or commit of the SAE.")
-    subfolder: str | None = _argument(None, "Folder of the SAE within its repository.")
-    model: str | None = _argument(None, "Language model; default: the one that the SAE was trained on.")
-    model_revision: str | None = _argument(None, "Its branch, tag or commit; default: that of the training.")
-    lm_dtype: str = _argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
-    dataset: str | None = _argument(
-        None, "Hub id, local file or folder, or python-docs; default: that of the training."
+    revision: str | None = argument(None, "Branch, tag or commit of the SAE.")
+    subfolder: str | None = argument(None, "Folder of the SAE within its repository.")
+    model: str | None = argument(None, "Language model; default: the one that the SAE was trained on.")
+    model_revision: str | None = argument(None, "Its branch, tag or commit; default: that of the training.")
+    lm_dtype: str = argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
+    dataset: str | None = argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
+    dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
+    split: str | None = argument(None, "Split of the dataset; default: that of the training.")
+    text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
+    streaming: bool = argument(False, "Read the dataset as a stream.")
+    held_out_fraction: float | None = argument(
+        None, "Share of the documents to draw from; default: those held out in training; 1: all, for other text."
     )
-    dataset_config: str | None = _argument(None, "Configuration of the dataset, where it has several.")
-    split: str | None = _argument(None, "Split of the dataset; default: that of the training.")
-    text_column: str | None = _argument(None, "Column that holds the text; default: text, or the only text column.")
-    streaming: bool = _argument(False, "Read the dataset as a stream.")
-    held_out_fraction: float = _argument(0.1, "Share of the documents to draw from; 1: all, for text never trained on.")
-    min_tokens: int = _argument(8, "Contexts with fewer tokens are left out.")
-    batch_size: int = _argument(4096, "Tokens of the batches that correlations are measured on.")
-    eval_samples: int = _argument(1000, "Held-out contexts.")
-    eval_ce_samples: int = _argument(64, "Of these, contexts on which the language model's own loss is measured.")
-    output: str | None = _argument(None, "JSON file to write the metrics to.")
-    cpu: bool = _argument(False, "Use the CPU even where there is a GPU.")
+    min_tokens: int = argument(8, "Contexts with fewer tokens are left out.")
+    batch_size: int = argument(4096, "Tokens of the batches that correlations are measured on.")
+    eval_samples: int = argument(1000, "Held-out contexts.")
+    eval_ce_samples: int = argument(64, "Of these, contexts on which the language model's own loss is measured.")
+    output: str | None = argument(None, "JSON file to write the metrics to.")
+    cpu: bool = argument(False, "Use the CPU even where there is a GPU.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     """Metrics of the SAE by name."""
-    if not 0 < arguments.held_out_fraction <= 1 or arguments.eval_samples < 1:
-        raise SelOrthoError("--held_out_fraction must be in (0, 1] and --eval_samples at least 1")
+    if arguments.eval_samples < 1:
+        raise SelOrthoError(f"--eval_samples {arguments.eval_samples}: expected at least 1")
     device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
     try:
         sae = SelOrthoSAE.from_pretrained(
@@ -109,14 +105,22 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
 def text_source(config: SelOrthoConfig, arguments: EvaluateArguments) -> TextSource:
     """The dataset of the command line, else that of the training with the same documents held out."""
     same = arguments.dataset is None
+    fraction = arguments.held_out_fraction
+    if fraction is None:
+        fraction = config.held_out_fraction if same and config.held_out_fraction is not None else 0.1
+    if not 0 < fraction <= 1:
+        raise SelOrthoError(
+            f"held-out fraction {fraction}: expected a share in (0, 1]; an SAE whose training held nothing out needs "
+            "another --dataset"
+        )
     return TextSource(
         dataset=required(arguments.dataset or config.dataset, "--dataset"),
-        config_name=arguments.dataset_config,
+        config_name=arguments.dataset_config or (config.dataset_config if same else None),
         split=arguments.split or (config.dataset_split if same else None) or "train",
-        text_column=arguments.text_column,
+        text_column=arguments.text_column or (config.text_column if same else None),
         revision=config.dataset_revision if same else None,
         streaming=arguments.streaming,
-        held_out_fraction=arguments.held_out_fraction,
+        held_out_fraction=fraction,
     )
 
 

@@ -35,6 +35,7 @@ from hf_selortho.training.loop import LAST_STEPS, Trainer
 from hf_selortho.training.outputs import (
     METRICS_LOG,
     MetricsLog,
+    check_output_folder,
     hardware,
     library_versions,
     peak_memory_gb,
@@ -50,14 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     run = arguments.run
     accelerator = make_accelerator(arguments)
-    checkpoint = find_checkpoint(run.resume_from_checkpoint, run.output_dir)
-    output = Path(run.output_dir)
+    folder_policy = {"overwrite": run.overwrite_output_dir, "resuming": run.resume_from_checkpoint is not None}
+    output = check_output_folder(run.output_dir, **folder_policy)
+    checkpoint = find_checkpoint(run.resume_from_checkpoint, output)
     checkpoints = Checkpoints(accelerator, output, arguments.flat(), keep=run.keep_checkpoints)
     resume_at = checkpoints.check(checkpoint) if checkpoint else 0
-    if accelerator.is_main_process:
-        resuming = run.resume_from_checkpoint is not None
-        prepare_output_folder(output, overwrite=run.overwrite_output_dir, resuming=resuming)
-    accelerator.wait_for_everyone()
     set_seed(run.seed)
 
     documents = load_documents(arguments)
@@ -69,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sae = SelOrthoSAE.from_pretrained(checkpoint, dtype=torch.float32)
     else:
         sae = new_sae(arguments, capture, documents, buffer.fill(progress=accelerator.is_main_process))
+
+    # only now is it known that the run can start, and an earlier one may be replaced
+    if accelerator.is_main_process:
+        prepare_output_folder(output, **folder_policy)
+    accelerator.wait_for_everyone()
+    start_trackers(accelerator, arguments)
     log = MetricsLog(output / METRICS_LOG, resume_at=resume_at) if accelerator.is_main_process else None
     trainer = Trainer(accelerator, sae, buffer, run, log, checkpoints)
     if checkpoint is not None:
@@ -112,10 +116,13 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
             project_dir=str(Path(arguments.run.output_dir) / "trackers"),
             kwargs_handlers=[GradScalerKwargs(growth_factor=2.0, backoff_factor=0.5)],
         )
-        if trackers:
-            accelerator.init_trackers("hf_selortho", config=_tracked(arguments.flat()))
     except (ValueError, ImportError) as error:
         raise SelOrthoError(f"accelerate cannot start with these arguments: {error}") from error
+    missing = sorted(set(trackers) - {str(tracker) for tracker in accelerator.log_with})
+    if missing:
+        raise SelOrthoError(
+            f"--report_to {' '.join(missing)}: install the tracker with pip install {' '.join(missing)}"
+        )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), arguments.run.cpu_threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -125,6 +132,12 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
             f"--batch_size {arguments.run.batch_size} is not a multiple of the {accelerator.num_processes} processes"
         )
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, arguments: TrainingArguments) -> None:
+    """Tell the trackers of `--report_to` about the run."""
+    if accelerator.log_with:
+        accelerator.init_trackers("hf_selortho", config=_tracked(arguments.flat()))
 
 
 def load_documents(arguments: TrainingArguments) -> Documents:
@@ -193,6 +206,9 @@ def new_sae(
         dataset=documents.name,
         dataset_revision=documents.revision,
         dataset_split=documents.split,
+        dataset_config=arguments.data.dataset_config,
+        text_column=arguments.data.text_column,
+        held_out_fraction=arguments.data.held_out_fraction,
     )
     sae = SelOrthoSAE(config)
     if config.input_normalization == "standard":

@@ -159,6 +159,8 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) ->
         axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=min(0.0, float(everything.min())))
+        if not everything.any():
+            axes.set_ylim(0, 1)  # all zero: matplotlib would number twentieths of a feature
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(panel.title)

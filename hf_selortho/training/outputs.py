@@ -28,10 +28,8 @@ _LIBRARIES = (
 )  # fmt: skip
 
 
-def prepare_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) -> Path:
-    """Create the output folder, or empty it of an earlier run's files if `overwrite`.
-
-    Only files that a run writes are ever removed.
+def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) -> Path:
+    """The output folder, if a run may write to it; nothing is changed yet.
 
     Raises:
         SelOrthoError: it is a file, or not empty and neither overwritten nor resumed.
@@ -39,12 +37,21 @@ def prepare_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) 
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise SelOrthoError(f"output folder {folder} is a file: choose another --output_dir")
-    if folder.is_dir() and any(folder.iterdir()) and not resuming:
-        if not overwrite:
-            raise SelOrthoError(
-                f"output folder {folder} is not empty: choose another --output_dir, pass --resume_from_checkpoint auto "
-                "to go on, or --overwrite_output_dir to replace the run in it"
-            )
+    if folder.is_dir() and any(folder.iterdir()) and not (resuming or overwrite):
+        raise SelOrthoError(
+            f"output folder {folder} is not empty: choose another --output_dir, pass --resume_from_checkpoint auto "
+            "to go on, or --overwrite_output_dir to replace the run in it"
+        )
+    return folder
+
+
+def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> None:
+    """Create the output folder, or remove an earlier run's files if `overwrite`; nobody else's are ever removed.
+
+    Raises:
+        SelOrthoError: the folder cannot be created.
+    """
+    if overwrite and not resuming:
         for name in _OWN_FILES:
             (folder / name).unlink(missing_ok=True)
         for name in _OWN_FOLDERS:
@@ -55,7 +62,6 @@ def prepare_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) 
         raise SelOrthoError(
             f"cannot create output folder {folder} ({error.strerror}): choose another --output_dir"
         ) from None
-    return folder
 
 
 def write_json(path: Path, content: Any) -> None:

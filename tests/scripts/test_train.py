@@ -200,6 +200,26 @@ def test_an_output_folder_in_use(arguments, tmp_path) -> None:
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_that_cannot_start_does_not_replace_another(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=1, eval_samples=0))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for mistake in ({"layer": 9}, {"text_column": "body"}, {"buffer_contexts": 1}):
+        with pytest.raises(SelOrthoError):
+            train.main([*arguments(**mistake), "--overwrite_output_dir"])
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_tracker_is_told(arguments, tmp_path) -> None:
+    train.main(arguments(report_to="tensorboard", eval_samples=0))
+    assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_that_is_not_installed(arguments, tmp_path) -> None:
+    with pytest.raises(SelOrthoError, match="comet_ml"):
+        train.main(arguments(report_to="comet_ml"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluating_it_again_gives_the_same_figures(arguments, tmp_path, capsys) -> None:
     train.main(arguments())
     run = tmp_path / "run"
@@ -247,7 +267,7 @@ def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(changes, message, a
     import re
 
     assert re.search(message, lines[-1]), lines[-1]
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -5,14 +5,16 @@ import json
 import pytest
 
 from hf_selortho import SelOrthoError
-from hf_selortho.training.outputs import MetricsLog, prepare_output_folder, write_json
+from hf_selortho.training.outputs import MetricsLog, check_output_folder, prepare_output_folder, write_json
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SelOrthoError, match="is not empty: choose another --output_dir, .*--overwrite_output_dir"):
-        prepare_output_folder(tmp_path, overwrite=False, resuming=False)
-    assert prepare_output_folder(tmp_path, overwrite=False, resuming=True) == tmp_path
+        check_output_folder(tmp_path, overwrite=False, resuming=False)
+    assert check_output_folder(tmp_path, overwrite=False, resuming=True) == tmp_path
+    assert check_output_folder(tmp_path, overwrite=True, resuming=False) == tmp_path
+    assert (tmp_path / "thesis.tex").exists()
 
 
 def test_overwriting_removes_a_run_and_nothing_else(tmp_path) -> None:
@@ -28,9 +30,10 @@ def test_overwriting_removes_a_run_and_nothing_else(tmp_path) -> None:
 
 def test_a_file_in_the_way(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(SelOrthoError, match="choose another --output_dir"):
-            prepare_output_folder(path, overwrite=True, resuming=False)
+    with pytest.raises(SelOrthoError, match="is a file: choose another --output_dir"):
+        check_output_folder(tmp_path / "file", overwrite=True, resuming=False)
+    with pytest.raises(SelOrthoError, match="cannot create output folder .*choose another --output_dir"):
+        prepare_output_folder(tmp_path / "file" / "below", overwrite=False, resuming=False)
 
 
 def test_json_has_no_nan_and_no_half_files(tmp_path) -> None:
