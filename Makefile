@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What `accelerate launch` would otherwise guess, with a warning for each; plain `accelerate launch scripts/train.py` does the same.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# --quiet: a mistake stays one line, without a traceback of accelerate's own below it.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: help demo test test-fast lint format clean
 .DEFAULT_GOAL := help
