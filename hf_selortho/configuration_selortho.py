@@ -65,7 +65,8 @@ class SelOrthoConfig(PreTrainedConfig):
     prepend_bos: bool = _setting(True, "Whether each context starts with BOS (left out of the training data).")
     # Measured on Gemma-3-270m: ordinary tokens stay below 2.3 times the median norm, sinks start at 4.7 times.
     max_norm_ratio: float | None = _setting(
-        4.0, "Tokens whose activation norm exceeds this multiple of the median are left out; none keeps all."
+        4.0,
+        "Tokens whose norm exceeds this multiple of the median are left out; None (--max_norm_ratio inf) keeps all.",
     )
     max_norm: float | None = _setting(None, "The norm that this came to: tokens of a larger one were left out.")
     dataset: str | None = _setting(None, "Dataset of the training text.")
@@ -73,13 +74,14 @@ class SelOrthoConfig(PreTrainedConfig):
     dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
     dataset_split: str | None = _setting(None, "Split of the dataset.")
     text_column: str | None = _setting(None, "Column of the dataset that holds the text.")
+    min_tokens: int | None = _setting(None, "Contexts with fewer tokens than this were left out.")
     held_out_fraction: float | None = _setting(None, "Share of the documents that training never saw.")
     config_version: int = _setting(CONFIG_VERSION, "Version of this format.")
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_version()
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
-        self._check_version()
         self._check_types()
         self._check_values()
 
@@ -134,7 +136,7 @@ class SelOrthoConfig(PreTrainedConfig):
                 raise ConfigError(f"{f.name}={value!r}: expected {names}, not {type(value).__name__}")
 
     def _check_values(self) -> None:
-        for name in ("d_in", "d_sae", "min_support", "k"):
+        for name in ("d_in", "d_sae", "min_support", "k", "min_tokens"):
             self._require(name, lambda v: v is None or v >= 1, "a whole number of at least 1")
         self._require("context_length", lambda v: v >= 2, "at least 2 tokens")
         self._require("layer", lambda v: v is None or v >= 0, "a layer counted from 0")

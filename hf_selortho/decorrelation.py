@@ -29,7 +29,7 @@ class Pairs:
 
     i: Tensor  # (T,) int64, the smaller index
     j: Tensor  # (T,) int64, the larger index
-    correlation: Tensor  # (T,) float32
+    correlation: Tensor  # (T,) float32 (float64 if the activations are)
 
     def __len__(self) -> int:
         return len(self.i)
@@ -283,7 +283,7 @@ def _select(h: Tensor, norms: FeatureNorms, pair_fraction: float, min_support: i
             best.offer(tile, rows, cols, n)
     squares, keys = best.sorted()
     correlation = squares.sign() * squares.abs().sqrt().clamp_max(1)
-    return Pairs(keys // n, keys % n, correlation.float())
+    return Pairs(keys // n, keys % n, correlation)
 
 
 def _correlation_tiles(

@@ -50,6 +50,7 @@ class SelOrthoSAE(PreTrainedModel):
     # a mean of norm thousands in bfloat16 would be off by more than the features explain
     _keep_in_fp32_modules_strict = {"input_mean", "input_scale"}
 
+    config: SelOrthoConfig
     input_mean: Tensor
     input_scale: Tensor
 
@@ -160,10 +161,10 @@ class SelOrthoSAE(PreTrainedModel):
         x = self.normalize_input(activations)
         h = self._encode_normalized(x)  # (..., d_sae)
         x_hat = h @ self.W_dec + self.b_dec
-        flat = h.reshape(-1, self.config.d_sae)  # (B, d_sae)
+        flat = h.reshape(-1, len(self.b_enc))  # (B, d_sae)
         ortho, pairs = self._ortho_loss(flat, group)
         losses = {
-            "reconstruction": (x_hat.float() - x).square().sum(-1).mean(),
+            "reconstruction": (x_hat.to(x.dtype) - x).square().sum(-1).mean(),
             "l1": self._l1_loss(flat),
             "ortho": ortho,
         }
@@ -186,6 +187,7 @@ class SelOrthoSAE(PreTrainedModel):
     def _encode_normalized(self, x: Tensor) -> Tensor:
         h = torch.relu(x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc)
         if self.config.activation == "topk":
+            assert self.config.k is not None  # the config has checked it
             values, indices = h.topk(self.config.k, dim=-1, sorted=False)
             h = torch.zeros_like(h).scatter(-1, indices, values)
         return h

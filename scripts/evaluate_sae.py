@@ -46,7 +46,7 @@ class EvaluateArguments:
     held_out_fraction: float | None = argument(
         None, "Share of the documents to draw from; default: those held out in training; 1: all, for other text."
     )
-    min_tokens: int = argument(8, "Contexts with fewer tokens are left out.")
+    min_tokens: int | None = argument(None, "Contexts with fewer tokens are left out; default: as in training.")
     batch_size: int = argument(4096, "Tokens of the batches that correlations are measured on.")
     eval_samples: int = argument(1000, "Held-out contexts.")
     eval_ce_samples: int = argument(64, "Of these, contexts on which the language model's own loss is measured.")
@@ -59,17 +59,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups: list[Any] = [EvaluateArguments]
     parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("sae", help="Folder or Hub id of the SAE.")
-    arguments, rest = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
+    arguments, rest, unknown = parser.parse_args_into_dataclasses(
+        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    check(arguments)
     metrics = evaluate(rest.sae, arguments)
+    sys.stdout.write(metrics_table({"evaluation": metrics}) + "\n")
     if arguments.output:
         write_json(Path(arguments.output), {"schema_version": 1, "sae": rest.sae, "evaluation": metrics})
-    sys.stdout.write(metrics_table({"evaluation": metrics}) + "\n")
+
+
+def check(arguments: EvaluateArguments) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    for name, least in (("eval_samples", 1), ("eval_ce_samples", 0), ("batch_size", 1)):
+        if getattr(arguments, name) < least:
+            raise SelOrthoError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
+    if arguments.output and not Path(arguments.output).parent.is_dir():
+        raise SelOrthoError(f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}")
 
 
 def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     """Metrics of the SAE by name."""
-    if arguments.eval_samples < 1:
-        raise SelOrthoError(f"--eval_samples {arguments.eval_samples}: expected at least 1")
     device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
     try:
         sae = SelOrthoSAE.from_pretrained(
@@ -94,7 +106,7 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
         limit=arguments.eval_samples,
         context_length=config.context_length,
         prepend_bos=config.prepend_bos,
-        min_tokens=arguments.min_tokens,
+        min_tokens=arguments.min_tokens or config.min_tokens or 8,
     )
     evaluation = evaluate_sae(
         sae, capture, contexts, batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples

@@ -20,17 +20,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
 
-from hf_selortho import SelOrthoError, SelOrthoSAE
+from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.buffer import ActivationBuffer, ActivationStatistics
 from hf_selortho.activations.capture import ActivationCapture
-from hf_selortho.activations.lm import LanguageModel, load_language_model
+from hf_selortho.activations.lm import LanguageModel, check_context_length, load_language_model
 from hf_selortho.activations.texts import Documents, TextSource, open_documents
-from hf_selortho.activations.tokens import ContextStream, held_out_contexts
+from hf_selortho.activations.tokens import Context, ContextStream, held_out_contexts
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_sae
 from hf_selortho.hub.report import metrics_table, write_report
 from hf_selortho.training.arguments import TrainingArguments, parse_arguments, sae_config
-from hf_selortho.training.checkpoint import Checkpoints, find_checkpoint
+from hf_selortho.training.checkpoint import Checkpoints, find_checkpoint, is_checkpoint_of
 from hf_selortho.training.loop import LAST_STEPS, Trainer
 from hf_selortho.training.outputs import (
     METRICS_LOG,
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     run = arguments.run
     accelerator = make_accelerator(arguments)
-    folder_policy = {"overwrite": run.overwrite_output_dir, "resuming": run.resume_from_checkpoint is not None}
-    output = check_output_folder(run.output_dir, **folder_policy)
-    checkpoint = find_checkpoint(run.resume_from_checkpoint, output)
+    checkpoint = find_checkpoint(run.resume_from_checkpoint, run.output_dir)
+    resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(checkpoint, run.output_dir)
+    output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=resuming)
     checkpoints = Checkpoints(accelerator, output, arguments.flat(), keep=run.keep_checkpoints)
     resume_at = checkpoints.check(checkpoint) if checkpoint else 0
     set_seed(run.seed)
@@ -61,16 +61,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents = load_documents(arguments)
     lm = load_lm(arguments, accelerator)
     capture = ActivationCapture(lm, arguments.sae.layer, batch_tokens=arguments.model.lm_batch_tokens)
+    held_out = find_held_out(arguments, lm, documents) if accelerator.is_main_process else []
     buffer = make_buffer(arguments, accelerator, capture, documents)
+    config = make_config(arguments, capture, documents)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
-        sae = SelOrthoSAE.from_pretrained(checkpoint, dtype=torch.float32)
+        sae = checkpoints.load_sae(checkpoint, config)
     else:
-        sae = new_sae(arguments, capture, documents, buffer.fill(progress=accelerator.is_main_process))
+        sae = new_sae(config, buffer.fill(progress=accelerator.is_main_process))
 
     # only now is it known that the run can start, and an earlier one may be replaced
     if accelerator.is_main_process:
-        prepare_output_folder(output, **folder_policy)
+        prepare_output_folder(output, overwrite=run.overwrite_output_dir, resuming=resuming)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, arguments)
     log = MetricsLog(output / METRICS_LOG, resume_at=resume_at) if accelerator.is_main_process else None
@@ -78,17 +80,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint is not None:
         trainer.resume(checkpoint)
     state = trainer.train()
+    data = buffer.totals()
     accelerator.end_training()
     if log is None:
         return
     sae.eval().save_pretrained(output)
     trained = time.time()
-    evaluation = evaluate(arguments, sae, capture, documents)
+    evaluation = evaluate(arguments, sae, capture, held_out)
     metrics = {
         "schema_version": 1,
         "evaluation": evaluation.metrics if evaluation else {},
         "training": {**log.mean_of_last(LAST_STEPS), "steps": state.step, "tokens": state.tokens},
-        "data": {**buffer.totals(accelerator.num_processes), "held_out_fraction": arguments.data.held_out_fraction},
+        "data": {**data, "held_out_fraction": arguments.data.held_out_fraction},
     }
     run_info = {
         "command": shlex.join(["accelerate", "launch", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]),
@@ -110,7 +113,7 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     trackers = [name for name in arguments.run.report_to if name != "none"]
     try:
         accelerator = Accelerator(
-            cpu=arguments.run.cpu,
+            cpu=arguments.run.cpu or torch.backends.mps.is_available(),  # Apple's GPUs have no float64
             mixed_precision=arguments.run.mixed_precision,
             log_with=trackers or None,
             project_dir=str(Path(arguments.run.output_dir) / "trackers"),
@@ -169,6 +172,7 @@ def make_buffer(
 ) -> ActivationBuffer:
     """This process's part of the buffer, over documents that no other process reads."""
     data, run, processes, rank = arguments.data, arguments.run, accelerator.num_processes, accelerator.process_index
+    check_context_length(capture.lm, arguments.sae.context_length)
     stream = ContextStream(
         documents,
         capture.lm.tokenizer,
@@ -192,46 +196,54 @@ def make_buffer(
     )
 
 
-def new_sae(
-    arguments: TrainingArguments, capture: ActivationCapture, documents: Documents, statistics: ActivationStatistics
-) -> SelOrthoSAE:
-    """A fresh SAE whose config says where its activations come from, with the input statistics in its buffers."""
-    config = sae_config(
+def make_config(arguments: TrainingArguments, capture: ActivationCapture, documents: Documents) -> SelOrthoConfig:
+    """The SAE's settings, and where its activations come from."""
+    return sae_config(
         arguments,
         d_in=capture.lm.d_model,
         lm_name=capture.lm.name,
         lm_revision=capture.lm.revision,
         hook_name=capture.hook_name,
-        max_norm=statistics.max_norm,
         dataset=documents.name,
         dataset_revision=documents.revision,
         dataset_split=documents.split,
         dataset_config=arguments.data.dataset_config,
         text_column=arguments.data.text_column,
+        min_tokens=arguments.data.min_tokens,
         held_out_fraction=arguments.data.held_out_fraction,
     )
-    sae = SelOrthoSAE(config)
+
+
+def new_sae(config: SelOrthoConfig, statistics: ActivationStatistics) -> SelOrthoSAE:
+    """A fresh SAE with the input statistics in its buffers."""
+    sae = SelOrthoSAE(SelOrthoConfig(**{**config.own_settings(), "max_norm": statistics.max_norm}))
     if config.input_normalization == "standard":
         sae.set_input_statistics(statistics.mean, statistics.scale)
     return sae
 
 
-def evaluate(
-    arguments: TrainingArguments, sae: SelOrthoSAE, capture: ActivationCapture, documents: Documents
-) -> Evaluation | None:
-    """Metrics on documents that training never saw."""
+def find_held_out(arguments: TrainingArguments, lm: LanguageModel, documents: Documents) -> list[Context]:
+    """Contexts to evaluate on, of documents that training never sees; found before the training to fail early."""
     samples = arguments.evaluation.eval_samples
     if samples == 0 or arguments.data.held_out_fraction == 0:
-        return None
-    logger.info("evaluating on up to %d held-out contexts", samples)
-    contexts = held_out_contexts(
+        return []
+    return held_out_contexts(
         documents,
-        capture.lm.tokenizer,
+        lm.tokenizer,
         limit=samples,
         context_length=arguments.sae.context_length,
         prepend_bos=arguments.sae.prepend_bos,
         min_tokens=arguments.data.min_tokens,
     )
+
+
+def evaluate(
+    arguments: TrainingArguments, sae: SelOrthoSAE, capture: ActivationCapture, contexts: list[Context]
+) -> Evaluation | None:
+    """Metrics on the held-out contexts, if there are any."""
+    if not contexts:
+        return None
+    logger.info("evaluating on %d held-out contexts", len(contexts))
     return evaluate_sae(
         sae,
         capture,

@@ -139,16 +139,17 @@ class ActivationBuffer:
         activations = self._activations[rows.to(self._activations.device)].float()
         return ActivationBatch(activations, self._document_ids[rows], self._positions[rows])
 
-    def totals(self, processes: int = 1) -> dict[str, int]:
-        """What this process has harvested, and from how many documents the stream has read."""
+    def totals(self) -> dict[str, int]:
+        """What all processes have harvested; each of them has to call this."""
         stream = self.stream.counts
-        return {
+        counts = {
             **asdict(self.counts),
             "documents": stream["documents"],
             "dropped_tails": stream["dropped_tails"],
-            "epoch": self.stream.epoch,
-            "processes": processes,
+            "processes": 1,
         }
+        sums = _sum_over_processes(torch.tensor(list(counts.values()), device=self.capture.device))
+        return {**dict(zip(counts, sums.tolist(), strict=True)), "epoch": self.stream.epoch}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that decides the batches to come: tensors, and a JSON-able rest."""

@@ -140,6 +140,13 @@ def check_layer(lm: LanguageModel | int, layer: int) -> None:
         raise SelOrthoError(f"layer {layer} is out of range: {name} has {count} layers, choose 0 to {count - 1}")
 
 
+def check_context_length(lm: LanguageModel, context_length: int) -> None:
+    """Raise a SelOrthoError if contexts are longer than the language model was made for."""
+    window = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if window is not None and context_length > window:
+        raise SelOrthoError(f'context_length {context_length}: "{lm.name}" reads at most {window} tokens at once')
+
+
 def _locate(name: str, revision: str | None, token: str | None) -> _Source:
     folder = Path(name).expanduser()
     if name == EMBEDDED_MODEL:

@@ -149,8 +149,8 @@ def open_documents(source: TextSource) -> Documents:
         SelOrthoError: no such dataset, file, split, column or revision; no network; no text; an unreadable file.
     """
     fraction = source.held_out_fraction
-    if not 0 < fraction < 1:
-        raise SelOrthoError(f"held_out_fraction is {fraction}: expected a number between 0 and 1, such as 0.1")
+    if not 0 <= fraction <= 1:
+        raise SelOrthoError(f"held_out_fraction is {fraction}: expected a number from 0 to 1, such as 0.1")
     if source.dataset == PYTHON_DOCS:
         return _open_python_docs(source)
     loaded = load_texts(

@@ -74,7 +74,8 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     measured = metrics["evaluation"]
     title = f"held-out evaluation, {measured['samples']} contexts, {measured['tokens']} tokens" if measured else ""
     if not measured:
-        measured, title = metrics["training"], "training, mean of the last 100 steps (no evaluation on held-out text)"
+        measured = {key: value for key, value in metrics["training"].items() if key != "l1"}  # the weighted loss term
+        title = "training, mean of the last 100 steps (no evaluation on held-out text)"
     rows = [(label, format(measured[key], spec)) for key, label, spec in _TABLE if measured.get(key) is not None]
     width = max(len(label) for label, _ in rows)
     return "\n".join([title, *(f"  {label:<{width}}  {value:>12}" for label, value in rows)])

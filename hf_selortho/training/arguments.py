@@ -21,7 +21,7 @@ PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 # Known only once the language model and the dataset are loaded, or given by an argument of another name.
 _DERIVED_SETTINGS = {
     "d_in", "lm_name", "lm_revision", "hook_name", "max_norm", "dataset", "dataset_revision", "dataset_split",
-    "dataset_config", "text_column", "held_out_fraction", "config_version",
+    "dataset_config", "text_column", "min_tokens", "held_out_fraction", "config_version",
 }  # fmt: skip
 
 SAEArguments = make_dataclass(
@@ -204,7 +204,8 @@ def _known(preset: dict[str, Any], groups: Sequence[Any], name: str) -> dict[str
     if unknown:
         raise SelOrthoError(f"preset {name!r} has unknown arguments: {', '.join(unknown)}")
     for key, value in preset.items():
-        allowed = tuple(get_origin(t) or t for t in get_args(hints[key]) or (hints[key],))
+        hint = hints[key]
+        allowed = (list,) if get_origin(hint) is list else get_args(hint) or (hint,)
         if isinstance(allowed[0], type) and type(value) not in (*allowed, int if float in allowed else None):
             names = " or ".join(t.__name__ for t in allowed)
             raise SelOrthoError(f"preset {name!r} sets {key} to {value!r}: expected {names}")
@@ -255,6 +256,7 @@ _RULES: list[tuple[str, str, Any, str]] = [
     ("run", "max_grad_norm", lambda v: v > 0, "a number above 0"),
     ("run", "mixed_precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
     ("run", "cpu_threads", lambda v: v >= 1, "at least 1"),
+    ("run", "seed", lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295"),
     ("run", "logging_steps", lambda v: v >= 1, "at least 1"),
     ("run", "dead_after_tokens", lambda v: v >= 1, "at least 1"),
     ("run", "checkpoint_every", lambda v: v >= 0, "at least 0"),

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..activations.buffer import ActivationBuffer
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from .outputs import CHECKPOINTS, write_json
+from .outputs import CHECKPOINTS, holds_unfinished_run, write_json
 from .state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d+)")
 # Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
 _FREE_ARGUMENTS = {
-    "output_dir", "overwrite_output_dir", "max_steps", "report_to", "logging_steps", "checkpoint_every",
+    "output_dir", "overwrite_output_dir", "report_to", "logging_steps", "checkpoint_every",
     "keep_checkpoints", "resume_from_checkpoint", "eval_samples", "eval_ce_samples", "cpu", "cpu_threads",
 }  # fmt: skip
 
@@ -44,16 +45,32 @@ def find_checkpoint(wanted: str | None, output_dir: str | Path) -> Path | None:
         return None
     if wanted == "auto":
         found = list_checkpoints(Path(output_dir))
-        if not found:
-            logger.warning("%s holds no checkpoint: starting from the beginning", output_dir)
-        return found[-1] if found else None
+        if found:
+            return found[-1]
+        if not holds_unfinished_run(Path(output_dir)):
+            raise SelOrthoError(
+                f"{output_dir} holds no checkpoint to resume from (see --checkpoint_every), but a finished run or "
+                "other files: choose another --output_dir"
+            )
+        logger.warning("%s holds no checkpoint: starting from the beginning", output_dir)
+        return None
     folder = Path(wanted)
     if not (folder / "trainer.json").is_file():
         available = ", ".join(str(path) for path in list_checkpoints(Path(output_dir))) or "none"
         raise SelOrthoError(
             f"{folder} is not a checkpoint (it has no trainer.json); checkpoints of this run: {available}"
         )
+    later = [path for path in list_checkpoints(Path(output_dir)) if _is_later(path, folder)]
+    if later:
+        raise SelOrthoError(
+            f"{later[-1]} is later than {folder}: resume from it, or go on from the earlier one in another --output_dir"
+        )
     return folder
+
+
+def is_checkpoint_of(checkpoint: Path | None, output_dir: str | Path) -> bool:
+    """Whether a checkpoint is one of the run in `output_dir`."""
+    return checkpoint is not None and checkpoint.resolve().parent == (Path(output_dir) / CHECKPOINTS).resolve()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -75,7 +92,8 @@ class Checkpoints:
     def __init__(self, accelerator: Accelerator, output_dir: Path, arguments: dict[str, Any], keep: int = 2) -> None:
         self.accelerator = accelerator
         self.output_dir = output_dir
-        self.arguments = arguments
+        # what `accelerate launch` was given counts too
+        self.arguments = {**arguments, "mixed_precision": accelerator.mixed_precision}
         self.keep = keep
 
     @property
@@ -131,13 +149,36 @@ class Checkpoints:
         try:
             load_optimizer_tensors(sae, optimizer, load_file(folder / "optimizer.safetensors"))
             tensors = load_file(folder / f"buffer_{self._rank}.safetensors")
+            since_fired = tensors.pop("tokens_since_fired")
         except (SafetensorError, OSError, KeyError) as error:
             raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
-        state.tokens_since_fired.copy_(tensors.pop("tokens_since_fired"))
+        state.tokens_since_fired.copy_(since_fired)
         buffer.load_state_dict(tensors, self._read(folder / f"buffer_{self._rank}.json"))
         state.step, state.tokens = trainer["step"], trainer["tokens"]
         if self.accelerator.scaler is not None and trainer["scaler"]:
             self.accelerator.scaler.load_state_dict(trainer["scaler"])
+
+    def load_sae(self, folder: Path, expected: SelOrthoConfig) -> SelOrthoSAE:
+        """The SAE of a checkpoint, once it is known to read the same activations as this run.
+
+        Raises:
+            SelOrthoError: it is damaged, or the language model or the dataset is another one by now (names them).
+        """
+        try:
+            sae = SelOrthoSAE.from_pretrained(folder, dtype=torch.float32)
+        except OSError as error:
+            raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
+        differing = [
+            f"{name} {getattr(sae.config, name)!r} -> {getattr(expected, name)!r}"
+            for name in ("d_in", "lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision")
+            if getattr(sae.config, name) != getattr(expected, name)
+        ]
+        if differing:
+            raise SelOrthoError(
+                f"checkpoint {folder} was made on other activations ({'; '.join(differing)}); pin the revisions, or "
+                "start a new run in another --output_dir"
+            )
+        return sae
 
     def check(self, folder: Path) -> int:
         """Step of a checkpoint, once its settings are known to be those of this run.
@@ -147,10 +188,13 @@ class Checkpoints:
         """
         trainer = self._read(folder / "trainer.json")
         saved = trainer["arguments"]
+        free = set(_FREE_ARGUMENTS)
+        if not self.arguments.get("decay_steps") and not 0 < self.arguments.get("warmup_steps", 0) < 1:
+            free.add("max_steps")  # else it decides the learning rate
         differing = [
             f"{key} {saved.get(key)!r} -> {value!r}"
             for key, value in self.arguments.items()
-            if key not in _FREE_ARGUMENTS and saved.get(key) != value
+            if key not in free and saved.get(key) != value
         ]
         if trainer["processes"] != self.accelerator.num_processes:
             differing.append(f"processes {trainer['processes']} -> {self.accelerator.num_processes}")
@@ -201,6 +245,11 @@ def load_optimizer_tensors(sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, t
 def _keys_of(name: str, tensors: Iterable[str]) -> list[str]:
     prefix = f"{name}."
     return [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+
+
+def _is_later(path: Path, other: Path) -> bool:
+    """Whether a checkpoint comes after another one of the same run."""
+    return path.parent.resolve() == other.resolve().parent and _step_of(path) > _step_of(other.resolve())
 
 
 def _step_of(folder: Path) -> int:

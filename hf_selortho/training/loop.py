@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..activations.buffer import ActivationBatch, ActivationBuffer
+from ..activations.capture import NonFiniteActivationsError
 from ..decorrelation import BatchGroup
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
@@ -99,7 +100,7 @@ class Trainer:
         previous = self.state.pairs
         for index in range(self.arguments.gradient_accumulation_steps):
             started = time.perf_counter()
-            batch = self.buffer.next_batch()
+            batch = self._next_batch()
             self._seconds["data"] += time.perf_counter() - started
             started = time.perf_counter()
             last = index == self.arguments.gradient_accumulation_steps - 1
@@ -112,6 +113,14 @@ class Trainer:
         self._seconds["step"] += time.perf_counter() - started
         return self._report(activations, output, previous) if self._is_logged() else None
 
+    def _next_batch(self) -> ActivationBatch:
+        try:
+            return self.buffer.next_batch()
+        except NonFiniteActivationsError as error:
+            raise NonFiniteActivationsError(
+                f"{error}. This was before step {self.state.step + 1}; {self._last_checkpoint()}"
+            ) from error
+
     def _accumulate(self, batch: ActivationBatch, last: bool) -> tuple[SelOrthoOutput, Tensor]:
         """Add the gradient of one batch; gradients are exchanged between processes after the last one only."""
         activations = batch.activations.to(self.accelerator.device)
@@ -119,8 +128,10 @@ class Trainer:
             with self.accelerator.autocast():
                 output = self.model(activations, group=self.group)
             if not torch.isfinite(output.loss):
-                raise NonFiniteLossError(self._non_finite_message(output, batch))
+                raise NonFiniteLossError(self._non_finite_message("loss", output, batch))
             self.accelerator.backward(output.loss / self.arguments.gradient_accumulation_steps)
+        if last and self.accelerator.scaler is None and not torch.isfinite(self._gradient_norm()):
+            raise NonFiniteLossError(self._non_finite_message("gradient", output, batch))
         tokens = len(activations) * self.accelerator.num_processes
         self.state.count(output.feature_acts.detach(), tokens)
         self._tokens_timed += tokens
@@ -184,17 +195,22 @@ class Trainer:
             since = -self.accelerator.gather(-since[None]).amax(0)
         return int((since >= self.arguments.dead_after_tokens).sum())
 
-    def _non_finite_message(self, output: SelOrthoOutput, batch: ActivationBatch) -> str:
+    def _gradient_norm(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _non_finite_message(self, what: str, output: SelOrthoOutput, batch: ActivationBatch) -> str:
         assert output.losses is not None
         terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
         documents = batch.document_ids.unique().tolist()
         named = ", ".join(map(str, documents[:16])) + (" ..." if len(documents) > 16 else "")
-        checkpoint = self.checkpoints.latest
         return (
-            f"loss is not finite at step {self.state.step + 1} ({terms}); the step was not applied. Documents of the "
-            f"batch: {named}. Last good checkpoint: "
-            f"{checkpoint or 'none (see --checkpoint_every)'}; try a lower --learning_rate"
+            f"{what} is not finite at step {self.state.step + 1} ({terms}); the step was not applied. Documents of the "
+            f"batch: {named}; {self._last_checkpoint()}; try a lower --learning_rate"
         )
+
+    def _last_checkpoint(self) -> str:
+        return f"last good checkpoint: {self.checkpoints.latest or 'none (see --checkpoint_every)'}"
 
 
 def _shown(report: dict[str, Any]) -> dict[str, str]:

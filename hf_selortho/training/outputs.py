@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import sys
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from ..errors import SelOrthoError
@@ -22,6 +22,7 @@ METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "
 PICTURES, CHECKPOINTS = "pictures", "checkpoints"
 _OWN_FILES = (METRICS_LOG, METRICS, RUN, CARD, "config.json", "model.safetensors")
 _OWN_FOLDERS = (PICTURES, CHECKPOINTS, "trackers")
+_UNFINISHED = {METRICS_LOG, f".{METRICS_LOG}.tmp", CHECKPOINTS, "trackers"}
 _LIBRARIES = (
     "hf_selortho", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "safetensors",
     "tokenizers", "numpy",
@@ -31,18 +32,36 @@ _LIBRARIES = (
 def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) -> Path:
     """The output folder, if a run may write to it; nothing is changed yet.
 
+    Args:
+        path: the folder; it need not exist.
+        overwrite: an earlier run in it may be replaced.
+        resuming: the run goes on with the one in it, or starts it again if it died before its first checkpoint.
+
     Raises:
-        SelOrthoError: it is a file, or not empty and neither overwritten nor resumed.
+        SelOrthoError: it is a file, holds an earlier run that is to be kept, or something else than a run.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise SelOrthoError(f"output folder {folder} is a file: choose another --output_dir")
-    if folder.is_dir() and any(folder.iterdir()) and not (resuming or overwrite):
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if not names or resuming or names <= _UNFINISHED and overwrite:
+        return folder
+    if not overwrite:
         raise SelOrthoError(
             f"output folder {folder} is not empty: choose another --output_dir, pass --resume_from_checkpoint auto "
-            "to go on, or --overwrite_output_dir to replace the run in it"
+            "to go on from its checkpoints, or --overwrite_output_dir to replace the run in it"
+        )
+    if not names & {RUN, METRICS_LOG}:
+        raise SelOrthoError(
+            f"output folder {folder} holds no run of this script, so nothing in it is overwritten: choose another "
+            "--output_dir"
         )
     return folder
+
+
+def holds_unfinished_run(folder: Path) -> bool:
+    """Whether the folder is what a run leaves that died before its first checkpoint (or is empty or missing)."""
+    return not folder.is_dir() or {entry.name for entry in folder.iterdir()} <= _UNFINISHED
 
 
 def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> None:
@@ -141,6 +160,10 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process in GB: resident memory, or that of the GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource  # does not exist on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # Linux counts in KiB
 

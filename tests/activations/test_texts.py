@@ -148,7 +148,7 @@ def test_what_does_not_exist_is_named(tmp_path: Path, sample_text_files) -> None
         TextSource(dataset=local, split="test"): r"no split \"test\": choose one of \['train'\]",
         TextSource(dataset=local, split="test", streaming=True): r"no split \"test\": choose one of \['train'\]",
         TextSource(dataset=local, revision="v1"): "is local and has no revision",
-        TextSource(dataset=local, held_out_fraction=1.0): "held_out_fraction is 1.0",
+        TextSource(dataset=local, held_out_fraction=1.1): "held_out_fraction is 1.1",
         TextSource(dataset="python-docs", split="test"): "no split",
         TextSource(dataset="python-docs", text_column="body"): "no column",
     }.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,16 +176,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path) -> None:
     tensors = load_file(weights)
     tensors["b_dec"][0] = torch.nan
     save_file(tensors, weights, metadata={"format": "pt"})
-    expected = "loss is not finite at step 3 .reconstruction nan.* Documents of the batch: .*step_000002"
+    expected = "loss is not finite at step 3 .reconstruction nan.* Documents of the batch: .*checkpoint: .*step_000002"
     with pytest.raises(SelOrthoError, match=expected):
         train.main(arguments(max_steps=4, resume_from_checkpoint="auto"))
 
 
 def test_activations_that_are_not_finite_name_the_documents(arguments, tiny_lm_dir, tmp_path) -> None:
     folder = tmp_path / "lm"
-    folder.mkdir()
-    for path in tiny_lm_dir("llama").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_lm_dir("llama"), folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][0] = torch.inf
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -193,11 +193,45 @@ def test_activations_that_are_not_finite_name_the_documents(arguments, tiny_lm_d
 
 def test_an_output_folder_in_use(arguments, tmp_path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "README.md").write_text("mine")
+    once = arguments(max_steps=1, eval_samples=0)
     with pytest.raises(SelOrthoError, match="is not empty"):
-        train.main(arguments())
-    train.main([*arguments(max_steps=1, eval_samples=0), "--overwrite_output_dir"])
+        train.main(once)
+    with pytest.raises(SelOrthoError, match="holds no run of this script, so nothing in it is overwritten"):
+        train.main([*once, "--overwrite_output_dir"])
+    assert (tmp_path / "run" / "README.md").read_text() == "mine"
+    (tmp_path / "run" / "README.md").unlink()
+    train.main(once)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train.main([*once, "--overwrite_output_dir"])
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_resuming_never_replaces_a_finished_run(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=4, checkpoint_every=2, eval_samples=0))
+    train.main(arguments(max_steps=2, eval_samples=0, output_dir=tmp_path / "other"))
+    before = (tmp_path / "other" / "metrics.jsonl").read_text()
+    with pytest.raises(SelOrthoError, match="holds no checkpoint to resume from"):
+        train.main(arguments(output_dir=tmp_path / "other", resume_from_checkpoint="auto"))
+    first = tmp_path / "run" / "checkpoints" / "step_000002"
+    with pytest.raises(SelOrthoError, match="is not empty"):
+        train.main(arguments(output_dir=tmp_path / "other", resume_from_checkpoint=first))
+    with pytest.raises(SelOrthoError, match="step_000004 is later than .*step_000002"):
+        train.main(arguments(resume_from_checkpoint=first))
+    assert (tmp_path / "other" / "metrics.jsonl").read_text() == before
+    train.main(arguments(output_dir=tmp_path / "branch", max_steps=3, eval_samples=0, resume_from_checkpoint=first))
+    assert [row["step"] for row in rows_of(tmp_path / "branch")] == [3]
+
+
+def test_a_checkpoint_of_other_activations(arguments, tiny_lm_dir, tmp_path) -> None:
+    folder = tmp_path / "lm"
+    shutil.copytree(tiny_lm_dir("llama"), folder)
+    train.main(arguments(model=folder, max_steps=2, checkpoint_every=2, eval_samples=0))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SelOrthoError, match="made on other activations .lm_revision 'local-sha256:.*pin the revisions"):
+        train.main(arguments(model=folder, max_steps=3, resume_from_checkpoint="auto"))
 
 
 def test_a_run_that_cannot_start_does_not_replace_another(arguments, tmp_path) -> None:
@@ -232,6 +266,38 @@ def test_evaluating_it_again_gives_the_same_figures(arguments, tmp_path, capsys)
     assert again == pytest.approx(json.loads((run / "metrics.json").read_text())["evaluation"], rel=1e-5)
 
 
+def test_too_little_text_to_hold_out_is_known_before_training(arguments, tmp_path) -> None:
+    text = tmp_path / "two.txt"
+    text.write_text("One document of a few words for the model.\n\nAnother document of a few words for it.\n")
+    with pytest.raises(SelOrthoError, match="gives no held-out context"):
+        train.main(arguments(dataset=text, held_out_fraction=0.01))
+    assert not (tmp_path / "run").exists()
+
+
+def test_contexts_longer_than_the_models_window(arguments) -> None:
+    with pytest.raises(SelOrthoError, match="context_length 512: .* reads at most 256 tokens"):
+        train.main(arguments(context_length=512))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size 0: expected at least 1"),
+        (["--output", "/nonexistent/x.json"], "there is no folder /nonexistent"),
+        ([], "cannot load the SAE"),
+    ],
+)
+def test_bad_arguments_of_the_evaluation(argv, message, tmp_path) -> None:
+    with pytest.raises(SelOrthoError, match=message):
+        evaluate_sae.main([str(tmp_path / "nothing"), *argv])
+
+
+def test_unknown_arguments_of_the_evaluation(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        evaluate_sae.main(["runs/x", "--nosuch", "3"])
+    assert exit_.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_an_sae_does_not_fit_another_language_model(arguments, tiny_lm_dir, tmp_path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -264,8 +330,6 @@ def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(changes, message, a
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2 and result.stdout == ""
     assert lines[-1].startswith("train.py: error: ") and "Traceback" not in result.stderr
-    import re
-
     assert re.search(message, lines[-1]), lines[-1]
     assert not (tmp_path / "run").exists()
 

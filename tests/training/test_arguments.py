@@ -77,6 +77,7 @@ def test_a_preset_of_ones_own(tmp_path) -> None:
         ([*GIVEN, "--pair_fraction", "2"], "pair_fraction=2.0"),
         ([*GIVEN, "--max_steps", "0"], "--max_steps 0: expected at least 1"),
         ([*GIVEN, "--held_out_fraction", "1"], "--held_out_fraction 1.0"),
+        ([*GIVEN, "--seed", "-1"], "--seed -1: expected a number from 0"),
         ([*GIVEN, "--learning_rate", "nan"], "--learning_rate nan"),
         ([*GIVEN, "--max_steps", "9", "--warmup_steps", "5", "--decay_steps", "5"], "exceed --max_steps 9"),
     ],
@@ -93,6 +94,7 @@ def test_bad_arguments(argv, message) -> None:
         ("[1]", "holds a list: expected an object"),
         ('{"modle": "x"}', "has unknown arguments: modle"),
         ('{"layer": "twelve"}', "sets layer to 'twelve': expected int or NoneType"),
+        ('{"report_to": "wandb"}', "sets report_to to 'wandb': expected list"),
         ('{"max_steps": 10.5}', "sets max_steps to 10.5: expected int"),
     ],
 )

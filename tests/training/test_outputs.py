@@ -13,6 +13,9 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
     with pytest.raises(SelOrthoError, match="is not empty: choose another --output_dir, .*--overwrite_output_dir"):
         check_output_folder(tmp_path, overwrite=False, resuming=False)
     assert check_output_folder(tmp_path, overwrite=False, resuming=True) == tmp_path
+    with pytest.raises(SelOrthoError, match="holds no run of this script, so nothing in it is overwritten"):
+        check_output_folder(tmp_path, overwrite=True, resuming=False)
+    (tmp_path / "metrics.jsonl").write_text("")
     assert check_output_folder(tmp_path, overwrite=True, resuming=False) == tmp_path
     assert (tmp_path / "thesis.tex").exists()
 
