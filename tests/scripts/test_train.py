@@ -248,6 +248,7 @@ def test_a_tracker_is_told(arguments, tmp_path) -> None:
     assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers are currently installed")
 def test_a_tracker_that_is_not_installed(arguments, tmp_path) -> None:
     with pytest.raises(SelOrthoError, match="comet_ml"):
         train.main(arguments(report_to="comet_ml"))

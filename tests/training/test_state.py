@@ -39,12 +39,11 @@ def test_report_of_a_batch(penalty) -> None:
     x = torch.randn(200, 8)
     out = sae(x)
     report = step_report(sae, x, out)
+    reconstruction = out.reconstruction.detach()
     h = out.feature_acts
     unit = h / h.norm(dim=0)
     correlations = (unit.T @ unit).triu(1).flatten().sort(descending=True).values[:4]  # ceil(0.02 * 190)
-    assert report["fvu"] == pytest.approx(
-        float((out.reconstruction - x).square().sum() / (x - x.mean(0)).square().sum())
-    )
+    assert report["fvu"] == pytest.approx(float((reconstruction - x).square().sum() / (x - x.mean(0)).square().sum()))
     assert report["l0"] == pytest.approx(float((h > 0).sum() / 200))
     assert report["peak_correlation"] == pytest.approx(float(correlations[0]), abs=1e-6)
     assert report["top_correlation"] == pytest.approx(float(correlations.mean()), abs=1e-6)
