@@ -255,12 +255,16 @@ def evaluate(
 
 def closing_words(output: Path, metrics: dict[str, Any], run_info: dict[str, Any]) -> str:
     """The last lines on the screen: a table of the metrics, and what to type next."""
+    folder = str(output)
     minutes, seconds = divmod(round(run_info["wall_seconds"]), 60)
     return (
         f"\n{metrics_table(metrics)}\n\n{output}/ holds the SAE, its metrics, pictures and card (README.md); "
         f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
-        f'  python -c "from hf_selortho import SelOrthoSAE; print(SelOrthoSAE.from_pretrained({str(output)!r}))"\n'
-        f"  python scripts/evaluate_sae.py {shlex.quote(str(output))}\n"
+        f'  python -c "from hf_selortho import SelOrthoSAE; print(SelOrthoSAE.from_pretrained({folder!r}).config)"\n'
+        f"  python scripts/evaluate_sae.py {shlex.quote(folder)}\n"
+        f"  {run_info['command']} --ortho_coefficient 0 --output_dir {shlex.quote(folder + '-twin')}\n"
+        f"The last one trains its twin without the penalty; {folder}/README.md has a snippet that goes from a sentence "
+        "to features.\n"
     )
 
 
