@@ -75,6 +75,10 @@ class FeatureNorms:
         """`1 / norm`, and 0 for a column of zeros, (n,)."""
         return torch.where(self.squares > 0, self.squares.rsqrt(), 0)
 
+    def eligible(self, min_support: int) -> Tensor:
+        """Which features may take part in a selected pair, (n,): enough support, and a correlation that is defined."""
+        return (self.support >= min_support) & (self.squares > 0)
+
 
 def pair_count(n: int, pair_fraction: float) -> int:
     """Number of pairs asked for: `ceil(pair_fraction * n (n - 1) / 2)`."""
@@ -84,15 +88,14 @@ def pair_count(n: int, pair_fraction: float) -> int:
 def feature_norms(h: Tensor, correlation: str = "cosine", group: BatchGroup | None = None) -> FeatureNorms:
     """Norm, support and mean of every feature over the batch `h` (B, n), summed over the processes of `group`."""
     values = _as_float(h)
-    sums = torch.stack([(values != 0).sum(0).to(values.dtype), values.sum(0), values.square().sum(0)])  # (3, n)
-    tokens = torch.full((3, 1), float(len(h)), dtype=sums.dtype, device=sums.device)
-    sums = torch.cat([sums, tokens], dim=1)
-    if group is not None:
-        sums = group.sum(sums)
-    support, total, squares = sums[:, :-1]
+    sums = torch.stack([(values != 0).sum(0).to(values.dtype), values.square().sum(0)])  # (2, n)
+    support, squares = sums if group is None else group.sum(sums)
     if correlation == "cosine":
         return FeatureNorms(squares, support, None)
-    mean = total / sums[0, -1]
+    total = torch.cat([values.sum(0), values.new_tensor([len(values)])])  # (n + 1,), the tokens last
+    if group is not None:
+        total = group.sum(total)
+    mean = total[:-1] / total[-1]
     centred = (values - mean).square().sum(0)  # two passes: sum(h^2) - B mean^2 would cancel
     if group is not None:
         centred = group.sum(centred)
@@ -185,8 +188,9 @@ def full_penalty(
     """The same penalty on *every* eligible pair (the paper's "full orthogonality"); needs `(n, n)` matrices."""
     with torch.autocast(h.device.type, enabled=False), torch.no_grad():
         norms = feature_norms(h, correlation, group)
-        c = _correlation_matrix(_centred(h, norms), norms, norms.support >= min_support, group)
-    m = int((norms.support >= min_support).sum())
+        supported = norms.support >= min_support
+        c = _correlation_matrix(_centred(h, norms), norms, supported, group)
+    m = int(supported.sum())
     return _SquaredCorrelations.apply(h, c, _weight(coefficient, reduction, m * (m - 1) // 2), norms, group)
 
 
@@ -227,12 +231,12 @@ def _weight(coefficient: float, reduction: str, pairs: int) -> float:
 def _sparse_operator(pairs: Pairs, norms: FeatureNorms) -> Tensor:
     """The matrix `S` (n, n) of the given pairs, sparse."""
     i, j, c = pairs.i, pairs.j, pairs.correlation.to(norms.squares.dtype)
-    n = len(norms.squares)
-    scaled = c * norms.inverse[i] * norms.inverse[j]
+    n, inverse = len(norms.squares), norms.inverse
+    scaled = c * inverse[i] * inverse[j]
     diagonal = torch.zeros_like(norms.squares).index_add_(0, i, c.square()).index_add_(0, j, c.square())
     features = torch.arange(n, device=i.device)
     indices = torch.stack([torch.cat([i, j, features]), torch.cat([j, i, features])])
-    entries = torch.cat([scaled, scaled, -diagonal * norms.inverse.square()])
+    entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])
     operator = torch.sparse_coo_tensor(indices, entries, (n, n), check_invariants=False).coalesce()
     with warnings.catch_warnings():  # CSR tensors may lack features; the one product used here is covered by our tests
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -241,8 +245,9 @@ def _sparse_operator(pairs: Pairs, norms: FeatureNorms) -> Tensor:
 
 def _dense_operator(c: Tensor, norms: FeatureNorms) -> Tensor:
     """The matrix `S` (n, n) of all pairs."""
-    operator = c * norms.inverse * norms.inverse[:, None]
-    operator.diagonal().copy_(-c.square().sum(1) * norms.inverse.square())
+    inverse = norms.inverse
+    operator = c * inverse * inverse[:, None]
+    operator.diagonal().copy_(-c.square().sum(1) * inverse.square())
     return operator
 
 
@@ -262,7 +267,8 @@ def _correlated(values: Tensor, norms: FeatureNorms, pairs: Pairs, group: BatchG
     dots = _pair_dots(values, pairs.i, pairs.j)
     if group is not None:
         dots = group.sum(dots)
-    return Pairs(pairs.i, pairs.j, dots * norms.inverse[pairs.i] * norms.inverse[pairs.j])
+    inverse = norms.inverse
+    return Pairs(pairs.i, pairs.j, dots * inverse[pairs.i] * inverse[pairs.j])
 
 
 def _pair_dots(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -275,7 +281,7 @@ def _pair_dots(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 def _select(h: Tensor, norms: FeatureNorms, pair_fraction: float, min_support: int, group: BatchGroup | None) -> Pairs:
     n = h.shape[1]
-    columns = ((norms.support >= min_support) & (norms.squares > 0)).nonzero()[:, 0]  # eligible features
+    columns = norms.eligible(min_support).nonzero()[:, 0]
     m = len(columns)
     best = _BestPairs(min(pair_count(n, pair_fraction), m * (m - 1) // 2), h.device, norms.squares.dtype)
     if best.limit > 0:

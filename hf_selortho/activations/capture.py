@@ -161,7 +161,9 @@ class ActivationCapture:
 
 
 def concatenate(parts: Sequence[Harvest]) -> Harvest:
-    """Several harvests as one."""
+    """Several harvests as one; a single one is not copied."""
+    if len(parts) == 1:
+        return parts[0]
     return Harvest(
         activations=torch.cat([p.activations for p in parts]),
         document_ids=torch.cat([p.document_ids for p in parts]),

@@ -176,7 +176,7 @@ def cross_entropy(
 def _unit_columns(h: Tensor, min_support: int, correlation: str) -> Tensor:
     """The eligible columns of `h` (B, n) at L2 norm 1, centred first for "pearson": (B, eligible) float32."""
     norms = feature_norms(h, correlation)
-    eligible = (norms.support >= min_support) & (norms.norm > 0)  # the rule of select_pairs
+    eligible = norms.eligible(min_support)
     columns = h[:, eligible].float()
     if norms.mean is not None:
         columns = columns - norms.mean[eligible]

@@ -14,7 +14,7 @@ from ..evaluation.plots import (
     plot_feature_density,
     plot_training_curves,
 )
-from ..training.outputs import CARD, METRICS, PICTURES, RUN, write_json
+from ..training.outputs import CARD, METRICS, PICTURES, RUN, write_json, write_text
 from .model_card import render_model_card
 
 # Metric, its name on the screen, its format.
@@ -50,7 +50,7 @@ def write_report(
     write_json(folder / METRICS, metrics)
     write_json(folder / RUN, run)
     card = render_model_card(config.own_settings(), metrics, run)
-    (folder / CARD).write_text(str(card), encoding="utf-8")
+    write_text(folder / CARD, str(card))
 
 
 def draw_pictures(folder: Path, log_rows: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[Path]:

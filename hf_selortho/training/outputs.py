@@ -44,14 +44,14 @@ def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) ->
     if folder.exists() and not folder.is_dir():
         raise SelOrthoError(f"output folder {folder} is a file: choose another --output_dir")
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if not names or resuming or names <= _UNFINISHED and overwrite:
+    if not names or resuming:
         return folder
     if not overwrite:
         raise SelOrthoError(
             f"output folder {folder} is not empty: choose another --output_dir, pass --resume_from_checkpoint auto "
             "to go on from its checkpoints, or --overwrite_output_dir to replace the run in it"
         )
-    if not names & {RUN, METRICS_LOG}:
+    if not (names & {RUN, METRICS_LOG} or holds_unfinished_run(folder)):
         raise SelOrthoError(
             f"output folder {folder} holds no run of this script, so nothing in it is overwritten: choose another "
             "--output_dir"
@@ -83,15 +83,19 @@ def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> N
         ) from None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name, flush it to the disk, then rename: readers see the old file or the new one."""
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, flush it to the disk, then rename: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_jsonable(content), file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """[`write_text`] of JSON; NaN and infinity become null."""
+    write_text(path, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
 
 
 class MetricsLog:
@@ -100,9 +104,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, resume_at: int = 0) -> None:
         self.path = path
         self.rows = [row for row in read_metrics_log(path) if row["step"] <= resume_at] if resume_at else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(_line(row) for row in self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; it is on its way to the disk when this returns."""
