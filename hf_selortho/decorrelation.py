@@ -1,141 +1,134 @@
 """Correlated feature pairs of a batch: which they are, and the penalty that decorrelates them. Pure functions.
 
-`h` is the matrix of feature activations of a batch, shape `(B, n)`: B tokens, n features. The correlation of two
-features is eq. 4 of the paper, `c_ij = <h_i, h_j> / (|h_i| |h_j|)` over the batch, or its centred form (Pearson).
+`h` is the matrix of feature activations of a batch, shape `(B, n)`: B tokens, n features, as a tensor or as its
+non-zero entries ([`ActiveFeatures`]). The correlation of two features is eq. 4 of the paper, `c_ij = <h_i, h_j> /
+(|h_i| |h_j|)` over the batch, or its centred form (Pearson).
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .batch_group import BatchGroup
 from .errors import SelOrthoError
+from .pair_scores import SCORES, FeatureNorms, pattern
+from .pair_selection import Columns, Pairs, best_pairs, pair_count, pair_sums, source_of
+from .sparse_ops import ActiveFeatures, active_features, csr, row_offsets
 
-TILE_ROWS, TILE_COLUMNS = 512, 4096  # a float32 tile of the correlation matrix takes 8 MB
-PAIR_CHUNK_ELEMENTS = 1 << 22  # elements gathered at once when the correlations of given pairs are computed
+__all__ = [
+    "ActiveFeatures", "BatchGroup", "FeatureNorms", "Pairs", "decorrelation_penalty", "feature_norms", "full_penalty",
+    "pair_count", "select_pairs", "selective_penalty",
+]  # fmt: skip
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Pairs:
-    """Unordered feature pairs, sorted by falling absolute correlation, then by (i, j)."""
-
-    i: Tensor  # (T,) int64, the smaller index
-    j: Tensor  # (T,) int64, the larger index
-    correlation: Tensor  # (T,) float32 (float64 if the activations are)
-
-    def __len__(self) -> int:
-        return len(self.i)
-
-    def keys(self, n: int) -> Tensor:
-        """Pairs as single numbers `i * n + j`, shape (T,), for set operations."""
-        return self.i * n + self.j
+SPARSE_BELOW = 0.1  # activations of a lower density are handled through their non-zero entries
+GRADIENT_ROWS = 1024  # features whose dense gradient is held at once while it is read at the active entries
+CHUNK_ELEMENTS = 1 << 22  # of a dense matrix that are widened to float32 at once
 
 
-@dataclass(frozen=True)
-class BatchGroup:
-    """The processes whose tokens together form one batch (data parallel training)."""
+def feature_norms(
+    h: Tensor | ActiveFeatures, correlation: str = "cosine", group: BatchGroup | None = None
+) -> FeatureNorms:
+    """Norm, support and mean of every feature over the batch `h` (B, n), summed over the processes of `group`.
 
-    process_group: Any = None  # None: the default group
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return dist.get_world_size(self.process_group)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum of `tensor` over the processes, the same on each of them."""
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=self.process_group)
-        return tensor
-
-
-@dataclass(frozen=True)
-class FeatureNorms:
-    """Per-feature sums over the (global) batch."""
-
-    squares: Tensor  # (n,) squared L2 norm of the feature's column, centred for Pearson
-    support: Tensor  # (n,) tokens on which the feature fired
-    mean: Tensor | None  # (n,) mean activation, for Pearson only
-
-    @property
-    def norm(self) -> Tensor:
-        """L2 norm of each column, (n,)."""
-        return self.squares.sqrt()
-
-    @property
-    def inverse(self) -> Tensor:
-        """`1 / norm`, and 0 for a column of zeros, (n,)."""
-        return torch.where(self.squares > 0, self.squares.rsqrt(), 0)
-
-    def eligible(self, min_support: int) -> Tensor:
-        """Which features may take part in a selected pair, (n,): enough support, and a correlation that is defined."""
-        return (self.support >= min_support) & (self.squares > 0)
-
-
-def pair_count(n: int, pair_fraction: float) -> int:
-    """Number of pairs asked for: `ceil(pair_fraction * n (n - 1) / 2)`."""
-    return math.ceil(pair_fraction * (n * (n - 1) // 2))
-
-
-def feature_norms(h: Tensor, correlation: str = "cosine", group: BatchGroup | None = None) -> FeatureNorms:
-    """Norm, support and mean of every feature over the batch `h` (B, n), summed over the processes of `group`."""
-    values = _as_float(h)
-    sums = torch.stack([(values != 0).sum(0).to(values.dtype), values.square().sum(0)])  # (2, n)
-    support, squares = sums if group is None else group.sum(sums)
-    if correlation == "cosine":
-        return FeatureNorms(squares, support, None)
-    total = torch.cat([values.sum(0), values.new_tensor([len(values)])])  # (n + 1,), the tokens last
+    Raises:
+        SelOrthoError: the activations hold NaN or infinity.
+    """
+    sums = _sums(h)  # (3, n): support, squares, total
+    tokens = sums.new_tensor([float(_tokens(h))])
     if group is not None:
-        total = group.sum(total)
-    mean = total[:-1] / total[-1]
-    centred = (values - mean).square().sum(0)  # two passes: sum(h^2) - B mean^2 would cancel
+        sums, tokens = group.sum(sums), group.sum(tokens)
+    support, squares, total = sums
+    if not bool(torch.isfinite(squares).all()):
+        raise SelOrthoError(_non_finite(squares))
+    if correlation == "cosine":
+        return FeatureNorms(squares, support, None, int(tokens))
+    mean = total / tokens
+    centred = _squares_about(h, mean)  # two passes: sum(h^2) - B mean^2 would cancel
     if group is not None:
         centred = group.sum(centred)
     centred[centred <= 1e-12 * squares] = 0  # a constant feature: what is left is rounding
-    return FeatureNorms(centred, support, mean)
+    return FeatureNorms(centred, support, mean, int(tokens))
 
 
 @torch.no_grad()
 def select_pairs(
-    h: Tensor,
+    h: Tensor | ActiveFeatures,
     pair_fraction: float = 1e-3,
     min_support: int = 1,
     correlation: str = "cosine",
     method: str = "auto",
     group: BatchGroup | None = None,
+    correlation_threshold: float = 0.0,
 ) -> Pairs:
     """The exact set `T` of eq. 5: the most correlated eligible pairs of features of a batch.
 
     A pair is eligible if both features fired on at least `min_support` tokens. `ceil(pair_fraction * P)` pairs of
-    largest `|c_ij|` are taken (all eligible ones if they are fewer), ties broken by (i, j). The correlation matrix is
-    visited in tiles under a running threshold: memory is that of the pairs and of one tile, never `(n, n)`.
+    largest `|c_ij|` are taken (all eligible ones if they are fewer), ties broken by (i, j). Memory is that of the
+    pairs, of the active entries and of one tile, never `(n, n)`.
 
     Args:
         h: feature activations, (B, n), any floating dtype; the arithmetic is float32 (float64 for float64).
         pair_fraction: share of the `P = n (n - 1) / 2` pairs, in (0, 1].
         min_support: tokens on which each feature of a pair must have fired.
         correlation: "cosine" (eq. 4) or "pearson".
-        method: "auto" or "tiles".
+        method: "tiles" (blocks of the correlation matrix, memory of one of them), "coactivation" (sums over the
+            features that fire together, cost independent of n), or "auto", the cheaper one. The set is the same.
         group: processes whose rows together are the batch; each returns the same pairs.
+        correlation_threshold: pairs of a lower `|c_ij|` are left out.
 
     Raises:
-        SelOrthoError: an argument is not allowed.
+        SelOrthoError: an argument is not allowed, or the activations hold NaN or infinity.
+    """
+    return select_by_score(
+        "activation", h, None, pair_fraction, min_support, correlation, method, group, correlation_threshold
+    )
+
+
+@torch.no_grad()
+def select_by_score(
+    score: str,
+    h: Tensor | ActiveFeatures,
+    W_dec: Tensor | None,
+    pair_fraction: float = 1e-3,
+    min_support: int = 1,
+    correlation: str = "cosine",
+    method: str = "auto",
+    group: BatchGroup | None = None,
+    correlation_threshold: float = 0.0,
+) -> Pairs:
+    """[`select_pairs`] by any of the scores: "activation", "decoder" (cosine of the rows of `W_dec`), "redundancy".
+
+    `W_dec` (n, d_in) is looked at by the last two only. Every feature with a direction is eligible for "decoder".
     """
     _check_arguments(h, pair_fraction, correlation, method)
-    with torch.autocast(h.device.type, enabled=False):
-        return _select(h, feature_norms(h, correlation, group), pair_fraction, min_support, group)
+    kind = SCORES[score]
+    with torch.autocast(_values(h).device.type, enabled=False):
+        matrix: Tensor | ActiveFeatures = h
+        if kind.of == "decoder":
+            assert W_dec is not None
+            matrix, correlation, min_support, group, method = W_dec.T, "cosine", 1, None, "tiles"
+        norms = feature_norms(matrix, correlation, group)
+        source = source_of(matrix, norms, correlation) if kind.of == "activations" else None
+        if kind.of == "pattern":
+            matrix, norms = pattern(h), FeatureNorms(norms.support, norms.support, None, norms.tokens)
+        directions = _directions(W_dec) if kind.compares_directions else None
+        columns = _columns(matrix, norms, min_support, method, group)
+        asked = pair_count(columns.n, pair_fraction)
+        pairs = best_pairs(columns, kind, directions, asked, method, group, correlation_threshold)
+    if len(pairs) < asked and correlation_threshold == 0:
+        _log_fewer_pairs(asked, len(pairs), columns.n, min_support)
+    return Pairs(pairs.i, pairs.j, pairs.correlation, source)
 
 
 def selective_penalty(
-    h: Tensor,
+    h: Tensor | ActiveFeatures,
     pair_fraction: float = 1e-3,
     min_support: int = 1,
     coefficient: float = 0.1,
@@ -143,38 +136,47 @@ def selective_penalty(
     correlation: str = "cosine",
     group: BatchGroup | None = None,
 ) -> tuple[Tensor, Pairs]:
-    """[`select_pairs`] and [`decorrelation_penalty`] on the same batch: norms and correlations are computed once."""
-    _check_arguments(h, pair_fraction, correlation, "auto")
-    with torch.autocast(h.device.type, enabled=False), torch.no_grad():
-        norms = feature_norms(h, correlation, group)
-        pairs = _select(h, norms, pair_fraction, min_support, group)
-    weight = _weight(coefficient, reduction, len(pairs))
-    return _SquaredCorrelations.apply(h, pairs, weight, norms, group), pairs
+    """[`select_pairs`] and [`decorrelation_penalty`] on the same batch."""
+    pairs = select_pairs(h, pair_fraction, min_support, correlation, "auto", group)
+    return decorrelation_penalty(h, pairs, coefficient, reduction, correlation, group), pairs
 
 
 def decorrelation_penalty(
-    h: Tensor,
+    h: Tensor | ActiveFeatures,
     pairs: Pairs,
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
     group: BatchGroup | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Penalty `coefficient * R * sum_T c_ij^2` on given pairs, with its closed-form gradient to `h`.
 
-    `R` is 1 for "sum" (the paper) and `1 / |T|` for "mean". With `group`, correlations are those of the global batch
-    and the gradient is scaled by the number of processes, because data parallel training averages gradients.
+    `R` is 1 for "sum" (the paper) and `1 / |T|` for "mean". Correlations are those of this batch: taken over from the
+    selection if the pairs were selected on it, computed for these pairs alone if not. With `group`, they are those of
+    the global batch and the gradient is scaled by the number of processes, because data parallel training averages
+    gradients.
 
     Args:
-        h: feature activations, (B, n). pairs: the set `T`, e.g. from [`select_pairs`].
+        h: feature activations, (B, n); as [`ActiveFeatures`], the gradient goes to its values and is computed there
+            alone. pairs: the set `T`, e.g. from [`select_pairs`].
+        weights: a factor of each pair's square (T,), default 1.
 
     Returns:
         A scalar, float32 (float64 for a float64 `h`); 0 with a zero gradient if there are no pairs.
     """
-    with torch.autocast(h.device.type, enabled=False), torch.no_grad():
+    scale = _scale(coefficient, reduction, len(pairs))
+    with torch.autocast(_values(h).device.type, enabled=False), torch.no_grad():
         norms = feature_norms(h, correlation, group)
-        pairs = _correlated(_centred(h, norms), norms, pairs, group)  # they may come from another batch
-    return _SquaredCorrelations.apply(h, pairs, _weight(coefficient, reduction, len(pairs)), norms, group)
+        known = pairs.source is not None and pairs.source.is_of(h, norms, correlation)
+        c = pairs.correlation if known else _correlations_of(h, norms, pairs, group)
+        weighted = c if weights is None else c * weights.to(c.dtype)
+        value = scale * (weighted * c).sum()
+        operator = _Operator.of_pairs(pairs.i, pairs.j, c, weighted, norms)
+    gradient_scale = 2 * scale * (1 if group is None else group.size)
+    if isinstance(h, ActiveFeatures):
+        return _SparsePenalty.apply(h.values, h.detach(), value, operator, gradient_scale)
+    return _DensePenalty.apply(h, value, operator, gradient_scale)
 
 
 def full_penalty(
@@ -185,70 +187,152 @@ def full_penalty(
     correlation: str = "cosine",
     group: BatchGroup | None = None,
 ) -> Tensor:
-    """The same penalty on *every* eligible pair (the paper's "full orthogonality"); needs `(n, n)` matrices."""
+    """The same penalty on *every* eligible pair (the paper's "full orthogonality").
+
+    Its memory is that of [`full_penalty_bytes`]: the correlation matrix cannot be avoided.
+    """
     with torch.autocast(h.device.type, enabled=False), torch.no_grad():
         norms = feature_norms(h, correlation, group)
         supported = norms.support >= min_support
         c = _correlation_matrix(_centred(h, norms), norms, supported, group)
-    m = int(supported.sum())
-    return _SquaredCorrelations.apply(h, c, _weight(coefficient, reduction, m * (m - 1) // 2), norms, group)
+        m = int(supported.sum())
+        scale = _scale(coefficient, reduction, m * (m - 1) // 2)
+        value = scale * c.square().sum() / 2
+        operator = _Operator(_dense_operator(c, norms), norms)
+    return _DensePenalty.apply(h, value, operator, 2 * scale * (1 if group is None else group.size))
 
 
-class _SquaredCorrelations(torch.autograd.Function):
-    """`weight * sum c_ij^2` over given pairs, or over all pairs of a correlation matrix with an empty diagonal.
+def full_penalty_bytes(n: int, batch: int) -> int:
+    """Memory of the full penalty on n features and a batch of this many tokens, beside the activations themselves.
 
-    With `u_i = h_i / |h_i|` the gradient is `2 weight (sum_j c_ij u_j - u_i sum_j c_ij^2) / |h_i|`, that is
-    `2 weight h S` with the symmetric matrix `S_ij = c_ij / (|h_i| |h_j|)`, `S_ii = -sum_j c_ij^2 / |h_i|^2`.
-    It holds for centred activations too: the gradient then sums to zero over the batch.
+    At the backward pass there are the correlation matrix turned operator, its squares, and the activations and their
+    gradient transposed, in float32.
+    """
+    return 4 * (2 * n * n + 2 * n * batch)
+
+
+class _Operator:
+    """The symmetric matrix `S` (n, n) with which the gradient of `sum_T w_ij c_ij^2` is `2 h S`.
+
+    With `u_i = h_i / |h_i|` the gradient is `2 (sum_j w_ij c_ij u_j - u_i sum_j w_ij c_ij^2) / |h_i|`, that is
+    `S_ij = w_ij c_ij / (|h_i| |h_j|)`, `S_ii = -sum_j w_ij c_ij^2 / |h_i|^2`. It holds for centred activations too:
+    the gradient then sums to zero over the batch.
     """
 
+    def __init__(self, matrix: Tensor, norms: FeatureNorms, features: Tensor | None = None) -> None:
+        self.matrix = matrix  # (n, n), or (U, U) of the features that occur in pairs
+        self.features = features  # (U,) rising, None: all
+        self.mean = norms.mean
+
+    @classmethod
+    def of_pairs(cls, i: Tensor, j: Tensor, c: Tensor, weighted: Tensor, norms: FeatureNorms) -> _Operator:
+        features, number = torch.cat([i, j]).unique(return_inverse=True)
+        inverse = norms.inverse[features]
+        a, b = number[: len(i)], number[len(i) :]
+        scaled = weighted * inverse[a] * inverse[b]
+        diagonal = torch.zeros_like(inverse).index_add_(0, a, weighted * c).index_add_(0, b, weighted * c)
+        own = torch.arange(len(features), device=i.device)
+        key = torch.cat([a, b, own]) * len(features) + torch.cat([b, a, own])
+        key, order = key.sort()
+        entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])[order]
+        crow = row_offsets(torch.bincount(key // max(1, len(features)), minlength=len(features)))
+        shape = (len(features), len(features))
+        return cls(csr(crow, key % max(1, len(features)), entries, shape), norms, features)
+
+    def times(self, columns: Tensor) -> Tensor:
+        """`S m` of a dense matrix (n, B), centred for Pearson."""
+        if self.features is None:
+            return self.matrix @ columns
+        product = torch.zeros_like(columns)
+        if len(self.features):
+            product[self.features] = self.matrix @ columns[self.features]
+        return product
+
+    def at_active(self, h: ActiveFeatures) -> Tensor:
+        """`h S` at the active entries of `h` alone, (nnz,)."""
+        gradient = torch.zeros_like(h.values)
+        assert self.features is not None  # the full penalty works on dense activations
+        if len(self.features) == 0:
+            return gradient
+        offsets, rows, order, where = _rows_of(h, self.features)
+        transposed = csr(offsets, rows, h.values[order], (len(self.features), h.tokens))
+        shift = None if self.mean is None else self.matrix @ self.mean[self.features][:, None]
+        found = []
+        for start in range(0, len(self.features), GRADIENT_ROWS):
+            stop = min(start + GRADIENT_ROWS, len(self.features))
+            block = (_row_slice(self.matrix, start, stop) @ transposed).to_dense()  # (rows, B), mostly not wanted
+            first, last = int(offsets[start]), int(offsets[stop])
+            part = block[where[first:last] - start, rows[first:last]]
+            found.append(part if shift is None else part - shift[where[first:last], 0])
+        return gradient.index_copy_(0, order, torch.cat(found))
+
+
+def _rows_of(h: ActiveFeatures, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The entries of some features, sorted by feature: CSR offsets, token, place in `h` and number of the feature."""
+    number = torch.full((h.n,), -1, device=features.device)
+    number[features] = torch.arange(len(features), device=features.device)
+    _, rows, order, cols = h.by_feature
+    where = number[cols]
+    kept = (where >= 0).nonzero()[:, 0]
+    where = where[kept]
+    return row_offsets(torch.bincount(where, minlength=len(features))), rows[kept], order[kept], where
+
+
+def _row_slice(matrix: Tensor, start: int, stop: int) -> Tensor:
+    crow = matrix.crow_indices()
+    first, last = int(crow[start]), int(crow[stop])
+    shape = (stop - start, matrix.shape[1])
+    return csr(crow[start : stop + 1] - first, matrix.col_indices()[first:last], matrix.values()[first:last], shape)
+
+
+class _DensePenalty(torch.autograd.Function):
+    """A penalty whose value is known, and whose gradient to `h` (B, n) is `scale * h S`."""
+
     @staticmethod
-    def forward(ctx, h, correlations, weight, norms, group):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, h: Tensor, value: Tensor, operator: _Operator, scale: float) -> Tensor:
         ctx.save_for_backward(h)
-        ctx.correlations, ctx.norms = correlations, norms
-        ctx.scale = 2 * weight * (1 if group is None else group.size)
-        if isinstance(correlations, Pairs):
-            return weight * correlations.correlation.square().sum()
-        return weight * correlations.square().sum() / 2
+        ctx.operator, ctx.scale = operator, scale
+        return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (h,) = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
-            columns = _centred(h, ctx.norms).T.contiguous()  # (n, B)
-            build = _sparse_operator if isinstance(ctx.correlations, Pairs) else _dense_operator
-            gradient = build(ctx.correlations, ctx.norms) @ columns  # (n, B); the operator is symmetric
-        return (gradient.T * (ctx.scale * grad_output)).to(h.dtype), None, None, None, None
+            values = _as_float(h) if ctx.operator.mean is None else _as_float(h) - ctx.operator.mean
+            gradient = ctx.operator.times(values.T.contiguous())  # (n, B); the operator is symmetric
+        return gradient.mul_(ctx.scale * grad).T.to(h.dtype), None, None, None
 
 
-def _weight(coefficient: float, reduction: str, pairs: int) -> float:
+class _SparsePenalty(torch.autograd.Function):
+    """The same for the values of the active entries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, h: ActiveFeatures, value: Tensor, operator: _Operator, scale: float
+    ) -> Tensor:
+        ctx.h, ctx.operator, ctx.scale = h, operator, scale
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.operator.at_active(ctx.h).mul_(ctx.scale * grad), None, None, None, None
+
+
+def _scale(coefficient: float, reduction: str, pairs: int) -> float:
     if reduction not in ("mean", "sum"):
         raise SelOrthoError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
     return coefficient if reduction == "sum" else coefficient / max(pairs, 1)
 
 
-def _sparse_operator(pairs: Pairs, norms: FeatureNorms) -> Tensor:
-    """The matrix `S` (n, n) of the given pairs, sparse."""
-    i, j, c = pairs.i, pairs.j, pairs.correlation.to(norms.squares.dtype)
-    n, inverse = len(norms.squares), norms.inverse
-    scaled = c * inverse[i] * inverse[j]
-    diagonal = torch.zeros_like(norms.squares).index_add_(0, i, c.square()).index_add_(0, j, c.square())
-    features = torch.arange(n, device=i.device)
-    indices = torch.stack([torch.cat([i, j, features]), torch.cat([j, i, features])])
-    entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])
-    operator = torch.sparse_coo_tensor(indices, entries, (n, n), check_invariants=False).coalesce()
-    with warnings.catch_warnings():  # CSR tensors may lack features; the one product used here is covered by our tests
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        return operator.to_sparse_csr()
-
-
 def _dense_operator(c: Tensor, norms: FeatureNorms) -> Tensor:
-    """The matrix `S` (n, n) of all pairs."""
+    """The matrix `S` (n, n) of all pairs, in place of `c`."""
     inverse = norms.inverse
-    operator = c * inverse * inverse[:, None]
-    operator.diagonal().copy_(-c.square().sum(1) * inverse.square())
-    return operator
+    diagonal = -torch.linalg.vecdot(c, c) * inverse.square()
+    c.mul_(inverse).mul_(inverse[:, None])
+    c.diagonal().copy_(diagonal)
+    return c
 
 
 def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, group: BatchGroup | None) -> Tensor:
@@ -262,101 +346,69 @@ def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, g
     return c.fill_diagonal_(0)
 
 
-def _correlated(values: Tensor, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None) -> Pairs:
-    """The same pairs with their correlations in this batch."""
-    dots = _pair_dots(values, pairs.i, pairs.j)
+def _correlations_of(
+    h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None
+) -> Tensor:
+    """Correlations (T,) of given pairs in this batch."""
+    sums = pair_sums(_as_float(h) if isinstance(h, Tensor) else h, pairs.i, pairs.j)
     if group is not None:
-        dots = group.sum(dots)
+        sums = group.sum(sums)
+    if norms.mean is not None:
+        sums = sums - norms.tokens * norms.mean[pairs.i] * norms.mean[pairs.j]
     inverse = norms.inverse
-    return Pairs(pairs.i, pairs.j, dots * inverse[pairs.i] * inverse[pairs.j])
+    return sums * inverse[pairs.i] * inverse[pairs.j]
 
 
-def _pair_dots(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """`<h_i, h_j>` of each pair, (T,), gathered in chunks of bounded memory."""
-    step = max(1, PAIR_CHUNK_ELEMENTS // max(1, len(values)))
-    rows = values.T.contiguous()  # (n, B)
-    dots = [(rows[i[a : a + step]] * rows[j[a : a + step]]).sum(1) for a in range(0, len(i), step)]
-    return torch.cat(dots) if dots else values.new_zeros(0)
+def _columns(
+    matrix: Tensor | ActiveFeatures, norms: FeatureNorms, min_support: int, method: str, group: BatchGroup | None
+) -> Columns:
+    """The eligible columns of the global batch, through the active entries where these are few or travel."""
+    if isinstance(matrix, Tensor):
+        density = float(norms.support.sum()) / max(1, norms.tokens * matrix.shape[1])
+        if method == "coactivation" or group is not None or density < SPARSE_BELOW:
+            matrix = active_features(matrix)
+    columns = Columns(matrix, norms, min_support)
+    if group is not None:
+        assert columns.active is not None
+        columns.active = group.gather_active(columns.active)
+    return columns
 
 
-def _select(h: Tensor, norms: FeatureNorms, pair_fraction: float, min_support: int, group: BatchGroup | None) -> Pairs:
-    n = h.shape[1]
-    columns = norms.eligible(min_support).nonzero()[:, 0]
-    m = len(columns)
-    best = _BestPairs(min(pair_count(n, pair_fraction), m * (m - 1) // 2), h.device, norms.squares.dtype)
-    if best.limit > 0:
-        for tile, rows, cols in _correlation_tiles(h, columns, norms, group):
-            best.offer(tile, rows, cols, n)
-    squares, keys = best.sorted()
-    correlation = squares.sign() * squares.abs().sqrt().clamp_max(1)
-    return Pairs(keys // n, keys % n, correlation)
+def _sums(h: Tensor | ActiveFeatures) -> Tensor:
+    """Support, squared norm and total of each feature on this process, (3, n)."""
+    if isinstance(h, ActiveFeatures):
+        values = _as_float(h.values)
+        return torch.stack([h.sum_by_feature(v) for v in ((values != 0).to(values.dtype), values.square(), values)])
+    sums = torch.zeros(3, h.shape[1], dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+    for chunk in h.split(max(1, CHUNK_ELEMENTS // max(1, h.shape[1]))):
+        values = chunk.to(sums.dtype)
+        sums += torch.stack([(values != 0).sum(0).to(sums.dtype), values.square().sum(0), values.sum(0)])
+    return sums
 
 
-def _correlation_tiles(
-    h: Tensor, columns: Tensor, norms: FeatureNorms, group: BatchGroup | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Signed squared correlations `c |c|` of the features `columns`, on and above the diagonal: tile, rows, columns.
-
-    They are computed as `<h_i, h_j>^2 / (|h_i|^2 |h_j|^2)`, which on activations without rounding errors gives equal
-    numbers to equal correlations: ties are ties in every tile and on every number of processes.
-    """
-    m = len(columns)
-    everything = m == h.shape[1]
-    # a power of two per feature keeps the squares in the range of floats without rounding anything
-    scale = torch.exp2(-torch.log2(norms.norm[columns]).round())  # (m,)
-    squares = norms.squares[columns] * scale.square()  # (m,), within a factor of 2 of 1
-
-    def block(start: int, stop: int) -> Tensor:
-        part = _as_float(h[:, start:stop] if everything else h[:, columns[start:stop]])
-        part = part if norms.mean is None else part - norms.mean[columns[start:stop]]
-        return part * scale[start:stop]
-
-    for top in range(0, m, TILE_ROWS):
-        bottom = min(top + TILE_ROWS, m)
-        left_block = block(top, bottom).T.contiguous()
-        for left in range(top, m, TILE_COLUMNS):
-            right = min(left + TILE_COLUMNS, m)
-            tile = left_block @ block(left, right)  # (rows, columns)
-            if group is not None:
-                tile = group.sum(tile)
-            tile *= tile.abs()
-            tile /= squares[top:bottom, None] * squares[left:right]
-            yield tile, columns[top:bottom], columns[left:right]
+def _squares_about(h: Tensor | ActiveFeatures, mean: Tensor) -> Tensor:
+    """`sum_t (h_ti - mean_i)^2` on this process, (n,)."""
+    if isinstance(h, ActiveFeatures):
+        values = _as_float(h.values)
+        entries = h.sum_by_feature(torch.ones_like(values))
+        return h.sum_by_feature((values - mean[h.cols]).square()) + (h.tokens - entries) * mean.square()
+    squares = torch.zeros_like(mean)
+    for chunk in h.split(max(1, CHUNK_ELEMENTS // max(1, h.shape[1]))):
+        squares += (chunk.to(mean.dtype) - mean).square().sum(0)
+    return squares
 
 
-class _BestPairs:
-    """The `limit` pairs of largest `|c|` offered so far, as signed squares `c |c|`; ties go to the smaller key."""
+def _directions(W_dec: Tensor | None) -> Tensor:
+    assert W_dec is not None
+    return torch.nn.functional.normalize(_as_float(W_dec), dim=1)
 
-    def __init__(self, limit: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.limit = limit
-        self.threshold = -1.0
-        self.squares = torch.empty(0, dtype=dtype, device=device)
-        self.keys = torch.empty(0, dtype=torch.int64, device=device)
 
-    def offer(self, tile: Tensor, rows: Tensor, cols: Tensor, n: int) -> None:
-        good = tile.abs() >= self.threshold  # pairs equal to the threshold may still win by their key
-        if cols[0] <= rows[-1]:
-            good &= cols > rows[:, None]
-        r, c = good.nonzero(as_tuple=True)
-        self.squares = torch.cat([self.squares, tile[r, c]])
-        self.keys = torch.cat([self.keys, rows[r] * n + cols[c]])
-        if len(self.keys) > self.limit:
-            self._prune()
+def _tokens(h: Tensor | ActiveFeatures) -> int:
+    return h.tokens if isinstance(h, ActiveFeatures) else len(h)
 
-    def _prune(self) -> None:
-        strength = self.squares.abs()
-        self.threshold = float(torch.topk(strength, self.limit, sorted=False).values.min())
-        above = (strength > self.threshold).nonzero()[:, 0]
-        ties = (strength == self.threshold).nonzero()[:, 0]
-        ties = ties[self.keys[ties].argsort()[: self.limit - len(above)]]
-        kept = torch.cat([above, ties])
-        self.squares, self.keys = self.squares[kept], self.keys[kept]
 
-    def sorted(self) -> tuple[Tensor, Tensor]:
-        by_key = self.keys.argsort()
-        squares, keys = self.squares[by_key], self.keys[by_key]
-        order = squares.abs().argsort(descending=True, stable=True)
-        return squares[order], keys[order]
+def _values(h: Tensor | ActiveFeatures) -> Tensor:
+    return h.values if isinstance(h, ActiveFeatures) else h
 
 
 def _as_float(h: Tensor) -> Tensor:
@@ -368,8 +420,30 @@ def _centred(h: Tensor, norms: FeatureNorms) -> Tensor:
     return values if norms.mean is None else values - norms.mean
 
 
-def _check_arguments(h: Tensor, pair_fraction: float, correlation: str, method: str) -> None:
-    if h.ndim != 2:
+def _non_finite(squares: Tensor) -> str:
+    features = (~torch.isfinite(squares)).nonzero()[:, 0]
+    named = ", ".join(map(str, features[:5].tolist())) + (", ..." if len(features) > 5 else "")
+    return (
+        f"feature activations h hold NaN or infinity, or values too large to square, in {len(features)} of "
+        f"{len(squares)} features ({named}): expected finite numbers; look for the batch or the weight they came from"
+    )
+
+
+def _log_fewer_pairs(asked: int, found: int, n: int, min_support: int) -> None:
+    if (asked, n) not in _logged:
+        _logged.add((asked, n))
+        logger.info(
+            "%d pairs were asked for, but only %d are eligible (both features active on at least %d tokens of the "
+            "batch, of %d features): taking these; said once",
+            asked, found, min_support, n,
+        )  # fmt: skip
+
+
+_logged: set[tuple[int, int]] = set()
+
+
+def _check_arguments(h: Tensor | ActiveFeatures, pair_fraction: float, correlation: str, method: str) -> None:
+    if isinstance(h, Tensor) and h.ndim != 2:
         raise SelOrthoError(
             f"h has shape {tuple(h.shape)}: expected (tokens, features); flatten the leading axes first"
         )
@@ -377,5 +451,5 @@ def _check_arguments(h: Tensor, pair_fraction: float, correlation: str, method: 
         raise SelOrthoError(f"pair_fraction={pair_fraction!r}: expected a share in (0, 1]")
     if correlation not in ("cosine", "pearson"):
         raise SelOrthoError(f"correlation={correlation!r}: expected 'cosine' or 'pearson'")
-    if method not in ("auto", "tiles"):
-        raise SelOrthoError(f"method={method!r}: expected 'auto' or 'tiles'")
+    if method not in ("auto", "tiles", "coactivation"):
+        raise SelOrthoError(f"method={method!r}: expected 'auto', 'tiles' or 'coactivation'")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_selortho import SelOrthoError, decorrelation, decorrelation_penalty, select_pairs
+from hf_selortho import SelOrthoError, decorrelation_penalty, pair_selection, select_pairs
 from hf_selortho.decorrelation import Pairs, full_penalty
 
 
@@ -54,8 +54,8 @@ def sparse_activations(tokens: int, features: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("correlation", ["cosine", "pearson"])
 @pytest.mark.parametrize("min_support", [1, 9])
 def test_selection_equals_brute_force(correlation, min_support, monkeypatch) -> None:
-    monkeypatch.setattr(decorrelation, "TILE_ROWS", 7)
-    monkeypatch.setattr(decorrelation, "TILE_COLUMNS", 11)
+    monkeypatch.setattr(pair_selection, "TILE_ROWS", 7)
+    monkeypatch.setattr(pair_selection, "TILE_COLUMNS", 11)
     h = sparse_activations(40, 37)
     h[:, 5] = 0
     h[:38, 20] = 0

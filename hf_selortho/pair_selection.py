@@ -1,0 +1,462 @@
+"""The best-scored pairs of columns of a matrix, exactly, in memory of the pairs and one tile.
+
+Three ways to the same set. All of them visit the sums `<m_i, m_j>` in blocks and pass on those that may still be among
+the best; a bound that needs one comparison an entry leaves few to be scored.
+
+- dense tiles: matrix products, `n^2 B / 2` multiplications at full speed;
+- sparse tiles: sparse rows times dense columns, `n / 2` multiplications for each active entry;
+- co-activations: sparse times sparse, one multiplication for every two features that fire on the same token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch_group import BatchGroup
+from .pair_scores import FeatureNorms, Features, Score
+from .sparse_ops import ActiveFeatures, csr, row_offsets
+
+TILE_ROWS, TILE_COLUMNS = 2048, 512  # a float32 tile takes 4 MB
+GROUP = 32  # neighbours of a tile's row that are compared with the threshold at once
+CO_ACTIVATIONS = 1 << 22  # multiplications of one sparse product; bounds the memory of its result
+PAIR_SUM_ELEMENTS = 1 << 24  # of the dense copy
+SAMPLE = 128  # features whose pairs give a first guess of the threshold
+TINY = torch.finfo(torch.float32).tiny
+SLACK = 1 << 16  # pairs kept beyond those asked for, so that the list is cut rarely
+
+# Nanoseconds on 2 CPU cores, measured by scripts/benchmark.py; only their ratios matter. CUDA: from data sheets.
+COSTS = {
+    "cpu": {"dense": 0.0075, "sparse": 0.063, "co-activation": 8.0, "tile entry": 0.7},
+    "cuda": {"dense": 0.0001, "sparse": 0.005, "co-activation": 0.5, "tile entry": 0.02},
+}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Unordered feature pairs, sorted by falling absolute correlation (or other score), then by (i, j)."""
+
+    i: Tensor  # (T,) int64, the smaller index
+    j: Tensor  # (T,) int64, the larger index
+    correlation: Tensor  # (T,) float32 (float64 if the activations are)
+    # the activations that the correlations were computed from, for the penalty on the same batch
+    source: Source | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.i)
+
+    def keys(self, n: int) -> Tensor:
+        """Pairs as single numbers `i * n + j`, shape (T,), for set operations."""
+        return self.i * n + self.j
+
+    def detached(self) -> Pairs:
+        """The same pairs without the batch that they came from, which may be large."""
+        return Pairs(self.i, self.j, self.correlation)
+
+
+class Source(NamedTuple):
+    """A batch and what was computed from it."""
+
+    h: Tensor | ActiveFeatures
+    version: int  # of the tensor at that time: it may have been changed in place since
+    norms: FeatureNorms
+    correlation: str
+
+    def is_of(self, h: Tensor | ActiveFeatures, norms: FeatureNorms, correlation: str) -> bool:
+        """Whether `h`, whose norms are `norms`, is this very batch; the norms tell changes behind autograd's back."""
+        mine, other = _values(self.h), _values(h)
+        return (
+            type(self.h) is type(h)
+            and (mine.data_ptr(), mine.shape, mine.stride()) == (other.data_ptr(), other.shape, other.stride())
+            and (self.version, self.correlation) == (other._version, correlation)
+            and torch.equal(self.norms.squares, norms.squares)
+        )
+
+
+def source_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, correlation: str) -> Source:
+    """Remember a batch."""
+    return Source(h.detach(), _values(h)._version, norms, correlation)
+
+
+def _values(h: Tensor | ActiveFeatures) -> Tensor:
+    return h.values if isinstance(h, ActiveFeatures) else h
+
+
+def pair_count(n: int, pair_fraction: float) -> int:
+    """Number of pairs asked for: `ceil(pair_fraction * n (n - 1) / 2)`."""
+    return math.ceil(pair_fraction * (n * (n - 1) // 2))
+
+
+class BestPairs:
+    """The `limit` pairs of largest `|score|` offered so far, as signed squares; ties go to the smaller (i, j)."""
+
+    def __init__(self, limit: int, device: torch.device, dtype: torch.dtype, at_least: float = 0.0) -> None:
+        self.limit = limit
+        self.threshold = at_least**2  # of the squares; pairs equal to it may still win by their key
+        self.squares = torch.empty(0, dtype=dtype, device=device)
+        self.keys = torch.empty(0, dtype=torch.int64, device=device)
+
+    def offer(self, squares: Tensor, keys: Tensor) -> None:
+        """Consider new pairs (m,)."""
+        good = squares.abs() >= self.threshold
+        self.squares = torch.cat([self.squares, squares[good]])
+        self.keys = torch.cat([self.keys, keys[good]])
+        if len(self.keys) > self.limit + max(SLACK, self.limit // 4):
+            self.prune()
+
+    def prune(self) -> None:
+        """Keep the `limit` best and raise the threshold to the worst of them."""
+        if len(self.keys) < self.limit or self.limit == 0:
+            return
+        strength = self.squares.abs()
+        self.threshold = float(torch.topk(strength, self.limit, sorted=False).values.min())
+        above = (strength > self.threshold).nonzero()[:, 0]
+        ties = (strength == self.threshold).nonzero()[:, 0]
+        ties = ties[self.keys[ties].argsort()[: self.limit - len(above)]]
+        kept = torch.cat([above, ties])
+        self.squares, self.keys = self.squares[kept], self.keys[kept]
+
+    def drop_zeros(self) -> None:
+        """Forget pairs of score 0."""
+        kept = self.squares != 0
+        self.squares, self.keys = self.squares[kept], self.keys[kept]
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Signed squares and keys of the best pairs, best first."""
+        self.prune()
+        by_key = self.keys.argsort()
+        squares, keys = self.squares[by_key], self.keys[by_key]
+        order = squares.abs().argsort(descending=True, stable=True)
+        return squares[order], keys[order]
+
+
+class Candidates(NamedTuple):
+    """Pairs of columns that may be among the best, each once."""
+
+    i: Tensor  # (m,) the smaller index
+    j: Tensor  # (m,)
+    sums: Tensor  # (m,) `<m_i, m_j>` of the scaled columns
+
+
+class Columns:
+    """The eligible columns of a matrix, scaled by powers of two to norms between 0.7 and 1.5.
+
+    The scale rounds nothing and keeps squares of sums in the range of floats. `|score| <= 2 |sum|` follows for every
+    score, which is what the roads compare with the threshold.
+    """
+
+    def __init__(self, h: Tensor | ActiveFeatures, norms: FeatureNorms, min_support: int) -> None:
+        self.n = h.n if isinstance(h, ActiveFeatures) else h.shape[1]
+        self.index = norms.eligible(min_support).nonzero()[:, 0]  # (m,)
+        self.scale = torch.exp2(-torch.log2(norms.norm[self.index]).round())  # (m,)
+        self.tokens = norms.tokens
+        pick = lambda values: None if values is None else values[self.index] * self.scale  # noqa: E731
+        self.norms = FeatureNorms(
+            norms.squares[self.index] * self.scale.square(), norms.support[self.index], pick(norms.mean), norms.tokens
+        )
+        self.active = self._compact(h) if isinstance(h, ActiveFeatures) else None
+        self.dense = None if isinstance(h, ActiveFeatures) else h
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def _compact(self, h: ActiveFeatures) -> ActiveFeatures:
+        """The entries of the eligible features, renumbered."""
+        scale = self.scale.new_zeros(self.n).index_copy_(0, self.index, self.scale)
+        values = h.values.to(self.scale.dtype) * scale[h.cols]
+        if len(self) == self.n:
+            return h.with_values(values)
+        number = torch.full((self.n,), -1, device=self.index.device)
+        number[self.index] = torch.arange(len(self), device=self.index.device)
+        cols = number[h.cols]
+        kept = (cols >= 0).nonzero()[:, 0]
+        counts = torch.bincount(h.rows[kept], minlength=h.tokens)
+        return ActiveFeatures(row_offsets(counts), cols[kept], values[kept], len(self))
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Dense columns start to stop, (B, width); centred for Pearson."""
+        if self.active is not None:
+            block = self.active.feature_columns(start, stop)
+        else:
+            assert self.dense is not None
+            whole = len(self) == self.n
+            block = self.dense[:, start:stop] if whole else self.dense[:, self.index[start:stop]]
+            block = block.to(self.scale.dtype) * self.scale[start:stop]
+        return block if self.norms.mean is None else block - self.norms.mean[start:stop]
+
+
+def best_pairs(
+    columns: Columns,
+    score: Score,
+    directions: Tensor | None,
+    limit: int,
+    method: str = "auto",
+    group: BatchGroup | None = None,
+    at_least: float = 0.0,
+) -> Pairs:
+    """The `limit` eligible pairs of best score (fewer if there are fewer), exactly.
+
+    Args:
+        columns: the matrix whose sums the score takes; the global batch, the same on every process of `group`.
+        directions: unit decoder rows (n, d_in) for a score that compares them.
+        method: "tiles" (dense or sparse), "coactivation" (needs active entries), or "auto", the cheapest.
+        at_least: pairs of a lower |score| are not taken.
+    """
+    limit = min(limit, len(columns) * (len(columns) - 1) // 2)
+    best = BestPairs(limit, columns.index.device, columns.scale.dtype, at_least)
+    if limit > 0:
+        features = Features(columns.norms, None if directions is None else directions[columns.index])
+        search = _Search(columns, score, features, group, at_least)
+        best = search.run(best, cheapest_method(columns) if method == "auto" else method)
+    squares, keys = best.sorted()
+    correlation = squares.sign() * squares.abs().sqrt().clamp_max(1)
+    return Pairs(keys // columns.n, keys % columns.n, correlation)
+
+
+def cheapest_method(columns: Columns) -> str:
+    """ "dense" or "sparse" (tiles), or "coactivation", by the measured cost of their arithmetic."""
+    cost = COSTS["cuda" if columns.index.device.type == "cuda" else "cpu"]
+    m, active = len(columns), columns.active
+    entries = m * m / 2 * cost["tile entry"]
+    expected = {"dense": m * m / 2 * columns.tokens * cost["dense"] + entries}
+    if active is not None:
+        together = float((active.crow[1:] - active.crow[:-1]).double().square().sum()) / 2
+        # under Pearson, pairs that never fire together are negatively correlated, and there are many of them
+        apart = 0 if columns.norms.mean is None else entries / 4
+        expected["coactivation"] = together * cost["co-activation"] + apart
+        if columns.norms.mean is None:
+            expected["sparse"] = len(active.cols) * m / 2 * cost["sparse"] + entries
+    return min(expected, key=lambda name: expected[name])
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One search for the best pairs."""
+
+    columns: Columns
+    score: Score
+    features: Features  # of the eligible columns
+    group: BatchGroup | None
+    at_least: float
+
+    def run(self, best: BestPairs, method: str) -> BestPairs:
+        """Search above a guess of the least score; a guess that was too high costs another try."""
+        floor = best.threshold
+        guess = self.guess(best.limit)
+        while True:
+            best.threshold = max(floor, guess)
+            found = self.search(best, method)
+            if len(found.keys) >= found.limit or found.threshold <= floor:
+                return found
+            guess, best = guess / 4 if guess > 1e-3 else 0.0, self.fresh(best)
+
+    def fresh(self, best: BestPairs) -> BestPairs:
+        return BestPairs(best.limit, best.keys.device, best.squares.dtype, self.at_least)
+
+    def search(self, best: BestPairs, method: str) -> BestPairs:
+        if method == "coactivation":
+            found = self.by_co_activations(best)
+            if found is not None:
+                return found
+            method, best = "tiles", self.fresh(best)
+        if method == "tiles":
+            method = "sparse" if self.columns.active is not None and self.columns.norms.mean is None else "dense"
+        for candidates in self.tiles(best, sparse=method == "sparse"):
+            self.offer(best, candidates)
+        self.merge(best)
+        return self.offer_zeros(best)
+
+    def guess(self, limit: int) -> float:
+        """The squared score that a little more than `limit` pairs reach, going by the pairs of a few features."""
+        m, rows = len(self.columns), []
+        if m < 4 * SAMPLE:
+            return 0.0
+        for start in torch.linspace(0, m - SAMPLE // 8, 8).long().tolist():
+            stop = start + SAMPLE // 8
+            if self.columns.active is not None and self.columns.norms.mean is None:
+                sums = (self.columns.active.feature_rows(start, stop) @ self.columns.active.matrix()).to_dense()
+            else:
+                sums = self.columns.block(start, stop).T @ self.columns.block(0, m)
+            i, j = (sums != 0).nonzero(as_tuple=True)
+            squares = self.score.signed_squares(sums[i, j], i + start, j, self.features).abs()
+            rows.append(squares[i + start != j])
+        sample = torch.cat(rows)
+        wanted = math.ceil(2 * limit / (m * (m - 1) / 2) * SAMPLE * (m - 1)) + 8
+        return float(sample.topk(wanted, sorted=False).values.min()) if wanted <= len(sample) else 0.0
+
+    def offer(self, best: BestPairs, found: Candidates) -> None:
+        squares = self.score.signed_squares(found.sums, found.i, found.j, self.features)
+        best.offer(squares, self.columns.index[found.i] * self.columns.n + self.columns.index[found.j])
+
+    def merge(self, best: BestPairs) -> None:
+        """Each process has visited its share of the blocks: put their lists together."""
+        if self.group is not None:
+            best.prune()
+            best.squares = torch.cat(self.group.gather(best.squares))
+            best.keys = torch.cat(self.group.gather(best.keys))
+
+    def is_mine(self, block: int) -> bool:
+        return self.group is None or block % self.group.size == self.group.rank
+
+    def tiles(self, best: BestPairs, sparse: bool) -> Iterator[Candidates]:
+        """Candidates of every tile on and above the diagonal."""
+        columns, m = self.columns, len(self.columns)
+        active = columns.active if sparse else None
+        bands = [(top, min(top + TILE_ROWS, m)) for top in range(0, m, TILE_ROWS)]
+        rows = [] if active is None else [active.feature_rows(*band) for band in bands]  # CSR, (rows, B)
+        for number, left in enumerate(range(0, m, TILE_COLUMNS)):
+            if not self.is_mine(number):
+                continue
+            right = min(left + TILE_COLUMNS, m)
+            block = columns.block(left, right)  # (B, width)
+            for band, (top, bottom) in enumerate(bands):
+                if top >= right:
+                    break
+                # on the diagonal some rows lie below it: they are sorted out afterwards
+                tile = rows[band] @ block if rows else columns.block(top, bottom).T @ block  # (rows, width)
+                i, j, sums = _near_the_best(tile, best.threshold)
+                found = Candidates(i + top, j + left, sums)
+                yield _upper(found) if bottom > left else found
+
+    def by_co_activations(self, best: BestPairs) -> BestPairs | None:
+        """The pairs that fire together, then those that do not; None if the latter are too many to look at."""
+        mean, tokens = self.columns.norms.mean, self.columns.tokens
+        for found in self.co_activations(best):
+            if mean is not None:
+                found = found._replace(sums=found.sums - tokens * mean[found.i] * mean[found.j])
+            self.offer(best, found)
+        self.merge(best)
+        if mean is None:
+            return self.offer_zeros(best)
+        best.prune()
+        return self.offer_apart(best) if best.threshold > 0 else None
+
+    def co_activations(self, best: BestPairs) -> Iterator[Candidates]:
+        """Candidates among the pairs that fire together, in blocks of features."""
+        active = self.columns.active
+        assert active is not None  # the callers see to it
+        offsets, rows = active.by_feature.offsets, active.by_feature.rows
+        per_token = active.crow[1:] - active.crow[:-1]
+        work = row_offsets(per_token[rows])[offsets]  # (m + 1,) multiplications of the features before
+        ends = torch.arange(0, int(work[-1]) + CO_ACTIVATIONS, CO_ACTIVATIONS, device=work.device)
+        bounds = torch.searchsorted(work, ends).clamp_max(len(self.columns)).unique().tolist()
+        for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if not self.is_mine(number):
+                continue
+            product = active.feature_rows(start, stop) @ _columns_from(active, start)
+            bound = 0.0 if self.columns.norms.mean is not None else _bound(best.threshold)
+            near = (product.values().abs() >= max(bound, TINY)).nonzero()[:, 0]
+            i = torch.searchsorted(product.crow_indices(), near, right=True) - 1
+            yield _upper(Candidates(i + start, product.col_indices()[near] + start, product.values()[near]))
+
+    def offer_apart(self, best: BestPairs) -> BestPairs | None:
+        """Pearson: the pairs that never fire together, with `c = -B mean_i mean_j / (|m_i| |m_j|)`."""
+        columns, norms = self.columns, self.columns.norms
+        assert norms.mean is not None and columns.active is not None
+        strength, order = (math.sqrt(columns.tokens) * norms.mean * norms.inverse).sort(descending=True)  # (m,)
+        bound = math.sqrt(best.threshold) * (1 - 1e-5)
+        # the partners of each feature are those before it whose product with it reaches the bound
+        reach = torch.searchsorted(-strength, -(bound / strength).clamp_max(torch.finfo(strength.dtype).max), right=True)
+        partners = torch.minimum(reach, torch.arange(len(columns), device=reach.device))
+        if int(partners.sum()) > 4 * best.limit + SLACK:
+            return None
+        second = torch.repeat_interleave(torch.arange(len(columns), device=reach.device), partners)
+        first = torch.arange(len(second), device=reach.device) - row_offsets(partners)[second]
+        i, j = torch.minimum(order[first], order[second]), torch.maximum(order[first], order[second])
+        joint = pair_sums(columns.active.with_values(columns.active.values.abs()), i, j)
+        sums = -columns.tokens * norms.mean[i] * norms.mean[j]
+        self.offer(best, _kept(Candidates(i, j, sums), joint == 0))
+        return best
+
+    def offer_zeros(self, best: BestPairs) -> BestPairs:
+        """Fill up with pairs of score 0, the smallest (i, j) first."""
+        best.drop_zeros()
+        if best.threshold > 0 or len(best.keys) >= best.limit:
+            return best
+        m, index, n = len(self.columns), self.columns.index, self.columns.n
+        partners = torch.arange(m - 1, -1, -1, device=index.device)  # (m,) of each feature, with a larger index
+        offsets = row_offsets(partners)
+        number = torch.arange(min(best.limit, m * (m - 1) // 2), device=index.device)  # enough: some may be taken
+        i = torch.searchsorted(offsets, number, right=True) - 1
+        keys = index[i] * n + index[number - offsets[i] + i + 1]
+        keys = keys[~torch.isin(keys, best.keys)][: best.limit - len(best.keys)]
+        best.keys = torch.cat([best.keys, keys])
+        best.squares = torch.cat([best.squares, best.squares.new_zeros(len(keys))])
+        return best
+
+
+def _kept(found: Candidates, which: Tensor) -> Candidates:
+    kept = which.nonzero()[:, 0]
+    return Candidates(found.i[kept], found.j[kept], found.sums[kept])
+
+
+def _upper(found: Candidates) -> Candidates:
+    return _kept(found, found.i < found.j)
+
+
+def _columns_from(active: ActiveFeatures, start: int) -> Tensor:
+    """Features start to n as a CSR tensor, (B, n - start): the sums below the diagonal are not wanted."""
+    if start == 0:
+        return active.matrix()
+    kept = (active.cols >= start).nonzero()[:, 0]
+    crow = row_offsets(torch.bincount(active.rows[kept], minlength=active.tokens))
+    return csr(crow, active.cols[kept] - start, active.values[kept], (active.tokens, active.n - start))
+
+
+def _bound(threshold: float) -> float:
+    """The least |sum| of scaled columns whose score may reach the threshold (a square), less what rounding takes."""
+    return math.sqrt(threshold) / 2 * (1 - 1e-5)
+
+
+def _near_the_best(tile: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and value of the entries of a tile whose score may reach the threshold (a square)."""
+    bound, (rows, width) = _bound(threshold), tile.shape
+    if bound == 0:
+        i, j = (tile != 0).nonzero(as_tuple=True)  # most pairs never fire together; they follow at the end
+        return i, j, tile[i, j]
+    if width % GROUP or not tile.is_contiguous():
+        i, j = (tile.abs() >= bound).nonzero(as_tuple=True)
+        return i, j, tile[i, j]
+    groups = tile.view(-1, GROUP)
+    near = (torch.maximum(groups.amax(1), -groups.amin(1)) >= bound).nonzero()[:, 0]
+    part = groups[near]  # few of the groups
+    which, inside = (part.abs() >= bound).nonzero(as_tuple=True)
+    flat = near[which] * GROUP + inside
+    return flat // width, flat % width, part[which, inside]
+
+
+def pair_sums(h: Tensor | ActiveFeatures, i: Tensor, j: Tensor) -> Tensor:
+    """`<h_i, h_j>` of given pairs (T,), with one dense copy of a few tokens of the features that occur in them."""
+    sums = _values(h).new_zeros(len(i))
+    if len(i) == 0:
+        return sums
+    occurring, number = torch.cat([i, j]).unique(return_inverse=True)
+    order = (number[: len(i)] * len(occurring) + number[len(i) :]).argsort()
+    rows, cols = number[: len(i)][order], number[len(i) :][order]
+    shape = (len(occurring), len(occurring))
+    pattern = csr(row_offsets(torch.bincount(rows, minlength=shape[0])), cols, sums, shape)
+    tokens = h.tokens if isinstance(h, ActiveFeatures) else len(h)
+    step = max(64, PAIR_SUM_ELEMENTS // len(occurring))
+    for start in range(0, tokens, step):
+        part = _token_block(h, occurring, start, min(start + step, tokens))  # (U, tokens of the chunk)
+        pattern = torch.sparse.sampled_addmm(pattern, part, part.T)
+    sums[order] = pattern.values()
+    return sums
+
+
+def _token_block(h: Tensor | ActiveFeatures, features: Tensor, start: int, stop: int) -> Tensor:
+    if not isinstance(h, ActiveFeatures):
+        return h[start:stop, features].T.contiguous()
+    first, last = int(h.crow[start]), int(h.crow[stop])
+    number = torch.full((h.n,), -1, device=features.device)
+    number[features] = torch.arange(len(features), device=features.device)
+    cols = number[h.cols[first:last]]
+    kept = (cols >= 0).nonzero()[:, 0]
+    block = h.values.new_zeros(len(features), stop - start)
+    block[cols[kept], h.rows[first:last][kept] - start] = h.values[first:last][kept]
+    return block
