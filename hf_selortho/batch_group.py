@@ -34,6 +34,12 @@ class BatchGroup:
         dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """Smallest value of each entry over the processes."""
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.process_group)
+        return tensor
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors (m_r, ...) of all processes in the order of their ranks; the first axis may differ."""
         lengths = torch.zeros(self.size, dtype=torch.int64, device=tensor.device)

@@ -7,7 +7,7 @@ Every setting of the SAE is declared here once; the command line of the training
 import difflib
 import math
 from dataclasses import Field, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from transformers import PreTrainedConfig
 
@@ -15,8 +15,11 @@ from .errors import ConfigError
 
 CONFIG_VERSION = 1
 
-Activation = Literal["relu", "topk"]
-Penalty = Literal["selective", "full", "none"]
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+Penalty = Literal["selective", "full", "ortsae", "none"]
+Space = Literal["activation", "decoder", "redundancy"]
+SelectionSpace = Literal["same", "activation", "decoder", "redundancy"]
+PenaltySchedule = Literal["on_selection", "every_step"]
 Correlation = Literal["cosine", "pearson"]
 Reduction = Literal["mean", "sum"]
 InputNormalization = Literal["standard", "none"]
@@ -41,19 +44,54 @@ class SelOrthoConfig(PreTrainedConfig):
 
     d_in: int | None = _setting(None, "Width of the language model's residual stream.")
     d_sae: int | None = _setting(None, "Number of features; the paper uses as many as d_in.")
-    activation: Activation = _setting("relu", "Activation function: relu (the paper) or topk.")
-    k: int | None = _setting(None, "Active features per token; only with activation topk.")
-    l1_coefficient: float = _setting(0.04, "Weight of the L1 sparsity term, eq. 7; it acts with activation relu only.")
-    penalty: Penalty = _setting(
-        "selective", "Which pairs are decorrelated: the most correlated ones (selective), every pair (full), none."
+    activation: Activation = _setting(
+        "relu", "Activation function: relu (the paper), topk, batchtopk (k on average over a batch) or jumprelu."
     )
+    k: int | None = _setting(None, "Active features per token; only with activation topk or batchtopk.")
+    l1_coefficient: float = _setting(0.04, "Weight of the L1 sparsity term, eq. 7; it acts with activation relu only.")
+    l0_coefficient: float = _setting(0.001, "Weight of the mean L0; it acts with activation jumprelu only.")
+    jumprelu_bandwidth: float = _setting(0.05, "Width of the kernel through which jumprelu's thresholds learn.")
+    jumprelu_threshold: float = _setting(0.01, "Thresholds of jumprelu at the start.")
+    aux_k: int | None = _setting(
+        None, "Dead features that explain what is left over, per token (topk, batchtopk); None: d_in / 2; 0: none."
+    )
+    aux_coefficient: float = _setting(1 / 32, "Weight of that auxiliary loss, which revives dead features.")
+    matryoshka_prefixes: list[int] | None = _setting(
+        None, "Numbers of first features that have to reconstruct on their own, rising, the last d_sae (batchtopk)."
+    )
+    penalty: Penalty = _setting(
+        "selective",
+        "Which pairs are decorrelated: the best-scored ones (selective), every pair (full), each feature's nearest in "
+        "random chunks of the decoder (ortsae), none.",
+    )
+    penalty_space: Space = _setting(
+        "activation",
+        "What the selective penalty squares: the pairs' correlation (activation, the paper), their decoder cosine "
+        "(decoder), or their decoder cosine times how symmetrically they fire together (redundancy).",
+    )
+    selection_space: SelectionSpace = _setting("same", "By which of these the pairs are selected; same: the penalty's.")
     ortho_coefficient: float = _setting(0.1, "Weight of the decorrelation penalty, eq. 7.")
     pair_fraction: float = _setting(0.001, "Share of all feature pairs that the selective penalty acts on, eq. 5.")
+    correlation_threshold: float = _setting(
+        0.0, "Pairs whose score is below this are left alone; with a large pair_fraction, the threshold selects."
+    )
     correlation: Correlation = _setting("cosine", "Uncentred cosine (eq. 4) or centred Pearson correlation.")
     reduction: Reduction = _setting("mean", "Penalty as the mean over the pairs or their sum (the paper).")
     min_support: int = _setting(
         4, "A feature takes part in a pair if it fired on at least this many tokens of the batch."
     )
+    selection_interval: int = _setting(
+        1, "Steps between two selections of pairs; 1 is the paper's, 10 costs a tenth (see penalty_schedule)."
+    )
+    penalty_schedule: PenaltySchedule = _setting(
+        "on_selection",
+        "Between selections, the penalty rests and then acts with the weight of all these steps (on_selection), or "
+        "acts at every step on the pairs selected last (every_step).",
+    )
+    carry_decay: float = _setting(
+        0.0, "Share of the earlier batches' co-activations that a selection carries over, so that rare features count."
+    )
+    ortsae_chunk: int = _setting(8192, "Features that the penalty ortsae compares with one another.")
     input_normalization: InputNormalization = _setting(
         "standard", "standard: centre the activations and scale them to a mean squared norm of 1; none: use them raw."
     )
@@ -99,6 +137,11 @@ class SelOrthoConfig(PreTrainedConfig):
         """Values of the fields declared by this class."""
         return {f.name: getattr(self, f.name) for f in self.own_fields()}
 
+    @property
+    def selects_by(self) -> str:
+        """The score by which pairs are selected: "activation", "decoder" or "redundancy"."""
+        return self.penalty_space if self.selection_space == "same" else self.selection_space
+
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         # transformers keeps unknown keyword arguments as attributes: a misspelt setting would silently do nothing
         names = [f.name for f in self.own_fields()]
@@ -125,6 +168,9 @@ class SelOrthoConfig(PreTrainedConfig):
                 raise ConfigError(
                     f"{f.name} is missing: SelOrthoConfig needs d_in and d_sae, e.g. d_in=640, d_sae=1280"
                 )
+            if get_origin(allowed[0]) is list:
+                self._check_list(f.name, value)
+                continue
             if type(value) is int and float in allowed:
                 value = float(value)
                 setattr(self, f.name, value)
@@ -135,23 +181,60 @@ class SelOrthoConfig(PreTrainedConfig):
                 names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
                 raise ConfigError(f"{f.name}={value!r}: expected {names}, not {type(value).__name__}")
 
+    def _check_list(self, name: str, value: Any) -> None:
+        if value is not None and (not isinstance(value, list) or any(type(item) is not int for item in value)):
+            raise ConfigError(f"{name}={value!r}: expected None or a list of whole numbers")
+
     def _check_values(self) -> None:
-        for name in ("d_in", "d_sae", "min_support", "k", "min_tokens"):
+        for name in ("d_in", "d_sae", "min_support", "k", "min_tokens", "selection_interval"):
             self._require(name, lambda v: v is None or v >= 1, "a whole number of at least 1")
         self._require("context_length", lambda v: v >= 2, "at least 2 tokens")
         self._require("layer", lambda v: v is None or v >= 0, "a layer counted from 0")
-        for name in ("l1_coefficient", "ortho_coefficient"):
+        self._require("aux_k", lambda v: v is None or v >= 0, "None or a number of features of at least 0")
+        self._require("ortsae_chunk", lambda v: v >= 2, "at least 2 features")
+        for name in ("l1_coefficient", "l0_coefficient", "aux_coefficient", "ortho_coefficient"):
             self._require(name, lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0")
+        for name in ("jumprelu_bandwidth", "jumprelu_threshold"):
+            self._require(name, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
+        for name in ("correlation_threshold", "carry_decay"):
+            self._require(name, lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._require("pair_fraction", lambda v: 0 < v <= 1, "a share in (0, 1]")
         self._require("held_out_fraction", lambda v: v is None or 0 <= v < 1, "None or a share in [0, 1)")
         self._require("max_norm", lambda v: v is None or v > 0, "None or a number above 0")
         self._require("max_norm_ratio", lambda v: v is None or (v > 1 and math.isfinite(v)), "None or a number above 1")
-        if self.activation == "topk" and self.k is None:
-            raise ConfigError("k=None: activation='topk' needs k, the number of active features per token")
-        if self.activation != "topk" and self.k is not None:
-            raise ConfigError(f"k={self.k}: only activation='topk' takes k, not {self.activation!r}")
+        self._check_activation()
+        self._check_penalty()
+
+    def _check_activation(self) -> None:
+        takes_k = self.activation in ("topk", "batchtopk")
+        if takes_k and self.k is None:
+            raise ConfigError(
+                f"k=None: activation={self.activation!r} needs k, the number of active features per token"
+            )
+        if not takes_k and self.k is not None:
+            raise ConfigError(f"k={self.k}: only activation='topk' and 'batchtopk' take k, not {self.activation!r}")
         if self.k is not None and self.d_sae is not None and self.k > self.d_sae:
             raise ConfigError(f"k={self.k}: expected at most d_sae={self.d_sae}")
+        prefixes = self.matryoshka_prefixes
+        if prefixes is None:
+            return
+        if self.activation != "batchtopk":
+            raise ConfigError(f"matryoshka_prefixes={prefixes}: only activation='batchtopk' takes them")
+        if not prefixes or prefixes[0] < 1 or sorted(set(prefixes)) != prefixes or prefixes[-1] != self.d_sae:
+            raise ConfigError(
+                f"matryoshka_prefixes={prefixes}: expected rising numbers that end with d_sae={self.d_sae}"
+            )
+
+    def _check_penalty(self) -> None:
+        if self.correlation == "pearson" and self.carry_decay > 0:
+            raise ConfigError(
+                f"carry_decay={self.carry_decay}: carried co-activations give cosines; use correlation='cosine'"
+            )
+        if self.carry_decay > 0 and self.selects_by != "activation":
+            raise ConfigError(
+                f"carry_decay={self.carry_decay}: only pairs selected by activation are carried over, not by "
+                f"{self.selects_by!r}; set carry_decay=0"
+            )
 
     def _require(self, name: str, allowed: Any, expected: str) -> None:
         value = getattr(self, name)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .batch_group import BatchGroup
 from .errors import SelOrthoError
-from .pair_scores import SCORES, FeatureNorms, pattern
+from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
 from .pair_selection import Columns, Pairs, best_pairs, pair_count, pair_sums, source_of
 from .sparse_ops import ActiveFeatures, active_features, csr, row_offsets
 
@@ -177,6 +177,35 @@ def decorrelation_penalty(
     if isinstance(h, ActiveFeatures):
         return _SparsePenalty.apply(h.values, h.detach(), value, operator, gradient_scale)
     return _DensePenalty.apply(h, value, operator, gradient_scale)
+
+
+def penalty_by_space(
+    space: str,
+    h: Tensor | ActiveFeatures,
+    W_dec: Tensor,
+    pairs: Pairs,
+    coefficient: float = 0.1,
+    reduction: str = "mean",
+    correlation: str = "cosine",
+    group: BatchGroup | None = None,
+) -> Tensor:
+    """[`decorrelation_penalty`] on the squares of any of the scores.
+
+    "activation": `sum_T c_ij^2`, the paper's, with its gradient to `h`. "decoder": `sum_T cos(W_i, W_j)^2`, gradient to
+    `W_dec` (n, d_in). "redundancy": `sum_T s_ij^2 cos(W_i, W_j)^2` with the co-firing `s_ij = min(P(i|j), P(j|i))` of
+    this batch held fixed, gradient to `W_dec`.
+    """
+    if space == "activation":
+        return decorrelation_penalty(h, pairs, coefficient, reduction, correlation, group)
+    weights = None
+    if space == "redundancy":
+        with torch.no_grad():
+            fired = pattern(h)
+            joint = pair_sums(fired, pairs.i, pairs.j)
+            joint = joint if group is None else group.sum(joint)
+            weights = co_firing(joint, pairs.i, pairs.j, feature_norms(h, "cosine", group)).nan_to_num(0).square()
+    # the same on every process: no group, and the mean over processes is right as it is
+    return decorrelation_penalty(W_dec.T, pairs, coefficient, reduction, weights=weights)
 
 
 def full_penalty(
@@ -346,9 +375,7 @@ def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, g
     return c.fill_diagonal_(0)
 
 
-def _correlations_of(
-    h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None
-) -> Tensor:
+def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None) -> Tensor:
     """Correlations (T,) of given pairs in this batch."""
     sums = pair_sums(_as_float(h) if isinstance(h, Tensor) else h, pairs.i, pairs.j)
     if group is not None:

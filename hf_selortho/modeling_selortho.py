@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .activation_functions import ActivationFunction, Encoded
+from .baselines import ortsae_penalty
+from .batch_group import BatchGroup
 from .configuration_selortho import SelOrthoConfig
-from .decorrelation import BatchGroup, Pairs, full_penalty, selective_penalty
+from .decorrelation import full_penalty, penalty_by_space, select_by_score
 from .errors import SelOrthoError
+from .pair_selection import Pairs
+from .sparse_ops import ActiveFeatures, sparse_decode
 
 
 @dataclass
@@ -25,9 +31,31 @@ class SelOrthoOutput(ModelOutput):
 
     loss: Tensor | None = None  # scalar, the sum of `losses`
     reconstruction: Tensor | None = None  # (..., d_in), in the space of the raw activations
-    feature_acts: Tensor | None = None  # (..., d_sae)
-    losses: dict[str, Tensor] | None = None  # weighted terms: "reconstruction", "l1", "ortho"
+    feature_acts: Tensor | None = None  # (..., d_sae); None if they were not asked for and are sparse
+    losses: dict[str, Tensor] | None = None  # weighted terms: "reconstruction", "l1", "ortho", ...
     pairs: Pairs | None = None  # the pairs that the selective penalty acted on, else None
+    active: ActiveFeatures | None = None  # the feature activations as entries (B, d_sae), in place of `feature_acts`
+    threshold: Tensor | None = None  # batchtopk: the smallest activation that this batch kept
+
+    @property
+    def features(self) -> Tensor | ActiveFeatures:
+        """The feature activations in the form that was computed, (B, d_sae)."""
+        if self.active is not None:
+            return self.active
+        assert self.feature_acts is not None
+        return self.feature_acts.flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class PenaltyPlan:
+    """What the decorrelation penalty does at one step."""
+
+    acts: bool = True
+    pairs: Pairs | None = None  # the pairs to act on; None: select them on this batch
+    weight: float = 1.0  # with penalty_schedule "on_selection", the number of steps that this one stands for
+    coefficient: float | None = None  # in place of the config's ortho_coefficient, when it is steered
+    seed: int = 0  # of the chunks of ortsae
+    select: Callable[[Tensor | ActiveFeatures], Pairs] | None = None  # in place of the model's own selection
 
 
 class SelOrthoSAE(PreTrainedModel):
@@ -39,6 +67,9 @@ class SelOrthoSAE(PreTrainedModel):
         x^    = (h W_dec + b_dec) * input_scale + input_mean              (eq. 3)
         loss  = mean_B |x~^ - x~|^2 + l1 mean_B |h|_1 + ortho R sum_T c_ij^2     (eq. 7)
 
+    The other activation functions replace the L1 term: topk and batchtopk by an auxiliary loss of dead features,
+    jumprelu by the mean L0.
+
     The rows of `W_dec` are features' directions in activation space, held at norm 1 after every update (eq. 6,
     [`normalize_decoder`]) by an optimiser whose gradient has no component along them ([`project_decoder_gradient`]).
     """
@@ -48,7 +79,7 @@ class SelOrthoSAE(PreTrainedModel):
     main_input_name = "activations"
     _no_split_modules: list[str] = []
     # a mean of norm thousands in bfloat16 would be off by more than the features explain
-    _keep_in_fp32_modules_strict = {"input_mean", "input_scale"}
+    _keep_in_fp32_modules_strict = {"input_mean", "input_scale", "threshold", "log_threshold"}
 
     config: SelOrthoConfig
     input_mean: Tensor
@@ -64,6 +95,11 @@ class SelOrthoSAE(PreTrainedModel):
         self.b_dec = nn.Parameter(torch.empty(d_in))
         self.register_buffer("input_mean", torch.zeros(d_in))
         self.register_buffer("input_scale", torch.ones(()))
+        if config.activation == "batchtopk":
+            self.register_buffer("threshold", torch.zeros(()))  # at inference; estimated in training
+        if config.activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.empty(d_sae))  # in bfloat16 small updates would be lost
+        self.function = ActivationFunction(config.activation, config.k, config.jumprelu_bandwidth)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -77,6 +113,10 @@ class SelOrthoSAE(PreTrainedModel):
         for zero in (self.b_enc, self.b_dec, self.input_mean):
             init.zeros_(zero)
         init.ones_(self.input_scale)
+        if self.config.activation == "batchtopk":
+            init.zeros_(self.threshold)
+        if self.config.activation == "jumprelu":
+            init.constant_(self.log_threshold, math.log(self.config.jumprelu_threshold))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,36 +181,60 @@ class SelOrthoSAE(PreTrainedModel):
         return (x - self.input_mean) / self.input_scale
 
     def encode(self, activations: Tensor) -> Tensor:
-        """Feature activations (..., d_sae) of raw language-model activations (..., d_in)."""
-        return self._encode_normalized(self.normalize_input(activations))
+        """Feature activations (..., d_sae) of raw language-model activations (..., d_in).
+
+        With batchtopk, what fires does not depend on the batch: it exceeds the threshold estimated in training.
+        """
+        return self._dense(self.normalize_input(activations)).h
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Raw activations (..., d_in), in the dtype of `feature_acts`, from feature activations (..., d_sae)."""
         return self._denormalize(feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec).to(feature_acts.dtype)
 
-    def forward(self, activations: Tensor, group: BatchGroup | None = None) -> SelOrthoOutput:
+    def forward(
+        self,
+        activations: Tensor,
+        group: BatchGroup | None = None,
+        plan: PenaltyPlan | None = None,
+        dead: Tensor | None = None,
+        return_feature_acts: bool = True,
+    ) -> SelOrthoOutput:
         """Encode, decode and compose the loss of eq. 7.
 
         Args:
             activations: raw activations of the language model at the hook, (..., d_in).
             group: under data parallel training, the processes whose tokens form the batch of the penalty.
+            plan: what the penalty does at this step; default: select pairs and act on them.
+            dead: which features are dead (d_sae,), for the auxiliary loss of topk and batchtopk.
+            return_feature_acts: False lets a training step work on the active entries alone where these are few:
+                the output then has `active` and no `feature_acts`. Loss and gradients are the same.
 
         Raises:
             SelOrthoError: the last axis is not `d_in` wide.
         """
         x = self.normalize_input(activations)
-        h = self._encode_normalized(x)  # (..., d_sae)
-        x_hat = h @ self.W_dec + self.b_dec
-        flat = h.reshape(-1, len(self.b_enc))  # (B, d_sae)
-        ortho, pairs = self._ortho_loss(flat, group)
-        losses = {
-            "reconstruction": (x_hat.to(x.dtype) - x).square().sum(-1).mean(),
-            "l1": self._l1_loss(flat),
-            "ortho": ortho,
-        }
-        loss = losses["reconstruction"] + losses["l1"] + losses["ortho"]
-        reconstruction = self._denormalize(x_hat).to(activations.dtype)
-        return SelOrthoOutput(loss=loss, reconstruction=reconstruction, feature_acts=h, losses=losses, pairs=pairs)
+        flat = x.reshape(-1, x.shape[-1])  # (B, d_in)
+        encoded = None
+        if not return_feature_acts and self.training and torch.is_grad_enabled() and not x.requires_grad:
+            encoded = self.function.active(flat, self.W_enc, self.b_enc, self._thresholds(), group)
+        if encoded is None:
+            encoded = self._dense(flat, batch=self.training, group=group)
+        x_hat, reconstruction_loss = self._reconstruct(flat, encoded.h)
+        ortho, pairs = self._ortho_loss(encoded.h, group, plan or PenaltyPlan())
+        losses = {"reconstruction": reconstruction_loss, **self._sparsity_losses(encoded), "ortho": ortho}
+        if dead is not None and self._aux_k > 0:
+            losses["aux"] = self._aux_loss(flat, flat - x_hat.detach(), dead)
+        reconstruction = self._denormalize(x_hat).to(activations.dtype).view(activations.shape)
+        sparse = isinstance(encoded.h, ActiveFeatures)
+        return SelOrthoOutput(
+            loss=torch.stack([term.float() if term.dtype != torch.float64 else term for term in losses.values()]).sum(),
+            reconstruction=reconstruction,
+            feature_acts=None if sparse else encoded.h.view(*activations.shape[:-1], -1),
+            losses=losses,
+            pairs=pairs,
+            active=encoded.h if sparse else None,
+            threshold=encoded.threshold,
+        )
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -178,36 +242,117 @@ class SelOrthoSAE(PreTrainedModel):
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
 
     @torch.no_grad()
+    def store_by_feature(self) -> None:
+        """Keep `W_enc` (d_in, d_sae) feature by feature in memory, the order in which its sparse gradient comes out."""
+        self.W_enc.data = self.W_enc.data.T.contiguous().T
+
+    @torch.no_grad()
     def project_decoder_gradient(self) -> None:
         """Remove the gradient's component along each decoder row, which [`normalize_decoder`] would undo anyway."""
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+            along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)[:, None]
             self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
 
-    def _encode_normalized(self, x: Tensor) -> Tensor:
-        h = torch.relu(x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc)
-        if self.config.activation == "topk":
-            assert self.config.k is not None  # the config has checked it
-            values, indices = h.topk(self.config.k, dim=-1, sorted=False)
-            h = torch.zeros_like(h).scatter(-1, indices, values)
-        return h
+    def _thresholds(self) -> Tensor | None:
+        return self.log_threshold.exp() if self.config.activation == "jumprelu" else None
+
+    def _dense(self, x: Tensor, batch: bool = False, group: BatchGroup | None = None) -> Encoded:
+        """Feature activations (..., d_sae) of normalised activations (..., d_in)."""
+        z = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+        threshold = self.threshold if self.config.activation == "batchtopk" else self._thresholds()
+        return self.function.dense(z, threshold, batch=batch, group=group)
+
+    def _reconstruct(self, x: Tensor, h: Tensor | ActiveFeatures) -> tuple[Tensor, Tensor]:
+        """Normalised reconstruction (B, d_in) and its loss, the mean over the prefixes of a Matryoshka SAE."""
+        prefixes = self.config.matryoshka_prefixes
+        if prefixes is None:
+            product = sparse_decode(h, self.W_dec) if isinstance(h, ActiveFeatures) else h @ self.W_dec
+            x_hat = product + self.b_dec
+            return x_hat, (x_hat.to(x.dtype) - x).square().sum(-1).mean()
+        if isinstance(h, ActiveFeatures):
+            parts = sparse_decode(h, self.W_dec, torch.tensor(prefixes, device=x.device))  # (B, prefixes, d_in)
+        else:
+            bounds = zip([0, *prefixes], prefixes, strict=False)
+            parts = torch.stack([h[:, a:b] @ self.W_dec[a:b] for a, b in bounds], dim=1)
+        nested = parts.cumsum(1) + self.b_dec
+        return nested[:, -1], (nested.to(x.dtype) - x[:, None]).square().sum(-1).mean()
 
     def _denormalize(self, x_hat: Tensor) -> Tensor:
         return x_hat.to(torch.promote_types(x_hat.dtype, torch.float32)) * self.input_scale + self.input_mean
 
-    def _l1_loss(self, h: Tensor) -> Tensor:
-        if self.config.activation != "relu" or self.config.l1_coefficient == 0:
-            return h.new_zeros((), dtype=torch.float32)
-        return self.config.l1_coefficient * h.float().sum(1).mean()  # h >= 0, so its L1 norm is its sum
+    def _sparsity_losses(self, encoded: Encoded) -> dict[str, Tensor]:
+        cfg, h = self.config, encoded.h
+        values, tokens = (h.values, h.tokens) if isinstance(h, ActiveFeatures) else (h, len(h))
+        zero = values.new_zeros((), dtype=torch.float32)
+        if encoded.l0 is not None:
+            return {"l1": zero, "l0_penalty": cfg.l0_coefficient * encoded.l0}
+        if cfg.activation != "relu" or cfg.l1_coefficient == 0:
+            return {"l1": zero}
+        return {"l1": cfg.l1_coefficient * values.float().sum() / tokens}  # h >= 0, so its L1 norm is its sum
 
-    def _ortho_loss(self, h: Tensor, group: BatchGroup | None) -> tuple[Tensor, Pairs | None]:
+    @property
+    def revives_dead_features(self) -> bool:
+        """Whether the loss has a term for dead features, so that [`forward`] wants to know them."""
+        return self._aux_k > 0
+
+    @torch.no_grad()
+    def update_threshold(self, batch_threshold: Tensor, momentum: float = 0.99) -> None:
+        """Let the fixed threshold of batchtopk follow those of the training batches, as an exponential average."""
+        follow = torch.where(self.threshold > 0, self.threshold.lerp(batch_threshold, 1 - momentum), batch_threshold)
+        self.threshold.copy_(follow)
+
+    @property
+    def _aux_k(self) -> int:
         cfg = self.config
-        if cfg.penalty == "none" or cfg.ortho_coefficient == 0:
-            return h.new_zeros((), dtype=torch.float32), None
+        if cfg.activation not in ("topk", "batchtopk") or cfg.aux_coefficient == 0:
+            return 0
+        return self.W_enc.shape[0] // 2 if cfg.aux_k is None else cfg.aux_k
+
+    def _aux_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """Gao et al. 2024, section A.2: the dead features with the largest pre-activations explain the residual."""
+        features = dead.nonzero()[:, 0]
+        if len(features) == 0:
+            return x.new_zeros(())
+        z = x.to(self.W_enc.dtype) @ self.W_enc[:, features] + self.b_enc[features]  # (B, dead)
+        if len(features) > self._aux_k:
+            z = ActivationFunction("topk", self._aux_k).dense(z, None).h
+        explained = torch.relu(z) @ self.W_dec[features]
+        return self.config.aux_coefficient * (explained.to(x.dtype) - residual).square().sum(-1).mean()
+
+    def _ortho_loss(
+        self, h: Tensor | ActiveFeatures, group: BatchGroup | None, plan: PenaltyPlan
+    ) -> tuple[Tensor, Pairs | None]:
+        cfg = self.config
+        coefficient = (cfg.ortho_coefficient if plan.coefficient is None else plan.coefficient) * plan.weight
+        if cfg.penalty == "none" or coefficient == 0 or not plan.acts:
+            return self.b_dec.new_zeros((), dtype=torch.float32), plan.pairs
+        if cfg.penalty == "ortsae":
+            return ortsae_penalty(self.W_dec, coefficient, cfg.ortsae_chunk, plan.seed), None
         if cfg.penalty == "full":
-            return full_penalty(h, cfg.ortho_coefficient, cfg.reduction, cfg.min_support, cfg.correlation, group), None
-        return selective_penalty(
-            h, cfg.pair_fraction, cfg.min_support, cfg.ortho_coefficient, cfg.reduction, cfg.correlation, group
+            dense = h.to_dense() if isinstance(h, ActiveFeatures) else h
+            return full_penalty(dense, coefficient, cfg.reduction, cfg.min_support, cfg.correlation, group), None
+        pairs = plan.pairs
+        if pairs is None:
+            pairs = self.select_pairs(h, group) if plan.select is None else plan.select(h.detach())
+        loss = penalty_by_space(
+            cfg.penalty_space, h, self.W_dec, pairs, coefficient, cfg.reduction, cfg.correlation, group
+        )
+        return loss, pairs
+
+    @torch.no_grad()
+    def select_pairs(self, h: Tensor | ActiveFeatures, group: BatchGroup | None = None) -> Pairs:
+        """The pairs that the configured penalty acts on, for feature activations `h` (B, d_sae)."""
+        cfg = self.config
+        return select_by_score(
+            cfg.selects_by,
+            h,
+            self.W_dec,
+            cfg.pair_fraction,
+            cfg.min_support,
+            cfg.correlation,
+            "auto",
+            group,
+            cfg.correlation_threshold,
         )
 
 

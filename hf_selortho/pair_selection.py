@@ -361,7 +361,9 @@ class _Search:
         strength, order = (math.sqrt(columns.tokens) * norms.mean * norms.inverse).sort(descending=True)  # (m,)
         bound = math.sqrt(best.threshold) * (1 - 1e-5)
         # the partners of each feature are those before it whose product with it reaches the bound
-        reach = torch.searchsorted(-strength, -(bound / strength).clamp_max(torch.finfo(strength.dtype).max), right=True)
+        reach = torch.searchsorted(
+            -strength, -(bound / strength).clamp_max(torch.finfo(strength.dtype).max), right=True
+        )
         partners = torch.minimum(reach, torch.arange(len(columns), device=reach.device))
         if int(partners.sum()) > 4 * best.limit + SLACK:
             return None

@@ -150,7 +150,9 @@ def csr(crow: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> T
     return torch.sparse_csr_tensor(crow, cols, values, shape, check_invariants=False)
 
 
-def sparse_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures, gain: Tensor | None = None) -> Tensor:
+def sparse_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures, gain: Tensor | None = None
+) -> Tensor:
     """Give the activations of `active` the gradient of `h_ti = <x_t, W_enc_:i> + b_enc_i`; values (nnz,).
 
     Args:
@@ -174,7 +176,9 @@ class _Encode(torch.autograd.Function):
     """Identity on the values; the gradient reaches the encoder from the active entries alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures, gain: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures, gain: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
         ctx.active, ctx.gain = active, gain
         return active.values.clone()

@@ -94,6 +94,21 @@ class RunArguments:
     mixed_precision: str | None = argument(None, "no, bf16 or fp16; default: what accelerate launch was given.")
     cpu: bool = argument(False, "Train on the CPU even where there is an accelerator.")
     cpu_threads: int | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
+    ortho_budget: str = argument(
+        "none", "Steer ortho_coefficient to hold a budget: gradient (its share) or fvu (its excess); none: do not."
+    )
+    ortho_budget_value: float = argument(
+        0.01, "gradient: the penalty's gradient over the reconstruction's; fvu: excess over the twin's, 0.01 is 1%."
+    )
+    ortho_reference: str | None = argument(
+        None, "Run without penalty whose FVU an fvu budget is measured against: its folder or its metrics.jsonl."
+    )
+    resample_every: int = argument(
+        0, "Steps between two resamplings of dead features of a ReLU SAE (Bricken et al. 2023); 0: none."
+    )
+    layer_settings: str | None = argument(
+        None, 'Settings of the SAE by layer, JSON or a .json file: \'{"5": {"ortho_coefficient": 0.05}}\'.'
+    )
     seed: int = argument(0, "Seed of the initial weights and of the order of the data.")
     logging_steps: int = argument(10, "Steps between two rows of metrics.jsonl.")
     dead_after_tokens: int = argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
@@ -255,6 +270,9 @@ _RULES: list[tuple[str, str, Any, str]] = [
     ("run", "decay_steps", lambda v: v >= 0, "at least 0"),
     ("run", "max_grad_norm", lambda v: v > 0, "a number above 0"),
     ("run", "mixed_precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
+    ("run", "ortho_budget", lambda v: v in ("none", "gradient", "fvu"), "none, gradient or fvu"),
+    ("run", "ortho_budget_value", lambda v: v > 0 and math.isfinite(v), "a finite number above 0"),
+    ("run", "resample_every", lambda v: v >= 0, "at least 0"),
     ("run", "cpu_threads", lambda v: v >= 1, "at least 1"),
     ("run", "seed", lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295"),
     ("run", "logging_steps", lambda v: v >= 1, "at least 1"),

@@ -20,8 +20,9 @@ from ..activations.buffer import ActivationBuffer
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
+from ..pair_selection import Pairs
 from .outputs import CHECKPOINTS, holds_unfinished_run, write_json
-from .state import TrainState
+from .state import TrainState, new_carried
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class Checkpoints:
                     "tokens": state.tokens,
                     "processes": self.accelerator.num_processes,
                     "scaler": None if scaler is None else scaler.state_dict(),
+                    "controller": None if state.controller is None else state.controller.state_dict(),
                     "arguments": self.arguments,
                 },
             )
@@ -150,11 +152,14 @@ class Checkpoints:
             load_optimizer_tensors(sae, optimizer, load_file(folder / "optimizer.safetensors"))
             tensors = load_file(folder / f"buffer_{self._rank}.safetensors")
             since_fired = tensors.pop("tokens_since_fired")
+            self._load_pairs(tensors, state, sae.config)
         except (SafetensorError, OSError, KeyError) as error:
             raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
         state.tokens_since_fired.copy_(since_fired)
         buffer.load_state_dict(tensors, self._read(folder / f"buffer_{self._rank}.json"))
         state.step, state.tokens = trainer["step"], trainer["tokens"]
+        if state.controller is not None and trainer["controller"]:
+            state.controller.load_state_dict(trainer["controller"])
         if self.accelerator.scaler is not None and trainer["scaler"]:
             self.accelerator.scaler.load_state_dict(trainer["scaler"])
 
@@ -212,10 +217,28 @@ class Checkpoints:
     def _save_process(self, folder: Path, buffer: ActivationBuffer, state: TrainState) -> None:
         tensors, rest = buffer.state_dict()
         tensors["tokens_since_fired"] = state.tokens_since_fired.cpu()
+        if state.pairs is not None:
+            pairs = {"i": state.pairs.i, "j": state.pairs.j, "correlation": state.pairs.correlation}
+            tensors |= {f"pairs.{name}": value.cpu() for name, value in pairs.items()}
+        if state.carried is not None:
+            tensors |= {f"carried.{name}": value.cpu() for name, value in state.carried.state_dict().items()}
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, folder / f"buffer_{self._rank}.safetensors"
         )
         write_json(folder / f"buffer_{self._rank}.json", rest)
+
+    def _load_pairs(self, tensors: dict[str, Tensor], state: TrainState, config: SelOrthoConfig) -> None:
+        """Take the selected pairs and the carried co-activations out of the tensors of this process."""
+        device = state.tokens_since_fired.device
+        pairs, carried = (
+            {key: tensors.pop(f"{name}.{key}").to(device) for key in _keys_of(name, tuple(tensors))}
+            for name in ("pairs", "carried")
+        )
+        if pairs:
+            state.pairs = Pairs(pairs["i"], pairs["j"], pairs["correlation"])
+        if carried:
+            state.carried = new_carried(config)
+            state.carried.load_state_dict(carried)
 
     def _read(self, path: Path) -> Any:
         try:
@@ -239,7 +262,14 @@ def load_optimizer_tensors(sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, t
     """The reverse of [`optimizer_tensors`]."""
     for name, parameter in sae.named_parameters():
         keys = _keys_of(name, tensors)
-        optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+        # fused Adam walks through memory: its state has to lie there in the order of the parameter
+        optimizer.state[parameter] = {key: _laid_out(tensors[f"{name}.{key}"], parameter) for key in keys}
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    if tensor.shape != parameter.shape:
+        return tensor.to(parameter.device)
+    return torch.empty_like(parameter).copy_(tensor)
 
 
 def _keys_of(name: str, tensors: Iterable[str]) -> list[str]:

@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 
 from ..activations.buffer import ActivationBatch, ActivationBuffer
 from ..activations.capture import NonFiniteActivationsError
-from ..decorrelation import BatchGroup
+from ..batch_group import BatchGroup
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from .arguments import RunArguments
 from .checkpoint import Checkpoints
 from .outputs import MetricsLog
+from .penalty import PenaltySchedule, make_controller, steer
+from .revival import resample_dead
 from .state import TrainState, learning_rate_at, pair_churn, step_report
 
 LAST_STEPS = 100  # the paper averages its training metrics over the last 100 steps; all of them are logged
@@ -51,6 +53,7 @@ class Trainer:
         self.accelerator, self.buffer, self.arguments = accelerator, buffer, arguments
         self.log, self.checkpoints = log, checkpoints
         self.sae = sae.to(accelerator.device)
+        self.sae.store_by_feature()
         optimizer = torch.optim.Adam(
             self.sae.parameters(),
             lr=arguments.learning_rate,
@@ -60,7 +63,9 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(self.sae, optimizer)
         self.group = BatchGroup() if accelerator.num_processes > 1 else None
+        self.penalty = PenaltySchedule(self.sae.config, self.group)
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
+        self.state.controller = make_controller(arguments, self.sae.config)
         self._seconds = {"data": 0.0, "step": 0.0}
         self._tokens_timed, self._reported_at = 0, 0  # since the last report
 
@@ -109,7 +114,9 @@ class Trainer:
         started = time.perf_counter()
         self._apply()
         self.state.step += 1
-        self.state.pairs = output.pairs
+        if output.pairs is not None:
+            self.state.pairs = output.pairs.detached()
+        self._revive(activations, output)
         self._seconds["step"] += time.perf_counter() - started
         return self._report(activations, output, previous) if self._is_logged() else None
 
@@ -124,18 +131,41 @@ class Trainer:
     def _accumulate(self, batch: ActivationBatch, last: bool) -> tuple[SelOrthoOutput, Tensor]:
         """Add the gradient of one batch; gradients are exchanged between processes after the last one only."""
         activations = batch.activations.to(self.accelerator.device)
+        plan = self.penalty.plan(self.state)
+        dead = None
+        if self.sae.revives_dead_features:
+            dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
-                output = self.model(activations, group=self.group)
-            if not torch.isfinite(output.loss):
-                raise NonFiniteLossError(self._non_finite_message("loss", output, batch))
+                output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
+            self._check_finite(output.loss, "loss", output, batch)
+            if plan.acts and last:
+                steer(self.state, self.sae, activations, output, self.group)
             self.accelerator.backward(output.loss / self.arguments.gradient_accumulation_steps)
-        if last and self.accelerator.scaler is None and not torch.isfinite(self._gradient_norm()):
-            raise NonFiniteLossError(self._non_finite_message("gradient", output, batch))
+        if last and self.accelerator.scaler is None:
+            self._check_finite(self._gradient_norm(), "gradient", output, batch)
         tokens = len(activations) * self.accelerator.num_processes
-        self.state.count(output.feature_acts.detach(), tokens)
+        self.state.count(output.features.detach(), tokens)
+        if output.threshold is not None:
+            self.sae.update_threshold(output.threshold)
         self._tokens_timed += tokens
         return output, activations
+
+    def _check_finite(self, value: Tensor, what: str, output: SelOrthoOutput, batch: ActivationBatch) -> None:
+        if not torch.isfinite(value):
+            raise NonFiniteLossError(self._non_finite_message(what, output, batch))
+
+    def _revive(self, activations: Tensor, output: SelOrthoOutput) -> None:
+        """Resample the dead features of a ReLU SAE, at its steps."""
+        every, step = self.arguments.resample_every, self.state.step
+        if not every or step % every or step >= self.arguments.max_steps:
+            return
+        assert output.reconstruction is not None
+        dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
+        errors = (output.reconstruction - activations).square().sum(1).detach()
+        generator = torch.Generator().manual_seed(self.arguments.seed + step)
+        resample_dead(self.sae, self.optimizer.optimizer, dead, activations, errors, generator, self.group)
+        self.state.tokens_since_fired[dead] = 0
 
     def _apply(self) -> None:
         """The constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6)."""
@@ -161,14 +191,16 @@ class Trainer:
         return step == 1 or step % a.logging_steps == 0 or step > a.max_steps - LAST_STEPS
 
     def _report(self, activations: Tensor, output: SelOrthoOutput, previous: Any) -> dict[str, Any]:
-        figures = self._mean_over_processes(step_report(self.sae, activations, output, self.group))
+        pairs = output.pairs if output.pairs is not None or not self.penalty.acts else self.state.pairs
+        figures = self._mean_over_processes(step_report(self.sae, activations, output, pairs, self.group))
         figures["pair_churn"] = pair_churn(output.pairs, previous, self.sae.config.d_sae)
         seconds, tokens, steps = sum(self._seconds.values()), self._tokens_timed, self.state.step - self._reported_at
         row = {
             "step": self.state.step,
             "tokens": self.state.tokens,
             **figures,
-            "dead_features": self._dead_features(),
+            "dead_features": int(self.state.dead(self.arguments.dead_after_tokens, self.group).sum()),
+            "ortho_coefficient": self._coefficient(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": tokens / seconds,
             "seconds_per_step": self._seconds["step"] / steps,
@@ -188,12 +220,9 @@ class Trainer:
         means = (self.group.sum(values) / self.group.size).tolist()
         return {**figures, **dict(zip(names, means, strict=True))}
 
-    def _dead_features(self) -> int:
-        """Features that fired in no process for `dead_after_tokens` tokens."""
-        since = self.state.tokens_since_fired
-        if self.group is not None:
-            since = -self.accelerator.gather(-since[None]).amax(0)
-        return int((since >= self.arguments.dead_after_tokens).sum())
+    def _coefficient(self) -> float:
+        controller = self.state.controller
+        return self.sae.config.ortho_coefficient if controller is None else controller.coefficient
 
     def _gradient_norm(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]

@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..decorrelation import BatchGroup, Pairs, select_pairs
+from ..batch_group import BatchGroup
+from ..carried import CarriedSums
+from ..configuration_selortho import SelOrthoConfig
+from ..decorrelation import pair_count, select_pairs
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
+from ..pair_selection import Pairs
+from ..sparse_ops import ActiveFeatures
+from .budget import FVUBudget, GradientShare
+
+CARRIED_PAIRS = 8  # co-activations carried over, as a multiple of the pairs asked for
+Controller = GradientShare | FVUBudget
 
 
 @dataclass
@@ -18,13 +27,30 @@ class TrainState:
     tokens_since_fired: Tensor  # (d_sae,) int64, as seen by this process
     step: int = 0
     tokens: int = 0  # drawn from the buffers of all processes
-    pairs: Pairs | None = field(default=None, repr=False)  # selected at the last step
+    pairs: Pairs | None = field(default=None, repr=False)  # of the latest selection
+    carried: CarriedSums | None = field(default=None, repr=False)  # co-activations of earlier batches
+    controller: Controller | None = None  # steers the penalty's coefficient
 
-    def count(self, feature_acts: Tensor, tokens: int) -> None:
+    def count(self, features: Tensor | ActiveFeatures, tokens: int) -> None:
         """Count a batch: feature activations (B, d_sae) of this process, `tokens` over all processes."""
         self.tokens += tokens
         self.tokens_since_fired += tokens
-        self.tokens_since_fired[(feature_acts > 0).any(0)] = 0
+        if isinstance(features, ActiveFeatures):
+            self.tokens_since_fired[features.cols[features.values > 0]] = 0
+        else:
+            self.tokens_since_fired[(features > 0).any(0)] = 0
+
+    def dead(self, after_tokens: int, group: BatchGroup | None) -> Tensor:
+        """Features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
+        since = self.tokens_since_fired
+        return (since if group is None else group.minimum(since)) >= after_tokens
+
+
+def new_carried(config: SelOrthoConfig) -> CarriedSums:
+    """Empty co-activation sums of a run."""
+    assert config.d_sae is not None
+    limit = CARRIED_PAIRS * pair_count(config.d_sae, config.pair_fraction)
+    return CarriedSums(config.d_sae, config.carry_decay, limit)
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup: float = 0, decay: float = 0) -> float:
@@ -44,23 +70,24 @@ def step_report(
     sae: SelOrthoSAE,
     activations: Tensor,
     output: SelOrthoOutput,
+    pairs: Pairs | None,
     group: BatchGroup | None = None,
 ) -> dict[str, float | None]:
-    """Figures of one batch (B, d_in); correlations are those of the selected pairs, whether penalised or not."""
-    assert output.losses is not None and output.feature_acts is not None and output.loss is not None
-    h = output.feature_acts
-    x = sae.normalize_input(activations)
-    variance = (x - x.mean(0)).square().sum(1).mean()
+    """Figures of one batch (B, d_in); correlations are those of the latest selection, or of one made for the report."""
+    assert output.losses is not None and output.loss is not None and output.reconstruction is not None
+    h = output.features.detach()
+    variance = (activations - activations.mean(0)).square().sum(1).mean()
+    error = (output.reconstruction - activations).square().sum(1).mean()
     config = sae.config
-    pairs = output.pairs
     if pairs is None:
         pairs = select_pairs(h, config.pair_fraction, config.min_support, config.correlation, group=group)
     strength = pairs.correlation.abs()
+    fired = h.values > 0 if isinstance(h, ActiveFeatures) else h > 0
     return {
         "loss": output.loss.item(),
         **{name: term.item() for name, term in output.losses.items()},
-        "fvu": (output.losses["reconstruction"] / variance).item(),
-        "l0": float((h > 0).sum(1).float().mean()),
+        "fvu": (error / variance).item(),
+        "l0": float(fired.sum()) / len(activations),
         "peak_correlation": float(strength.max()) if len(pairs) else None,
         "top_correlation": float(strength.mean()) if len(pairs) else None,
         "selected_pairs": len(pairs),

@@ -1,0 +1,249 @@
+"""Activation functions of the encoder, `h = act(z)` with `z = x W_enc + b_enc`, in two exact forms.
+
+Dense: pre-activations (B, n) in, feature activations (B, n) out, with autograd. Active entries: pre-activations are
+computed and looked through a few tokens at a time, only what fires is kept, and `(B, n)` never exists.
+
+- relu: `max(z, 0)`.
+- topk: the k largest of each token (Gao et al. 2024).
+- batchtopk: the `B k` largest of the batch (Bussmann et al. 2024); a fixed threshold at inference.
+- jumprelu: `z` where `z > threshold_i`, thresholds learned through straight-through estimators (Rajamanoharan et al.
+  2024): `dh/dthreshold = -(threshold / eps) K((z - threshold) / eps)`, `dL0/dthreshold = -(1 / eps) K(...)`, `K` the
+  rectangle of width 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .batch_group import BatchGroup
+from .sparse_ops import ActiveFeatures, row_offsets, sparse_encode
+
+CHUNK_ROWS = 128  # tokens whose pre-activations are held at once: enough for matrix products at full speed
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # pre-activations held at once, if that is more tokens
+
+# Densities below which the active entries are cheaper than dense arithmetic; the CPU's is measured (benchmark.py)
+SPARSE_BELOW = {"cpu": 0.08, "cuda": 0.004}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Feature activations of a batch, and what the loss needs to know about how they came about."""
+
+    h: Tensor | ActiveFeatures
+    threshold: Tensor | None = None  # batchtopk: the smallest activation that was kept
+    l0: Tensor | None = None  # jumprelu: mean L0 with a gradient to the thresholds
+
+
+@dataclass(frozen=True)
+class ActivationFunction:
+    """One of the activation functions with its settings."""
+
+    kind: str
+    k: int | None = None
+    bandwidth: float = 0.05  # eps of jumprelu
+
+    def dense(
+        self, z: Tensor, threshold: Tensor | None, *, batch: bool = False, group: BatchGroup | None = None
+    ) -> Encoded:
+        """Apply to pre-activations (..., n).
+
+        `threshold` is the fixed one of batchtopk or the (n,) ones of jumprelu. `batch` makes batchtopk look at the
+        batch instead.
+        """
+        if self.kind == "topk":
+            assert self.k is not None
+            values, indices = torch.relu(z).topk(self.k, dim=-1, sorted=False)
+            return Encoded(torch.zeros_like(z).scatter(-1, indices, values))
+        if self.kind == "batchtopk":
+            if not batch:
+                return Encoded(torch.where(z > threshold, z, 0))
+            least = self.batch_threshold(z.detach().flatten(), z.numel() // z.shape[-1], group)
+            return Encoded(torch.where((z >= least) & (z > 0), z, 0), threshold=least)
+        if self.kind == "jumprelu":
+            assert threshold is not None
+            h, fired = _JumpReLU.apply(z, threshold, self.bandwidth)
+            return Encoded(h, l0=fired / (z.numel() // z.shape[-1]))
+        return Encoded(torch.relu(z))
+
+    def active(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: BatchGroup | None = None
+    ) -> Encoded | None:
+        """The same for tokens `x` (B, d_in), as active entries with gradients to the encoder; None if too dense."""
+        with torch.no_grad():
+            found = self._find(x, W_enc, b_enc, threshold, group)
+        if found is None:
+            return None
+        pattern, least = found
+        if self.kind != "jumprelu":
+            return Encoded(pattern.with_values(sparse_encode(x, W_enc, b_enc, pattern)), threshold=least)
+        assert threshold is not None
+        above = pattern.values > threshold.detach()[pattern.cols]
+        gated = pattern.with_values(pattern.values * above)
+        values = sparse_encode(x, W_enc, b_enc, gated, above)
+        values, fired = _SparseJumpReLU.apply(values, threshold, pattern, above, self.bandwidth)
+        return Encoded(pattern.with_values(values), l0=fired / len(x))
+
+    def batch_threshold(self, z: Tensor, tokens: int, group: BatchGroup | None) -> Tensor:
+        """The `B k`-th largest of pre-activations (m,), 0 if fewer are positive; B counts all processes' tokens."""
+        assert self.k is not None
+        if group is None:
+            wanted = tokens * self.k
+            return z.topk(min(wanted, len(z)), sorted=False).values.min().clamp_min(0)
+        wanted = int(group.sum(torch.tensor([tokens], device=z.device))) * self.k
+        bits = z[z > 0].float().view(torch.int32).sort().values  # positive floats are ordered as their bits are
+        low = torch.zeros(1, dtype=torch.int32, device=z.device)
+        for bit in range(30, -1, -1):  # the largest threshold that `wanted` entries reach, bit by bit
+            higher = low | (1 << bit)
+            reached = len(bits) - torch.searchsorted(bits, higher)
+            if int(group.sum(reached)) >= wanted:
+                low = higher
+        return low.view(torch.float32)[0]
+
+    def _find(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: BatchGroup | None
+    ) -> tuple[ActiveFeatures, Tensor | None] | None:
+        device, n = x.device.type, W_enc.shape[1]
+        limit = SPARSE_BELOW.get(device, 0.0)
+        if self.k is not None and self.k > limit * n:
+            return None
+        kept = _Kept(self, n, self._wanted(x, group))
+        lower = None if threshold is None else threshold.detach() - self.bandwidth / 2
+        rows = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 1 << 28) // n)
+        for start, z in _pre_activations(x, W_enc, b_enc, rows):
+            kept.add(z, lower)
+            if start == 0 and self.k is None and _density(kept.entries, z, group) > limit:
+                return None
+        least = None
+        if self.kind == "batchtopk":
+            least = self.batch_threshold(torch.cat(kept.values), len(x), group)
+        return kept.entries_of_batch(least), least
+
+    def _wanted(self, x: Tensor, group: BatchGroup | None) -> int | None:
+        """Entries of this process that a batch may keep at most, for batchtopk."""
+        if self.kind != "batchtopk":
+            return None
+        assert self.k is not None
+        tokens = len(x) if group is None else int(group.sum(torch.tensor([len(x)], device=x.device)))
+        return tokens * self.k
+
+
+class _Kept:
+    """What fires in the chunks of pre-activations looked through so far."""
+
+    def __init__(self, function: ActivationFunction, n: int, wanted: int | None) -> None:
+        self.function, self.n, self.wanted = function, n, wanted
+        self.counts: list[Tensor] = []  # per token
+        self.cols: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.least = 0.0  # of batchtopk: no smaller entry can be kept
+
+    @property
+    def entries(self) -> int:
+        return sum(map(len, self.cols))
+
+    def add(self, z: Tensor, lower: Tensor | None) -> None:
+        """Look through pre-activations (rows, n); entries above `lower` count for jumprelu."""
+        if self.function.kind == "topk":
+            values, cols = z.topk(self.function.k, dim=-1, sorted=False)
+            cols, order = cols.sort(dim=-1)
+            self.counts.append(torch.full((len(z),), cols.shape[1], device=z.device))
+            self.cols.append(cols.flatten())
+            self.values.append(values.gather(-1, order).relu_().flatten())
+            return
+        fires = z > (max(self.least, 0.0) if self.function.kind != "jumprelu" else lower)
+        if self.function.kind == "batchtopk" and self.least > 0:
+            fires = z >= self.least
+        flat = fires.view(-1).nonzero()[:, 0]
+        rows = flat // self.n
+        self.counts.append(torch.bincount(rows, minlength=len(z)))
+        self.cols.append(flat - rows * self.n)
+        self.values.append(z.view(-1)[flat])
+        if self.wanted is not None and self.entries > 2 * self.wanted:
+            self.prune()
+
+    def prune(self) -> None:
+        """Raise the bar to what the entries so far say: the threshold of the batch can only be higher."""
+        assert self.wanted is not None
+        values = torch.cat(self.values)
+        self.least = float(values.topk(self.wanted, sorted=False).values.min())
+        self._keep(values >= self.least)
+
+    def _keep(self, which: Tensor) -> None:
+        counts = torch.cat(self.counts)
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        self.counts = [torch.bincount(rows[which], minlength=len(counts))]
+        self.cols = [torch.cat(self.cols)[which]]
+        self.values = [torch.cat(self.values)[which]]
+
+    def entries_of_batch(self, least: Tensor | None) -> ActiveFeatures:
+        if least is not None:
+            self._keep(torch.cat(self.values) >= least)
+        return ActiveFeatures(row_offsets(torch.cat(self.counts)), torch.cat(self.cols), torch.cat(self.values), self.n)
+
+
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: int) -> Any:
+    """First token and pre-activations (rows, n) of a few tokens at a time, always in the same memory."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W_enc.dtype
+    with torch.autocast(kind, enabled=False):
+        x, W_enc, b_enc = x.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+        memory = x.new_empty(min(rows, len(x)), W_enc.shape[1])
+        for start in range(0, len(x), rows):
+            part = x[start : start + rows]
+            z = torch.addmm(b_enc, part, W_enc, out=memory[: len(part)])
+            yield start, z if dtype == torch.float64 else z.float()
+
+
+def _density(entries: int, z: Tensor, group: BatchGroup | None) -> float:
+    """Share of entries; under data parallelism all processes have to take the same way, as they talk along it."""
+    share = entries / max(1, z.numel())
+    return share if group is None else float(group.sum(torch.tensor([share], device=z.device))) / group.size
+
+
+def _near(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    return (z - threshold).abs() < bandwidth / 2
+
+
+class _JumpReLU(torch.autograd.Function):
+    """`z` where `z > threshold` (n,), and how many of them, with the estimators of the module's docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        above = z > threshold
+        return z * above, above.sum().to(threshold.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_fired: Tensor) -> tuple[Tensor | None, ...]:
+        z, threshold = ctx.saved_tensors
+        near = _near(z, threshold, ctx.bandwidth).to(threshold.dtype)
+        per_entry = near * (threshold * grad + grad_fired)
+        return grad * (z > threshold), -per_entry.flatten(0, -2).sum(0) / ctx.bandwidth, None
+
+
+class _SparseJumpReLU(torch.autograd.Function):
+    """The same for active entries: identity on their values, which are gated already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, threshold: Tensor, pattern: ActiveFeatures, above: Tensor, bandwidth: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(threshold)
+        ctx.pattern, ctx.bandwidth = pattern, bandwidth
+        return values.clone(), above.sum().to(threshold.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_fired: Tensor) -> tuple[Tensor | None, ...]:
+        (threshold,) = ctx.saved_tensors
+        pattern: ActiveFeatures = ctx.pattern
+        own = threshold[pattern.cols]
+        per_entry = _near(pattern.values, own, ctx.bandwidth) * (own * grad + grad_fired)
+        return grad, -pattern.sum_by_feature(per_entry) / ctx.bandwidth, None, None, None
