@@ -150,10 +150,9 @@ class _Kept:
         """Look through pre-activations (rows, n); entries above `lower` count for jumprelu."""
         if self.function.kind == "topk":
             values, cols = z.topk(self.function.k, dim=-1, sorted=False)
-            cols, order = cols.sort(dim=-1)
             self.counts.append(torch.full((len(z),), cols.shape[1], device=z.device))
             self.cols.append(cols.flatten())
-            self.values.append(values.gather(-1, order).relu_().flatten())
+            self.values.append(values.relu_().flatten())
             return
         fires = z > (max(self.least, 0.0) if self.function.kind != "jumprelu" else lower)
         if self.function.kind == "batchtopk" and self.least > 0:

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from .batch_group import BatchGroup
 from .errors import SelOrthoError
 from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
-from .pair_selection import Columns, Pairs, best_pairs, pair_count, pair_sums, source_of
-from .sparse_ops import ActiveFeatures, active_features, csr, row_offsets
+from .pair_selection import Columns, Pairs, best_pairs, pair_count, pair_sums, source_of, token_chunks
+from .sparse_ops import ActiveFeatures, active_features, csr, row_offsets, times_dense
 
 __all__ = [
     "ActiveFeatures", "BatchGroup", "FeatureNorms", "Pairs", "decorrelation_penalty", "feature_norms", "full_penalty",
@@ -28,7 +28,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SPARSE_BELOW = 0.1  # activations of a lower density are handled through their non-zero entries
-GRADIENT_ROWS = 1024  # features whose dense gradient is held at once while it is read at the active entries
 CHUNK_ELEMENTS = 1 << 22  # of a dense matrix that are widened to float32 at once
 
 
@@ -138,7 +137,16 @@ def selective_penalty(
 ) -> tuple[Tensor, Pairs]:
     """[`select_pairs`] and [`decorrelation_penalty`] on the same batch."""
     pairs = select_pairs(h, pair_fraction, min_support, correlation, "auto", group)
-    return decorrelation_penalty(h, pairs, coefficient, reduction, correlation, group), pairs
+    return penalty_of_selection(h, pairs, coefficient, reduction, group), pairs
+
+
+def penalty_of_selection(
+    h: Tensor | ActiveFeatures, pairs: Pairs, coefficient: float, reduction: str, group: BatchGroup | None
+) -> Tensor:
+    """[`decorrelation_penalty`] on the pairs that [`select_pairs`] has just found in this very `h`, unchanged since."""
+    assert pairs.source is not None
+    scale = _scale(coefficient, reduction, len(pairs))
+    return _penalty(h, pairs, pairs.correlation, pairs.correlation, pairs.source.norms, scale, group)
 
 
 def decorrelation_penalty(
@@ -171,6 +179,20 @@ def decorrelation_penalty(
         known = pairs.source is not None and pairs.source.is_of(h, norms, correlation)
         c = pairs.correlation if known else _correlations_of(h, norms, pairs, group)
         weighted = c if weights is None else c * weights.to(c.dtype)
+    return _penalty(h, pairs, c, weighted, norms, scale, group)
+
+
+def _penalty(
+    h: Tensor | ActiveFeatures,
+    pairs: Pairs,
+    c: Tensor,
+    weighted: Tensor,
+    norms: FeatureNorms,
+    scale: float,
+    group: BatchGroup | None,
+) -> Tensor:
+    """`scale * sum_T weighted c` with `weighted_ij = w_ij c_ij`, and the gradient of `_Operator`."""
+    with torch.autocast(_values(h).device.type, enabled=False), torch.no_grad():
         value = scale * (weighted * c).sum()
         operator = _Operator.of_pairs(pairs.i, pairs.j, c, weighted, norms)
     gradient_scale = 2 * scale * (1 if group is None else group.size)
@@ -268,50 +290,28 @@ class _Operator:
         shape = (len(features), len(features))
         return cls(csr(crow, key % max(1, len(features)), entries, shape), norms, features)
 
-    def times(self, columns: Tensor) -> Tensor:
-        """`S m` of a dense matrix (n, B), centred for Pearson."""
-        if self.features is None:
-            return self.matrix @ columns
-        product = torch.zeros_like(columns)
-        if len(self.features):
-            product[self.features] = self.matrix @ columns[self.features]
-        return product
+    def of(self, h: Tensor) -> Tensor:
+        """`h S` of a dense matrix (B, n), centred for Pearson."""
+        features = self.features
+        part = _as_float(h if features is None else h[:, features])
+        if self.mean is not None:
+            part = part - (self.mean if features is None else self.mean[features])
+        product = (self.matrix @ part.T.contiguous()).T  # (B, U); the operator is symmetric
+        if features is None:
+            return product
+        return torch.zeros(h.shape, dtype=product.dtype, device=h.device).index_copy_(1, features, product)
 
     def at_active(self, h: ActiveFeatures) -> Tensor:
         """`h S` at the active entries of `h` alone, (nnz,)."""
         gradient = torch.zeros_like(h.values)
         assert self.features is not None  # the full penalty works on dense activations
-        if len(self.features) == 0:
-            return gradient
-        offsets, rows, order, where = _rows_of(h, self.features)
-        transposed = csr(offsets, rows, h.values[order], (len(self.features), h.tokens))
-        shift = None if self.mean is None else self.matrix @ self.mean[self.features][:, None]
-        found = []
-        for start in range(0, len(self.features), GRADIENT_ROWS):
-            stop = min(start + GRADIENT_ROWS, len(self.features))
-            block = (_row_slice(self.matrix, start, stop) @ transposed).to_dense()  # (rows, B), mostly not wanted
-            first, last = int(offsets[start]), int(offsets[stop])
-            part = block[where[first:last] - start, rows[first:last]]
-            found.append(part if shift is None else part - shift[where[first:last], 0])
-        return gradient.index_copy_(0, order, torch.cat(found))
-
-
-def _rows_of(h: ActiveFeatures, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The entries of some features, sorted by feature: CSR offsets, token, place in `h` and number of the feature."""
-    number = torch.full((h.n,), -1, device=features.device)
-    number[features] = torch.arange(len(features), device=features.device)
-    _, rows, order, cols = h.by_feature
-    where = number[cols]
-    kept = (where >= 0).nonzero()[:, 0]
-    where = where[kept]
-    return row_offsets(torch.bincount(where, minlength=len(features))), rows[kept], order[kept], where
-
-
-def _row_slice(matrix: Tensor, start: int, stop: int) -> Tensor:
-    crow = matrix.crow_indices()
-    first, last = int(crow[start]), int(crow[stop])
-    shape = (stop - start, matrix.shape[1])
-    return csr(crow[start : stop + 1] - first, matrix.col_indices()[first:last], matrix.values()[first:last], shape)
+        shift = None if self.mean is None else self.matrix @ self.mean[self.features][:, None]  # (U, 1)
+        for block, entries, places in token_chunks(h, self.features):
+            product = times_dense(self.matrix, block)  # (U, tokens)
+            if shift is not None:
+                product -= shift
+            gradient[entries] = product.view(-1)[places]
+        return gradient
 
 
 class _DensePenalty(torch.autograd.Function):
@@ -328,9 +328,8 @@ class _DensePenalty(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (h,) = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
-            values = _as_float(h) if ctx.operator.mean is None else _as_float(h) - ctx.operator.mean
-            gradient = ctx.operator.times(values.T.contiguous())  # (n, B); the operator is symmetric
-        return gradient.mul_(ctx.scale * grad).T.to(h.dtype), None, None, None
+            gradient = ctx.operator.of(h)
+        return gradient.mul_(ctx.scale * grad).to(h.dtype), None, None, None
 
 
 class _SparsePenalty(torch.autograd.Function):
@@ -409,7 +408,9 @@ def _sums(h: Tensor | ActiveFeatures) -> Tensor:
     sums = torch.zeros(3, h.shape[1], dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     for chunk in h.split(max(1, CHUNK_ELEMENTS // max(1, h.shape[1]))):
         values = chunk.to(sums.dtype)
-        sums += torch.stack([(values != 0).sum(0).to(sums.dtype), values.square().sum(0), values.sum(0)])
+        sums[0] += values.sign().abs_().sum(0)
+        sums[1] += torch.linalg.vecdot(values, values, dim=0)
+        sums[2] += values.sum(0)
     return sums
 
 

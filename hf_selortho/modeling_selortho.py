@@ -19,10 +19,13 @@ from .activation_functions import ActivationFunction, Encoded
 from .baselines import ortsae_penalty
 from .batch_group import BatchGroup
 from .configuration_selortho import SelOrthoConfig
-from .decorrelation import full_penalty, penalty_by_space, select_by_score
+from .decorrelation import full_penalty, penalty_by_space, penalty_of_selection, select_by_score
 from .errors import SelOrthoError
 from .pair_selection import Pairs
 from .sparse_ops import ActiveFeatures, sparse_decode
+
+
+ROWS_IN_CACHE = 512  # decoder rows handled at once on a CPU
 
 
 @dataclass
@@ -249,9 +252,14 @@ class SelOrthoSAE(PreTrainedModel):
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
         """Remove the gradient's component along each decoder row, which [`normalize_decoder`] would undo anyway."""
-        if self.W_dec.grad is not None:
-            along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)[:, None]
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        gradient, W_dec = self.W_dec.grad, self.W_dec
+        if gradient is None:
+            return
+        # a few rows at a time stay in a CPU's cache and need no copy of the weights
+        rows = ROWS_IN_CACHE if W_dec.device.type == "cpu" else len(W_dec)
+        for part, directions in zip(gradient.split(rows), W_dec.split(rows), strict=True):
+            along = torch.linalg.vecdot(part, directions)[:, None]
+            part.addcmul_(along, directions, value=-1)
 
     def _thresholds(self) -> Tensor | None:
         return self.log_threshold.exp() if self.config.activation == "jumprelu" else None
@@ -334,6 +342,8 @@ class SelOrthoSAE(PreTrainedModel):
         pairs = plan.pairs
         if pairs is None:
             pairs = self.select_pairs(h, group) if plan.select is None else plan.select(h.detach())
+            if cfg.penalty_space == "activation" and pairs.source is not None:
+                return penalty_of_selection(h, pairs, coefficient, cfg.reduction, group), pairs
         loss = penalty_by_space(
             cfg.penalty_space, h, self.W_dec, pairs, coefficient, cfg.reduction, cfg.correlation, group
         )

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .batch_group import BatchGroup
 from .pair_scores import FeatureNorms, Features, Score
-from .sparse_ops import ActiveFeatures, csr, row_offsets
+from .sparse_ops import ActiveFeatures, csr, row_offsets, times_dense
 
 TILE_ROWS, TILE_COLUMNS = 2048, 512  # a float32 tile takes 4 MB
 GROUP = 32  # neighbours of a tile's row that are compared with the threshold at once
 CO_ACTIVATIONS = 1 << 22  # multiplications of one sparse product; bounds the memory of its result
-PAIR_SUM_ELEMENTS = 1 << 24  # of the dense copy
+CHUNK_ELEMENTS = 1 << 24  # of the dense copy of some features on some tokens
 SAMPLE = 128  # features whose pairs give a first guess of the threshold
 TINY = torch.finfo(torch.float32).tiny
 SLACK = 1 << 16  # pairs kept beyond those asked for, so that the list is cut rarely
@@ -180,14 +180,28 @@ class Columns:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Dense columns start to stop, (B, width); centred for Pearson."""
-        if self.active is not None:
-            block = self.active.feature_columns(start, stop)
-        else:
-            assert self.dense is not None
-            whole = len(self) == self.n
-            block = self.dense[:, start:stop] if whole else self.dense[:, self.index[start:stop]]
-            block = block.to(self.scale.dtype) * self.scale[start:stop]
+        block = self.raw(slice(start, stop))
+        if self.active is None:
+            block = block * self.scale[start:stop]
         return block if self.norms.mean is None else block - self.norms.mean[start:stop]
+
+    def raw(self, which: slice | Tensor) -> Tensor:
+        """Dense columns, neither centred nor, where they come from a dense matrix, scaled: (B, width)."""
+        if self.active is not None:
+            assert isinstance(which, slice)
+            return self.active.feature_columns(which.start, which.stop)
+        assert self.dense is not None
+        whole = len(self) == self.n
+        return self.dense[:, which if whole else self.index[which]].to(self.scale.dtype)
+
+    def times(self, start: int, stop: int, block: Tensor) -> Tensor:
+        """Sums of the columns start to stop with those of a [`block`], (stop - start, width).
+
+        Under Pearson it is enough that one side is centred; the scale is cheaper on the result.
+        """
+        if self.active is not None:
+            return times_dense(self.active.feature_rows(start, stop), block)
+        return (self.raw(slice(start, stop)).T @ block).mul_(self.scale[start:stop, None])
 
 
 def best_pairs(
@@ -273,15 +287,15 @@ class _Search:
 
     def guess(self, limit: int) -> float:
         """The squared score that a little more than `limit` pairs reach, going by the pairs of a few features."""
-        m, rows = len(self.columns), []
+        columns, m, rows = self.columns, len(self.columns), []
         if m < 4 * SAMPLE:
             return 0.0
         for start in torch.linspace(0, m - SAMPLE // 8, 8).long().tolist():
             stop = start + SAMPLE // 8
-            if self.columns.active is not None and self.columns.norms.mean is None:
-                sums = (self.columns.active.feature_rows(start, stop) @ self.columns.active.matrix()).to_dense()
+            if columns.active is not None and columns.norms.mean is None:
+                sums = (columns.active.feature_rows(start, stop) @ columns.active.matrix()).to_dense()
             else:
-                sums = self.columns.block(start, stop).T @ self.columns.block(0, m)
+                sums = columns.times(0, m, columns.block(start, stop)).T
             i, j = (sums != 0).nonzero(as_tuple=True)
             squares = self.score.signed_squares(sums[i, j], i + start, j, self.features).abs()
             rows.append(squares[i + start != j])
@@ -318,7 +332,7 @@ class _Search:
                 if top >= right:
                     break
                 # on the diagonal some rows lie below it: they are sorted out afterwards
-                tile = rows[band] @ block if rows else columns.block(top, bottom).T @ block  # (rows, width)
+                tile = times_dense(rows[band], block) if rows else columns.times(top, bottom, block)  # (rows, width)
                 i, j, sums = _near_the_best(tile, best.threshold)
                 found = Candidates(i + top, j + left, sums)
                 yield _upper(found) if bottom > left else found
@@ -417,7 +431,7 @@ def _bound(threshold: float) -> float:
 
 def _near_the_best(tile: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Row, column and value of the entries of a tile whose score may reach the threshold (a square)."""
-    bound, (rows, width) = _bound(threshold), tile.shape
+    bound, width = _bound(threshold), tile.shape[1]
     if bound == 0:
         i, j = (tile != 0).nonzero(as_tuple=True)  # most pairs never fire together; they follow at the end
         return i, j, tile[i, j]
@@ -433,7 +447,7 @@ def _near_the_best(tile: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tens
 
 
 def pair_sums(h: Tensor | ActiveFeatures, i: Tensor, j: Tensor) -> Tensor:
-    """`<h_i, h_j>` of given pairs (T,), with one dense copy of a few tokens of the features that occur in them."""
+    """`<h_i, h_j>` of given pairs (T,), with a dense copy of a few tokens of the features that occur in them."""
     sums = _values(h).new_zeros(len(i))
     if len(i) == 0:
         return sums
@@ -442,23 +456,37 @@ def pair_sums(h: Tensor | ActiveFeatures, i: Tensor, j: Tensor) -> Tensor:
     rows, cols = number[: len(i)][order], number[len(i) :][order]
     shape = (len(occurring), len(occurring))
     pattern = csr(row_offsets(torch.bincount(rows, minlength=shape[0])), cols, sums, shape)
-    tokens = h.tokens if isinstance(h, ActiveFeatures) else len(h)
-    step = max(64, PAIR_SUM_ELEMENTS // len(occurring))
-    for start in range(0, tokens, step):
-        part = _token_block(h, occurring, start, min(start + step, tokens))  # (U, tokens of the chunk)
-        pattern = torch.sparse.sampled_addmm(pattern, part, part.T)
+    for chunk in token_chunks(h, occurring):
+        pattern = torch.sparse.sampled_addmm(pattern, chunk.block, chunk.block.T)
     sums[order] = pattern.values()
     return sums
 
 
-def _token_block(h: Tensor | ActiveFeatures, features: Tensor, start: int, stop: int) -> Tensor:
-    if not isinstance(h, ActiveFeatures):
-        return h[start:stop, features].T.contiguous()
-    first, last = int(h.crow[start]), int(h.crow[stop])
-    number = torch.full((h.n,), -1, device=features.device)
+class TokenChunk(NamedTuple):
+    """Some features on some tokens."""
+
+    block: Tensor  # (U, tokens) dense
+    entries: Tensor  # (m,) where the active entries of the block lie in the batch
+    places: Tensor  # (m,) where they lie in the flattened block
+
+
+def token_chunks(h: Tensor | ActiveFeatures, features: Tensor) -> Iterator[TokenChunk]:
+    """Dense copies of the given features (U,), a few tokens at a time; entries and places for active features only."""
+    tokens = h.tokens if isinstance(h, ActiveFeatures) else len(h)
+    step = max(64, CHUNK_ELEMENTS // max(1, len(features)))
+    nothing = features.new_zeros(0)
+    if isinstance(h, Tensor):
+        for start in range(0, tokens, step):
+            yield TokenChunk(h[start : start + step, features].T.contiguous(), nothing, nothing)
+        return
+    number = features.new_full((h.n,), -1)
     number[features] = torch.arange(len(features), device=features.device)
-    cols = number[h.cols[first:last]]
-    kept = (cols >= 0).nonzero()[:, 0]
-    block = h.values.new_zeros(len(features), stop - start)
-    block[cols[kept], h.rows[first:last][kept] - start] = h.values[first:last][kept]
-    return block
+    for start in range(0, tokens, step):
+        width = min(step, tokens - start)
+        first, last = int(h.crow[start]), int(h.crow[start + width])
+        rank = number[h.cols[first:last]]
+        kept = (rank >= 0).nonzero()[:, 0]
+        places = torch.add(h.rows[first:last][kept] - start, rank[kept], alpha=width)
+        entries = kept + first
+        block = h.values.new_zeros(len(features) * width).scatter_(0, places, h.values[entries])
+        yield TokenChunk(block.view(-1, width), entries, places)

@@ -1,7 +1,7 @@
 """Exact encoder and decoder arithmetic on the non-zero feature activations of a batch.
 
-`h = act(x W_enc + b_enc)`, `x_hat = h W_dec + b_dec` with `h` (B, n) mostly zeros. Only the encoder's product needs every
-entry of `h`; decoding and all four gradients need the active ones alone:
+`h = act(x W_enc + b_enc)`, `x_hat = h W_dec + b_dec` with `h` (B, n) mostly zeros. Only the encoder's product needs
+every entry of `h`; decoding and all four gradients need the active ones alone:
 
     x_hat     = sum over active (t, i) of h_ti W_dec_i          CSR times dense
     dL/dh_ti  = <dL/dx_hat_t, W_dec_i>, at active (t, i)        sampled product
@@ -38,9 +38,10 @@ class FeatureOrder(NamedTuple):
 
 @dataclass(frozen=True)
 class ActiveFeatures:
-    """Non-zero feature activations of a batch of B tokens, sorted by token, then by feature (CSR).
+    """Non-zero feature activations of a batch of B tokens, sorted by token (CSR).
 
-    Entries may be zero: a pattern can be wider than what fired. `values` may require a gradient.
+    Entries may be zero: a pattern can be wider than what fired. The features of a token may stand in any order, but for
+    [`sparse_decode`] with groups they rise. `values` may require a gradient.
     """
 
     crow: Tensor  # (B + 1,) int64, entries of token t are crow[t] to crow[t + 1]
@@ -150,6 +151,15 @@ def csr(crow: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> T
     return torch.sparse_csr_tensor(crow, cols, values, shape, check_invariants=False)
 
 
+def times_dense(left: Tensor, right: Tensor) -> Tensor:
+    """A CSR tensor (a, b) times an ordinary one (b, c).
+
+    `left @ right` would fill its result with zeros and copy it once more, which takes as long as the product.
+    """
+    result = right.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(result, left, right, beta=0, out=result)
+
+
 def sparse_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures, gain: Tensor | None = None
 ) -> Tensor:
@@ -191,7 +201,7 @@ class _Encode(torch.autograd.Function):
         gain = (active.values > 0) if ctx.gain is None else ctx.gain
         dz = active.with_values(grad * gain)
         # the gradient comes out as (n, d_in); a parameter that is stored in this order takes it without a copy
-        dW = dz.transposed() @ x.to(grad.dtype) if ctx.needs_input_grad[1] else None
+        dW = times_dense(dz.transposed(), x.to(grad.dtype)) if ctx.needs_input_grad[1] else None
         db = dz.sum_by_feature(dz.values)
         return None, None if dW is None else dW.T.to(W_enc.dtype), db.to(W_enc.dtype), None, None
 
@@ -206,7 +216,7 @@ class _Decode(torch.autograd.Function):
         ctx.active, ctx.shape = active, (active.tokens, -1)
         if groups is not None:
             ctx.active, ctx.shape = _split_tokens(active, groups), (active.tokens, len(groups), -1)
-        return (ctx.active.matrix() @ W_dec.to(values.dtype)).view(*ctx.shape[:-1], W_dec.shape[1])
+        return times_dense(ctx.active.matrix(), W_dec.to(values.dtype)).view(*ctx.shape[:-1], W_dec.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -218,7 +228,7 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dvalues = sampled_product(active, flat, W_dec.to(flat.dtype))
         if ctx.needs_input_grad[1]:
-            dW = (active.transposed() @ flat).to(W_dec.dtype)
+            dW = times_dense(active.transposed(), flat).to(W_dec.dtype)
         return dvalues, dW, None, None
 
 

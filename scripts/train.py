@@ -35,12 +35,14 @@ from hf_selortho.training.loop import LAST_STEPS, Trainer
 from hf_selortho.training.outputs import (
     METRICS_LOG,
     MetricsLog,
+    available_memory,
     check_output_folder,
     hardware,
     library_versions,
     peak_memory_gb,
     prepare_output_folder,
 )
+from hf_selortho.training.penalty import full_penalty_notice
 
 logger = logging.getLogger("hf_selortho.train")
 
@@ -64,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out = find_held_out(arguments, lm, documents) if accelerator.is_main_process else []
     buffer = make_buffer(arguments, accelerator, capture, documents)
     config = make_config(arguments, capture, documents)
+    needed = full_penalty_notice(config, run.batch_size, available_memory(accelerator.device))
+    if needed is not None and accelerator.is_main_process:
+        logger.warning("%s", needed)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
         sae = checkpoints.load_sae(checkpoint, config)

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
+from .layer_settings import parse_layer_settings, settings_of
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
@@ -192,8 +193,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     arguments = TrainingArguments(model, sae, data, run, evaluation, rest.preset)
+    _apply_layer_settings(arguments)
     _check(arguments)
     return arguments
+
+
+def _apply_layer_settings(arguments: TrainingArguments) -> None:
+    """Settings given for the layer that is trained take the place of the general ones."""
+    if arguments.run.layer_settings is None or arguments.sae.layer is None:
+        return
+    allowed = {f.name for f in dataclasses.fields(SAEArguments)} - {"layer"}
+    settings = parse_layer_settings(arguments.run.layer_settings, allowed)
+    for name, value in settings_of(arguments.sae.layer, settings).items():
+        setattr(arguments.sae, name, value)
 
 
 def sae_config(arguments: TrainingArguments, **derived: Any) -> SelOrthoConfig:

@@ -21,6 +21,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import Pairs
+from .optimizer import SAEOptimizer
 from .outputs import CHECKPOINTS, holds_unfinished_run, write_json
 from .state import TrainState, new_carried
 
@@ -104,7 +105,7 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(
-        self, sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, buffer: ActivationBuffer, state: TrainState
+        self, sae: SelOrthoSAE, optimizer: SAEOptimizer, buffer: ActivationBuffer, state: TrainState
     ) -> Path:
         """Write a checkpoint of the current step; its folder gets its name when all processes have written."""
         folder = self.output_dir / CHECKPOINTS / f"step_{state.step:06d}"
@@ -116,7 +117,7 @@ class Checkpoints:
         self._save_process(temporary, buffer, state)
         if self.accelerator.is_main_process:
             sae.save_pretrained(temporary)
-            save_file(optimizer_tensors(sae, optimizer), temporary / "optimizer.safetensors")
+            save_file(optimizer.tensors(), temporary / "optimizer.safetensors")
             scaler = self.accelerator.scaler
             write_json(
                 temporary / "trainer.json",
@@ -142,14 +143,14 @@ class Checkpoints:
         self,
         folder: Path,
         sae: SelOrthoSAE,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SAEOptimizer,
         buffer: ActivationBuffer,
         state: TrainState,
     ) -> None:
         """Restore optimiser, buffer and counters; the SAE itself has been loaded from the folder already."""
         trainer = self._read(folder / "trainer.json")
         try:
-            load_optimizer_tensors(sae, optimizer, load_file(folder / "optimizer.safetensors"))
+            optimizer.load_tensors(load_file(folder / "optimizer.safetensors"))
             tensors = load_file(folder / f"buffer_{self._rank}.safetensors")
             since_fired = tensors.pop("tokens_since_fired")
             self._load_pairs(tensors, state, sae.config)
@@ -247,29 +248,6 @@ class Checkpoints:
             raise SelOrthoError(
                 f"checkpoint {path.parent} is damaged: {path.name}: {error}; resume from an earlier one"
             ) from error
-
-
-def optimizer_tensors(sae: SelOrthoSAE, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of Adam as `<parameter>.<exp_avg|exp_avg_sq|step>`."""
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in sae.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer_tensors(sae: SelOrthoSAE, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of [`optimizer_tensors`]."""
-    for name, parameter in sae.named_parameters():
-        keys = _keys_of(name, tensors)
-        # fused Adam walks through memory: its state has to lie there in the order of the parameter
-        optimizer.state[parameter] = {key: _laid_out(tensors[f"{name}.{key}"], parameter) for key in keys}
-
-
-def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
-    if tensor.shape != parameter.shape:
-        return tensor.to(parameter.device)
-    return torch.empty_like(parameter).copy_(tensor)
 
 
 def _keys_of(name: str, tensors: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from .arguments import RunArguments
 from .checkpoint import Checkpoints
+from .optimizer import SAEOptimizer
 from .outputs import MetricsLog
 from .penalty import PenaltySchedule, make_controller, steer
 from .revival import resample_dead
@@ -53,15 +54,8 @@ class Trainer:
         self.accelerator, self.buffer, self.arguments = accelerator, buffer, arguments
         self.log, self.checkpoints = log, checkpoints
         self.sae = sae.to(accelerator.device)
-        self.sae.store_by_feature()
-        optimizer = torch.optim.Adam(
-            self.sae.parameters(),
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-            fused=accelerator.device.type in ("cpu", "cuda"),
-        )
-        self.model, self.optimizer = accelerator.prepare(self.sae, optimizer)
+        self.optimizer = SAEOptimizer(self.sae, arguments, accelerator.device)
+        self.model, self._adam = accelerator.prepare(self.sae, self.optimizer.adam)  # the latter scales fp16 losses
         self.group = BatchGroup() if accelerator.num_processes > 1 else None
         self.penalty = PenaltySchedule(self.sae.config, self.group)
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
@@ -71,7 +65,7 @@ class Trainer:
 
     def resume(self, checkpoint: Any) -> None:
         """Go on from a checkpoint whose weights the SAE already has."""
-        self.checkpoints.load(checkpoint, self.sae, self.optimizer.optimizer, self.buffer, self.state)
+        self.checkpoints.load(checkpoint, self.sae, self.optimizer, self.buffer, self.state)
         self._reported_at = self.state.step
 
     def train(self) -> TrainState:
@@ -96,7 +90,7 @@ class Trainer:
                 if report is not None:
                     progress.set_postfix(_shown(report))
                 if arguments.checkpoint_every and self.state.step % arguments.checkpoint_every == 0:
-                    self.checkpoints.save(self.sae, self.optimizer.optimizer, self.buffer, self.state)
+                    self.checkpoints.save(self.sae, self.optimizer, self.buffer, self.state)
         return self.state
 
     def _step(self) -> dict[str, Any] | None:
@@ -164,17 +158,18 @@ class Trainer:
         dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
         errors = (output.reconstruction - activations).square().sum(1).detach()
         generator = torch.Generator().manual_seed(self.arguments.seed + step)
-        resample_dead(self.sae, self.optimizer.optimizer, dead, activations, errors, generator, self.group)
+        resample_dead(self.sae, self.optimizer.moments(), dead, activations, errors, generator, self.group)
         self.state.tokens_since_fired[dead] = 0
 
     def _apply(self) -> None:
         """The constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6)."""
+        self.optimizer.take_gradients()
         if self.arguments.max_grad_norm is not None:
             self.accelerator.unscale_gradients()
         self.sae.project_decoder_gradient()
         if self.arguments.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.arguments.max_grad_norm)
-        self.optimizer.step()
+        self._adam.step()
         self.optimizer.zero_grad()
         self.sae.normalize_decoder()
 
@@ -183,7 +178,7 @@ class Trainer:
         rate = learning_rate_at(
             step, peak=a.learning_rate, steps=a.max_steps, warmup=a.warmup_steps, decay=a.decay_steps
         )
-        for group in self.optimizer.param_groups:
+        for group in self._adam.param_groups:
             group["lr"] = rate
 
     def _is_logged(self) -> bool:
@@ -201,7 +196,7 @@ class Trainer:
             **figures,
             "dead_features": int(self.state.dead(self.arguments.dead_after_tokens, self.group).sum()),
             "ortho_coefficient": self._coefficient(),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self._adam.param_groups[0]["lr"],
             "tokens_per_second": tokens / seconds,
             "seconds_per_step": self._seconds["step"] / steps,
             "seconds_per_step_data": self._seconds["data"] / steps,
@@ -226,7 +221,7 @@ class Trainer:
 
     def _gradient_norm(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
 
     def _non_finite_message(self, what: str, output: SelOrthoOutput, batch: ActivationBatch) -> str:
         assert output.losses is not None

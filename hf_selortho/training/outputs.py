@@ -191,3 +191,16 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return value
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a process may still take on a device, None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available if device.type == "cpu" else None
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        within = int(limit.read_text()) - int(used.read_text())  # of a container
+    except (OSError, ValueError):
+        return available
+    return within if available is None else min(available, within)

@@ -1,0 +1,114 @@
+"""What is timed: one case for every penalty, and the settings of the SAE that make it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from ..configuration_selortho import SelOrthoConfig
+from ..decorrelation import full_penalty_bytes
+from ..errors import SelOrthoError
+
+ENCODER, NONE = "encoder", "none"  # the yardsticks
+ORTSAE_INTERVALS = (1, 5)
+ACTIVATIONS = {
+    "topk": "topk",
+    "relu": "relu, thresholds set",
+    "relu-dense": "relu, freshly initialised",
+}
+_MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    ENCODER: ("encoder only", {}),
+    NONE: ("no penalty", {"penalty": "none"}),
+    "selective": ("selective", {"penalty_space": "activation"}),
+    "every-step": ("selective, every step", {"penalty_space": "activation", "penalty_schedule": "every_step"}),
+    "decoder": ("selective, decoder space", {"penalty_space": "decoder"}),
+    "redundancy": ("selective, redundancy", {"penalty_space": "redundancy"}),
+    "ortsae": ("OrtSAE", {"penalty": "ortsae"}),
+    "full": ("full", {"penalty": "full"}),
+}
+MODES = tuple(_MODES)
+_COMMON = {"penalty": "selective", "penalty_schedule": "on_selection", "selection_space": "same", "carry_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A penalty and how often it selects."""
+
+    mode: str  # one of MODES
+    interval: int = 1  # steps between two selections; so many steps are timed as one repetition
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and pictures."""
+        name = _MODES[self.mode][0]
+        return f"{name}, r={self.interval}" if self.interval > 1 else name
+
+    def config(self, base: SelOrthoConfig) -> SelOrthoConfig:
+        """The settings `base` with this penalty."""
+        coefficient = base.ortho_coefficient or 0.1  # a penalty of weight 0 costs nothing
+        own = {**_COMMON, **_MODES[self.mode][1], "selection_interval": self.interval}
+        return SelOrthoConfig(**{**base.own_settings(), "ortho_coefficient": coefficient, **own})
+
+
+def cases_of(only: Sequence[str] | None, intervals: Sequence[int]) -> list[Case]:
+    """The cases of some modes (None: all), the yardsticks always, the selective ones for every interval.
+
+    Raises:
+        SelOrthoError: an unknown mode.
+    """
+    unknown = sorted(set(only or ()) - set(MODES))
+    if unknown:
+        raise SelOrthoError(f"--only {' '.join(unknown)}: expected some of {', '.join(MODES)}")
+    wanted = {ENCODER, NONE} | set(MODES if only is None else only)
+    cases = []
+    for mode in MODES:
+        chosen: Sequence[int] = (1,)
+        if mode == "ortsae":
+            chosen = ORTSAE_INTERVALS
+        elif mode == "every-step":  # with interval 1 it is what "selective" is
+            chosen = [r for r in intervals if r > 1]
+        elif mode in ("selective", "decoder", "redundancy"):
+            chosen = intervals
+        cases += [Case(mode, r) for r in chosen if mode in wanted]
+    return cases
+
+
+def base_config(activation: str, d_in: int, d_sae: int, k: int) -> SelOrthoConfig:
+    """Settings of an untrained SAE."""
+    function = activation.split("-")[0]
+    return SelOrthoConfig(d_in=d_in, d_sae=d_sae, activation=function, k=k if function == "topk" else None)
+
+
+def refusal(
+    case: Case, n: int, batch: int, d_in: int, encoder_seconds: float, limit: float, device: torch.device
+) -> str | None:
+    """Why a case is not tried; None if it is. Only the full penalty is ever refused.
+
+    Args:
+        case, n, batch, d_in: what it would run on.
+        encoder_seconds: what the encoder's matrix product takes, from which the time is estimated.
+        limit: seconds that a step may take.
+    """
+    if case.mode != "full":
+        return None
+    needed, available = full_penalty_bytes(n, batch), available_memory(device)
+    if needed > available:
+        return f"needs {needed:,} bytes ({needed / 2**30:.1f} GiB), {available:,} are available"
+    seconds = full_penalty_seconds(n, d_in, encoder_seconds)
+    return f"would take about {seconds:,.0f} s a step (--limit_seconds {limit:g})" if seconds > limit else None
+
+
+def full_penalty_seconds(n: int, d_in: int, encoder_seconds: float) -> float:
+    """Two products of `n^2 B` multiplications, at the speed of the encoder's `d_in n B`."""
+    return encoder_seconds * 2 * n / d_in
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,57 @@
+"""How fast activations arrive: the language model that computes them, and the buffer that shuffles them."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..activations.buffer import ActivationBuffer
+from ..activations.capture import ActivationCapture
+from ..activations.lm import LanguageModel, check_context_length
+from ..activations.texts import TextSource, open_documents
+from ..activations.tokens import ContextStream
+
+BATCHES = 6  # that the buffer holds
+CONTEXT_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Speeds of what comes before the SAE, and activations to go on with."""
+
+    lm_tokens_per_second: float  # activations kept, special tokens and padding computed on top
+    buffer_tokens_per_second: float  # without the harvest
+    activations: Tensor  # (tokens, d_in)
+
+
+def measure_supply(lm: LanguageModel, layer: int, dataset: str, batch: int) -> Supply:
+    """Time the harvest after decoder layer `layer` on the texts of `dataset`, and the buffer's batches."""
+    capture = ActivationCapture(lm, layer)
+    check_context_length(lm, CONTEXT_LENGTH)
+    stream = ContextStream(open_documents(TextSource(dataset)), lm.tokenizer, context_length=CONTEXT_LENGTH)
+    contexts = math.ceil(BATCHES * batch / CONTEXT_LENGTH)
+    buffer = ActivationBuffer(
+        capture, stream, contexts=contexts, context_length=CONTEXT_LENGTH, batch_size=batch, refresh_every=BATCHES
+    )
+    buffer.fill(progress=True)  # warms the language model up
+    served = []
+    started = time.perf_counter()
+    for _ in range(BATCHES):  # all that it serves without a refresh
+        served.append(buffer.next_batch().activations)
+    _wait(capture.device)
+    buffer_seconds = time.perf_counter() - started
+    fresh = stream.take(contexts)
+    started = time.perf_counter()
+    harvest = capture.harvest(fresh)
+    _wait(capture.device)
+    lm_seconds = time.perf_counter() - started
+    return Supply(len(harvest) / lm_seconds, BATCHES * batch / buffer_seconds, torch.cat(served))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

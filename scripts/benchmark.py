@@ -1,0 +1,228 @@
+"""Time training steps under every penalty side by side, on real activations or synthetic ones.
+
+python scripts/benchmark.py --activations activations.safetensors --widths 2304 10240 65536
+python scripts/benchmark.py --model gemma-3-270m --layer 8 --widths 2304 --selection_interval 1 10 --memory
+python scripts/benchmark.py --sae runs/demo --activations activations.safetensors --only selective full
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
+from hf_selortho.activations.lm import load_language_model
+from hf_selortho.benchmarking.cases import ACTIVATIONS, Case, base_config, cases_of
+from hf_selortho.benchmarking.inputs import Batches, load_activations, prepare, synthetic_activations
+from hf_selortho.benchmarking.memory import peak_in_own_process
+from hf_selortho.benchmarking.pipeline import measure_supply
+from hf_selortho.benchmarking.plot import plot_times
+from hf_selortho.benchmarking.report import load_peers, report
+from hf_selortho.benchmarking.rounds import rows_of, run_rounds
+from hf_selortho.benchmarking.steps import TrainingSteps
+from hf_selortho.command_line import run_script, use_all_cores
+from hf_selortho.training.arguments import OneLineParser, argument
+from hf_selortho.training.outputs import hardware, library_versions, write_json, write_text
+
+logger = logging.getLogger("hf_selortho.benchmark")
+
+SYNTHETIC_BATCHES = 8
+D_IN = 640  # of synthetic activations
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is timed, on what, and where the results go."""
+
+    activations: str | None = argument(None, "A .safetensors or .pt file with a tensor (tokens, d_in).")
+    tensor: str | None = argument(None, "Its name in the file; default: activations, or the only one.")
+    model: str | None = argument(None, "Language model whose speed is measured too; without a file, it activates.")
+    layer: int | None = argument(None, "Its decoder layer, counted from 0.")
+    dataset: str = argument("python-docs", "What the language model reads: Hub id, local file, or python-docs.")
+    d_in: int | None = argument(None, f"Width of the activations; default: theirs, {D_IN} for synthetic ones.")
+    widths: list[int] = argument([], "Numbers of features; default: 2304 10240 65536.")
+    activation: list[str] = argument([], f"Which of {', '.join(ACTIVATIONS)}; default: all.")
+    sae: str | None = argument(None, "Folder or Hub id of a trained SAE, in place of --widths and --activation.")
+    k: int = argument(32, "Active features a token of topk.")
+    l0: float = argument(150.0, "Mean active features a token that the thresholds of relu are set to.")
+    batch: int = argument(2048, "Tokens of a batch.")
+    steps: int = argument(10, "Rounds; in each of them every case is timed once (fewer times over long intervals).")
+    selection_interval: list[int] = argument([], "Steps between two selections, one or several; default: the config's.")
+    only: list[str] = argument([], "Modes to time, see the report; default: all. The two yardsticks always are.")
+    limit_seconds: float = argument(60.0, "Longest step: the full penalty is left out, the others are timed once.")
+    memory: bool = argument(False, "Measure the peak memory of every case, in a process of its own.")
+    peers: str | None = argument(None, 'JSON file of other implementations\' timings: {"name": seconds a step}.')
+    output: str = argument("results/benchmark", "Folder for benchmark.json, benchmark.md and benchmark.png.")
+    seed: int = argument(0, "Seed of weights, thresholds and synthetic activations.")
+    cpu: bool = argument(False, "Use the CPU even where there is a GPU.")
+    cpu_threads: int | None = argument(None, "Threads on a CPU; default: all cores.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write the three files, print the report."""
+    groups: list[Any] = [BenchmarkArguments]
+    parser = OneLineParser(groups, allow_abbrev=False)
+    arguments, unknown = parser.parse_args_into_dataclasses(
+        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    check(arguments)
+    peers = load_peers(arguments.peers) if arguments.peers else []
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    if device.type == "cpu":
+        use_all_cores(1, arguments.cpu_threads)
+    trained = load_trained(arguments.sae) if arguments.sae else None
+    activations, source, supply = find_activations(arguments, device, None if trained is None else trained.config.d_in)
+    output = make_folder(arguments.output)
+    batches = Batches(activations, arguments.batch, device, arguments.seed)
+    content = {
+        "schema_version": 1, "hardware": hardware(device, 1), "threads": torch.get_num_threads(),
+        "versions": library_versions(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "source": source, "d_in": activations.shape[1], "batch": arguments.batch, "steps": arguments.steps,
+        "notes": notes(arguments), "arguments": dataclasses.asdict(arguments), "supply": supply, "peers": peers,
+        "rows": [],
+    }  # fmt: skip
+    del activations
+    for config in configs(arguments, batches.rows.shape[1], trained):
+        content["rows"] += measure(arguments, config, batches, trained)
+        write_json(output / "benchmark.json", content)  # a run that is stopped leaves what it has measured
+    write_text(output / "benchmark.md", report(content))
+    plot_times(content["rows"], peers, output / "benchmark.png")
+    sys.stdout.write(f"\n{report(content)}\n{output}/ holds benchmark.json, benchmark.md and benchmark.png\n")
+
+
+def check(arguments: BenchmarkArguments) -> None:
+    """Refuse what cannot work before anything is loaded, and fill in the defaults."""
+    a = arguments
+    for name in ("batch", "steps", "k", "d_in", "cpu_threads"):
+        value = getattr(a, name)
+        if value is not None and value < 1:
+            raise SelOrthoError(f"--{name} {value}: expected at least 1")
+    if not a.limit_seconds > 0:
+        raise SelOrthoError(f"--limit_seconds {a.limit_seconds:g}: expected a number above 0")
+    if any(r < 1 for r in a.selection_interval):
+        raise SelOrthoError("--selection_interval: expected numbers of at least 1")
+    if any(n < 2 for n in a.widths):
+        raise SelOrthoError("--widths: expected numbers of at least 2")
+    wrong = [name for name in a.activation if name not in ACTIVATIONS]
+    if wrong:
+        raise SelOrthoError(f"--activation {' '.join(wrong)}: expected some of {', '.join(ACTIVATIONS)}")
+    if a.sae and (a.widths or a.activation):
+        raise SelOrthoError("--sae brings its own width and activation: leave out --widths and --activation")
+    if (a.model is None) != (a.layer is None):
+        raise SelOrthoError("--model and --layer belong together: the decoder layer to read, counted from 0")
+    a.widths = sorted(set(a.widths)) or [2304, 10240, 65536]
+    a.activation = list(dict.fromkeys(a.activation)) or list(ACTIVATIONS)
+    a.selection_interval = sorted(set(a.selection_interval)) or [SelOrthoConfig(d_in=1, d_sae=1).selection_interval]
+    cases(a)
+    too_narrow = [n for n in a.widths if n < a.k]
+    if "topk" in a.activation and too_narrow and not a.sae:
+        raise SelOrthoError(f"--k {a.k}: more than the {too_narrow[0]} features of --widths")
+
+
+def cases(arguments: BenchmarkArguments) -> list[Case]:
+    """What is timed for every SAE."""
+    return cases_of(arguments.only or None, arguments.selection_interval)
+
+
+def make_folder(path: str) -> Path:
+    """The output folder, there and writable."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "benchmark.md", "")
+    except OSError as error:
+        raise SelOrthoError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+    return folder
+
+
+def load_trained(name: str) -> SelOrthoSAE:
+    """A trained SAE."""
+    try:
+        return SelOrthoSAE.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SelOrthoError(f"cannot load the SAE {name!r}: {error}") from error
+
+
+def find_activations(
+    arguments: BenchmarkArguments, device: torch.device, expected: int | None
+) -> tuple[Tensor, str, dict[str, Any] | None]:
+    """Activations (tokens, d_in), where they come from in words, and the speed of the language model."""
+    d_in = arguments.d_in or expected
+    supply, measured = None, None
+    found = None if arguments.activations is None else load_activations(arguments.activations, arguments.tensor)
+    if found is not None and d_in is not None and found.shape[1] != d_in:
+        raise SelOrthoError(f"--activations {arguments.activations} are {found.shape[1]} wide, expected d_in={d_in}")
+    if arguments.model is not None and arguments.layer is not None:
+        lm = load_language_model(arguments.model, device=device)
+        measured = measure_supply(lm, arguments.layer, arguments.dataset, arguments.batch)
+        supply = {"model": lm.name, "layer": arguments.layer, "dataset": arguments.dataset}
+        supply |= {name: getattr(measured, name) for name in ("lm_tokens_per_second", "buffer_tokens_per_second")}
+    if found is not None:
+        return found, f"{Path(str(arguments.activations)).name}, {len(found):,} tokens", supply
+    if measured is None:
+        made = synthetic_activations(SYNTHETIC_BATCHES * arguments.batch, d_in or D_IN, arguments.seed)
+        return (
+            made,
+            f"synthetic, {len(made):,} tokens of a sparse feature model (give --activations for real ones)",
+            None,
+        )
+    if d_in is not None and measured.activations.shape[1] != d_in:
+        raise SelOrthoError(f"activations of {arguments.model} are {measured.activations.shape[1]} wide, not {d_in}")
+    return measured.activations, f"{arguments.model}, layer {arguments.layer}, on {arguments.dataset}", supply
+
+
+def configs(arguments: BenchmarkArguments, d_in: int, trained: SelOrthoSAE | None) -> list[tuple[str, SelOrthoConfig]]:
+    """The SAEs to time, by the name of their activation setting."""
+    if trained is not None:
+        return [(f"{trained.config.activation}, trained", trained.config)]
+    a = arguments
+    return [(name, base_config(name, d_in, n, a.k)) for n in a.widths for name in a.activation]
+
+
+def measure(
+    arguments: BenchmarkArguments, config: tuple[str, SelOrthoConfig], batches: Batches, trained: SelOrthoSAE | None
+) -> list[dict[str, Any]]:
+    """Rows of all cases on one SAE."""
+    name, settings = config
+    torch.manual_seed(arguments.seed)
+    sae = SelOrthoSAE(settings) if trained is None else trained
+    sae = sae.to(batches.rows.device)
+    if trained is None:
+        sae.set_input_statistics(*batches.statistics())
+    if name == "relu":
+        prepare(sae, batches.rows, arguments.l0, arguments.seed)
+    wanted = cases(arguments)
+    with tqdm(total=len(wanted) * arguments.steps, desc=f"{settings.d_sae:,} features, {name}", unit="case") as bar:
+        results = run_rounds(TrainingSteps(sae, batches), wanted, arguments.steps, arguments.limit_seconds, bar)
+    if arguments.memory:
+        for result in tqdm([r for r in results if r.refused is None], desc="peak memory", unit="case"):
+            result.memory_bytes = peak_in_own_process(result.case, sae, batches)
+    return rows_of(results, batches.size, width=settings.d_sae, activation=name)
+
+
+def notes(arguments: BenchmarkArguments) -> list[str]:
+    """What a reader of the tables has to know about the SAEs."""
+    if arguments.sae:
+        return [f"SAE: {arguments.sae}, as it was trained"]
+    described = {
+        "topk": f"topk: k={arguments.k}, freshly initialised",
+        "relu": f"relu: thresholds set so that L0 = {arguments.l0:g}, not trained",
+        "relu-dense": "relu-dense: freshly initialised, about half of the features active",
+    }
+    return [described[name] for name in arguments.activation]
+
+
+if __name__ == "__main__":
+    run_script(main)
