@@ -61,6 +61,7 @@ class ActivationFunction:
             return Encoded(torch.zeros_like(z).scatter(-1, indices, values))
         if self.kind == "batchtopk":
             if not batch:
+                assert threshold is not None
                 return Encoded(torch.where(z > threshold, z, 0))
             least = self.batch_threshold(z.detach().flatten(), z.numel() // z.shape[-1], group)
             return Encoded(torch.where((z >= least) & (z > 0), z, 0), threshold=least)
@@ -149,14 +150,16 @@ class _Kept:
     def add(self, z: Tensor, lower: Tensor | None) -> None:
         """Look through pre-activations (rows, n); entries above `lower` count for jumprelu."""
         if self.function.kind == "topk":
+            assert self.function.k is not None
             values, cols = z.topk(self.function.k, dim=-1, sorted=False)
             self.counts.append(torch.full((len(z),), cols.shape[1], device=z.device))
             self.cols.append(cols.flatten())
             self.values.append(values.relu_().flatten())
             return
-        fires = z > (max(self.least, 0.0) if self.function.kind != "jumprelu" else lower)
-        if self.function.kind == "batchtopk" and self.least > 0:
-            fires = z >= self.least
+        if lower is not None:
+            fires = z > lower
+        else:
+            fires = z >= self.least if self.least > 0 else z > 0
         flat = fires.view(-1).nonzero()[:, 0]
         rows = flat // self.n
         self.counts.append(torch.bincount(rows, minlength=len(z)))

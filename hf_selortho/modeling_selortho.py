@@ -24,7 +24,6 @@ from .errors import SelOrthoError
 from .pair_selection import Pairs
 from .sparse_ops import ActiveFeatures, sparse_decode
 
-
 ROWS_IN_CACHE = 512  # decoder rows handled at once on a CPU
 
 
@@ -87,6 +86,7 @@ class SelOrthoSAE(PreTrainedModel):
     config: SelOrthoConfig
     input_mean: Tensor
     input_scale: Tensor
+    threshold: Tensor  # only with batchtopk
 
     def __init__(self, config: SelOrthoConfig) -> None:
         super().__init__(config)
@@ -188,7 +188,9 @@ class SelOrthoSAE(PreTrainedModel):
 
         With batchtopk, what fires does not depend on the batch: it exceeds the threshold estimated in training.
         """
-        return self._dense(self.normalize_input(activations)).h
+        h = self._dense(self.normalize_input(activations)).h
+        assert isinstance(h, Tensor)
+        return h
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Raw activations (..., d_in), in the dtype of `feature_acts`, from feature activations (..., d_sae)."""
@@ -228,14 +230,16 @@ class SelOrthoSAE(PreTrainedModel):
         if dead is not None and self._aux_k > 0:
             losses["aux"] = self._aux_loss(flat, flat - x_hat.detach(), dead)
         reconstruction = self._denormalize(x_hat).to(activations.dtype).view(activations.shape)
-        sparse = isinstance(encoded.h, ActiveFeatures)
+        active, feature_acts = (encoded.h, None) if isinstance(encoded.h, ActiveFeatures) else (None, encoded.h)
+        if feature_acts is not None and activations.ndim != 2:
+            feature_acts = feature_acts.view(*activations.shape[:-1], -1)
         return SelOrthoOutput(
             loss=torch.stack([term.float() if term.dtype != torch.float64 else term for term in losses.values()]).sum(),
             reconstruction=reconstruction,
-            feature_acts=None if sparse else encoded.h.view(*activations.shape[:-1], -1),
+            feature_acts=feature_acts,
             losses=losses,
             pairs=pairs,
-            active=encoded.h if sparse else None,
+            active=active,
             threshold=encoded.threshold,
         )
 
@@ -323,7 +327,8 @@ class SelOrthoSAE(PreTrainedModel):
             return x.new_zeros(())
         z = x.to(self.W_enc.dtype) @ self.W_enc[:, features] + self.b_enc[features]  # (B, dead)
         if len(features) > self._aux_k:
-            z = ActivationFunction("topk", self._aux_k).dense(z, None).h
+            least = z.detach().topk(self._aux_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+            z = torch.where(z >= least, z, 0)
         explained = torch.relu(z) @ self.W_dec[features]
         return self.config.aux_coefficient * (explained.to(x.dtype) - residual).square().sum(-1).mean()
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .batch_group import BatchGroup
-from .pair_scores import FeatureNorms, Features, Score
+from .pair_scores import SCORES, FeatureNorms, Features, Score
 from .sparse_ops import ActiveFeatures, csr, row_offsets, times_dense
 
 TILE_ROWS, TILE_COLUMNS = 2048, 512  # a float32 tile takes 4 MB
@@ -72,6 +72,7 @@ class Source(NamedTuple):
         mine, other = _values(self.h), _values(h)
         return (
             type(self.h) is type(h)
+            and not other.is_inference()  # nothing tells whether it has been changed
             and (mine.data_ptr(), mine.shape, mine.stride()) == (other.data_ptr(), other.shape, other.stride())
             and (self.version, self.correlation) == (other._version, correlation)
             and torch.equal(self.norms.squares, norms.squares)
@@ -80,7 +81,8 @@ class Source(NamedTuple):
 
 def source_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, correlation: str) -> Source:
     """Remember a batch."""
-    return Source(h.detach(), _values(h)._version, norms, correlation)
+    values = _values(h)
+    return Source(h.detach(), -1 if values.is_inference() else values._version, norms, correlation)
 
 
 def _values(h: Tensor | ActiveFeatures) -> Tensor:
@@ -404,6 +406,13 @@ class _Search:
         best.keys = torch.cat([best.keys, keys])
         best.squares = torch.cat([best.squares, best.squares.new_zeros(len(keys))])
         return best
+
+
+def all_pair_sums(columns: Columns) -> Iterator[Candidates]:
+    """The sums of all pairs that fire together, in blocks of bounded memory."""
+    nothing = BestPairs(0, columns.index.device, columns.scale.dtype)
+    features = Features(columns.norms)
+    yield from _Search(columns, SCORES["activation"], features, None, 0.0).co_activations(nothing)
 
 
 def _kept(found: Candidates, which: Tensor) -> Candidates:

@@ -197,8 +197,8 @@ def measure(
     """Rows of all cases on one SAE."""
     name, settings = config
     torch.manual_seed(arguments.seed)
-    sae = SelOrthoSAE(settings) if trained is None else trained
-    sae = sae.to(batches.rows.device)
+    sae: Any = SelOrthoSAE(settings) if trained is None else trained
+    sae.to(batches.rows.device)
     if trained is None:
         sae.set_input_statistics(*batches.statistics())
     if name == "relu":

@@ -79,8 +79,9 @@ def cases_of(only: Sequence[str] | None, intervals: Sequence[int]) -> list[Case]
 
 def base_config(activation: str, d_in: int, d_sae: int, k: int) -> SelOrthoConfig:
     """Settings of an untrained SAE."""
-    function = activation.split("-")[0]
-    return SelOrthoConfig(d_in=d_in, d_sae=d_sae, activation=function, k=k if function == "topk" else None)
+    if activation == "topk":
+        return SelOrthoConfig(d_in=d_in, d_sae=d_sae, activation="topk", k=k)
+    return SelOrthoConfig(d_in=d_in, d_sae=d_sae, activation="relu")
 
 
 def refusal(

@@ -143,7 +143,7 @@ def firing_frequencies(n: int, target_l0: float, generator: torch.Generator) -> 
 
 def _read_safetensors(path: str) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _read_pt(path: str) -> dict[str, Tensor]:

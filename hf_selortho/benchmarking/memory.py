@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ..configuration_selortho import SelOrthoConfig
 from ..modeling_selortho import SelOrthoSAE
@@ -30,6 +30,8 @@ from .steps import EncoderOnly, TrainingSteps
 logger = logging.getLogger(__name__)
 
 JOB, TENSORS = "job.json", "tensors.safetensors"
+# glibc would keep what was freed before the steps, and the steps would seem to take less than they do
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 STEPS = 2  # the first selects pairs, the second may act on them
 
 
@@ -38,7 +40,11 @@ def peak_in_own_process(case: Case, sae: SelOrthoSAE, batches: Batches) -> int |
     with tempfile.TemporaryDirectory(prefix="hf_selortho-memory-") as folder:
         write_job(Path(folder), case, sae, batches)
         package = str(Path(__file__).parents[2])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
+        environment = {
+            **os.environ,
+            **RETURN_FREED_MEMORY,
+            "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
+        }
         command = [sys.executable, "-m", "hf_selortho.benchmarking.memory", folder]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
@@ -69,7 +75,9 @@ def measure(folder: Path) -> int:
     rows = tensors.pop("rows")
     case, config = Case(job["mode"], job["interval"]), SelOrthoConfig(**job["config"])
     batches = Batches(rows, job["batch"], device)
-    sae = _sae(config, tensors).to(device)
+    sae: Any = SelOrthoSAE(config)
+    sae.load_state_dict(tensors)
+    sae.to(device)
     del tensors, rows
     if case.mode == ENCODER:
         before = _start(device)
@@ -79,13 +87,7 @@ def measure(folder: Path) -> int:
         steps.run(Case(NONE).config(config), 0)  # brings in the state of the optimiser
         before = _start(device)
         steps.run(case.config(config), 0, steps=min(case.interval, STEPS))
-    return max(0, int(peak_memory_gb(device) * 1e9) - before)
-
-
-def _sae(config: SelOrthoConfig, weights: dict[str, Tensor]) -> SelOrthoSAE:
-    sae = SelOrthoSAE(config)
-    sae.load_state_dict(weights)
-    return sae
+    return max(0, _peak(device) - before)
 
 
 def _start(device: torch.device) -> int:
@@ -101,6 +103,16 @@ def _start(device: torch.device) -> int:
     except OSError:
         pass
     return int(psutil.Process().memory_info().rss)
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes in use at the peak since [`_start`]."""
+    if device.type != "cuda" and Path("/proc/self/status").is_file():
+        # not ru_maxrss: a process starts with that of the one that started it, which holds an SAE too
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024
+    return int(peak_memory_gb(device) * 1e9)
 
 
 if __name__ == "__main__":

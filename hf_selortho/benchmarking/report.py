@@ -56,7 +56,7 @@ def report(content: Mapping[str, Any]) -> str:
 def times_table(rows: Rows, peers: Rows, batch: int) -> str:
     """Seconds a step of every case, with the ratios to the two yardsticks, and the peers."""
     header = [
-        "features", "activation", "L0", "case", "s/step", "least", "tokens/s", "x encoder", "x no penalty", "peak memory"
+        "features", "activation", "L0", "case", "s/step", "least", "tokens/s", "x encoder", "x no penalty", "memory"
     ]  # fmt: skip
     body = [
         [
@@ -136,8 +136,8 @@ def _conditions(content: Mapping[str, Any]) -> str:
     torch_version = content["versions"].get("torch", "?")
     lines = [
         f"{content['hardware']}, {content['threads']} threads, torch {torch_version}, {content['date']}",
-        f"batch {content['batch']} tokens, d_in {content['d_in']}, {content['steps']} rounds; cases take turns in every "
-        "round, ratios are taken within a round, their median is given",
+        f"batch {content['batch']} tokens, d_in {content['d_in']}, {content['steps']} rounds; cases take turns, "
+        "ratios are taken within a round and their median is given",
         f"activations: {content['source']}",
         *content["notes"],
     ]
@@ -161,7 +161,9 @@ def _number(value: float | None, kind: str = "seconds") -> str:
         return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
     if kind == "ratio":
         return f"{value:.2f}"
-    return f"{value:.4f}" if value < 1 else f"{value:.2f}"
+    if value == 0 or value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")  # three significant digits
 
 
 def _bytes(value: int | None) -> str:

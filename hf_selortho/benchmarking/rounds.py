@@ -50,14 +50,14 @@ def run_rounds(
     sae, batches = steps.sae, steps.batches
     base, batch = sae.config, batches.size
     encoder = EncoderOnly(sae, batches)
-    product = min(encoder.run(0).seconds for _ in range(2))
+    product = min(encoder.run(0, top_k=False).seconds for _ in range(3))
     results = []
     for case in cases:
         why = refusal(case, len(sae.b_enc), batch, batches.rows.shape[1], product, limit_seconds, sae.device)
         results.append(Measured(case, refused=why))
     turns = {result.case: set(turns_of(result.case.interval, rounds)) for result in results}
 
-    def measure(result: Measured, number: int) -> Repetition | None:
+    def measure(result: Measured, number: int) -> Repetition:
         case = result.case
         if case.mode == ENCODER:
             return encoder.run(number)
@@ -66,13 +66,13 @@ def run_rounds(
     for result in results:  # the first step of a kind is slow: memory is laid out, kernels are chosen
         if result.refused is None and result.case.mode != ENCODER:
             config = result.case.config(base)
-            first = _unless_memory_ends(result, lambda config=config: steps.run(config, 0, steps=1))
+            first = _unless_memory_ends(result, steps.run, config, 0, steps=1)
             if first is not None and first.seconds > limit_seconds:
                 turns[result.case] = {0}
     for number in range(rounds):
         for result in _rotated(results, number):
             takes_part = result.refused is None and number in turns[result.case]
-            found = _unless_memory_ends(result, lambda r=result: measure(r, number)) if takes_part else None  # noqa: B023
+            found = _unless_memory_ends(result, measure, result, number) if takes_part else None
             result.repetitions.append(found)
             if progress is not None:
                 progress.update()
@@ -87,7 +87,7 @@ def turns_of(interval: int, rounds: int) -> list[int]:
 
 
 def ratio(times: Times, yardstick: Times) -> float | None:
-    """Median over the rounds of `times / yardstick`, the two taken in the same round; None if there is no such round."""
+    """Median over the rounds of `times / yardstick`, both of the same round; None if they share no round."""
     ratios = [a / b for a, b in zip(times, yardstick, strict=True) if a is not None and b is not None]
     return median(ratios) if ratios else None
 
@@ -110,7 +110,7 @@ def rows_of(results: Sequence[Measured], batch: int, **common: Any) -> list[dict
                 "tokens_per_second": batch / seconds,
                 "ratio_to_encoder": ratio(result.times, times[ENCODER]),
                 "ratio_to_no_penalty": ratio(result.times, times[NONE]),
-                "l0": result.done[0].l0,
+                "l0": _mean([r.l0 for r in result.done if r.l0 is not None]),
                 "pairs": result.done[0].pairs,
                 "seconds_by_phase": _median_phases(result.done),
             }
@@ -123,10 +123,16 @@ def _median_phases(repetitions: Sequence[Repetition]) -> dict[str, float] | None
     return {name: median(phases[name] for phases in split) for name in PHASES} if split else None
 
 
-def _unless_memory_ends(result: Measured, run: Callable[[], Repetition | None]) -> Repetition | None:
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _unless_memory_ends(
+    result: Measured, run: Callable[..., Repetition], *args: Any, **kwargs: Any
+) -> Repetition | None:
     """What `run` returns; a case that the GPU has no room for is taken out instead."""
     try:
-        return run()
+        return run(*args, **kwargs)
     except torch.OutOfMemoryError:
         result.refused = "the GPU's memory was not enough"
     torch.cuda.empty_cache()

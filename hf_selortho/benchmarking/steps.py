@@ -17,6 +17,7 @@ from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
 from ..sparse_ops import ActiveFeatures
 from ..training.arguments import RunArguments
+from ..training.optimizer import SAEOptimizer
 from ..training.penalty import PenaltySchedule
 from ..training.state import TrainState
 from .inputs import Batches
@@ -82,13 +83,13 @@ class EncoderOnly:
         self.k = sae.config.k if sae.config.activation == "topk" else None
 
     @torch.no_grad()
-    def run(self, number: int) -> Repetition:
-        """Time it on batch `number`."""
+    def run(self, number: int, top_k: bool = True) -> Repetition:
+        """Time it on batch `number`; without `top_k` the product alone."""
         sae = self.sae
         x = sae.normalize_input(self.batches.at(number)).to(sae.W_enc.dtype)
         watch = Stopwatch(sae.device)
         torch.addmm(sae.b_enc, x, sae.W_enc, out=self.buffer)
-        if self.k is not None:
+        if self.k is not None and top_k:
             self.buffer.topk(self.k, dim=-1, sorted=False)
         return Repetition(watch.stop())
 
@@ -101,8 +102,8 @@ class TrainingSteps:
 
     def __init__(self, sae: SelOrthoSAE, batches: Batches) -> None:
         self.sae, self.batches, self.device = sae.train(), batches, sae.device
-        self.sae.store_by_feature()
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, fused=self.device.type in ("cpu", "cuda"))
+        self.arguments = RunArguments(learning_rate=0.0)
+        self.optimizer = SAEOptimizer(sae, self.arguments, self.device)
 
     def run(self, config: SelOrthoConfig, number: int, phases: bool = False, steps: int | None = None) -> Repetition:
         """Time the steps from one selection to the next (or `steps`), on the batches from `number` on.
@@ -120,14 +121,15 @@ class TrainingSteps:
             if step == 0 and output.pairs is not None:
                 selected = len(output.pairs)
         seconds = watch.stop()
-        fired = (output.features.values if output.active is not None else output.features) > 0
         split = self._split(watch.phases(), output, steps) if phases else {}
+        h = output.features
+        fired = (h.values if isinstance(h, ActiveFeatures) else h) > 0
         return Repetition(seconds / steps, split, float(fired.sum()) / self.batches.size, selected)
 
     def _step(self, batch: Tensor, schedule: PenaltySchedule, state: TrainState, watch: Stopwatch) -> SelOrthoOutput:
         """What the training loop does with a batch."""
         sae = self.sae
-        dead = state.dead(RunArguments().dead_after_tokens, None) if sae.revives_dead_features else None
+        dead = state.dead(self.arguments.dead_after_tokens, None) if sae.revives_dead_features else None
         output = sae(batch, plan=schedule.plan(state), dead=dead, return_feature_acts=False)
         finite = bool(torch.isfinite(output.loss))
         watch.mark("forward")
@@ -137,8 +139,9 @@ class TrainingSteps:
         if not finite or not torch.isfinite(norm):
             raise SelOrthoError("loss or gradient is not finite: look at the activations")
         state.count(output.features.detach(), len(batch))
+        self.optimizer.take_gradients()
         sae.project_decoder_gradient()
-        self.optimizer.step()
+        self.optimizer.adam.step()
         self.optimizer.zero_grad()
         watch.mark("optimiser")
         sae.normalize_decoder()

@@ -99,7 +99,8 @@ class RunArguments:
         "none", "Steer ortho_coefficient to hold a budget: gradient (its share) or fvu (its excess); none: do not."
     )
     ortho_budget_value: float = argument(
-        0.01, "gradient: the penalty's gradient over the reconstruction's; fvu: excess over the twin's, 0.01 is 1%."
+        0.01,
+        "gradient: the penalty's over the reconstruction's; fvu: the excess over the twin's, 0.01 for a hundredth.",
     )
     ortho_reference: str | None = argument(
         None, "Run without penalty whose FVU an fvu budget is measured against: its folder or its metrics.jsonl."

@@ -104,9 +104,7 @@ class Checkpoints:
         found = list_checkpoints(self.output_dir)
         return found[-1] if found else None
 
-    def save(
-        self, sae: SelOrthoSAE, optimizer: SAEOptimizer, buffer: ActivationBuffer, state: TrainState
-    ) -> Path:
+    def save(self, sae: SelOrthoSAE, optimizer: SAEOptimizer, buffer: ActivationBuffer, state: TrainState) -> Path:
         """Write a checkpoint of the current step; its folder gets its name when all processes have written."""
         folder = self.output_dir / CHECKPOINTS / f"step_{state.step:06d}"
         temporary = folder.with_name(f".{folder.name}.tmp")

@@ -134,7 +134,7 @@ class Trainer:
                 output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
             self._check_finite(output.loss, "loss", output, batch)
             if plan.acts and last:
-                steer(self.state, self.sae, activations, output, self.group)
+                steer(self.state, self.sae, activations, output, plan, self.group)
             self.accelerator.backward(output.loss / self.arguments.gradient_accumulation_steps)
         if last and self.accelerator.scaler is None:
             self._check_finite(self._gradient_norm(), "gradient", output, batch)

@@ -75,7 +75,12 @@ def make_controller(arguments: RunArguments, config: SelOrthoConfig) -> Controll
 
 
 def steer(
-    state: TrainState, sae: SelOrthoSAE, activations: Tensor, output: SelOrthoOutput, group: BatchGroup | None
+    state: TrainState,
+    sae: SelOrthoSAE,
+    activations: Tensor,
+    output: SelOrthoOutput,
+    plan: PenaltyPlan,
+    group: BatchGroup | None,
 ) -> None:
     """Let the controller look at a step on which the penalty acts, before the gradients are computed."""
     controller = state.controller
@@ -91,16 +96,13 @@ def steer(
     features = output.active.values if output.active is not None else output.feature_acts
     target = features if sae.config.penalty_space == "activation" and sae.config.penalty != "ortsae" else sae.W_dec
     norms = [_gradient_norm(output.losses[name], target, group) for name in ("ortho", "reconstruction")]
-    controller.update(*norms)
+    controller.update(norms[0] / plan.weight, norms[1])  # the weight makes up for the steps on which it rests
 
 
 def _gradient_norm(loss: Tensor, target: Tensor | None, group: BatchGroup | None) -> float:
-    assert target is not None
-    if not loss.requires_grad:
+    if target is None or not loss.requires_grad:
         return 0.0
-    (gradient,) = torch.autograd.grad(loss, target, retain_graph=True, allow_unused=True)
-    if gradient is None:
-        return 0.0
+    (gradient,) = torch.autograd.grad(loss, target, retain_graph=True)
     square = gradient.float().square().sum()[None]
     return float((square if group is None else group.sum(square)).sqrt())
 

@@ -38,7 +38,7 @@ def test_report_of_a_batch(penalty) -> None:
     sae = SelOrthoSAE(SelOrthoConfig(d_in=8, d_sae=20, penalty=penalty, pair_fraction=0.02, min_support=1))
     x = torch.randn(200, 8)
     out = sae(x)
-    report = step_report(sae, x, out)
+    report = step_report(sae, x, out, out.pairs)
     reconstruction = out.reconstruction.detach()
     h = out.feature_acts
     unit = h / h.norm(dim=0)
