@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .sparse_ops import ActiveFeatures
 
-COSINE_CHUNK = 1 << 22  # elements gathered at once for the decoder cosines of single pairs
+COSINE_CHUNK = 1 << 20  # decoder cosines computed at once
+BLOCKWISE_FROM = 64  # a product of whole blocks costs as much as so many times fewer single pairs
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,25 @@ class Features:
 
     norms: FeatureNorms
     directions: Tensor | None = None  # (n, d_in) unit decoder rows, for scores that compare them
+    scale: Tensor | None = None  # (n,) factors of the columns whose sums are scored
 
     def cosine(self, i: Tensor, j: Tensor) -> Tensor:
-        """Cosine of the decoder directions of each pair (m,)."""
+        """Cosine of the decoder directions of each pair (m,); for many pairs, out of products of whole blocks."""
         assert self.directions is not None  # the score says that it needs them
-        step = max(1, COSINE_CHUNK // self.directions.shape[1])
-        parts = [
-            (self.directions[a] * self.directions[b]).sum(1) for a, b in zip(i.split(step), j.split(step), strict=True)
-        ]
-        return torch.cat(parts) if parts else self.directions.new_zeros(0)
+        if len(i) == 0:
+            return self.directions.new_zeros(0)
+        left, right = int(j.min()), int(j.max()) + 1
+        rows = max(1, COSINE_CHUNK // (right - left))
+        parts = []
+        for start in range(int(i[0]), int(i[-1]) + 1, rows):  # the roads list pairs by rising i
+            first, last = torch.searchsorted(i, torch.tensor([start, start + rows], device=i.device)).tolist()
+            a, b = i[first:last], j[first:last]
+            if (last - first) * BLOCKWISE_FROM > rows * (right - left):
+                block = self.directions[start : start + rows] @ self.directions[left:right].T
+                parts.append(block[a - start, b - left])
+            else:
+                parts.append((self.directions[a] * self.directions[b]).sum(1))
+        return torch.cat(parts)
 
 
 def correlation(sums: Tensor, i: Tensor, j: Tensor, features: Features) -> Tensor:
@@ -74,13 +85,20 @@ def redundancy(sums: Tensor, i: Tensor, j: Tensor, features: Features) -> Tensor
 
     A feature nested in another fires rarely where its parent does, `P(child | parent)` is small, and it is spared.
     """
-    score = co_firing(sums, i, j, features.norms) * features.cosine(i, j)
+    joint = sums if features.scale is None else sums / (features.scale[i] * features.scale[j])
+    score = co_firing(joint, i, j, features.norms) * features.cosine(i, j)
     return score * score.abs()
 
 
 def co_firing(joint: Tensor, i: Tensor, j: Tensor, norms: FeatureNorms) -> Tensor:
     """`min(P(i | j), P(j | i))` of each pair from the tokens on which both fired (m,)."""
     return joint / torch.maximum(norms.support[i], norms.support[j])
+
+
+def co_firing_square(sums: Tensor, i: Tensor, j: Tensor, features: Features) -> Tensor:
+    """What the square of the redundancy cannot exceed: the square of the co-firing."""
+    joint = sums if features.scale is None else sums / (features.scale[i] * features.scale[j])
+    return co_firing(joint, i, j, features.norms).square()
 
 
 @dataclass(frozen=True)
@@ -90,12 +108,14 @@ class Score:
     signed_squares: Callable[[Tensor, Tensor, Tensor, Features], Tensor]
     of: Literal["activations", "pattern", "decoder"]  # the matrix whose sums it takes
     compares_directions: bool = False
+    # an upper bound of the square that costs less, if there is one
+    bound: Callable[[Tensor, Tensor, Tensor, Features], Tensor] | None = None
 
 
 SCORES: dict[str, Score] = {
     "activation": Score(correlation, of="activations"),
     "decoder": Score(correlation, of="decoder"),
-    "redundancy": Score(redundancy, of="pattern", compares_directions=True),
+    "redundancy": Score(redundancy, of="pattern", compares_directions=True, bound=co_firing_square),
 }
 
 

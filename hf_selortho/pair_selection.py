@@ -226,7 +226,8 @@ def best_pairs(
     limit = min(limit, len(columns) * (len(columns) - 1) // 2)
     best = BestPairs(limit, columns.index.device, columns.scale.dtype, at_least)
     if limit > 0:
-        features = Features(columns.norms, None if directions is None else directions[columns.index])
+        directions = None if directions is None else directions[columns.index]
+        features = Features(columns.norms, directions, columns.scale)
         search = _Search(columns, score, features, group, at_least)
         best = search.run(best, cheapest_method(columns) if method == "auto" else method)
     squares, keys = best.sorted()
@@ -306,6 +307,9 @@ class _Search:
         return float(sample.topk(wanted, sorted=False).values.min()) if wanted <= len(sample) else 0.0
 
     def offer(self, best: BestPairs, found: Candidates) -> None:
+        if self.score.bound is not None:
+            reach = self.score.bound(found.sums, found.i, found.j, self.features)
+            found = _kept(found, reach >= best.threshold * (1 - 1e-5))
         squares = self.score.signed_squares(found.sums, found.i, found.j, self.features)
         best.offer(squares, self.columns.index[found.i] * self.columns.n + self.columns.index[found.j])
 

@@ -8,9 +8,9 @@ python scripts/benchmark.py --sae runs/demo --activations activations.safetensor
 from __future__ import annotations
 
 import dataclasses
-import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.lm import load_language_model
-from hf_selortho.benchmarking.cases import ACTIVATIONS, Case, base_config, cases_of
-from hf_selortho.benchmarking.inputs import Batches, load_activations, prepare, synthetic_activations
+from hf_selortho.benchmarking.cases import ACTIVATIONS, MODES, Case, base_config, cases_of
+from hf_selortho.benchmarking.inputs import Batches, check_l0, load_activations, prepare, synthetic_activations
 from hf_selortho.benchmarking.memory import peak_in_own_process
 from hf_selortho.benchmarking.pipeline import measure_supply
 from hf_selortho.benchmarking.plot import plot_times
@@ -33,8 +33,6 @@ from hf_selortho.benchmarking.steps import TrainingSteps
 from hf_selortho.command_line import run_script, use_all_cores
 from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.training.outputs import hardware, library_versions, write_json, write_text
-
-logger = logging.getLogger("hf_selortho.benchmark")
 
 SYNTHETIC_BATCHES = 8
 D_IN = 640  # of synthetic activations
@@ -46,7 +44,7 @@ class BenchmarkArguments:
 
     activations: str | None = argument(None, "A .safetensors or .pt file with a tensor (tokens, d_in).")
     tensor: str | None = argument(None, "Its name in the file; default: activations, or the only one.")
-    model: str | None = argument(None, "Language model whose speed is measured too; without a file, it activates.")
+    model: str | None = argument(None, "Language model to time too; without --activations, its own are used.")
     layer: int | None = argument(None, "Its decoder layer, counted from 0.")
     dataset: str = argument("python-docs", "What the language model reads: Hub id, local file, or python-docs.")
     d_in: int | None = argument(None, f"Width of the activations; default: theirs, {D_IN} for synthetic ones.")
@@ -58,8 +56,10 @@ class BenchmarkArguments:
     batch: int = argument(2048, "Tokens of a batch.")
     steps: int = argument(10, "Rounds; in each of them every case is timed once (fewer times over long intervals).")
     selection_interval: list[int] = argument([], "Steps between two selections, one or several; default: the config's.")
-    only: list[str] = argument([], "Modes to time, see the report; default: all. The two yardsticks always are.")
-    limit_seconds: float = argument(60.0, "Longest step: the full penalty is left out, the others are timed once.")
+    only: list[str] = argument([], f"Some of {', '.join(MODES)}; default: all. The first two always are.")
+    limit_seconds: float = argument(
+        60.0, "A case with a longer step is timed once, and left out where that is foreseen."
+    )
     memory: bool = argument(False, "Measure the peak memory of every case, in a process of its own.")
     peers: str | None = argument(None, 'JSON file of other implementations\' timings: {"name": seconds a step}.')
     output: str = argument("results/benchmark", "Folder for benchmark.json, benchmark.md and benchmark.png.")
@@ -83,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cpu":
         use_all_cores(1, arguments.cpu_threads)
     trained = load_trained(arguments.sae) if arguments.sae else None
-    activations, source, supply = find_activations(arguments, device, None if trained is None else trained.config.d_in)
+    d_in = arguments.d_in if trained is None else trained.config.d_in
+    read = read_activations(arguments, d_in)
     output = make_folder(arguments.output)
+    activations, source, supply = find_activations(arguments, read, d_in, device)
     batches = Batches(activations, arguments.batch, device, arguments.seed)
     content = {
         "schema_version": 1, "hardware": hardware(device, 1), "threads": torch.get_num_threads(),
@@ -93,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "notes": notes(arguments), "arguments": dataclasses.asdict(arguments), "supply": supply, "peers": peers,
         "rows": [],
     }  # fmt: skip
-    del activations
+    del activations, read
     for config in configs(arguments, batches.rows.shape[1], trained):
-        content["rows"] += measure(arguments, config, batches, trained)
+        content["rows"] += measure(arguments, config, batches, trained, content["rows"])
         write_json(output / "benchmark.json", content)  # a run that is stopped leaves what it has measured
     write_text(output / "benchmark.md", report(content))
     plot_times(content["rows"], peers, output / "benchmark.png")
@@ -118,8 +120,8 @@ def check(arguments: BenchmarkArguments) -> None:
     wrong = [name for name in a.activation if name not in ACTIVATIONS]
     if wrong:
         raise SelOrthoError(f"--activation {' '.join(wrong)}: expected some of {', '.join(ACTIVATIONS)}")
-    if a.sae and (a.widths or a.activation):
-        raise SelOrthoError("--sae brings its own width and activation: leave out --widths and --activation")
+    if a.sae and (a.widths or a.activation or a.d_in):
+        raise SelOrthoError("--sae brings its own sizes: leave out --widths, --activation and --d_in")
     if (a.model is None) != (a.layer is None):
         raise SelOrthoError("--model and --layer belong together: the decoder layer to read, counted from 0")
     a.widths = sorted(set(a.widths)) or [2304, 10240, 65536]
@@ -129,6 +131,8 @@ def check(arguments: BenchmarkArguments) -> None:
     too_narrow = [n for n in a.widths if n < a.k]
     if "topk" in a.activation and too_narrow and not a.sae:
         raise SelOrthoError(f"--k {a.k}: more than the {too_narrow[0]} features of --widths")
+    if "relu" in a.activation and not a.sae:
+        check_l0(a.widths[0], a.l0)
 
 
 def cases(arguments: BenchmarkArguments) -> list[Case]:
@@ -141,9 +145,10 @@ def make_folder(path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "benchmark.md", "")
     except OSError as error:
         raise SelOrthoError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+    if not os.access(folder, os.W_OK):
+        raise SelOrthoError(f"cannot write to {folder} (no permission): choose another --output")
     return folder
 
 
@@ -155,22 +160,28 @@ def load_trained(name: str) -> SelOrthoSAE:
         raise SelOrthoError(f"cannot load the SAE {name!r}: {error}") from error
 
 
+def read_activations(arguments: BenchmarkArguments, d_in: int | None) -> Tensor | None:
+    """The activations of the file, of width `d_in` if that is known; None without a file."""
+    if arguments.activations is None:
+        return None
+    found = load_activations(arguments.activations, arguments.tensor)
+    if d_in is not None and found.shape[1] != d_in:
+        raise SelOrthoError(f"--activations {arguments.activations} are {found.shape[1]} wide, expected d_in={d_in}")
+    return found
+
+
 def find_activations(
-    arguments: BenchmarkArguments, device: torch.device, expected: int | None
+    arguments: BenchmarkArguments, read: Tensor | None, d_in: int | None, device: torch.device
 ) -> tuple[Tensor, str, dict[str, Any] | None]:
     """Activations (tokens, d_in), where they come from in words, and the speed of the language model."""
-    d_in = arguments.d_in or expected
-    supply, measured = None, None
-    found = None if arguments.activations is None else load_activations(arguments.activations, arguments.tensor)
-    if found is not None and d_in is not None and found.shape[1] != d_in:
-        raise SelOrthoError(f"--activations {arguments.activations} are {found.shape[1]} wide, expected d_in={d_in}")
+    supply = measured = None
     if arguments.model is not None and arguments.layer is not None:
         lm = load_language_model(arguments.model, device=device)
         measured = measure_supply(lm, arguments.layer, arguments.dataset, arguments.batch)
         supply = {"model": lm.name, "layer": arguments.layer, "dataset": arguments.dataset}
         supply |= {name: getattr(measured, name) for name in ("lm_tokens_per_second", "buffer_tokens_per_second")}
-    if found is not None:
-        return found, f"{Path(str(arguments.activations)).name}, {len(found):,} tokens", supply
+    if read is not None:
+        return read, f"{Path(str(arguments.activations)).name}, {len(read):,} tokens", supply
     if measured is None:
         made = synthetic_activations(SYNTHETIC_BATCHES * arguments.batch, d_in or D_IN, arguments.seed)
         return (
@@ -192,9 +203,13 @@ def configs(arguments: BenchmarkArguments, d_in: int, trained: SelOrthoSAE | Non
 
 
 def measure(
-    arguments: BenchmarkArguments, config: tuple[str, SelOrthoConfig], batches: Batches, trained: SelOrthoSAE | None
+    arguments: BenchmarkArguments,
+    config: tuple[str, SelOrthoConfig],
+    batches: Batches,
+    trained: SelOrthoSAE | None,
+    earlier: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Rows of all cases on one SAE."""
+    """Rows of all cases on one SAE; `earlier` are those of narrower ones."""
     name, settings = config
     torch.manual_seed(arguments.seed)
     sae: Any = SelOrthoSAE(settings) if trained is None else trained
@@ -204,8 +219,13 @@ def measure(
     if name == "relu":
         prepare(sae, batches.rows, arguments.l0, arguments.seed)
     wanted = cases(arguments)
+    known = {
+        Case(row["mode"], row["interval"]): (row["width"], row["seconds_per_step"])
+        for row in earlier
+        if row["activation"] == name and "seconds_per_step" in row
+    }
     with tqdm(total=len(wanted) * arguments.steps, desc=f"{settings.d_sae:,} features, {name}", unit="case") as bar:
-        results = run_rounds(TrainingSteps(sae, batches), wanted, arguments.steps, arguments.limit_seconds, bar)
+        results = run_rounds(TrainingSteps(sae, batches), wanted, arguments.steps, arguments.limit_seconds, known, bar)
     if arguments.memory:
         for result in tqdm([r for r in results if r.refused is None], desc="peak memory", unit="case"):
             result.memory_bytes = peak_in_own_process(result.case, sae, batches)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_selortho import SelOrthoError, decorrelation_penalty, pair_selection, select_pairs
-from hf_selortho.decorrelation import Pairs, full_penalty
+from hf_selortho import SelOrthoError, decorrelation, decorrelation_penalty, pair_selection, select_pairs
+from hf_selortho.decorrelation import Pairs, full_penalty, penalty_by_space, select_by_score
+from hf_selortho.sparse_ops import active_features
 
 
 def naive_correlations(h: Tensor, correlation: str = "cosine") -> Tensor:
@@ -195,3 +196,180 @@ def test_bad_arguments_are_named(arguments, message) -> None:
 def test_other_shapes_than_tokens_by_features_are_refused() -> None:
     with pytest.raises(SelOrthoError, match="expected .tokens, features."):
         select_pairs(torch.rand(2, 4, 4))
+
+
+def brute_force_score(score: str, h: Tensor, W_dec: Tensor, min_support: int) -> Tensor:
+    """Score of every pair as its docstring says, (n, n), 0 where not eligible and on and below the diagonal."""
+    unit = torch.nn.functional.normalize(W_dec, dim=1)
+    cosine = unit @ unit.T
+    if score == "decoder":
+        return cosine.triu(1)
+    support = (h != 0).sum(0)
+    joint = (h != 0).float().T @ (h != 0).float()
+    co_firing = torch.minimum(joint / support[:, None], joint / support)
+    eligible = support >= min_support
+    return torch.where(eligible[:, None] & eligible, co_firing * cosine, 0).nan_to_num(0).triu(1)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("method", ["auto", "tiles", "coactivation"])
+@pytest.mark.parametrize("score", ["decoder", "redundancy"])
+def test_other_scores_equal_brute_force(score, method, sparse, monkeypatch) -> None:
+    monkeypatch.setattr(pair_selection, "TILE_ROWS", 50)
+    monkeypatch.setattr(pair_selection, "TILE_COLUMNS", 64)
+    monkeypatch.setattr(pair_selection, "SAMPLE", 16)
+    monkeypatch.setattr(pair_selection, "CO_ACTIVATIONS", 2000)
+    torch.manual_seed(0)
+    h, W_dec = sparse_activations(80, 200) * (torch.rand(200) < 0.9), torch.randn(200, 12)
+    expected = brute_force_score(score, h, W_dec, 3)
+    for fraction in (0.001, 0.02, 0.3):
+        pairs = select_by_score(score, active_features(h) if sparse else h, W_dec, fraction, 3, method=method)
+        best = expected.abs().flatten().sort(descending=True).values[: len(pairs)]
+        assert len(pairs) == math.ceil(fraction * 19900)
+        torch.testing.assert_close(pairs.correlation.abs(), best)
+        torch.testing.assert_close(pairs.correlation, expected[pairs.i, pairs.j])
+        assert len(pairs.keys(200).unique()) == len(pairs)
+
+
+@pytest.mark.parametrize("space", ["decoder", "redundancy"])
+def test_penalties_of_the_other_scores_are_their_squares(space) -> None:
+    torch.manual_seed(0)
+    h, W_dec = sparse_activations(80, 30).double(), torch.randn(30, 12, dtype=torch.float64, requires_grad=True)
+    pairs = select_by_score(space, h, W_dec, 0.1, 3)
+    penalty = penalty_by_space(space, h, W_dec, pairs, 0.7, "mean")
+    unit = W_dec / W_dec.norm(dim=1, keepdim=True)
+    support, joint = (h != 0).double().sum(0), (h != 0).double().T @ (h != 0).double()
+    weight = 1 if space == "decoder" else torch.minimum(joint / support[:, None], joint / support)[pairs.i, pairs.j]
+    expected = 0.7 * (weight * (unit @ unit.T)[pairs.i, pairs.j]).square().mean()
+    torch.testing.assert_close(penalty, expected)
+    torch.testing.assert_close(torch.autograd.grad(penalty, W_dec), torch.autograd.grad(expected, W_dec))
+    torch.testing.assert_close(penalty.detach(), 0.7 * pairs.correlation.double().square().mean(), atol=1e-6, rtol=1e-5)
+
+
+def test_nested_features_are_not_redundant() -> None:
+    parent, child, twin = torch.zeros(3, 400)
+    parent[:100] = child[:5] = 1
+    twin[1:101] = 1
+    h, W_dec = torch.stack([parent, child, twin], 1), torch.eye(3) + 0.5
+    pairs = select_by_score("redundancy", h, W_dec, 1.0)
+    scores = dict(zip(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True), pairs.correlation.tolist(), strict=True))
+    assert scores[0, 2] > 15 * scores[0, 1] > 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4, 8, 16]),
+    st.integers(1, 14),
+    st.floats(0.001, 1.0),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+    st.sampled_from(["random", "rare", "all equal", "all zero", "duplicates"]),
+    st.sampled_from(["cosine", "pearson"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_all_roads_find_the_same_pairs_in_the_same_order(
+    tokens, features, fraction, min_support, seed, kind, correlation, dtype
+) -> None:
+    # small integers on a power of two of tokens: means, sums and products are exact, so ties are real ties
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randint(-6 if kind == "rare" else 0, 3, (tokens, features), generator=generator).clamp_min(0).to(dtype)
+    if kind == "all equal":
+        h[:] = 1
+    elif kind == "all zero":
+        h[:] = 0
+    elif kind == "duplicates":
+        h = h[:, torch.randint(0, features, (features,), generator=generator)]
+    expected = brute_force(h, fraction, min_support, correlation)
+    for method in ("tiles", "coactivation", "auto"):
+        for form in (h, active_features(h)):
+            assert_same(select_pairs(form, fraction, min_support, correlation, method), expected)
+
+
+@pytest.mark.parametrize("correlation", ["cosine", "pearson"])
+@pytest.mark.parametrize("density", [0.03, 0.2, 0.6])
+def test_roads_agree_over_many_blocks_and_guesses(correlation, density, monkeypatch) -> None:
+    for name, value in {"TILE_ROWS": 60, "TILE_COLUMNS": 64, "SAMPLE": 16, "CO_ACTIVATIONS": 500, "SLACK": 8}.items():
+        monkeypatch.setattr(pair_selection, name, value)
+    torch.manual_seed(0)
+    h = torch.rand(64, 300) * (torch.rand(64, 300) < density * 2 * torch.rand(300))
+    c = naive_correlations(h.double(), correlation).nan_to_num(0)
+    c[(h != 0).sum(0) < 2] = 0
+    c[:, (h != 0).sum(0) < 2] = 0
+    strength = c.triu(1).abs().flatten().sort(descending=True).values
+    for fraction in (0.0001, 0.003, 0.1, 0.6):
+        for method in ("tiles", "coactivation"):
+            for form in (h, active_features(h)):
+                pairs = select_pairs(form, fraction, 2, correlation, method)
+                torch.testing.assert_close(pairs.correlation.double(), c[pairs.i, pairs.j], atol=2e-6, rtol=1e-5)
+                best = strength[: len(pairs)]
+                torch.testing.assert_close(pairs.correlation.double().abs(), best, atol=2e-6, rtol=1e-5)
+                assert len(pairs.keys(300).unique()) == len(pairs)
+                assert len(pairs) == min(math.ceil(fraction * 44850), math.comb(int(((h != 0).sum(0) >= 2).sum()), 2))
+
+
+@pytest.mark.parametrize("method", ["tiles", "coactivation"])
+def test_a_threshold_leaves_weaker_pairs_alone(method) -> None:
+    h = sparse_activations(40, 30)
+    everything = select_pairs(h, 1.0)
+    strong = select_pairs(h, 1.0, method=method, correlation_threshold=0.4)
+    assert 0 < len(strong) < len(everything)
+    assert torch.equal(strong.keys(30), everything.keys(30)[: len(strong)])
+    assert strong.correlation.min() >= 0.4 > everything.correlation[len(strong)]
+
+
+@pytest.mark.parametrize("correlation", ["cosine", "pearson"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_at_the_active_entries(correlation, weighted) -> None:
+    torch.manual_seed(0)
+    active = active_features(sparse_activations(12, 9).double())
+    pairs = select_pairs(active, 0.5, 1, correlation)
+    weights = torch.rand(len(pairs)).double() if weighted else None
+    values = active.values.clone().requires_grad_()
+
+    def penalty(v: Tensor) -> Tensor:
+        return decorrelation_penalty(active.with_values(v), pairs, 0.5, "sum", correlation, weights=weights)
+
+    assert torch.autograd.gradcheck(penalty, values)
+    h = active.to_dense().requires_grad_()
+    dense = decorrelation_penalty(h, pairs, 0.5, "sum", correlation, weights=weights)
+    (gradient,) = torch.autograd.grad(dense, h)
+    torch.testing.assert_close(torch.autograd.grad(penalty(values), values)[0], gradient[active.rows, active.cols])
+
+
+def test_correlations_of_the_selection_are_not_computed_again(monkeypatch) -> None:
+    def refuse(*arguments):
+        raise AssertionError("computed again")
+
+    h = sparse_activations(40, 20).requires_grad_()
+    active = active_features(sparse_activations(40, 20))
+    pairs, of_active = select_pairs(h.detach(), 0.1), select_pairs(active, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(decorrelation, "_correlations_of", refuse)
+        decorrelation_penalty(h, pairs)
+        decorrelation_penalty(active, of_active)
+        for other in (h.detach().clone(), active_features(sparse_activations(40, 20))):
+            with pytest.raises(AssertionError, match="computed again"):
+                decorrelation_penalty(other, pairs)
+        h.data[0, 0] += 1
+        with pytest.raises(AssertionError, match="computed again"):
+            decorrelation_penalty(h, pairs)
+    decorrelation_penalty(h, pairs).backward()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_activations_are_named(value) -> None:
+    h = sparse_activations(40, 20)
+    h[3, 7] = value
+    for form in (h, active_features(h)):
+        with pytest.raises(SelOrthoError, match=r"feature activations h hold NaN or infinity.*1 of 20 features \(7\)"):
+            select_pairs(form)
+
+
+def test_fewer_eligible_pairs_than_asked_for_are_taken_and_said_once(caplog) -> None:
+    h = sparse_activations(40, 21)
+    h[:, 5:] = 0
+    with caplog.at_level("INFO", logger="hf_selortho"):
+        assert len(select_pairs(h, 1.0)) == len(select_pairs(h, 1.0)) == 10
+    assert [record.message[:57] for record in caplog.records] == [
+        "210 pairs were asked for, but only 10 are eligible (both f"[:57]
+    ]

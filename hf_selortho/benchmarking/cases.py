@@ -84,28 +84,40 @@ def base_config(activation: str, d_in: int, d_sae: int, k: int) -> SelOrthoConfi
     return SelOrthoConfig(d_in=d_in, d_sae=d_sae, activation="relu")
 
 
-def refusal(
-    case: Case, n: int, batch: int, d_in: int, encoder_seconds: float, limit: float, device: torch.device
-) -> str | None:
-    """Why a case is not tried; None if it is. Only the full penalty is ever refused.
+@dataclass(frozen=True)
+class Conditions:
+    """What the cases of one SAE run on, and how long they may take."""
 
-    Args:
-        case, n, batch, d_in: what it would run on.
-        encoder_seconds: what the encoder's matrix product takes, from which the time is estimated.
-        limit: seconds that a step may take.
+    n: int
+    batch: int
+    d_in: int
+    device: torch.device
+    product_seconds: float  # of the encoder's matrix product, the measure of the machine's speed
+    limit_seconds: float  # of a step
+
+
+def refusal(case: Case, on: Conditions, earlier: tuple[int, float] | None = None) -> str | None:
+    """Why a case is not tried; None if it is.
+
+    The full penalty has to fit in memory and its estimated time in the limit. Any case is refused whose time on fewer
+    features, `earlier` (features, seconds a step), exceeds the limit when it grows no faster than linearly.
     """
-    if case.mode != "full":
+    seconds, words = 0.0, ""
+    if case.mode == "full":
+        needed, available = full_penalty_bytes(on.n, on.batch), available_memory(on.device)
+        if needed > available:
+            return f"needs {needed:,} bytes ({needed / 2**30:.1f} GiB), {available:,} are available"
+        seconds, words = full_penalty_seconds(on.n, on.d_in, on.product_seconds), "about"
+    if earlier is not None and earlier[1] * on.n / earlier[0] > seconds:
+        seconds, words = earlier[1] * on.n / earlier[0], "at least"
+    if seconds <= on.limit_seconds:
         return None
-    needed, available = full_penalty_bytes(n, batch), available_memory(device)
-    if needed > available:
-        return f"needs {needed:,} bytes ({needed / 2**30:.1f} GiB), {available:,} are available"
-    seconds = full_penalty_seconds(n, d_in, encoder_seconds)
-    return f"would take about {seconds:,.0f} s a step (--limit_seconds {limit:g})" if seconds > limit else None
+    return f"would take {words} {seconds:,.0f} s a step (--limit_seconds {on.limit_seconds:g})"
 
 
-def full_penalty_seconds(n: int, d_in: int, encoder_seconds: float) -> float:
+def full_penalty_seconds(n: int, d_in: int, product_seconds: float) -> float:
     """Two products of `n^2 B` multiplications, at the speed of the encoder's `d_in n B`."""
-    return encoder_seconds * 2 * n / d_in
+    return product_seconds * 2 * n / d_in
 
 
 def available_memory(device: torch.device) -> int:

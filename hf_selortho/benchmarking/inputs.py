@@ -111,10 +111,7 @@ def prepare(sae: SelOrthoSAE, activations: Tensor, target_l0: float, seed: int =
         SelOrthoError: more features would have to fire than thresholds can bring about.
     """
     n = len(sae.b_enc)
-    if not 0 < target_l0 <= LARGEST_L0 * n:
-        raise SelOrthoError(
-            f"--l0 {target_l0:g} with {n} features: expected more than 0 and at most {LARGEST_L0 * n:g}"
-        )
+    check_l0(n, target_l0)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(activations), generator=generator)[:SAMPLE_TOKENS].to(activations.device)
     x = sae.normalize_input(activations[rows].to(sae.device))  # (S, d_in)
@@ -131,6 +128,14 @@ def prepare(sae: SelOrthoSAE, activations: Tensor, target_l0: float, seed: int =
         silent = largest[:, :1].abs() * 1e-3  # a feature that does not fire stays just below its threshold
         threshold = torch.where(counts == 0, below + silent, (above + below) / 2)
         sae.b_enc[features.to(x.device)] = -threshold[:, 0]
+
+
+def check_l0(n: int, target_l0: float) -> None:
+    """Refuse an L0 that [`prepare`] cannot bring about on n features."""
+    if not 0 < target_l0 <= LARGEST_L0 * n:
+        raise SelOrthoError(
+            f"--l0 {target_l0:g} with {n} features: expected more than 0 and at most {LARGEST_L0 * n:g}"
+        )
 
 
 def firing_frequencies(n: int, target_l0: float, generator: torch.Generator) -> Tensor:

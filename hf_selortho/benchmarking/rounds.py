@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .cases import ENCODER, NONE, Case, refusal
+from .cases import ENCODER, NONE, Case, Conditions, refusal
 from .steps import PHASES, EncoderOnly, Repetition, TrainingSteps
 
 SPLIT_REPETITIONS = 3  # of a case, in which selection and penalty are timed by themselves too
@@ -40,35 +40,44 @@ class Measured:
 
 
 def run_rounds(
-    steps: TrainingSteps, cases: Sequence[Case], rounds: int, limit_seconds: float, progress: tqdm | None = None
+    steps: TrainingSteps,
+    cases: Sequence[Case],
+    rounds: int,
+    limit_seconds: float,
+    earlier: Mapping[Case, tuple[int, float]] | None = None,
+    progress: tqdm | None = None,
 ) -> list[Measured]:
     """Measure cases on one SAE in `rounds` rounds.
 
     A case of interval r is measured over r steps, in fewer rounds, so that it takes about as many steps as the others.
-    A case whose first step exceeds `limit_seconds` is measured once.
+    A case whose first step exceeds `limit_seconds` is measured once, without the split into phases.
+
+    Args:
+        earlier: of cases measured on fewer features, these and the seconds a step.
     """
     sae, batches = steps.sae, steps.batches
-    base, batch = sae.config, batches.size
+    base, earlier = sae.config, earlier or {}
     encoder = EncoderOnly(sae, batches)
     product = min(encoder.run(0, top_k=False).seconds for _ in range(3))
-    results = []
-    for case in cases:
-        why = refusal(case, len(sae.b_enc), batch, batches.rows.shape[1], product, limit_seconds, sae.device)
-        results.append(Measured(case, refused=why))
-    turns = {result.case: set(turns_of(result.case.interval, rounds)) for result in results}
+    on = Conditions(len(sae.b_enc), batches.size, batches.rows.shape[1], sae.device, product, limit_seconds)
+    results = [Measured(case, refused=refusal(case, on, earlier.get(case))) for case in cases]
+    turns = {case: turns_of(case.interval, rounds) for case in cases}
+    slow: dict[Case, Repetition] = {}
 
     def measure(result: Measured, number: int) -> Repetition:
         case = result.case
         if case.mode == ENCODER:
             return encoder.run(number)
-        return steps.run(case.config(base), number, phases=len(result.done) < SPLIT_REPETITIONS)
+        if case in slow and case.interval == 1:
+            return slow[case]
+        phases = case not in slow and len(result.done) < SPLIT_REPETITIONS
+        return steps.run(case.config(base), number, phases=phases)
 
     for result in results:  # the first step of a kind is slow: memory is laid out, kernels are chosen
         if result.refused is None and result.case.mode != ENCODER:
-            config = result.case.config(base)
-            first = _unless_memory_ends(result, steps.run, config, 0, steps=1)
+            first = _unless_memory_ends(result, steps.run, result.case.config(base), 0, steps=1)
             if first is not None and first.seconds > limit_seconds:
-                turns[result.case] = {0}
+                slow[result.case], turns[result.case] = first, [0]
     for number in range(rounds):
         for result in _rotated(results, number):
             takes_part = result.refused is None and number in turns[result.case]
