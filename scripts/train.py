@@ -42,7 +42,7 @@ from hf_selortho.training.outputs import (
     peak_memory_gb,
     prepare_output_folder,
 )
-from hf_selortho.training.penalty import full_penalty_notice
+from hf_selortho.training.penalty import full_penalty_notice, make_controller
 
 logger = logging.getLogger("hf_selortho.train")
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=resuming)
     checkpoints = Checkpoints(accelerator, output, arguments.flat(), keep=run.keep_checkpoints)
     resume_at = checkpoints.check(checkpoint) if checkpoint else 0
+    controller = make_controller(run, arguments.sae.penalty, arguments.sae.ortho_coefficient)
     set_seed(run.seed)
 
     documents = load_documents(arguments)
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     start_trackers(accelerator, arguments)
     log = MetricsLog(output / METRICS_LOG, resume_at=resume_at) if accelerator.is_main_process else None
-    trainer = Trainer(accelerator, sae, buffer, run, log, checkpoints)
+    trainer = Trainer(accelerator, sae, buffer, run, log, checkpoints, controller)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     state = trainer.train()

@@ -20,9 +20,9 @@ from .arguments import RunArguments
 from .checkpoint import Checkpoints
 from .optimizer import SAEOptimizer
 from .outputs import MetricsLog
-from .penalty import PenaltySchedule, make_controller, steer
+from .penalty import PenaltySchedule, steer
 from .revival import resample_dead
-from .state import TrainState, learning_rate_at, pair_churn, step_report
+from .state import Controller, TrainState, learning_rate_at, pair_churn, step_report
 
 LAST_STEPS = 100  # the paper averages its training metrics over the last 100 steps; all of them are logged
 
@@ -40,6 +40,7 @@ class Trainer:
         buffer: this process's batches.
         arguments: optimisation and logging.
         log, checkpoints: where the run leaves its traces.
+        controller: steers the penalty's coefficient ([`make_controller`]).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Trainer:
         arguments: RunArguments,
         log: MetricsLog | None,
         checkpoints: Checkpoints,
+        controller: Controller | None = None,
     ) -> None:
         self.accelerator, self.buffer, self.arguments = accelerator, buffer, arguments
         self.log, self.checkpoints = log, checkpoints
@@ -59,7 +61,7 @@ class Trainer:
         self.group = BatchGroup() if accelerator.num_processes > 1 else None
         self.penalty = PenaltySchedule(self.sae.config, self.group)
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
-        self.state.controller = make_controller(arguments, self.sae.config)
+        self.state.controller = controller
         self._seconds = {"data": 0.0, "step": 0.0}
         self._tokens_timed, self._reported_at = 0, 0  # since the last report
 

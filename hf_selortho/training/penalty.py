@@ -55,23 +55,23 @@ class PenaltySchedule:
         return select
 
 
-def make_controller(arguments: RunArguments, config: SelOrthoConfig) -> Controller | None:
-    """What steers the coefficient, by `--ortho_budget`; None: it stays as it is.
+def make_controller(arguments: RunArguments, penalty: str, ortho_coefficient: float) -> Controller | None:
+    """What steers the coefficient from its initial value, by `--ortho_budget`; None: it stays as it is.
 
     Raises:
         SelOrthoError: the reference of an FVU budget is missing or unreadable.
     """
-    if arguments.ortho_budget == "none" or config.penalty == "none":
+    if arguments.ortho_budget == "none" or penalty == "none" or ortho_coefficient == 0:
         return None
     if arguments.ortho_budget == "gradient":
-        return GradientShare(config.ortho_coefficient, arguments.ortho_budget_value)
+        return GradientShare(ortho_coefficient, arguments.ortho_budget_value)
     if arguments.ortho_reference is None:
         raise SelOrthoError(
             "--ortho_budget fvu needs --ortho_reference, the folder of a run with --ortho_coefficient 0: what "
             "reconstruction alone reaches is known from such a twin only"
         )
     reference = read_reference(arguments.ortho_reference)
-    return FVUBudget(config.ortho_coefficient, arguments.ortho_budget_value, reference)
+    return FVUBudget(ortho_coefficient, arguments.ortho_budget_value, reference)
 
 
 def steer(

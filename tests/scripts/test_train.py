@@ -109,6 +109,16 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(arguments,
         {"penalty": "full", "reduction": "sum"},
         {"correlation": "pearson"},
         {"activation": "topk", "k": 4},
+        {"activation": "batchtopk", "k": 4},
+        {"activation": "jumprelu", "l0_coefficient": 0.01, "jumprelu_threshold": 0.1},
+        {"penalty": "ortsae", "ortho_coefficient": 0.25, "selection_interval": 5},
+        {"penalty_space": "decoder", "selection_interval": 4},
+        {"penalty_space": "redundancy"},
+        {"penalty_schedule": "every_step", "selection_interval": 5},
+        {"carry_decay": 0.9, "selection_interval": 2},
+        {"correlation_threshold": 0.3, "pair_fraction": 0.5},
+        {"ortho_budget": "gradient", "ortho_budget_value": 0.1},
+        {"resample_every": 4, "dead_after_tokens": 300},
         {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "warmup_steps": 0.2, "decay_steps": 4},
         {"mixed_precision": "bf16"},
         {"input_normalization": "none", "max_norm_ratio": "inf"},
@@ -122,8 +132,45 @@ def test_variants_train(changes, arguments, tmp_path) -> None:
     rows = rows_of(tmp_path / "run")
     assert rows[-1]["reconstruction"] < rows[0]["reconstruction"]
     assert rows[-1]["tokens"] == 12 * 128 * changes.get("gradient_accumulation_steps", 1)
-    assert (rows[-1]["ortho"] == 0) == (changes.get("penalty") == "none")
+    assert any(row["ortho"] > 0 for row in rows) == (changes.get("penalty") != "none")
     assert rows[-1]["peak_correlation"] > 0  # measured even where nothing is penalised
+
+
+def test_matryoshka_prefixes_are_given_as_numbers(arguments, tmp_path) -> None:
+    argv = arguments(eval_samples=0, activation="batchtopk", k=4)
+    train.main([*argv, "--matryoshka_prefixes", "8", "24", "64"])
+    sae = SelOrthoSAE.from_pretrained(tmp_path / "run")
+    assert sae.config.matryoshka_prefixes == [8, 24, 64] and sae.threshold > 0
+    assert rows_of(tmp_path / "run")[-1]["reconstruction"] < rows_of(tmp_path / "run")[0]["reconstruction"]
+
+
+def test_pairs_are_selected_at_every_interval(arguments, tmp_path) -> None:
+    train.main(arguments(eval_samples=0, selection_interval=5))
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if row["ortho"] > 0] == [1, 6, 11]
+    assert [row["step"] for row in rows if row["pair_churn"] is not None] == [6, 11]
+    assert all(row["peak_correlation"] > 0 for row in rows)  # between selections, that of the latest
+
+
+def test_the_coefficient_is_steered_by_the_fvu_of_a_twin(arguments, tmp_path) -> None:
+    train.main(arguments(output_dir=tmp_path / "twin", ortho_coefficient=0, eval_samples=0))
+    budget = {"ortho_budget": "fvu", "ortho_budget_value": 0.05, "ortho_coefficient": 1e-3}
+    with pytest.raises(SelOrthoError, match="needs --ortho_reference"):
+        train.main(arguments(**budget))
+    train.main(arguments(eval_samples=0, ortho_reference=tmp_path / "twin", **budget))
+    coefficients = [row["ortho_coefficient"] for row in rows_of(tmp_path / "run")]
+    assert coefficients == sorted(coefficients) and coefficients[-1] > 1.1e-3  # there is room: it rises
+
+
+def test_the_full_penalty_says_what_it_needs_and_is_refused_where_that_is_missing(
+    arguments, tmp_path, monkeypatch, caplog
+) -> None:
+    train.main(arguments(penalty="full", eval_samples=0, max_steps=1))
+    assert "--penalty full on 64 features needs 98,304 bytes" in caplog.text  # 4 (2 * 64^2 + 2 * 64 * 128)
+    monkeypatch.setattr(train, "available_memory", lambda device: 90_000)
+    with pytest.raises(SelOrthoError, match="98,304 bytes .* 90,000 are available; use --penalty selective"):
+        train.main(arguments(penalty="full", output_dir=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_penalty_lowers_the_correlations_of_the_selected_pairs(arguments, tmp_path) -> None:
@@ -135,20 +182,28 @@ def test_the_penalty_lowers_the_correlations_of_the_selected_pairs(arguments, tm
     assert tops[1] < 0.85 * tops[0]
 
 
-def test_resumed_it_ends_as_if_never_stopped(arguments, tmp_path) -> None:
-    train.main(arguments(output_dir=tmp_path / "whole", buffer_reuse=2, eval_samples=0))
-    part = arguments(max_steps=7, checkpoint_every=3, buffer_reuse=2, eval_samples=0)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"selection_interval": 2, "carry_decay": 0.5, "ortho_budget": "gradient"},
+        {"activation": "batchtopk", "k": 4, "selection_interval": 4, "penalty_schedule": "every_step"},
+    ],
+    ids=["plain", "carried", "batchtopk"],
+)
+def test_resumed_it_ends_as_if_never_stopped(changes, arguments, tmp_path) -> None:
+    train.main(arguments(output_dir=tmp_path / "whole", buffer_reuse=2, eval_samples=0, **changes))
+    part = arguments(max_steps=7, checkpoint_every=3, buffer_reuse=2, eval_samples=0, **changes)
     train.main(part)
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["step_000003", "step_000006"]
-    train.main(
-        arguments(checkpoint_every=3, buffer_reuse=2, eval_samples=0, resume_from_checkpoint="auto", keep_checkpoints=1)
-    )
+    more = {"checkpoint_every": 3, "resume_from_checkpoint": "auto", "keep_checkpoints": 1}
+    train.main(arguments(buffer_reuse=2, eval_samples=0, **more, **changes))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 13))
     timeless = [
-        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per")) and k != "pair_churn"}
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per"))}
         for folder in ("whole", "run")
         for row in rows_of(tmp_path / folder)
     ]
