@@ -40,7 +40,7 @@ class CarriedSums:
         device = norms.squares.device
         keys, sums = [self.keys.to(device)], [self.sums.to(device) * self.decay]
         for found in all_pair_sums(columns):
-            keys.append(columns.index[found.i] * self.n + columns.index[found.j])
+            keys.append(columns.keys(found.i, found.j))
             sums.append(found.sums.float())
         self.keys, place = torch.cat(keys).unique(return_inverse=True)
         self.sums = torch.zeros(len(self.keys), device=device).index_add_(0, place, torch.cat(sums))

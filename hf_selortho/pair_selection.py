@@ -25,7 +25,7 @@ from .sparse_ops import ActiveFeatures, csr, row_offsets, times_dense
 TILE_ROWS, TILE_COLUMNS = 2048, 512  # a float32 tile takes 4 MB
 GROUP = 32  # neighbours of a tile's row that are compared with the threshold at once
 CO_ACTIVATIONS = 1 << 22  # multiplications of one sparse product; bounds the memory of its result
-CHUNK_ELEMENTS = 1 << 24  # of the dense copy of some features on some tokens
+CHUNK_ELEMENTS = 1 << 21  # of the dense copy of some features on some tokens
 SAMPLE = 128  # features whose pairs give a first guess of the threshold
 TINY = torch.finfo(torch.float32).tiny
 SLACK = 1 << 16  # pairs kept beyond those asked for, so that the list is cut rarely
@@ -148,13 +148,15 @@ class Candidates(NamedTuple):
 class Columns:
     """The eligible columns of a matrix, scaled by powers of two to norms between 0.7 and 1.5.
 
-    The scale rounds nothing and keeps squares of sums in the range of floats. `|score| <= 2 |sum|` follows for every
-    score, which is what the roads compare with the threshold.
+    The scale rounds nothing and keeps squares of sums in the range of floats. `|score| <= |sum_ij| / (|m_i| |m_j|)`
+    holds for every score, which is what the roads compare with the threshold.
     """
 
     def __init__(self, h: Tensor | ActiveFeatures, norms: FeatureNorms, min_support: int) -> None:
         self.n = h.n if isinstance(h, ActiveFeatures) else h.shape[1]
         self.index = norms.eligible(min_support).nonzero()[:, 0]  # (m,)
+        if isinstance(h, ActiveFeatures):  # in every tile the scaled norms are then alike, and the bound is tight
+            self.index = self.index[_scaled(norms.norm[self.index]).argsort()]
         self.scale = torch.exp2(-torch.log2(norms.norm[self.index]).round())  # (m,)
         self.tokens = norms.tokens
         pick = lambda values: None if values is None else values[self.index] * self.scale  # noqa: E731
@@ -167,12 +169,15 @@ class Columns:
     def __len__(self) -> int:
         return len(self.index)
 
+    def keys(self, i: Tensor, j: Tensor) -> Tensor:
+        """Pairs of columns as single numbers, the smaller feature times n plus the larger."""
+        first, second = self.index[i], self.index[j]
+        return torch.minimum(first, second) * self.n + torch.maximum(first, second)
+
     def _compact(self, h: ActiveFeatures) -> ActiveFeatures:
         """The entries of the eligible features, renumbered."""
         scale = self.scale.new_zeros(self.n).index_copy_(0, self.index, self.scale)
         values = h.values.to(self.scale.dtype) * scale[h.cols]
-        if len(self) == self.n:
-            return h.with_values(values)
         number = torch.full((self.n,), -1, device=self.index.device)
         number[self.index] = torch.arange(len(self), device=self.index.device)
         cols = number[h.cols]
@@ -204,6 +209,11 @@ class Columns:
         if self.active is not None:
             return times_dense(self.active.feature_rows(start, stop), block)
         return (self.raw(slice(start, stop)).T @ block).mul_(self.scale[start:stop, None])
+
+
+def _scaled(norm: Tensor) -> Tensor:
+    """Norms times the power of two that brings them closest to 1."""
+    return norm * torch.exp2(-torch.log2(norm).round())
 
 
 def best_pairs(
@@ -311,7 +321,7 @@ class _Search:
             reach = self.score.bound(found.sums, found.i, found.j, self.features)
             found = _kept(found, reach >= best.threshold * (1 - 1e-5))
         squares = self.score.signed_squares(found.sums, found.i, found.j, self.features)
-        best.offer(squares, self.columns.index[found.i] * self.columns.n + self.columns.index[found.j])
+        best.offer(squares, self.columns.keys(found.i, found.j))
 
     def merge(self, best: BestPairs) -> None:
         """Each process has visited its share of the blocks: put their lists together."""
@@ -323,12 +333,21 @@ class _Search:
     def is_mine(self, block: int) -> bool:
         return self.group is None or block % self.group.size == self.group.rank
 
+    def bound(self, threshold: float, rows: slice, cols: slice) -> float:
+        """The least |sum| of scaled columns whose score may reach the threshold (a square), less rounding errors.
+
+        `|score| <= |sum| / (|m_i| |m_j|)`, with norms of these rows and columns.
+        """
+        squares = self.columns.norms.squares
+        return math.sqrt(threshold * float(squares[rows].min() * squares[cols].min())) * (1 - 1e-5)
+
     def tiles(self, best: BestPairs, sparse: bool) -> Iterator[Candidates]:
         """Candidates of every tile on and above the diagonal."""
         columns, m = self.columns, len(self.columns)
         active = columns.active if sparse else None
         bands = [(top, min(top + TILE_ROWS, m)) for top in range(0, m, TILE_ROWS)]
         rows = [] if active is None else [active.feature_rows(*band) for band in bands]  # CSR, (rows, B)
+        non_negative = active is not None and bool((active.values >= 0).all())  # then so are the sums
         for number, left in enumerate(range(0, m, TILE_COLUMNS)):
             if not self.is_mine(number):
                 continue
@@ -339,7 +358,8 @@ class _Search:
                     break
                 # on the diagonal some rows lie below it: they are sorted out afterwards
                 tile = times_dense(rows[band], block) if rows else columns.times(top, bottom, block)  # (rows, width)
-                i, j, sums = _near_the_best(tile, best.threshold)
+                bound = self.bound(best.threshold, slice(top, bottom), slice(left, right))
+                i, j, sums = _near_the_best(tile, bound, non_negative)
                 found = Candidates(i + top, j + left, sums)
                 yield _upper(found) if bottom > left else found
 
@@ -369,7 +389,8 @@ class _Search:
             if not self.is_mine(number):
                 continue
             product = active.feature_rows(start, stop) @ _columns_from(active, start)
-            bound = 0.0 if self.columns.norms.mean is not None else _bound(best.threshold)
+            bound = self.bound(best.threshold, slice(start, stop), slice(start, None))
+            bound = bound if self.columns.norms.mean is None else 0.0  # the means are not taken off yet
             near = (product.values().abs() >= max(bound, TINY)).nonzero()[:, 0]
             i = torch.searchsorted(product.crow_indices(), near, right=True) - 1
             yield _upper(Candidates(i + start, product.col_indices()[near] + start, product.values()[near]))
@@ -400,7 +421,7 @@ class _Search:
         best.drop_zeros()
         if best.threshold > 0 or len(best.keys) >= best.limit:
             return best
-        m, index, n = len(self.columns), self.columns.index, self.columns.n
+        m, index, n = len(self.columns), self.columns.index.sort().values, self.columns.n
         partners = torch.arange(m - 1, -1, -1, device=index.device)  # (m,) of each feature, with a larger index
         offsets = row_offsets(partners)
         number = torch.arange(min(best.limit, m * (m - 1) // 2), device=index.device)  # enough: some may be taken
@@ -437,26 +458,21 @@ def _columns_from(active: ActiveFeatures, start: int) -> Tensor:
     return csr(crow, active.cols[kept] - start, active.values[kept], (active.tokens, active.n - start))
 
 
-def _bound(threshold: float) -> float:
-    """The least |sum| of scaled columns whose score may reach the threshold (a square), less what rounding takes."""
-    return math.sqrt(threshold) / 2 * (1 - 1e-5)
-
-
-def _near_the_best(tile: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value of the entries of a tile whose score may reach the threshold (a square)."""
-    bound, width = _bound(threshold), tile.shape[1]
+def _near_the_best(tile: Tensor, bound: float, non_negative: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and value of the entries of a tile that reach the bound."""
+    width = tile.shape[1]
     if bound == 0:
         i, j = (tile != 0).nonzero(as_tuple=True)  # most pairs never fire together; they follow at the end
         return i, j, tile[i, j]
+    strength = tile if non_negative else tile.abs()
     if width % GROUP or not tile.is_contiguous():
-        i, j = (tile.abs() >= bound).nonzero(as_tuple=True)
+        i, j = (strength >= bound).nonzero(as_tuple=True)
         return i, j, tile[i, j]
-    groups = tile.view(-1, GROUP)
-    near = (torch.maximum(groups.amax(1), -groups.amin(1)) >= bound).nonzero()[:, 0]
-    part = groups[near]  # few of the groups
-    which, inside = (part.abs() >= bound).nonzero(as_tuple=True)
-    flat = near[which] * GROUP + inside
-    return flat // width, flat % width, part[which, inside]
+    near = (strength.view(-1, GROUP).amax(1) >= bound).nonzero()[:, 0]
+    part = tile.view(-1, GROUP)[near]  # few of the groups
+    inside = ((part if non_negative else part.abs()) >= bound).view(-1).nonzero()[:, 0]
+    flat = near[inside // GROUP] * GROUP + inside % GROUP
+    return flat // width, flat % width, part.view(-1)[inside]
 
 
 def pair_sums(h: Tensor | ActiveFeatures, i: Tensor, j: Tensor) -> Tensor:
