@@ -22,16 +22,18 @@ class GradientShare:
     The coefficient moves in log space towards the one that would have met the share, by `rate` of the way.
     """
 
-    def __init__(self, initial: float, share: float, rate: float = 0.2) -> None:
+    def __init__(
+        self, initial: float, share: float, rate: float = 0.2, low: float = LOWEST, high: float = HIGHEST
+    ) -> None:
         self.coefficient, self.share, self.rate = initial, share, rate
+        self.low, self.high = low, high
 
     def update(self, penalty_norm: float, reconstruction_norm: float) -> None:
-        """Look at gradient norms measured with the current coefficient; 0 and NaN tell nothing."""
-        if not (penalty_norm > 0 and reconstruction_norm > 0 and math.isfinite(penalty_norm / reconstruction_norm)):
+        """Look at gradient norms measured with the current coefficient; 0, NaN and infinity tell nothing."""
+        if not (0 < penalty_norm < math.inf and 0 < reconstruction_norm < math.inf):
             return
-        self.coefficient = _moved(
-            self.coefficient, self.rate * math.log(self.share * reconstruction_norm / penalty_norm)
-        )
+        distance = math.log(self.share) + math.log(reconstruction_norm) - math.log(penalty_norm)
+        self.coefficient = _moved(self.coefficient, self.rate * distance, self.low, self.high)
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -56,9 +58,12 @@ class FVUBudget:
         reference: Callable[[int], float | None],
         rate: float = 0.02,
         smoothing: float = 0.9,
+        low: float = LOWEST,
+        high: float = HIGHEST,
     ) -> None:
         self.coefficient, self.excess, self.reference = initial, excess, reference
         self.rate, self.smoothing = rate, smoothing
+        self.low, self.high = low, high
         self.ratio: float | None = None
 
     def update(self, step: int, fvu: float) -> None:
@@ -69,7 +74,7 @@ class FVUBudget:
         ratio = fvu / alone
         self.ratio = ratio if self.ratio is None else self.smoothing * self.ratio + (1 - self.smoothing) * ratio
         room = (1 + self.excess - self.ratio) / self.excess
-        self.coefficient = _moved(self.coefficient, self.rate * max(-1.0, min(1.0, room)))
+        self.coefficient = _moved(self.coefficient, self.rate * max(-1.0, min(1.0, room)), self.low, self.high)
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -91,12 +96,12 @@ def read_reference(path: str | Path) -> Callable[[int], float | None]:
     file = Path(path) / METRICS_LOG if Path(path).is_dir() else Path(path)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise SelOrthoError(
             f"--ortho_reference {path}: expected the folder of a run without penalty, with its {METRICS_LOG} ({error})"
         ) from error
     rows = [_step_and_fvu(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    measured = [row for row in rows if row is not None]
+    measured = sorted(row for row in rows if row is not None and math.isfinite(row[1]))
     if not measured:
         raise SelOrthoError(f"{file} holds no fvu by step: expected the {METRICS_LOG} of a training run")
     steps = [step for step, _ in measured]
@@ -117,9 +122,9 @@ def _step_and_fvu(file: Path, number: int, line: str) -> tuple[int, float] | Non
     try:
         row = json.loads(line)
         return None if row.get("fvu") is None else (int(row["step"]), float(row["fvu"]))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise SelOrthoError(f"{file}, line {number} is damaged ({error}); take the file of a complete run") from error
 
 
-def _moved(coefficient: float, by: float) -> float:
-    return min(HIGHEST, max(LOWEST, coefficient * math.exp(by)))
+def _moved(coefficient: float, by: float, low: float, high: float) -> float:
+    return min(high, max(low, coefficient * math.exp(by)))

@@ -6,8 +6,9 @@ import difflib
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 
 
@@ -15,16 +16,17 @@ def parse_layer_settings(value: str, allowed: Collection[str]) -> dict[int, dict
     """Settings by layer from JSON, or from the .json file that `value` names.
 
     Raises:
-        SelOrthoError: it is not such an object, or a setting is none of `allowed` (suggests the closest).
+        SelOrthoError: it is not such an object, names something twice, a setting is none of `allowed` (suggests the
+            closest), or its value has the wrong type.
     """
     text = value
     if value.endswith(".json"):
         try:
             text = Path(value).read_text(encoding="utf-8")
-        except OSError as error:
-            raise SelOrthoError(f"--layer_settings {value}: {error.strerror}; expected a JSON file") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise SelOrthoError(f"--layer_settings {value}: expected a JSON file in UTF-8 ({error})") from error
     try:
-        settings = json.loads(text)
+        settings = json.loads(text, object_pairs_hook=_without_repetition)
     except ValueError as error:
         raise SelOrthoError(
             f"--layer_settings {value!r} is not valid JSON ({error}); "
@@ -33,16 +35,39 @@ def parse_layer_settings(value: str, allowed: Collection[str]) -> dict[int, dict
     if not isinstance(settings, dict) or not all(isinstance(item, dict) for item in settings.values()):
         raise SelOrthoError(f"--layer_settings {value!r}: expected an object of settings for each layer")
     for layer, chosen in settings.items():
-        if not layer.isdecimal():
+        if not (layer.isdecimal() and str(int(layer)) == layer):  # "05" would repeat "5"
             raise SelOrthoError(f"--layer_settings names a layer {layer!r}: expected a whole number counted from 0")
-        for name in chosen:
+        for name, setting in chosen.items():
             if name not in allowed:
                 close = difflib.get_close_matches(name, allowed, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise SelOrthoError(f"--layer_settings: {name!r} of layer {layer} is not a setting of the SAE{hint}")
+            _check_type(layer, name, setting)
     return {int(layer): chosen for layer, chosen in settings.items()}
 
 
 def settings_of(layer: int, settings: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The settings of one layer, empty if it has none of its own."""
     return settings.get(layer, {})
+
+
+def _without_repetition(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; the standard library would silently take the last of several values."""
+    names = [name for name, _ in items]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SelOrthoError(f"--layer_settings names {', '.join(map(repr, twice))} twice: expected each name once")
+    return dict(items)
+
+
+def _check_type(layer: str, name: str, value: Any) -> None:
+    """Refuse a value of a type that the configuration does not have for this setting, on whichever layer."""
+    kind = next((f.type for f in SelOrthoConfig.own_fields() if f.name == name), Any)
+    allowed = [getattr(t, "__origin__", t) for t in get_args(kind) or (kind,)]
+    if isinstance(allowed[0], str):
+        fits, expected = value in allowed, "one of " + ", ".join(map(repr, allowed))
+    else:
+        fits = Any in allowed or type(value) in allowed or (type(value) is int and float in allowed)
+        expected = " or ".join("None" if t is type(None) else getattr(t, "__name__", str(t)) for t in allowed)
+    if not fits:
+        raise SelOrthoError(f"--layer_settings: {name}={value!r} of layer {layer}: expected {expected}")
