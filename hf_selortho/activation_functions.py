@@ -69,7 +69,7 @@ class ActivationFunction:
             assert threshold is not None
             h, fired = _JumpReLU.apply(z, threshold, self.bandwidth)
             return Encoded(h, l0=fired / (z.numel() // z.shape[-1]))
-        return Encoded(torch.relu(z))
+        return Encoded(torch.relu_(z))  # (B, n) is large, and nobody else has z
 
     def active(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: BatchGroup | None = None

@@ -270,7 +270,8 @@ class SelOrthoSAE(PreTrainedModel):
 
     def _dense(self, x: Tensor, batch: bool = False, group: BatchGroup | None = None) -> Encoded:
         """Feature activations (..., d_sae) of normalised activations (..., d_in)."""
-        z = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+        flat = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
+        z = torch.addmm(self.b_enc, flat, self.W_enc).view(*x.shape[:-1], -1)
         threshold = self.threshold if self.config.activation == "batchtopk" else self._thresholds()
         return self.function.dense(z, threshold, batch=batch, group=group)
 
