@@ -81,7 +81,7 @@ class SelOrthoConfig(PreTrainedConfig):
         4, "A feature takes part in a pair if it fired on at least this many tokens of the batch."
     )
     selection_interval: int = _setting(
-        10, "Steps between two selections of pairs, which costs that many times less than the paper's 1."
+        12, "Steps between two selections of pairs, which costs that many times less than the paper's 1."
     )
     penalty_schedule: PenaltySchedule = _setting(
         "on_selection",

@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 from .batch_group import BatchGroup
 from .errors import SelOrthoError
 from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
-from .pair_selection import Columns, Pairs, best_pairs, pair_count, pair_sums, source_of, token_chunks
+from .pair_selection import (
+    Columns,
+    Pairs,
+    best_pairs,
+    occurring_features,
+    pair_count,
+    pair_sums,
+    source_of,
+    token_chunks,
+)
 from .sparse_ops import ActiveFeatures, active_features, csr, row_offsets, times_dense
 
 __all__ = [
@@ -277,18 +286,17 @@ class _Operator:
 
     @classmethod
     def of_pairs(cls, i: Tensor, j: Tensor, c: Tensor, weighted: Tensor, norms: FeatureNorms) -> _Operator:
-        features, number = torch.cat([i, j]).unique(return_inverse=True)
+        features, number = occurring_features(i, j, len(norms.squares))
         inverse = norms.inverse[features]
-        a, b = number[: len(i)], number[len(i) :]
+        a, b = number[i], number[j]
         scaled = weighted * inverse[a] * inverse[b]
         diagonal = torch.zeros_like(inverse).index_add_(0, a, weighted * c).index_add_(0, b, weighted * c)
         own = torch.arange(len(features), device=i.device)
-        key = torch.cat([a, b, own]) * len(features) + torch.cat([b, a, own])
-        key, order = key.sort()
+        rows, order = torch.cat([a, b, own]).int().sort(stable=True)  # a radix sort; within a row any order will do
+        cols = torch.cat([b, a, own])[order]
         entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])[order]
-        crow = row_offsets(torch.bincount(key // max(1, len(features)), minlength=len(features)))
-        shape = (len(features), len(features))
-        return cls(csr(crow, key % max(1, len(features)), entries, shape), norms, features)
+        crow = row_offsets(torch.bincount(rows, minlength=len(features)))
+        return cls(csr(crow, cols, entries, (len(features), len(features))), norms, features)
 
     def of(self, h: Tensor) -> Tensor:
         """`h S` of a dense matrix (B, n), centred for Pearson."""

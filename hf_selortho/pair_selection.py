@@ -100,20 +100,40 @@ class BestPairs:
     def __init__(self, limit: int, device: torch.device, dtype: torch.dtype, at_least: float = 0.0) -> None:
         self.limit = limit
         self.threshold = at_least**2  # of the squares; pairs equal to it may still win by their key
-        self.squares = torch.empty(0, dtype=dtype, device=device)
-        self.keys = torch.empty(0, dtype=torch.int64, device=device)
+        # in pieces, put together only where they are looked at: there may be millions of pairs and hundreds of tiles
+        self._squares = [torch.empty(0, dtype=dtype, device=device)]
+        self._keys = [torch.empty(0, dtype=torch.int64, device=device)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._keys))
+
+    @property
+    def squares(self) -> Tensor:
+        """Signed squares of the pairs, (m,)."""
+        self._squares = [torch.cat(self._squares)] if len(self._squares) > 1 else self._squares
+        return self._squares[0]
+
+    @property
+    def keys(self) -> Tensor:
+        """The pairs as single numbers `i * n + j`, (m,)."""
+        self._keys = [torch.cat(self._keys)] if len(self._keys) > 1 else self._keys
+        return self._keys[0]
+
+    def replace(self, squares: Tensor, keys: Tensor) -> None:
+        """Take these pairs in place of all others."""
+        self._squares, self._keys = [squares], [keys]
 
     def offer(self, squares: Tensor, keys: Tensor) -> None:
         """Consider new pairs (m,)."""
         good = squares.abs() >= self.threshold
-        self.squares = torch.cat([self.squares, squares[good]])
-        self.keys = torch.cat([self.keys, keys[good]])
-        if len(self.keys) > self.limit + max(SLACK, self.limit // 4):
+        self._squares.append(squares[good])
+        self._keys.append(keys[good])
+        if len(self) > self.limit + max(SLACK, self.limit // 4):
             self.prune()
 
     def prune(self) -> None:
         """Keep the `limit` best and raise the threshold to the worst of them."""
-        if len(self.keys) < self.limit or self.limit == 0:
+        if len(self) < self.limit or self.limit == 0:
             return
         strength = self.squares.abs()
         self.threshold = float(torch.topk(strength, self.limit, sorted=False).values.min())
@@ -121,12 +141,12 @@ class BestPairs:
         ties = (strength == self.threshold).nonzero()[:, 0]
         ties = ties[self.keys[ties].argsort()[: self.limit - len(above)]]
         kept = torch.cat([above, ties])
-        self.squares, self.keys = self.squares[kept], self.keys[kept]
+        self.replace(self.squares[kept], self.keys[kept])
 
     def drop_zeros(self) -> None:
         """Forget pairs of score 0."""
         kept = self.squares != 0
-        self.squares, self.keys = self.squares[kept], self.keys[kept]
+        self.replace(self.squares[kept], self.keys[kept])
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """Signed squares and keys of the best pairs, best first."""
@@ -278,7 +298,7 @@ class _Search:
         while True:
             best.threshold = max(floor, guess)
             found = self.search(best, method)
-            if len(found.keys) >= found.limit or found.threshold <= floor:
+            if len(found) >= found.limit or found.threshold <= floor:
                 return found
             guess, best = guess / 4 if guess > 1e-3 else 0.0, self.fresh(best)
 
@@ -327,8 +347,7 @@ class _Search:
         """Each process has visited its share of the blocks: put their lists together."""
         if self.group is not None:
             best.prune()
-            best.squares = torch.cat(self.group.gather(best.squares))
-            best.keys = torch.cat(self.group.gather(best.keys))
+            best.replace(torch.cat(self.group.gather(best.squares)), torch.cat(self.group.gather(best.keys)))
 
     def is_mine(self, block: int) -> bool:
         return self.group is None or block % self.group.size == self.group.rank
@@ -419,7 +438,7 @@ class _Search:
     def offer_zeros(self, best: BestPairs) -> BestPairs:
         """Fill up with pairs of score 0, the smallest (i, j) first."""
         best.drop_zeros()
-        if best.threshold > 0 or len(best.keys) >= best.limit:
+        if best.threshold > 0 or len(best) >= best.limit:
             return best
         m, index, n = len(self.columns), self.columns.index.sort().values, self.columns.n
         partners = torch.arange(m - 1, -1, -1, device=index.device)  # (m,) of each feature, with a larger index
@@ -427,9 +446,8 @@ class _Search:
         number = torch.arange(min(best.limit, m * (m - 1) // 2), device=index.device)  # enough: some may be taken
         i = torch.searchsorted(offsets, number, right=True) - 1
         keys = index[i] * n + index[number - offsets[i] + i + 1]
-        keys = keys[~torch.isin(keys, best.keys)][: best.limit - len(best.keys)]
-        best.keys = torch.cat([best.keys, keys])
-        best.squares = torch.cat([best.squares, best.squares.new_zeros(len(keys))])
+        keys = keys[~torch.isin(keys, best.keys)][: best.limit - len(best)]
+        best.offer(best.squares.new_zeros(len(keys)), keys)
         return best
 
 
@@ -480,15 +498,25 @@ def pair_sums(h: Tensor | ActiveFeatures, i: Tensor, j: Tensor) -> Tensor:
     sums = _values(h).new_zeros(len(i))
     if len(i) == 0:
         return sums
-    occurring, number = torch.cat([i, j]).unique(return_inverse=True)
-    order = (number[: len(i)] * len(occurring) + number[len(i) :]).argsort()
-    rows, cols = number[: len(i)][order], number[len(i) :][order]
+    occurring, number = occurring_features(i, j, h.n if isinstance(h, ActiveFeatures) else h.shape[1])
+    rows, order = number[i].int().sort(stable=True)
+    cols = number[j][order]
     shape = (len(occurring), len(occurring))
     pattern = csr(row_offsets(torch.bincount(rows, minlength=shape[0])), cols, sums, shape)
     for chunk in token_chunks(h, occurring):
         pattern = torch.sparse.sampled_addmm(pattern, chunk.block, chunk.block.T)
     sums[order] = pattern.values()
     return sums
+
+
+def occurring_features(i: Tensor, j: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Features that occur in pairs (U,), rising, and the number of each feature among them (n,), -1 for the others."""
+    occurs = torch.zeros(n, dtype=torch.bool, device=i.device)
+    occurs[i] = occurs[j] = True
+    features = occurs.nonzero()[:, 0]
+    number = features.new_full((n,), -1)
+    number[features] = torch.arange(len(features), device=i.device)
+    return features, number
 
 
 class TokenChunk(NamedTuple):
