@@ -25,7 +25,8 @@ from .sparse_ops import ActiveFeatures, csr, row_offsets, times_dense
 TILE_ROWS, TILE_COLUMNS = 2048, 512  # a float32 tile takes 4 MB
 GROUP = 32  # neighbours of a tile's row that are compared with the threshold at once
 CO_ACTIVATIONS = 1 << 22  # multiplications of one sparse product; bounds the memory of its result
-CHUNK_ELEMENTS = 1 << 21  # of the dense copy of some features on some tokens
+CHUNK_ELEMENTS = 1 << 21  # of the dense copy of some features on some tokens, in the cache if it can be
+CHUNK_TOKENS = 512  # but no fewer tokens: for each chunk, all pairs are gone through
 SAMPLE = 128  # features whose pairs give a first guess of the threshold
 TINY = torch.finfo(torch.float32).tiny
 SLACK = 1 << 16  # pairs kept beyond those asked for, so that the list is cut rarely
@@ -530,7 +531,7 @@ class TokenChunk(NamedTuple):
 def token_chunks(h: Tensor | ActiveFeatures, features: Tensor) -> Iterator[TokenChunk]:
     """Dense copies of the given features (U,), a few tokens at a time; entries and places for active features only."""
     tokens = h.tokens if isinstance(h, ActiveFeatures) else len(h)
-    step = max(64, CHUNK_ELEMENTS // max(1, len(features)))
+    step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, len(features)))
     nothing = features.new_zeros(0)
     if isinstance(h, Tensor):
         for start in range(0, tokens, step):
