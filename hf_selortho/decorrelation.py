@@ -8,26 +8,17 @@ non-zero entries ([`ActiveFeatures`]). The correlation of two features is eq. 4 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .batch_group import BatchGroup
 from .errors import SelOrthoError
 from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
-from .pair_selection import (
-    Columns,
-    Pairs,
-    best_pairs,
-    occurring_features,
-    pair_count,
-    pair_sums,
-    source_of,
-    token_chunks,
-)
-from .sparse_ops import ActiveFeatures, active_features, csr, row_offsets, times_dense
+from .pair_selection import Columns, Pairs, best_pairs, pair_count, source_of
+from .pair_sums import pair_sums
+from .penalty_operator import DensePenalty, Operator, SparsePenalty
+from .sparse_ops import ActiveFeatures, active_features, as_float
 
 __all__ = [
     "ActiveFeatures", "BatchGroup", "FeatureNorms", "Pairs", "decorrelation_penalty", "feature_norms", "full_penalty",
@@ -200,14 +191,14 @@ def _penalty(
     scale: float,
     group: BatchGroup | None,
 ) -> Tensor:
-    """`scale * sum_T weighted c` with `weighted_ij = w_ij c_ij`, and the gradient of `_Operator`."""
+    """`scale * sum_T weighted c` with `weighted_ij = w_ij c_ij`, and the gradient of `Operator`."""
     with torch.autocast(_values(h).device.type, enabled=False), torch.no_grad():
         value = scale * (weighted * c).sum()
-        operator = _Operator.of_pairs(pairs.i, pairs.j, c, weighted, norms)
+        operator = Operator.of_pairs(pairs.i, pairs.j, c, weighted, norms)
     gradient_scale = 2 * scale * (1 if group is None else group.size)
     if isinstance(h, ActiveFeatures):
-        return _SparsePenalty.apply(h.values, h.detach(), value, operator, gradient_scale)
-    return _DensePenalty.apply(h, value, operator, gradient_scale)
+        return SparsePenalty.apply(h.values, h.detach(), value, operator, gradient_scale)
+    return DensePenalty.apply(h, value, operator, gradient_scale)
 
 
 def penalty_by_space(
@@ -258,8 +249,8 @@ def full_penalty(
         m = int(supported.sum())
         scale = _scale(coefficient, reduction, m * (m - 1) // 2)
         value = scale * c.square().sum() / 2
-        operator = _Operator(_dense_operator(c, norms), norms)
-    return _DensePenalty.apply(h, value, operator, 2 * scale * (1 if group is None else group.size))
+        operator = Operator(_dense_operator(c, norms), norms)
+    return DensePenalty.apply(h, value, operator, 2 * scale * (1 if group is None else group.size))
 
 
 def full_penalty_bytes(n: int, batch: int) -> int:
@@ -269,91 +260,6 @@ def full_penalty_bytes(n: int, batch: int) -> int:
     gradient transposed, in float32.
     """
     return 4 * (2 * n * n + 2 * n * batch)
-
-
-class _Operator:
-    """The symmetric matrix `S` (n, n) with which the gradient of `sum_T w_ij c_ij^2` is `2 h S`.
-
-    With `u_i = h_i / |h_i|` the gradient is `2 (sum_j w_ij c_ij u_j - u_i sum_j w_ij c_ij^2) / |h_i|`, that is
-    `S_ij = w_ij c_ij / (|h_i| |h_j|)`, `S_ii = -sum_j w_ij c_ij^2 / |h_i|^2`. It holds for centred activations too:
-    the gradient then sums to zero over the batch.
-    """
-
-    def __init__(self, matrix: Tensor, norms: FeatureNorms, features: Tensor | None = None) -> None:
-        self.matrix = matrix  # (n, n), or (U, U) of the features that occur in pairs
-        self.features = features  # (U,) rising, None: all
-        self.mean = norms.mean
-
-    @classmethod
-    def of_pairs(cls, i: Tensor, j: Tensor, c: Tensor, weighted: Tensor, norms: FeatureNorms) -> _Operator:
-        features, number = occurring_features(i, j, len(norms.squares))
-        inverse = norms.inverse[features]
-        a, b = number[i], number[j]
-        scaled = weighted * inverse[a] * inverse[b]
-        diagonal = torch.zeros_like(inverse).index_add_(0, a, weighted * c).index_add_(0, b, weighted * c)
-        own = torch.arange(len(features), device=i.device)
-        rows, order = torch.cat([a, b, own]).int().sort(stable=True)  # a radix sort; within a row any order will do
-        cols = torch.cat([b, a, own])[order]
-        entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])[order]
-        crow = row_offsets(torch.bincount(rows, minlength=len(features)))
-        return cls(csr(crow, cols, entries, (len(features), len(features))), norms, features)
-
-    def of(self, h: Tensor) -> Tensor:
-        """`h S` of a dense matrix (B, n), centred for Pearson."""
-        features = self.features
-        part = _as_float(h if features is None else h[:, features])
-        if self.mean is not None:
-            part = part - (self.mean if features is None else self.mean[features])
-        product = (self.matrix @ part.T.contiguous()).T  # (B, U); the operator is symmetric
-        if features is None:
-            return product
-        return torch.zeros(h.shape, dtype=product.dtype, device=h.device).index_copy_(1, features, product)
-
-    def at_active(self, h: ActiveFeatures) -> Tensor:
-        """`h S` at the active entries of `h` alone, (nnz,)."""
-        gradient = torch.zeros_like(h.values)
-        assert self.features is not None  # the full penalty works on dense activations
-        shift = None if self.mean is None else self.matrix @ self.mean[self.features][:, None]  # (U, 1)
-        for block, entries, places in token_chunks(h, self.features):
-            product = times_dense(self.matrix, block)  # (U, tokens)
-            if shift is not None:
-                product -= shift
-            gradient[entries] = product.view(-1)[places]
-        return gradient
-
-
-class _DensePenalty(torch.autograd.Function):
-    """A penalty whose value is known, and whose gradient to `h` (B, n) is `scale * h S`."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, value: Tensor, operator: _Operator, scale: float) -> Tensor:
-        ctx.save_for_backward(h)
-        ctx.operator, ctx.scale = operator, scale
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (h,) = ctx.saved_tensors
-        with torch.autocast(h.device.type, enabled=False):
-            gradient = ctx.operator.of(h)
-        return gradient.mul_(ctx.scale * grad).to(h.dtype), None, None, None
-
-
-class _SparsePenalty(torch.autograd.Function):
-    """The same for the values of the active entries."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, h: ActiveFeatures, value: Tensor, operator: _Operator, scale: float
-    ) -> Tensor:
-        ctx.h, ctx.operator, ctx.scale = h, operator, scale
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.operator.at_active(ctx.h).mul_(ctx.scale * grad), None, None, None, None
 
 
 def _scale(coefficient: float, reduction: str, pairs: int) -> float:
@@ -384,7 +290,7 @@ def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, g
 
 def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None) -> Tensor:
     """Correlations (T,) of given pairs in this batch."""
-    sums = pair_sums(_as_float(h) if isinstance(h, Tensor) else h, pairs.i, pairs.j)
+    sums = pair_sums(as_float(h) if isinstance(h, Tensor) else h, pairs.i, pairs.j)
     if group is not None:
         sums = group.sum(sums)
     if norms.mean is not None:
@@ -411,7 +317,7 @@ def _columns(
 def _sums(h: Tensor | ActiveFeatures) -> Tensor:
     """Support, squared norm and total of each feature on this process, (3, n)."""
     if isinstance(h, ActiveFeatures):
-        values = _as_float(h.values)
+        values = as_float(h.values)
         return torch.stack([h.sum_by_feature(v) for v in ((values != 0).to(values.dtype), values.square(), values)])
     sums = torch.zeros(3, h.shape[1], dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     for chunk in h.split(max(1, CHUNK_ELEMENTS // max(1, h.shape[1]))):
@@ -425,7 +331,7 @@ def _sums(h: Tensor | ActiveFeatures) -> Tensor:
 def _squares_about(h: Tensor | ActiveFeatures, mean: Tensor) -> Tensor:
     """`sum_t (h_ti - mean_i)^2` on this process, (n,)."""
     if isinstance(h, ActiveFeatures):
-        values = _as_float(h.values)
+        values = as_float(h.values)
         entries = h.sum_by_feature(torch.ones_like(values))
         return h.sum_by_feature((values - mean[h.cols]).square()) + (h.tokens - entries) * mean.square()
     squares = torch.zeros_like(mean)
@@ -436,7 +342,7 @@ def _squares_about(h: Tensor | ActiveFeatures, mean: Tensor) -> Tensor:
 
 def _directions(W_dec: Tensor | None) -> Tensor:
     assert W_dec is not None
-    return torch.nn.functional.normalize(_as_float(W_dec), dim=1)
+    return torch.nn.functional.normalize(as_float(W_dec), dim=1)
 
 
 def _tokens(h: Tensor | ActiveFeatures) -> int:
@@ -447,12 +353,8 @@ def _values(h: Tensor | ActiveFeatures) -> Tensor:
     return h.values if isinstance(h, ActiveFeatures) else h
 
 
-def _as_float(h: Tensor) -> Tensor:
-    return h if h.dtype == torch.float64 else h.float()
-
-
 def _centred(h: Tensor, norms: FeatureNorms) -> Tensor:
-    values = _as_float(h)
+    values = as_float(h)
     return values if norms.mean is None else values - norms.mean
 
 

@@ -243,3 +243,8 @@ def _split_tokens(active: ActiveFeatures, groups: Tensor) -> ActiveFeatures:
     row = active.rows * len(groups) + torch.searchsorted(groups, active.cols, right=True)
     crow = row_offsets(torch.bincount(row, minlength=active.tokens * len(groups)))
     return ActiveFeatures(crow, active.cols, active.values, active.n)
+
+
+def as_float(h: Tensor) -> Tensor:
+    """Activations in float32, or float64 if they are."""
+    return h if h.dtype == torch.float64 else h.float()
