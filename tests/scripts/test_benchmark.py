@@ -182,7 +182,7 @@ def test_the_cases_are_what_the_intervals_ask_for() -> None:
         ("ortsae", 5),
     ]  # fmt: skip
     config = Case("every-step", 10).config(base_config("topk", 8, 16, 2))
-    assert (config.penalty, config.penalty_schedule, config.selection_interval) == ("selective", "every_step", 12)
+    assert (config.penalty, config.penalty_schedule, config.selection_interval) == ("selective", "every_step", 10)
 
 
 @pytest.mark.slow
