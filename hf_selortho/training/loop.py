@@ -135,7 +135,7 @@ class Trainer:
             with self.accelerator.autocast():
                 output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
             self._check_finite(output.loss, "loss", output, batch)
-            if plan.acts and last:
+            if last:
                 steer(self.state, self.sae, activations, output, plan, self.group)
             self.accelerator.backward(output.loss / self.arguments.gradient_accumulation_steps)
         if last and self.accelerator.scaler is None:

@@ -82,7 +82,7 @@ def steer(
     plan: PenaltyPlan,
     group: BatchGroup | None,
 ) -> None:
-    """Let the controller look at a step on which the penalty acts, before the gradients are computed."""
+    """Let the controller look at a step before its gradients are computed."""
     controller = state.controller
     if controller is None:
         return
@@ -92,6 +92,8 @@ def steer(
         sums = torch.stack([(output.reconstruction - x).square().sum(), (x - x.mean(0)).square().sum()]).detach()
         error, variance = (sums if group is None else group.sum(sums)).tolist()
         controller.update(state.step + 1, error / variance)
+        return
+    if not plan.acts:
         return
     features = output.active.values if output.active is not None else output.feature_acts
     target = features if sae.config.penalty_space == "activation" and sae.config.penalty != "ortsae" else sae.W_dec

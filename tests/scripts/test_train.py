@@ -154,7 +154,7 @@ def test_pairs_are_selected_at_every_interval(arguments, tmp_path) -> None:
 
 def test_the_coefficient_is_steered_by_the_fvu_of_a_twin(arguments, tmp_path) -> None:
     train.main(arguments(output_dir=tmp_path / "twin", ortho_coefficient=0, eval_samples=0))
-    budget = {"ortho_budget": "fvu", "ortho_budget_value": 0.05, "ortho_coefficient": 1e-3}
+    budget = {"ortho_budget": "fvu", "ortho_budget_value": 0.5, "ortho_coefficient": 1e-3}
     with pytest.raises(SelOrthoError, match="needs --ortho_reference"):
         train.main(arguments(**budget))
     train.main(arguments(eval_samples=0, ortho_reference=tmp_path / "twin", **budget))
@@ -177,7 +177,8 @@ def test_the_penalty_lowers_the_correlations_of_the_selected_pairs(arguments, tm
     tops = []
     for penalty in ("none", "selective"):
         folder = tmp_path / penalty
-        train.main(arguments(max_steps=150, output_dir=folder, penalty=penalty, ortho_coefficient=3, eval_samples=0))
+        changes = {"penalty": penalty, "ortho_coefficient": 3, "selection_interval": 1}
+        train.main(arguments(max_steps=150, output_dir=folder, eval_samples=0, **changes))
         tops.append(sum(row["top_correlation"] for row in rows_of(folder)[-20:]) / 20)
     assert tops[1] < 0.85 * tops[0]
 
