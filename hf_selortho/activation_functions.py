@@ -63,7 +63,8 @@ class ActivationFunction:
             if not batch:
                 assert threshold is not None
                 return Encoded(torch.where(z > threshold, z, 0))
-            least = self.batch_threshold(z.detach().flatten(), z.numel() // z.shape[-1], group)
+            wanted = self.wanted(z.numel() // z.shape[-1], z.device, group)
+            least = batch_threshold(z.detach().flatten(), wanted, group)
             return Encoded(torch.where((z >= least) & (z > 0), z, 0), threshold=least)
         if self.kind == "jumprelu":
             assert threshold is not None
@@ -89,22 +90,6 @@ class ActivationFunction:
         values, fired = _SparseJumpReLU.apply(values, threshold, pattern, above, self.bandwidth)
         return Encoded(pattern.with_values(values), l0=fired / len(x))
 
-    def batch_threshold(self, z: Tensor, tokens: int, group: BatchGroup | None) -> Tensor:
-        """The `B k`-th largest of pre-activations (m,), 0 if fewer are positive; B counts all processes' tokens."""
-        assert self.k is not None
-        if group is None:
-            wanted = tokens * self.k
-            return z.topk(min(wanted, len(z)), sorted=False).values.min().clamp_min(0)
-        wanted = int(group.sum(torch.tensor([tokens], device=z.device))) * self.k
-        bits = z[z > 0].float().view(torch.int32).sort().values  # positive floats are ordered as their bits are
-        low = torch.zeros(1, dtype=torch.int32, device=z.device)
-        for bit in range(30, -1, -1):  # the largest threshold that `wanted` entries reach, bit by bit
-            higher = low | (1 << bit)
-            reached = len(bits) - torch.searchsorted(bits, higher)
-            if int(group.sum(reached)) >= wanted:
-                low = higher
-        return low.view(torch.float32)[0]
-
     def _find(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: BatchGroup | None
     ) -> tuple[ActiveFeatures, Tensor | None] | None:
@@ -112,7 +97,8 @@ class ActivationFunction:
         limit = SPARSE_BELOW.get(device, 0.0)
         if self.k is not None and self.k > limit * n:
             return None
-        kept = _Kept(self, n, self._wanted(x, group))
+        wanted = self.wanted(len(x), x.device, group) if self.kind == "batchtopk" else None
+        kept = _Kept(self, n, wanted)
         lower = None if threshold is None else threshold.detach() - self.bandwidth / 2
         rows = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 1 << 28) // n)
         for start, z in _pre_activations(x, W_enc, b_enc, rows):
@@ -120,17 +106,29 @@ class ActivationFunction:
             if start == 0 and self.k is None and _density(kept.entries, z, group) > limit:
                 return None
         least = None
-        if self.kind == "batchtopk":
-            least = self.batch_threshold(torch.cat(kept.values), len(x), group)
+        if wanted is not None:
+            least = batch_threshold(torch.cat(kept.values), wanted, group)
         return kept.entries_of_batch(least), least
 
-    def _wanted(self, x: Tensor, group: BatchGroup | None) -> int | None:
-        """Entries of this process that a batch may keep at most, for batchtopk."""
-        if self.kind != "batchtopk":
-            return None
+    def wanted(self, tokens: int, device: torch.device, group: BatchGroup | None) -> int:
+        """Entries that batchtopk keeps, `B k`; B counts the tokens of all processes."""
         assert self.k is not None
-        tokens = len(x) if group is None else int(group.sum(torch.tensor([len(x)], device=x.device)))
-        return tokens * self.k
+        total = tokens if group is None else int(group.sum(torch.tensor([tokens], device=device)))
+        return total * self.k
+
+
+def batch_threshold(z: Tensor, wanted: int, group: BatchGroup | None) -> Tensor:
+    """The `wanted`-th largest of the pre-activations (m,) of all processes, 0 if fewer are positive."""
+    if group is None:
+        return z.topk(min(wanted, len(z)), sorted=False).values.min().clamp_min(0)
+    bits = z[z > 0].float().view(torch.int32).sort().values  # positive floats are ordered as their bits are
+    low = torch.zeros(1, dtype=torch.int32, device=z.device)
+    for bit in range(30, -1, -1):  # the largest threshold that `wanted` entries reach, bit by bit
+        higher = low | (1 << bit)
+        reached = len(bits) - torch.searchsorted(bits, higher)
+        if int(group.sum(reached)) >= wanted:
+            low = higher
+    return low.view(torch.float32)[0]
 
 
 class _Kept:

@@ -8,8 +8,18 @@ from torch import Tensor
 from .batch_group import BatchGroup
 from .decorrelation import feature_norms
 from .pair_scores import FeatureNorms
-from .pair_selection import SLACK, BestPairs, Columns, Pairs, all_pair_sums, pair_count
-from .sparse_ops import ActiveFeatures, active_features, row_offsets
+from .pair_selection import (
+    SLACK,
+    BestPairs,
+    Columns,
+    Pairs,
+    all_pair_sums,
+    first_pairs,
+    pair_count,
+    power_of_two_scale,
+    strongest,
+)
+from .sparse_ops import ActiveFeatures, active_features
 
 # Decayed tokens below which a feature starts afresh: what it carried no longer shows beside a single new token, but its
 # pairs would keep their correlation, and with it their place under the limit, for ever (in the end as 0 / 0).
@@ -74,12 +84,10 @@ class CarriedSums:
         best = BestPairs(limit, self.keys.device, self.sums.dtype, correlation_threshold)
         if limit > 0:
             best.offer(self._signed_squares(self.keys[kept], self.sums[kept]), self.keys[kept])
-        signed, keys = best.sorted()
-        correlation = signed.sign() * signed.abs().sqrt().clamp_max(1)
-        if correlation_threshold == 0 and len(keys) < limit:  # as in `select_pairs`: the smallest (i, j) first
-            zeros = _first_pairs(eligible.nonzero()[:, 0], self.n, keys, limit)
-            keys, correlation = torch.cat([keys, zeros]), torch.cat([correlation, correlation.new_zeros(len(zeros))])
-        return Pairs(keys // self.n, keys % self.n, correlation)
+        if correlation_threshold == 0 and len(best) < limit:  # as in `select_pairs`: the smallest (i, j) first
+            zeros = first_pairs(eligible.nonzero()[:, 0], self.n, best.keys, limit)
+            best.offer(best.squares.new_zeros(len(zeros)), zeros)
+        return best.pairs(self.n)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything carried, as tensors."""
@@ -127,28 +135,12 @@ class CarriedSums:
         """The `limit` pairs of largest correlation, ties broken by (i, j)."""
         if len(keys) <= self.limit:
             return keys, sums
-        strength = self._signed_squares(keys, sums).abs()
-        least = strength.topk(self.limit, sorted=False).values.min()  # cheaper than to sort them all
-        above = (strength > least).nonzero()[:, 0]
-        ties = (strength == least).nonzero()[:, 0]
-        ties = ties[keys[ties].argsort()[: self.limit - len(above)]]
-        kept = torch.cat([above, ties])
+        kept = strongest(self._signed_squares(keys, sums).abs(), keys, self.limit)
         return keys[kept], sums[kept]
 
     def _signed_squares(self, keys: Tensor, sums: Tensor) -> Tensor:
         """`c |c|` of pairs (m,) whose features both carry something; powers of two keep it in the range of floats."""
         i, j = keys // self.n, keys % self.n
-        scale = torch.where(self.squares > 0, torch.exp2(-torch.log2(self.squares.sqrt()).round()), 0)
+        scale = torch.where(self.squares > 0, power_of_two_scale(self.squares.sqrt()), 0)
         scaled, squares = sums * scale[i] * scale[j], self.squares * scale.square()
         return scaled * scaled.abs() / (squares[i] * squares[j])
-
-
-def _first_pairs(index: Tensor, n: int, taken: Tensor, limit: int) -> Tensor:
-    """Keys of the first pairs of the features `index` (m,) that are not `taken`, to make `limit` with these."""
-    m = len(index)
-    partners = torch.arange(m - 1, -1, -1, device=index.device)  # (m,) of each feature, with a larger index
-    offsets = row_offsets(partners)
-    number = torch.arange(min(limit, m * (m - 1) // 2), device=index.device)  # enough: some may be taken
-    i = torch.searchsorted(offsets, number, right=True) - 1
-    keys = index[i] * n + index[number - offsets[i] + i + 1]
-    return keys[~torch.isin(keys, taken)][: limit - len(taken)]

@@ -136,11 +136,8 @@ class BestPairs:
         if len(self) < self.limit or self.limit == 0:
             return
         strength = self.squares.abs()
-        self.threshold = float(torch.topk(strength, self.limit, sorted=False).values.min())
-        above = (strength > self.threshold).nonzero()[:, 0]
-        ties = (strength == self.threshold).nonzero()[:, 0]
-        ties = ties[self.keys[ties].argsort()[: self.limit - len(above)]]
-        kept = torch.cat([above, ties])
+        kept = strongest(strength, self.keys, self.limit)
+        self.threshold = float(strength[kept].min())
         self.replace(self.squares[kept], self.keys[kept])
 
     def drop_zeros(self) -> None:
@@ -148,13 +145,34 @@ class BestPairs:
         kept = self.squares != 0
         self.replace(self.squares[kept], self.keys[kept])
 
-    def sorted(self) -> tuple[Tensor, Tensor]:
-        """Signed squares and keys of the best pairs, best first."""
+    def pairs(self, n: int) -> Pairs:
+        """The best pairs of n features, best first."""
         self.prune()
         by_key = self.keys.argsort()
         squares, keys = self.squares[by_key], self.keys[by_key]
         order = squares.abs().argsort(descending=True, stable=True)
-        return squares[order], keys[order]
+        squares, keys = squares[order], keys[order]
+        return Pairs(keys // n, keys % n, squares.sign() * squares.abs().sqrt().clamp_max(1))
+
+
+def strongest(strength: Tensor, keys: Tensor, limit: int) -> Tensor:
+    """Which of at least `limit` pairs (m,) are the strongest, ties going to the smaller key: (limit,)."""
+    least = strength.topk(limit, sorted=False).values.min()  # cheaper than to sort them all
+    above = (strength > least).nonzero()[:, 0]
+    ties = (strength == least).nonzero()[:, 0]
+    ties = ties[keys[ties].argsort()[: limit - len(above)]]
+    return torch.cat([above, ties])
+
+
+def first_pairs(features: Tensor, n: int, taken: Tensor, limit: int) -> Tensor:
+    """Keys of the first pairs of rising features (m,) that are not `taken`, to make `limit` with these."""
+    m = len(features)
+    partners = torch.arange(m - 1, -1, -1, device=features.device)  # (m,) of each feature, with a larger index
+    offsets = row_offsets(partners)
+    number = torch.arange(min(limit, m * (m - 1) // 2), device=features.device)  # enough: some may be taken
+    i = torch.searchsorted(offsets, number, right=True) - 1
+    keys = features[i] * n + features[number - offsets[i] + i + 1]
+    return keys[~torch.isin(keys, taken)][: limit - len(taken)]
 
 
 class Candidates(NamedTuple):
@@ -176,13 +194,13 @@ class Columns:
         self.n = h.n if isinstance(h, ActiveFeatures) else h.shape[1]
         self.index = norms.eligible(min_support).nonzero()[:, 0]  # (m,)
         if isinstance(h, ActiveFeatures):  # in every tile the scaled norms are then alike, and the bound is tight
-            self.index = self.index[_scaled(norms.norm[self.index]).argsort()]
-        self.scale = torch.exp2(-torch.log2(norms.norm[self.index]).round())  # (m,)
+            norm = norms.norm[self.index]
+            self.index = self.index[(norm * power_of_two_scale(norm)).argsort()]
+        self.scale = power_of_two_scale(norms.norm[self.index])  # (m,)
         self.tokens = norms.tokens
-        pick = lambda values: None if values is None else values[self.index] * self.scale  # noqa: E731
-        self.norms = FeatureNorms(
-            norms.squares[self.index] * self.scale.square(), norms.support[self.index], pick(norms.mean), norms.tokens
-        )
+        squares, support = norms.squares[self.index] * self.scale.square(), norms.support[self.index]
+        mean = None if norms.mean is None else norms.mean[self.index] * self.scale
+        self.norms = FeatureNorms(squares, support, mean, norms.tokens)
         self.active = self._compact(h) if isinstance(h, ActiveFeatures) else None
         self.dense = None if isinstance(h, ActiveFeatures) else h
 
@@ -207,19 +225,18 @@ class Columns:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Dense columns start to stop, (B, width); centred for Pearson."""
-        block = self.raw(slice(start, stop))
+        block = self.raw(start, stop)
         if self.active is None:
             block = block * self.scale[start:stop]
         return block if self.norms.mean is None else block - self.norms.mean[start:stop]
 
-    def raw(self, which: slice | Tensor) -> Tensor:
+    def raw(self, start: int, stop: int) -> Tensor:
         """Dense columns, neither centred nor, where they come from a dense matrix, scaled: (B, width)."""
         if self.active is not None:
-            assert isinstance(which, slice)
-            return self.active.feature_columns(which.start, which.stop)
+            return self.active.feature_columns(start, stop)
         assert self.dense is not None
-        whole = len(self) == self.n
-        return self.dense[:, which if whole else self.index[which]].to(self.scale.dtype)
+        whole = len(self) == self.n  # then a view does
+        return self.dense[:, slice(start, stop) if whole else self.index[start:stop]].to(self.scale.dtype)
 
     def times(self, start: int, stop: int, block: Tensor) -> Tensor:
         """Sums of the columns start to stop with those of a [`block`], (stop - start, width).
@@ -228,12 +245,12 @@ class Columns:
         """
         if self.active is not None:
             return times_dense(self.active.feature_rows(start, stop), block)
-        return (self.raw(slice(start, stop)).T @ block).mul_(self.scale[start:stop, None])
+        return (self.raw(start, stop).T @ block).mul_(self.scale[start:stop, None])
 
 
-def _scaled(norm: Tensor) -> Tensor:
-    """Norms times the power of two that brings them closest to 1."""
-    return norm * torch.exp2(-torch.log2(norm).round())
+def power_of_two_scale(norm: Tensor) -> Tensor:
+    """The powers of two that bring norms closest to 1."""
+    return torch.exp2(-torch.log2(norm).round())
 
 
 def best_pairs(
@@ -260,9 +277,7 @@ def best_pairs(
         features = Features(columns.norms, directions, columns.scale)
         search = _Search(columns, score, features, group, at_least)
         best = search.run(best, cheapest_method(columns) if method == "auto" else method)
-    squares, keys = best.sorted()
-    correlation = squares.sign() * squares.abs().sqrt().clamp_max(1)
-    return Pairs(keys // columns.n, keys % columns.n, correlation)
+    return best.pairs(columns.n)
 
 
 def cheapest_method(columns: Columns) -> str:
@@ -440,13 +455,7 @@ class _Search:
         best.drop_zeros()
         if best.threshold > 0 or len(best) >= best.limit:
             return best
-        m, index, n = len(self.columns), self.columns.index.sort().values, self.columns.n
-        partners = torch.arange(m - 1, -1, -1, device=index.device)  # (m,) of each feature, with a larger index
-        offsets = row_offsets(partners)
-        number = torch.arange(min(best.limit, m * (m - 1) // 2), device=index.device)  # enough: some may be taken
-        i = torch.searchsorted(offsets, number, right=True) - 1
-        keys = index[i] * n + index[number - offsets[i] + i + 1]
-        keys = keys[~torch.isin(keys, best.keys)][: best.limit - len(best)]
+        keys = first_pairs(self.columns.index.sort().values, self.columns.n, best.keys, best.limit)
         best.offer(best.squares.new_zeros(len(keys)), keys)
         return best
 

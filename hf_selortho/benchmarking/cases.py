@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from ..configuration_selortho import SelOrthoConfig
 from ..decorrelation import full_penalty_bytes
 from ..errors import SelOrthoError
+from ..training.outputs import available_memory
 
 ENCODER, NONE = "encoder", "none"  # the yardsticks
 ORTSAE_INTERVALS = (1, 5)
@@ -105,7 +105,7 @@ def refusal(case: Case, on: Conditions, earlier: tuple[int, float] | None = None
     seconds, words = 0.0, ""
     if case.mode == "full":
         needed, available = full_penalty_bytes(on.n, on.batch), available_memory(on.device)
-        if needed > available:
+        if available is not None and needed > available:
             return f"needs {needed:,} bytes ({needed / 2**30:.1f} GiB), {available:,} are available"
         seconds, words = full_penalty_seconds(on.n, on.d_in, on.product_seconds), "about"
     if earlier is not None and earlier[1] * on.n / earlier[0] > seconds:
@@ -118,10 +118,3 @@ def refusal(case: Case, on: Conditions, earlier: tuple[int, float] | None = None
 def full_penalty_seconds(n: int, d_in: int, product_seconds: float) -> float:
     """Two products of `n^2 B` multiplications, at the speed of the encoder's `d_in n B`."""
     return product_seconds * 2 * n / d_in
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
