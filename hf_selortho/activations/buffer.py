@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
-from .capture import ActivationCapture, Harvest, concatenate, max_norm_from_ratio
-from .tokens import Context, ContextStream
+from .capture import (
+    ORIGIN_NAMES,
+    ActivationCapture,
+    Harvest,
+    TokenOrigins,
+    max_norm_from_ratio,
+    only,
+    within_norms,
+)
+from .processes import mean_over_processes, sum_over_processes
+from .tokens import ContextStream
 
 CHUNK = 16384  # rows that are held in float64 at once
 
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """Estimated once, on the first fill of the buffer, over all processes."""
+    """Of one layer, estimated once over all processes: on the first fill of the buffer, or on harvested shards."""
 
     mean: Tensor  # (d_in,) float32
     scale: float  # root mean squared norm of the centred activations
@@ -32,9 +40,29 @@ class ActivationStatistics:
 class ActivationBatch:
     """Tokens drawn at random from the buffer."""
 
-    activations: Tensor  # (B, d_in) float32, raw
-    document_ids: Tensor  # (B,) int64
-    positions: Tensor  # (B,) int64
+    by_layer: dict[int, Tensor]  # (B, d_in) float32 each, raw
+    origins: TokenOrigins  # of the B tokens
+
+    @property
+    def activations(self) -> Tensor:
+        """(B, d_in), where a single layer is read."""
+        return only(self.by_layer)
+
+
+class BatchSource(Protocol):
+    """Where a training's batches come from: a buffer over a language model, or shards on disk."""
+
+    def next_batch(self) -> ActivationBatch:
+        """The next batch of this process."""
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything needed to go on exactly here: tensors, and JSON-able rest."""
+
+    def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        """Go on exactly where the saved source stopped."""
+
+    def totals(self) -> dict[str, int]:
+        """What all processes have harvested; each of them has to call this."""
 
 
 @dataclass
@@ -62,7 +90,8 @@ class ActivationBuffer:
     language model.
 
     Args:
-        capture: reads the activations. Its `max_norm` is set by [`fill`] from `max_norm_ratio`.
+        capture: reads the activations, of one or several layers. Its `max_norms` are set by [`fill`] from
+            `max_norm_ratio`.
         stream: where the contexts come from; each process has its own.
         contexts, context_length: capacity of this process's buffer.
         batch_size: tokens of a batch on this process.
@@ -109,25 +138,29 @@ class ActivationBuffer:
         if self.reuse < 1:
             raise SelOrthoError(f"buffer_reuse={self.reuse}: expected at least 1 (every activation used once)")
 
-    def fill(self, progress: bool = False) -> ActivationStatistics:
-        """Fill the empty buffer and estimate mean, scale and sink threshold on what it holds (on all processes).
+    def fill(self, progress: bool = False) -> dict[int, ActivationStatistics]:
+        """Fill the empty buffer and estimate mean, scale and sink threshold of each layer on it (on all processes).
 
         `progress` shows a bar.
         """
-        self.capture.max_norm = None
+        capture = self.capture
+        capture.max_norms = (None,) * len(capture.layers)
         with tqdm(total=self.capacity, desc="filling the buffer", unit="token", disable=not progress) as bar:
-            harvest = self._harvest_rows(self.capacity, bar)
-        norms = torch.cat([chunk.float().norm(dim=1) for chunk in harvest.activations.split(CHUNK)])
-        median = _mean_over_processes(norms.median())
-        self.capture.max_norm = max_norm = max_norm_from_ratio(median, self.max_norm_ratio)
-        if max_norm is not None:
-            harvest = self._without_sinks(harvest, norms <= max_norm)
-        self._activations = harvest.activations  # (rows, d_in)
-        self._document_ids, self._positions = harvest.document_ids, harvest.positions
-        self._uses = torch.zeros(len(harvest), dtype=torch.int32)
+            self._allocate()
+            norms = self._harvest_into(torch.arange(self.capacity), bar)
+        medians = [mean_over_processes(float(column.median()), capture.device) or 0.0 for column in norms.T]
+        capture.max_norms = tuple(max_norm_from_ratio(median, self.max_norm_ratio) for median in medians)
+        sinks = (~within_norms(norms, capture.max_norms)).nonzero()[:, 0]
+        self.counts.tokens_kept -= len(sinks)
+        self.counts.dropped_sinks += len(sinks)
+        self._harvest_into(sinks)
+        self._uses = torch.zeros(self.capacity, dtype=torch.int32)
         self._shuffle()
-        mean, scale = _mean_and_scale(self._activations)
-        return ActivationStatistics(mean, scale, float(median), max_norm)
+        statistics = {}
+        for layer, median, max_norm in zip(capture.layers, medians, capture.max_norms, strict=True):
+            mean, scale = _mean_and_scale(self._activations[layer])
+            statistics[layer] = ActivationStatistics(mean, scale, median, max_norm)
+        return statistics
 
     def next_batch(self) -> ActivationBatch:
         """The next batch; refreshes the buffer first when its turn has come."""
@@ -136,8 +169,8 @@ class ActivationBuffer:
         rows = self._order[self._served * self.batch_size : (self._served + 1) * self.batch_size]
         self._served += 1
         self._uses[rows] += 1
-        activations = self._activations[rows.to(self._activations.device)].float()
-        return ActivationBatch(activations, self._document_ids[rows], self._positions[rows])
+        by_layer = {layer: held[rows.to(held.device)].float() for layer, held in self._activations.items()}
+        return ActivationBatch(by_layer, self._origins[rows])
 
     def totals(self) -> dict[str, int]:
         """What all processes have harvested; each of them has to call this."""
@@ -148,22 +181,21 @@ class ActivationBuffer:
             "dropped_tails": stream["dropped_tails"],
             "processes": 1,
         }
-        sums = _sum_over_processes(torch.tensor(list(counts.values()), device=self.capture.device))
+        sums = sum_over_processes(torch.tensor(list(counts.values()), device=self.capture.device))
         return {**dict(zip(counts, sums.tolist(), strict=True)), "epoch": self.stream.epoch}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that decides the batches to come: tensors, and a JSON-able rest."""
+        """Everything needed to go on exactly here: tensors, and JSON-able rest."""
         tensors = {
-            "activations": self._activations.cpu(),
-            "document_ids": self._document_ids,
-            "positions": self._positions,
+            **{f"activations.{layer}": held.cpu() for layer, held in self._activations.items()},
+            **{name: getattr(self._origins, name) for name in ORIGIN_NAMES},
             "uses": self._uses,
             "order": self._order,
             "generator": self._generator.get_state(),
         }
         rest = {
             "served": self._served,
-            "max_norm": self.capture.max_norm,
+            "max_norms": list(self.capture.max_norms),
             "counts": asdict(self.counts),
             "stream": self.stream.state_dict(),
         }
@@ -171,12 +203,13 @@ class ActivationBuffer:
 
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Go on exactly where the saved buffer stopped."""
-        self._activations = tensors["activations"].to(self.capture.device)
-        self._document_ids, self._positions = tensors["document_ids"], tensors["positions"]
+        device = self.capture.device
+        self._activations = {layer: tensors[f"activations.{layer}"].to(device) for layer in self.capture.layers}
+        self._origins = TokenOrigins(*(tensors[name] for name in ORIGIN_NAMES))
         self._uses, self._order = tensors["uses"], tensors["order"]
         self._generator.set_state(tensors["generator"])
         self._served = rest["served"]
-        self.capture.max_norm = rest["max_norm"]
+        self.capture.max_norms = tuple(rest["max_norms"])
         self.counts = StreamCounts(**rest["counts"])
         self.stream.load_state_dict(rest["stream"])
 
@@ -189,66 +222,46 @@ class ActivationBuffer:
         wanted = math.ceil(len(served) / self.reuse)
         # the most used rows leave; among equals the order of the permutation decides, which is random
         leaving = served[self._uses[served].argsort(descending=True, stable=True)[:wanted]]
-        harvest = self._harvest_rows(wanted)
-        self._activations[leaving.to(self._activations.device)] = harvest.activations[:wanted]
-        self._document_ids[leaving] = harvest.document_ids[:wanted]
-        self._positions[leaving] = harvest.positions[:wanted]
+        self._harvest_into(leaving)
         self._uses[leaving] = 0
         self._shuffle()
 
-    def _without_sinks(self, harvest: Harvest, kept: Tensor) -> Harvest:
-        """The kept rows, and as many fresh ones as were dropped."""
-        dropped = int((~kept).sum())
-        if dropped == 0:
-            return harvest
-        self.counts.tokens_kept -= dropped
-        self.counts.dropped_sinks += dropped
-        rows = kept.cpu()
-        regular = Harvest(
-            harvest.activations[kept],
-            harvest.document_ids[rows],
-            harvest.positions[rows],
-            harvest.dropped_special,
-            harvest.dropped_sinks + dropped,
-        )
-        return concatenate([regular, self._harvest_rows(dropped)])
+    def _allocate(self) -> None:
+        capture = self.capture
+        shape, dtype = (self.capacity, capture.lm.d_model), capture.lm.model.dtype
+        self._activations = {layer: torch.empty(shape, dtype=dtype, device=capture.device) for layer in capture.layers}
+        self._origins = TokenOrigins.empty(self.capacity)
 
-    def _contexts_for(self, rows: int) -> list[Context]:
-        """Contexts of at least `rows` tokens beside BOS."""
-        contexts: list[Context] = []
-        while rows > 0:
-            contexts += self.stream.take(1)
-            rows -= len(contexts[-1].input_ids) - 1
-        return contexts
+    def _harvest_into(self, rows: Tensor, progress: tqdm | None = None) -> Tensor:
+        """Put fresh activations into these rows of the buffer; returns their norms (rows, layers).
 
-    def _harvest_rows(self, rows: int, progress: tqdm | None = None) -> Harvest:
-        """At least `rows` activations, from as many contexts as that takes."""
-        parts: list[Harvest] = []
-        missing = rows
-        while missing > 0:
-            contexts = self._contexts_for(missing)
-            part = self.capture.harvest(contexts, progress)
-            self.counts.add(len(contexts), part)
-            parts.append(part)
-            missing -= len(part)
-        return concatenate(parts)
+        A few more are harvested than there are rows; these are thrown away.
+        """
+        norms = torch.empty(len(rows), len(self.capture.layers))
+        done = 0
+        while done < len(rows):
+            contexts = self.stream.take_tokens(len(rows) - done, beside_bos=True)
+            for number, part in enumerate(self.capture.harvest_batches(contexts)):
+                self.counts.add(len(contexts) if number == 0 else 0, part)
+                end = min(done + len(part), len(rows))
+                self._put(rows[done:end], part)
+                norms[done:end] = part.norms[: end - done]
+                done = end
+                if progress is not None:
+                    progress.update(len(part))
+        return norms
 
-
-def _sum_over_processes(tensor: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _mean_over_processes(value: Tensor) -> Tensor:
-    total = _sum_over_processes(torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]))
-    return total[0] / total[1]
+    def _put(self, rows: Tensor, part: Harvest) -> None:
+        for layer, activations in part.by_layer.items():
+            self._activations[layer][rows.to(activations.device)] = activations[: len(rows)]
+        for name in ORIGIN_NAMES:
+            getattr(self._origins, name)[rows] = getattr(part.origins, name)[: len(rows)]
 
 
 def _mean_and_scale(activations: Tensor) -> tuple[Tensor, float]:
     """Mean (d_in,) and root mean squared norm about it of the rows of all processes, summed in float64."""
-    rows = _sum_over_processes(torch.tensor(float(len(activations)), dtype=torch.float64, device=activations.device))
+    rows = sum_over_processes(torch.tensor(float(len(activations)), dtype=torch.float64, device=activations.device))
     total = torch.stack([chunk.double().sum(0) for chunk in activations.split(CHUNK)]).sum(0)
-    mean = _sum_over_processes(total) / rows
+    mean = sum_over_processes(total) / rows
     squares = torch.stack([(chunk.double() - mean).square().sum() for chunk in activations.split(CHUNK)]).sum()
-    return mean.float(), math.sqrt(float(_sum_over_processes(squares) / rows))
+    return mean.float(), math.sqrt(float(sum_over_processes(squares) / rows))

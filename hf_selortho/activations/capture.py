@@ -1,10 +1,12 @@
-"""Residual-stream activations of a frozen language model at one layer: read them, or put something in their place."""
+"""Residual-stream activations of a frozen language model: read them, or put something in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,72 +27,167 @@ class _LayerReached(Exception):  # noqa: N818 - control flow, not an error
 
 
 @dataclass(frozen=True)
+class TokenOrigins:
+    """Where the tokens of some activations come from, each (tokens,) int64."""
+
+    document_ids: Tensor
+    positions: Tensor  # place in the context, BOS being 0
+    token_ids: Tensor
+    context_ids: Tensor  # number of the context among those harvested together
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> TokenOrigins:
+        return TokenOrigins(*(getattr(self, name)[rows] for name in ORIGIN_NAMES))
+
+    @staticmethod
+    def empty(tokens: int) -> TokenOrigins:
+        """Room for so many tokens."""
+        return TokenOrigins(*(torch.empty(tokens, dtype=torch.int64) for _ in ORIGIN_NAMES))
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenOrigins]) -> TokenOrigins:
+        """Several in a row."""
+        return TokenOrigins(*(torch.cat([getattr(part, name) for part in parts]) for name in ORIGIN_NAMES))
+
+
+ORIGIN_NAMES = tuple(f.name for f in fields(TokenOrigins))
+
+
+@dataclass(frozen=True)
 class Harvest:
     """Activations of the kept tokens of some contexts, in the order in which the language model saw them."""
 
-    activations: Tensor  # (tokens, d_in), in the dtype of the language model
-    document_ids: Tensor  # (tokens,) int64
-    positions: Tensor  # (tokens,) int64, place in the context, BOS being 0
+    by_layer: dict[int, Tensor]  # (tokens, d_in) each, in the dtype of the language model
+    norms: Tensor  # (tokens, layers) float32, L2 norms of these activations
+    origins: TokenOrigins
     dropped_special: int  # BOS and other special tokens left out
     dropped_sinks: int  # tokens left out because of their norm
 
     def __len__(self) -> int:
-        return len(self.activations)
+        return len(self.origins)
+
+    @property
+    def activations(self) -> Tensor:
+        """(tokens, d_in), where a single layer is read."""
+        return only(self.by_layer)
+
+    @property
+    def document_ids(self) -> Tensor:
+        """(tokens,) int64."""
+        return self.origins.document_ids
+
+    @property
+    def positions(self) -> Tensor:
+        """(tokens,) int64, place in the context, BOS being 0."""
+        return self.origins.positions
+
+    def without_sinks(self, max_norms: Sequence[float | None]) -> Harvest:
+        """Only the tokens whose norm stays within each layer's limit, all of them where it is None."""
+        kept = within_norms(self.norms, max_norms)
+        dropped = int((~kept).sum())
+        if dropped == 0:
+            return self
+        return Harvest(
+            {layer: activations[kept.to(activations.device)] for layer, activations in self.by_layer.items()},
+            self.norms[kept],
+            self.origins[kept],
+            self.dropped_special,
+            self.dropped_sinks + dropped,
+        )
 
 
 class ActivationCapture:
-    """Reads the residual stream after decoder layer `layer` of a language model.
+    """Reads the residual stream after one or several decoder layers of a language model, in one pass.
 
     Args:
         lm: the frozen language model.
-        layer: decoder layer, counted from 0; its output is read.
-        max_norm: activations of a larger L2 norm ("sink" tokens) are left out; None keeps all.
-        batch_tokens: padded tokens a forward pass of the language model takes at once; by default 2048 on a CPU, where
-            more falls out of its caches (Gemma-3-270m: 3800 tokens/s at 2048, 2100 at 8192), and 16384 elsewhere.
+        layer: decoder layer, counted from 0, or several; their outputs are read. Layers above the highest never run.
+        max_norm: activations of a larger L2 norm ("sink" tokens) are left out; None keeps all. With several layers,
+            one norm for each; a token that is a sink at one of them is left out at all of them.
+        batch_tokens: padded tokens a forward pass of the language model takes at once; by default 1024 on a CPU, where
+            more falls out of its caches (Gemma-3-270m: 2050 tokens/s at 1024, 1850 at 2048, 1550 at 4096), and 16384
+            elsewhere.
 
     Raises:
-        SelOrthoError: the layer is out of range; the message gives the range.
+        SelOrthoError: a layer is out of range; the message gives the range.
     """
 
     def __init__(
-        self, lm: LanguageModel, layer: int, max_norm: float | None = None, batch_tokens: int | None = None
+        self,
+        lm: LanguageModel,
+        layer: int | Sequence[int],
+        max_norm: float | None | Sequence[float | None] = None,
+        batch_tokens: int | None = None,
     ) -> None:
-        check_layer(lm, layer)
         self.lm = lm
-        self.layer = layer
-        self.hook_name = f"{lm.layers_path}.{layer}"
-        self.max_norm = max_norm
-        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
+        self.layers: tuple[int, ...] = (layer,) if isinstance(layer, int) else tuple(layer)
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise SelOrthoError(f"layers {list(self.layers)}: expected at least one, and none twice")
+        for number in self.layers:
+            check_layer(lm, number)
+        limits = [max_norm] * len(self.layers) if max_norm is None or isinstance(max_norm, (int, float)) else max_norm
+        self.max_norms: tuple[float | None, ...] = tuple(limits)
+        self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
+        self.forward_seconds = 0.0  # spent in the language model so far
         self._special_ids = torch.tensor(sorted(set(lm.tokenizer.all_special_ids)), dtype=torch.int64)
+
+    @property
+    def layer(self) -> int:
+        """The layer, where a single one is read."""
+        (layer,) = self.layers
+        return layer
+
+    @property
+    def hook_name(self) -> str:
+        """Module whose output is read, where it is a single one."""
+        return self.hook_name_of(self.layer)
+
+    def hook_name_of(self, layer: int) -> str:
+        """Module of the language model that is this layer, such as "model.layers.8"."""
+        return f"{self.lm.layers_path}.{layer}"
 
     @property
     def device(self) -> torch.device:
         """Where the language model computes."""
         return self.lm.model.device
 
-    @torch.inference_mode()
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states (b, t, d_in) after the layer, for tokens (b, t); the layers above it do not run."""
-        captured: list[Tensor] = []
+        """Hidden states (b, t, d_in) after the single layer, for tokens (b, t); the layers above it do not run."""
+        return only(self.all_hidden_states(input_ids, attention_mask))
 
-        def stop(_module: Any, _inputs: Any, output: Any) -> None:
-            captured.append(_hidden(output))
-            raise _LayerReached
+    @torch.inference_mode()
+    def all_hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> dict[int, Tensor]:
+        """Hidden states (b, t, d_in) after each layer, for tokens (b, t); the layers above the highest do not run."""
+        captured: dict[int, Tensor] = {}
+        highest = max(self.layers)
 
-        handle = self.lm.layers[self.layer].register_forward_hook(stop)
+        def keep(layer: int) -> Callable[[Any, Any, Any], None]:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                captured[layer] = _hidden(output)
+                if layer == highest:
+                    raise _LayerReached
+
+            return hook
+
+        handles = [self.lm.layers[layer].register_forward_hook(keep(layer)) for layer in self.layers]
         try:
-            self.lm.model(
-                input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device), use_cache=False
-            )
+            # Padding on the right is never attended to by what precedes it, so causal attention needs no mask; without
+            # one it runs on faster kernels.
+            mask = None if _padded_on_the_right(attention_mask) else attention_mask.to(self.device)
+            self.lm.model(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
         except _LayerReached:
             pass
         finally:
-            handle.remove()
-        return captured[0]
+            for handle in handles:
+                handle.remove()
+        return {layer: captured[layer] for layer in self.layers}
 
     def keep_mask(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
-        """Which tokens (b, t) are activations to learn from: no padding, no special token, no sink."""
-        return self._regular(input_ids, attention_mask).to(hidden.device) & self._within_norm(hidden)
+        """Which tokens (b, t) are activations of the single layer to learn from: no padding, special token or sink."""
+        regular = self._regular(input_ids, attention_mask).to(hidden.device)
+        return regular & within_norms(hidden.float().norm(dim=-1)[..., None], self.max_norms)
 
     def harvest(self, contexts: Sequence[Context], progress: tqdm | None = None) -> Harvest:
         """Activations of the kept tokens of `contexts`, computed in batches of similar length.
@@ -102,13 +199,18 @@ class ActivationCapture:
             NonFiniteActivationsError: the language model produced NaN or infinity; names the documents.
         """
         parts = []
-        for batch in length_batches(contexts, self.batch_tokens):
-            parts.append(self._harvest_batch(batch))
+        for part in self.harvest_batches(contexts):
+            parts.append(part)
             if progress is not None:
-                progress.update(len(parts[-1]))
+                progress.update(len(part))
         if not parts:
             raise SelOrthoError("no contexts to harvest: expected at least one")
         return concatenate(parts)
+
+    def harvest_batches(self, contexts: Sequence[Context]) -> Iterator[Harvest]:
+        """[`harvest`] a forward pass of the language model at a time."""
+        for numbers in _length_batches([len(context.input_ids) for context in contexts], self.batch_tokens):
+            yield self._harvest_batch([contexts[number] for number in numbers], numbers)
 
     @contextmanager
     def splice(self, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -127,37 +229,49 @@ class ActivationCapture:
     def _regular(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return attention_mask.bool() & ~torch.isin(input_ids, self._special_ids.to(input_ids.device))
 
-    def _within_norm(self, hidden: Tensor) -> Tensor:
-        if self.max_norm is None:
-            return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-        return hidden.float().norm(dim=-1) <= self.max_norm
-
-    def _harvest_batch(self, contexts: Sequence[Context]) -> Harvest:
+    def _harvest_batch(self, contexts: Sequence[Context], numbers: Sequence[int]) -> Harvest:
         input_ids, attention_mask = pad_batch(contexts, self.lm.tokenizer.pad_token_id or 0)
-        hidden = self.hidden_states(input_ids, attention_mask)  # (b, t, d_in)
         real = attention_mask.bool()
-        regular = self._regular(input_ids, attention_mask)
-        self._check_finite(hidden, regular.to(hidden.device), contexts)
-        keep = (regular.to(hidden.device) & self._within_norm(hidden)).cpu()
-        documents = torch.tensor([c.document_id for c in contexts])[:, None].expand(keep.shape)
-        positions = torch.arange(keep.shape[1]).expand(keep.shape)
-        return Harvest(
-            activations=hidden[keep.to(hidden.device)],
-            document_ids=documents[keep],
-            positions=positions[keep],
-            dropped_special=int((real & ~regular).sum()),
-            dropped_sinks=int((regular & ~keep).sum()),
+        regular = self._regular(input_ids, attention_mask)  # (b, t)
+        rows = regular.flatten().nonzero()[:, 0]
+        started = time.perf_counter()
+        hidden = self.all_hidden_states(input_ids, attention_mask)  # (b, t, d_in) each
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the norms below wait for the GPU anyway
+        self.forward_seconds += time.perf_counter() - started
+        by_layer = {layer: h.flatten(0, 1)[rows.to(h.device)] for layer, h in hidden.items()}
+        norms = torch.stack([h.float().norm(dim=1) for h in by_layer.values()], dim=1).cpu()  # (tokens, layers)
+        documents = torch.tensor([c.document_id for c in contexts])[:, None].expand(regular.shape)
+        positions = torch.arange(regular.shape[1]).expand(regular.shape)
+        places = torch.tensor(numbers)[:, None].expand(regular.shape)
+        origins = TokenOrigins(documents[regular], positions[regular], input_ids[regular], places[regular])
+        self._check_finite(norms, origins)
+        special = int((real & ~regular).sum())
+        return Harvest(by_layer, norms, origins, special, 0).without_sinks(self.max_norms)
+
+    def _check_finite(self, norms: Tensor, origins: TokenOrigins) -> None:
+        if norms.isfinite().all():  # then the activations are
+            return
+        bad = ~norms.isfinite()
+        documents = origins.document_ids[bad.any(1)].unique().tolist()
+        layer = self.layers[int(bad.any(0).nonzero()[0])]
+        raise NonFiniteActivationsError(
+            f"NaN or infinity in the activations of {self.lm.name} at {self.hook_name_of(layer)}, on "
+            f"{int(bad.any(1).sum())} tokens of documents {_listed(documents)}; load the model in bfloat16 or float32 "
+            "(--lm_dtype), never float16"
         )
 
-    def _check_finite(self, hidden: Tensor, regular: Tensor, contexts: Sequence[Context]) -> None:
-        bad = ~hidden.isfinite().all(-1) & regular  # (b, t)
-        if bad.any():
-            rows = bad.any(1).nonzero()[:, 0].tolist()
-            documents = sorted({contexts[row].document_id for row in rows})
-            raise NonFiniteActivationsError(
-                f"NaN or infinity in the activations of {self.lm.name} at {self.hook_name}, on {int(bad.sum())} tokens "
-                f"of documents {_listed(documents)}; load the model in bfloat16 or float32 (--lm_dtype), never float16"
-            )
+
+def only(by_layer: Mapping[int, Tensor]) -> Tensor:
+    """The activations of the single layer that there is."""
+    (activations,) = by_layer.values()
+    return activations
+
+
+def within_norms(norms: Tensor, limits: Sequence[float | None]) -> Tensor:
+    """Which of the norms (..., layers) stay within the limit of every layer: (...) bool. None is no limit."""
+    bounds = torch.tensor([math.inf if limit is None else limit for limit in limits], device=norms.device)
+    return (norms <= bounds).all(-1)
 
 
 def concatenate(parts: Sequence[Harvest]) -> Harvest:
@@ -165,9 +279,9 @@ def concatenate(parts: Sequence[Harvest]) -> Harvest:
     if len(parts) == 1:
         return parts[0]
     return Harvest(
-        activations=torch.cat([p.activations for p in parts]),
-        document_ids=torch.cat([p.document_ids for p in parts]),
-        positions=torch.cat([p.positions for p in parts]),
+        by_layer={layer: torch.cat([p.by_layer[layer] for p in parts]) for layer in parts[0].by_layer},
+        norms=torch.cat([p.norms for p in parts]),
+        origins=TokenOrigins.concatenate([p.origins for p in parts]),
         dropped_special=sum(p.dropped_special for p in parts),
         dropped_sinks=sum(p.dropped_sinks for p in parts),
     )
@@ -175,13 +289,17 @@ def concatenate(parts: Sequence[Harvest]) -> Harvest:
 
 def length_batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[Context]]:
     """Batches of contexts of similar length, at most `batch_tokens` tokens each once padded."""
-    batch: list[Context] = []
-    for context in sorted(contexts, key=lambda c: len(c.input_ids), reverse=True):
-        longest = len(batch[0].input_ids) if batch else len(context.input_ids)
-        if batch and longest * (len(batch) + 1) > batch_tokens:
+    for numbers in _length_batches([len(context.input_ids) for context in contexts], batch_tokens):
+        yield [contexts[number] for number in numbers]
+
+
+def _length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: lengths[n], reverse=True):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
             yield batch
             batch = []
-        batch.append(context)
+        batch.append(number)
     if batch:
         yield batch
 
@@ -189,6 +307,10 @@ def length_batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[l
 def max_norm_from_ratio(median_norm: Tensor | float, ratio: float | None) -> float | None:
     """The norm above which a token counts as a sink; None if there is no `ratio`."""
     return None if ratio is None else ratio * float(median_norm)
+
+
+def _padded_on_the_right(attention_mask: Tensor) -> bool:
+    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def _hidden(output: Any) -> Tensor:

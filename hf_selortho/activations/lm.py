@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def load_language_model(
         name: Hub id, local folder, or "gemma-3-270m" (embedded, needs the extra `demo` and no network).
         revision: branch, tag or commit of a Hub id; of the others, the `revision` that an earlier load gave, to make
             sure that the model is still the same one.
-        dtype: "auto" is bfloat16 where the device computes in it natively and float32 elsewhere. It is never float16,
+        dtype: "auto" is bfloat16 where the device computes faster in it and float32 elsewhere. It is never float16,
             in which Gemma's activations overflow.
         device: where the model goes.
         token: access token of the Hub; without it, the stored one or HF_TOKEN.
@@ -206,9 +207,23 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32. By what the device is, not by a timing: a resumed run must choose alike.
+
+    AVX512-BF16 alone doubles the speed on AMD's processors; on Intel's, without AMX, it is 0.6 of float32's.
+    """
     if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        if torch.cpu._is_amx_tile_supported():
+            return True
+        return torch.cpu._is_avx512_bf16_supported() and "AMD" in _processor_vendor()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _processor_vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 @torch.inference_mode()

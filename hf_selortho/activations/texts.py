@@ -47,10 +47,11 @@ class Documents(ABC):
     name: str
     revision: str | None  # commit of a Hub dataset, version and hash of python-docs, None for local files
     split: str
+    count: int | None = None  # rows, held-out and empty ones included; None: a stream, nobody knows
 
     def __init__(self, name: str, revision: str | None, split: str, held_out_fraction: float) -> None:
         self.name, self.revision, self.split = name, revision, split
-        self._held_out_fraction = held_out_fraction
+        self.held_out_fraction = held_out_fraction
 
     @abstractmethod
     def train(self, epoch: int, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, str]]:
@@ -64,7 +65,7 @@ class Documents(ABC):
         """The documents that `train` leaves out, always in the same order."""
 
     def _side(self, documents: Iterable[tuple[int, str]], held_out: bool) -> Iterator[tuple[int, str]]:
-        bound = self._held_out_fraction * 2**64
+        bound = self.held_out_fraction * 2**64
         for number, text in documents:
             if (int.from_bytes(_digest(text)[:8], "big") < bound) == held_out:
                 yield number, text
@@ -83,17 +84,17 @@ class _RowDocuments(Documents):
         fetch: Callable[[list[int]], list[str | None]],
     ) -> None:
         super().__init__(name, revision, split, held_out_fraction)
-        self._count, self._fetch = count, fetch
+        self.count, self._fetch = count, fetch
         if next(self._read(np.arange(count)), None) is None:
             raise _no_text(name, f"{count} rows")
 
     def train(self, epoch: int, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, str]]:
-        order = np.random.default_rng([seed, epoch]).permutation(self._count)
+        order = np.random.default_rng([seed, epoch]).permutation(self.count or 0)
         return self._side(self._read(order[rank::world_size]), held_out=False)
 
     def held_out(self) -> Iterator[tuple[int, str]]:
         # Not in the order of the rows: the first thousand should speak for all, even where the file is sorted.
-        return self._side(self._read(np.random.default_rng(0).permutation(self._count)), held_out=True)
+        return self._side(self._read(np.random.default_rng(0).permutation(self.count or 0)), held_out=True)
 
     def _read(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
         for start in range(0, len(rows), _FETCH):

@@ -81,7 +81,7 @@ class Cutter:
 
 
 class ContextStream:
-    """Contexts of the training documents, endless over epochs; its state resumes at the very next context.
+    """Contexts of the training documents; its state resumes at the very next context.
 
     Args:
         documents: where the texts come from; every epoch has an order of its own.
@@ -92,6 +92,7 @@ class ContextStream:
         rank: this process's number; the processes read different documents.
         world_size: number of processes.
         min_tokens: shorter ends of documents, without BOS, are dropped and counted.
+        endless: begin another epoch at the end of one; else the stream ends there.
     """
 
     def __init__(
@@ -105,8 +106,10 @@ class ContextStream:
         rank: int = 0,
         world_size: int = 1,
         min_tokens: int = 8,
+        endless: bool = True,
     ) -> None:
         self._documents = documents
+        self._endless = endless
         self._cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._start(epoch=0)
@@ -117,19 +120,29 @@ class ContextStream:
         return dict(self._cutter.counts)
 
     def take(self, n: int) -> list[Context]:
-        """The next n contexts.
+        """The next n contexts, fewer only where the stream ends.
 
         Raises:
-            SelOrthoError: a whole epoch gave none.
+            SelOrthoError: a whole epoch of an endless stream gave none.
         """
         taken: list[Context] = []
         while len(taken) < n:
             if self._handed_out == len(self._chunk):
                 self._next_chunk()
+                if not self._chunk:
+                    break
             end = self._handed_out + n - len(taken)
             fresh = self._chunk[self._handed_out : end]
             self._handed_out += len(fresh)
             taken += fresh
+        return taken
+
+    def take_tokens(self, n: int, beside_bos: bool = False) -> list[Context]:
+        """The next contexts, as many as hold n tokens (not counting BOS if `beside_bos`); fewer only at the end."""
+        taken: list[Context] = []
+        while n > 0 and (fresh := self.take(1)):
+            taken += fresh
+            n -= len(fresh[0].input_ids) - beside_bos
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,7 +183,7 @@ class ContextStream:
             self._chunk_counts = dict(self._cutter.counts)
             batch = list(itertools.islice(self._stream, _CHUNK_DOCUMENTS))
             self._chunk, self._chunk_documents, self._handed_out = self._cutter.cut(batch), len(batch), 0
-            if self._chunk:
+            if self._chunk or (not batch and not self._endless):
                 return
             if not batch:
                 self._require_contexts()
@@ -184,6 +197,30 @@ class ContextStream:
             f'"{self._documents.name}" gives no training context{share}: {self._consumed} documents, none with '
             f"{self._cutter.min_tokens} tokens or more; use other texts or a lower --min_tokens"
         )
+
+
+def estimate_tokens(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int = 128,
+    prepend_bos: bool = True,
+    min_tokens: int = 8,
+    sample: int = 1000,
+) -> float | None:
+    """Tokens that one epoch of the training documents will give, BOS included, guessed from `sample` of them.
+
+    Exact where there are no more documents than that; None for a stream, whose length nobody knows.
+    """
+    if documents.count is None:
+        return None
+    cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
+    texts = list(itertools.islice(documents.train(0, 0), sample + 1))
+    looked_at = texts[:sample]
+    tokens = sum(len(context.input_ids) for context in cutter.cut(looked_at))
+    if len(texts) <= sample:
+        return float(tokens)
+    return tokens / len(looked_at) * documents.count * (1 - documents.held_out_fraction)
 
 
 def held_out_contexts(

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
+from ..activations.texts import TextSource
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from .layer_settings import parse_layer_settings, settings_of
@@ -56,8 +57,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The text, and the buffer of its activations."""
+class TextArguments:
+    """The text."""
 
     dataset: str = argument(
         "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
@@ -69,6 +70,24 @@ class DataArguments:
     streaming: bool = argument(False, "Read the dataset as a stream, for what does not fit on the disk.")
     held_out_fraction: float = argument(0.1, "Share of the documents that training never sees.")
     min_tokens: int = argument(8, "Contexts with fewer tokens are left out.")
+
+    def source(self) -> TextSource:
+        """The texts that these arguments name."""
+        return TextSource(
+            dataset=self.dataset,
+            config_name=self.dataset_config,
+            split=self.split,
+            text_column=self.text_column,
+            revision=self.dataset_revision,
+            streaming=self.streaming,
+            held_out_fraction=self.held_out_fraction,
+        )
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """The text, and the buffer of its activations."""
+
     buffer_contexts: int = argument(2048, "Contexts whose activations the buffer holds, over all processes.")
     refresh_every: int = argument(24, "Batches between two refreshes of the buffer.")
     buffer_reuse: float = argument(1.0, "How often an activation is used on average before it is replaced.")
@@ -185,9 +204,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
     groups: list[Any] = [ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments]
     parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("--preset", help=f"Named settings to start from: {', '.join(list_presets())}, or a .json file.")
-    preset = _preset_of(argv)
-    if preset is not None:
-        parser.set_defaults(**_known(load_preset(preset), groups, preset))
+    parser.set_defaults(**_known(preset_defaults(argv), groups, str(_preset_of(argv))))
     model, sae, data, run, evaluation, rest, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True
     )
@@ -197,6 +214,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
     _apply_layer_settings(arguments)
     _check(arguments)
     return arguments
+
+
+def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the preset that a command line names; empty if it names none."""
+    preset = _preset_of(argv)
+    return {} if preset is None else load_preset(preset)
 
 
 def _apply_layer_settings(arguments: TrainingArguments) -> None:
@@ -217,7 +240,7 @@ def sae_config(arguments: TrainingArguments, **derived: Any) -> SelOrthoConfig:
     return SelOrthoConfig(**settings, **derived)
 
 
-def _preset_of(argv: list[str]) -> str | None:
+def _preset_of(argv: Sequence[str]) -> str | None:
     for position, argument in enumerate(argv):
         if argument.startswith("--preset="):
             return argument.split("=", 1)[1]

@@ -228,7 +228,7 @@ class Trainer:
     def _non_finite_message(self, what: str, output: SelOrthoOutput, batch: ActivationBatch) -> str:
         assert output.losses is not None
         terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
-        documents = batch.document_ids.unique().tolist()
+        documents = batch.origins.document_ids.unique().tolist()
         named = ", ".join(map(str, documents[:16])) + (" ..." if len(documents) > 16 else "")
         return (
             f"{what} is not finite at step {self.state.step + 1} ({terms}); the step was not applied. Documents of the "

@@ -15,10 +15,10 @@ from hf_selortho.activations.tokens import ContextStream
 
 @pytest.fixture
 def make_buffer(tiny_lm, sample_text_files):
-    def build(seed: int = 0, **settings) -> ActivationBuffer:
+    def build(seed: int = 0, longest: int = 32, **settings) -> ActivationBuffer:
         lm = tiny_lm("gemma3")
         documents = open_documents(TextSource(str(sample_text_files.csv)))
-        stream = ContextStream(documents, lm.tokenizer, context_length=32, seed=seed)
+        stream = ContextStream(documents, lm.tokenizer, context_length=longest, seed=seed)
         defaults = {"contexts": 24, "context_length": 32, "batch_size": 64, "refresh_every": 4, "seed": seed}
         return ActivationBuffer(ActivationCapture(lm, 1), stream, **{**defaults, **settings})
 
@@ -27,9 +27,9 @@ def make_buffer(tiny_lm, sample_text_files):
 
 def test_statistics_are_those_of_what_the_buffer_holds(make_buffer) -> None:
     buffer = make_buffer(max_norm_ratio=None)
-    statistics = buffer.fill()
-    held = buffer.state_dict()[0]["activations"]
-    assert len(held) >= 24 * 32
+    statistics = buffer.fill()[1]
+    held = buffer.state_dict()[0]["activations.1"]
+    assert len(held) == 24 * 32
     torch.testing.assert_close(statistics.mean, held.mean(0), atol=1e-4, rtol=1e-4)
     centred = (held - held.mean(0)).square().sum(1).mean().sqrt()
     assert statistics.scale == pytest.approx(float(centred), rel=1e-4)
@@ -39,9 +39,9 @@ def test_statistics_are_those_of_what_the_buffer_holds(make_buffer) -> None:
 
 def test_sinks_are_dropped_from_the_first_fill_on(make_buffer) -> None:
     buffer = make_buffer(max_norm_ratio=1.1)
-    statistics = buffer.fill()
+    statistics = buffer.fill()[1]
     assert statistics.max_norm == pytest.approx(1.1 * statistics.median_norm)
-    assert len(buffer.state_dict()[0]["activations"]) >= 24 * 32
+    assert len(buffer.state_dict()[0]["activations.1"]) == 24 * 32
     assert buffer.counts.dropped_sinks > 0
     for _ in range(9):
         assert buffer.next_batch().activations.norm(dim=1).max() <= statistics.max_norm * (1 + 1e-5)
@@ -49,13 +49,13 @@ def test_sinks_are_dropped_from_the_first_fill_on(make_buffer) -> None:
 
 
 def test_every_activation_is_used_once(make_buffer) -> None:
-    buffer = make_buffer()
+    buffer = make_buffer(longest=256)  # each document is one context, so that place and document name a token
     buffer.fill()
     seen = set()
     for _ in range(16):  # four rounds: 1024 tokens of one epoch
         batch = buffer.next_batch()
         assert batch.activations.shape == (64, 32) and batch.activations.dtype == torch.float32
-        rows = {(int(d), tuple(a.tolist())) for d, a in zip(batch.document_ids, batch.activations, strict=True)}
+        rows = set(zip(batch.origins.document_ids.tolist(), batch.origins.positions.tolist(), strict=True))
         assert len(rows) == 64 and not rows & seen
         seen |= rows
 
@@ -74,7 +74,7 @@ def test_reuse_divides_the_forward_passes(make_buffer) -> None:
 def test_batches_mix_documents(make_buffer) -> None:
     buffer = make_buffer()
     buffer.fill()
-    assert len(buffer.next_batch().document_ids.unique()) > 8
+    assert len(buffer.next_batch().origins.document_ids.unique()) > 8
 
 
 def test_seeds(make_buffer) -> None:
@@ -101,7 +101,7 @@ def test_a_saved_buffer_goes_on_with_the_same_batches(make_buffer, reuse, before
     for batch in expected:
         other = again.next_batch()
         assert torch.equal(batch.activations, other.activations)
-        assert torch.equal(batch.document_ids, other.document_ids)
+        assert torch.equal(batch.origins.document_ids, other.origins.document_ids)
     assert again.counts == buffer.counts
 
 

@@ -1,0 +1,329 @@
+"""Activations on disk or on the Hub: a manifest, and safetensors shards that are checked whenever they are read.
+
+A folder of activations is also a dataset repository of the Hub:
+
+    manifest.json                 where the activations come from, their statistics, every file with its sha256
+    tokens/00000.safetensors      token_ids, document_ids, positions and context_ids of the rows of shard 0
+    layer_8/00000.safetensors     activations (rows, d_in) of the same rows, one folder a layer
+    held_out/...                  the same for documents that training never sees, and their contexts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from ..errors import SelOrthoError
+from .capture import ORIGIN_NAMES, TokenOrigins
+from .hub_access import LOOKUP_ERRORS, hub_error, resolve_commit
+from .tokens import Context
+
+FORMAT, FORMAT_VERSION = "hf_selortho.activations", 1
+MANIFEST = "manifest.json"
+WORK = ".harvest"  # of a harvest that is not finished
+TRAIN, HELD_OUT = "", "held_out/"
+STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_FILE = re.compile(r"(held_out/)?(tokens|layer_\d{1,5})/\d{5,9}\.safetensors")
+_HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+class ShardError(SelOrthoError):
+    """Activations on disk that are damaged, missing or not those of their manifest."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a manifest."""
+
+    number: int
+    rows: int
+    files: dict[str, ShardFile]  # by path within the folder
+
+    def file(self, part: str, folder: str) -> str:
+        """Path of the shard's tokens or of a layer: `shard.file(TRAIN, "layer_8")`."""
+        return shard_path(part, folder, self.number)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard in memory."""
+
+    by_layer: dict[int, Tensor]  # (rows, d_in) each, as stored
+    origins: TokenOrigins
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest.json that has been checked."""
+
+    content: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
+    held_out: tuple[ShardEntry, ...]
+    sha256: str  # of the file: what identifies these activations
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(int(layer) for layer in self.content["layers"]))
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def layer(self, number: int) -> dict[str, Any]:
+        """Hook, statistics and sinks of a layer."""
+        return self.content["layers"][str(number)]
+
+
+def shard_path(part: str, folder: str, number: int) -> str:
+    """Path of a file within the folder: `shard_path(HELD_OUT, "layer_8", 3)`."""
+    return f"{part}{folder}/{number:05d}.safetensors"
+
+
+class ActivationStore:
+    """The activations of a local folder or of a dataset repository of the Hub.
+
+    Args:
+        source: the folder, or "hub:org/name" or "hub:org/name@revision" (branch, tag or commit).
+        token: access token of the Hub; without it, the stored one or HF_TOKEN.
+
+    Raises:
+        ShardError: no such folder, no manifest or a damaged one, a shard that is missing, has another size than the
+            manifest says or does not belong there; the message names it.
+        SelOrthoError: the repository is unknown, gated or unreachable.
+    """
+
+    def __init__(self, source: str, token: str | None = None) -> None:
+        self.source, self._token = source, token
+        match = _HUB.fullmatch(source)
+        if source.startswith("hub:") and match is None:
+            raise SelOrthoError(f'activations "{source}": expected hub:owner/name or hub:owner/name@revision')
+        self._repository = match["name"] if match else None
+        self._folder = Path(source).expanduser()
+        self.revision: str | None = None  # the commit of a repository
+        if match:
+            self.revision = resolve_commit("dataset", match["name"], match["revision"], token) or match["revision"]
+        self.manifest = self._read_manifest()
+        self._check_listing()
+
+    def read(self, shard: ShardEntry, layers: Sequence[int], part: str = TRAIN) -> Shard:
+        """A shard's rows at some layers, once every byte read is known to be what the manifest says.
+
+        Raises:
+            ShardError: a file is missing or damaged.
+        """
+        tokens = self._load(shard, shard.file(part, "tokens"))
+        by_layer = {}
+        for layer in layers:
+            path = shard.file(part, f"layer_{layer}")
+            by_layer[layer] = self._activations(self._load(shard, path), shard, layer, path)
+        if any(name not in tokens or tokens[name].shape != (shard.rows,) for name in ORIGIN_NAMES):
+            raise self._fault(
+                shard.file(part, "tokens"), f"does not hold {', '.join(ORIGIN_NAMES)} of {shard.rows} rows"
+            )
+        return Shard(by_layer, TokenOrigins(*(tokens[name].long() for name in ORIGIN_NAMES)))
+
+    def held_out_contexts(self) -> list[Context]:
+        """The contexts whose activations were held out, for what has to run the language model on them."""
+        contexts: list[Context] = []
+        for shard in self.manifest.held_out:
+            path = shard.file(HELD_OUT, "tokens")
+            tensors = self._load(shard, path)
+            try:
+                pieces = tensors["context_token_ids"].split(tensors["context_lengths"].tolist())
+                documents = tensors["context_document_ids"].tolist()
+                contexts += [Context(d, ids.tolist()) for d, ids in zip(documents, pieces, strict=True)]
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise self._fault(path, f"does not hold the contexts ({error})") from error
+        return contexts
+
+    def path_of(self, file: str) -> Path:
+        """A file of the folder, downloaded into the Hub's cache if need be."""
+        if self._repository is None:
+            return self._folder / file
+        name, revision, token = self._repository, self.revision, self._token
+        try:
+            return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision, token=token))
+        except LOOKUP_ERRORS as error:
+            reason = hub_error(error, "dataset", name, revision, token)
+            if file == MANIFEST:
+                raise reason from error
+            raise self._fault(file, f"cannot be downloaded ({reason})") from error
+
+    def _load(self, shard: ShardEntry, path: str) -> dict[str, Tensor]:
+        expected = shard.files[path]
+        try:
+            data = self.path_of(path).read_bytes()
+        except OSError as error:
+            raise self._fault(path, f"cannot be read ({error.strerror or error})") from error
+        if len(data) != expected.bytes:
+            raise self._fault(path, f"has {len(data)} bytes, expected {expected.bytes}")
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected.sha256:
+            raise self._fault(path, f"is damaged: its sha256 is {found}, expected {expected.sha256}")
+        try:
+            return load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise self._fault(path, f"is no safetensors file ({error})") from error
+
+    def _activations(self, tensors: dict[str, Tensor], shard: ShardEntry, layer: int, path: str) -> Tensor:
+        found = tensors.get("activations")
+        shape = (shard.rows, self.manifest.layer(layer)["d_in"])
+        dtype = STORED_DTYPES[self.manifest.content["stored_dtype"]]
+        if found is None or tuple(found.shape) != shape or found.dtype != dtype:
+            described = "no activations" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            raise self._fault(path, f"holds {described}, expected {shape} of {dtype}")
+        return found
+
+    def _read_manifest(self) -> Manifest:
+        folder = self._folder
+        if self._repository is None:
+            if not folder.is_dir():
+                raise ShardError(
+                    f"no such folder of activations: {folder} (write one with scripts/cache_activations.py; "
+                    "hub:owner/name reads one from the Hub)"
+                )
+            if (folder / WORK).exists():
+                raise ShardError(
+                    f"the harvest into {folder} is not finished: run its scripts/cache_activations.py command once more"
+                )
+            if not (folder / MANIFEST).is_file():
+                raise ShardError(f"{folder} holds no {MANIFEST}: expected a folder of scripts/cache_activations.py")
+        path = self.path_of(MANIFEST)
+        return parse_manifest(path.read_bytes(), f"{self.source}/{MANIFEST}")
+
+    def _check_listing(self) -> None:
+        """Refuse missing and extra shards before anything is read."""
+        expected = {path: file.bytes for shard in self._all() for path, file in shard.files.items()}
+        if self._repository is None:
+            present = {
+                path.relative_to(self._folder).as_posix(): path.stat().st_size
+                for path in self._folder.rglob("*.safetensors")
+            }
+            for path, size in expected.items():
+                if path in present and present[path] != size:
+                    raise self._fault(path, f"has {present[path]} bytes, expected {size}")
+            names = set(present)
+        else:
+            names = self._hub_listing(set(expected))
+        if missing := sorted(set(expected) - names):
+            raise self._fault(missing[0], f"is missing{_and_more(missing)}")
+        if extra := sorted(names - set(expected)):
+            raise self._fault(extra[0], f"is not in {MANIFEST}{_and_more(extra)}")
+
+    def _hub_listing(self, expected: set[str]) -> set[str]:
+        assert self._repository is not None
+        try:
+            files = HfApi(token=self._token).list_repo_files(
+                self._repository, repo_type="dataset", revision=self.revision
+            )
+        except LOOKUP_ERRORS:  # nobody answers: the cache holds what was downloaded, and each file is checked
+            return expected
+        return {file for file in files if file.endswith(".safetensors")}
+
+    def _all(self) -> Iterator[ShardEntry]:
+        yield from self.manifest.shards
+        yield from self.manifest.held_out
+
+    def _fault(self, path: str, fault: str) -> ShardError:
+        remedy = (
+            "download it again (a file of the cache may be deleted)"
+            if self._repository
+            else "harvest it again, or restore it from a copy"
+        )
+        return ShardError(f"shard {self.source}/{path} {fault}; {remedy}")
+
+
+def parse_manifest(data: bytes, name: str) -> Manifest:
+    """A manifest out of its bytes.
+
+    Raises:
+        ShardError: it is no manifest, of a newer version, or contradicts itself; the message says where.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise ShardError(f"{name} is damaged: not valid JSON ({error}); harvest the activations again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ShardError(f'{name} is no manifest of activations: expected "format": "{FORMAT}"')
+    if content.get("version") != FORMAT_VERSION:
+        raise ShardError(
+            f"{name} is of version {content.get('version')!r}, this hf_selortho reads {FORMAT_VERSION}: "
+            "update with pip install -U hf_selortho"
+        )
+    try:
+        shards, held_out = (_entries(content, key, part) for key, part in (("shards", TRAIN), ("held_out", HELD_OUT)))
+        _check_content(content)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ShardError(f"{name} is damaged: {what}; harvest the activations again") from error
+    if not shards:
+        raise ShardError(f"{name} lists no shard: harvest the activations again, from more text")
+    return Manifest(content, shards, held_out, hashlib.sha256(data).hexdigest())
+
+
+def _entries(content: Mapping[str, Any], key: str, part: str) -> tuple[ShardEntry, ...]:
+    folders = ["tokens", *(f"layer_{layer}" for layer in content["layers"])]
+    entries = []
+    for row in content[key]:
+        number, rows = row["number"], row["rows"]
+        if type(number) is not int or type(rows) is not int or number < 0 or rows < 1:
+            raise ValueError(f"a shard numbered {number!r} of {rows!r} rows")
+        expected = {shard_path(part, folder, number) for folder in folders}
+        if set(row["files"]) != expected or not all(map(_FILE.fullmatch, expected)):
+            raise ValueError(f"shard {number} has the files {sorted(row['files'])}, expected {sorted(expected)}")
+        files = {path: ShardFile(str(file["sha256"]), int(file["bytes"])) for path, file in row["files"].items()}
+        entries.append(ShardEntry(number, rows, files))
+    if len({entry.number for entry in entries}) != len(entries):
+        raise ValueError(f"a number occurs twice in {key}")
+    return tuple(entries)
+
+
+def _check_content(content: Mapping[str, Any]) -> None:
+    """The parts that a training relies on are there and have the right types."""
+    if content["stored_dtype"] not in STORED_DTYPES:
+        raise ValueError(f"stored_dtype is {content['stored_dtype']!r}, expected one of {', '.join(STORED_DTYPES)}")
+    for number, layer in content["layers"].items():
+        if not (number.isdecimal() and str(int(number)) == number):
+            raise ValueError(f"a layer {number!r}")
+        d_in, mean = layer["d_in"], layer["mean"]
+        if type(d_in) is not int or len(mean) != d_in or not all(isinstance(value, (int, float)) for value in mean):
+            raise ValueError(f"the mean of layer {number} is not {d_in!r} numbers")
+        if not isinstance(layer["hook_name"], str) or not layer["scale"] > 0 or not layer["median_norm"] >= 0:
+            raise ValueError(f"hook_name, scale or median_norm of layer {number}")
+        if layer["max_norm"] is not None and not layer["max_norm"] > 0:
+            raise ValueError(f"max_norm of layer {number} is {layer['max_norm']!r}")
+    for group, names in _NEEDED.items():
+        for name in names:
+            content[group][name]
+
+
+_NEEDED = {
+    "model": ("name", "revision", "dtype"),
+    "text": ("dataset", "revision", "config", "split", "text_column", "held_out_fraction"),
+    "contexts": ("context_length", "prepend_bos", "min_tokens"),
+    "counts": ("documents", "contexts", "rows", "dropped_special", "dropped_sinks", "dropped_tails"),
+}
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return "" if len(names) == 1 else f" (and {len(names) - 1} more)"
