@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -22,9 +24,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except SelOrthoError as error:
-        line = " ".join(str(error).split())
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {line}\n")
-        sys.exit(2)
+        _exit_with(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -44,13 +44,21 @@ def start_cpu_processes() -> None:
 
     On CPUs it starts a single process, whatever N, and passes N on to nobody: it is read from the command line of the
     parent process. This process then becomes torchrun, which starts the N processes. Returns if there is nothing to do.
+    Between machines, gloo would take the interface that the machine's own name leads to: often the loopback.
     """
     started_by_accelerate = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     parent = psutil.Process().parent()
     if not started_by_accelerate or "WORLD_SIZE" in os.environ or parent is None:
         return
-    arguments = torchrun_arguments(parent.cmdline())
+    try:
+        arguments = torchrun_arguments(parent.cmdline())
+    except SelOrthoError as error:
+        _exit_with(error)
     if arguments is not None:
+        if "--master_addr" in arguments:
+            interface = interface_towards(arguments[arguments.index("--master_addr") + 1])
+            if interface is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments, *sys.argv])
 
 
@@ -65,12 +73,17 @@ def torchrun_arguments(command: Sequence[str]) -> list[str] | None:
             return None
         given = list(command[start + 1 :])
     launch, _ = launch_command_parser().parse_known_args(given)
-    if launch.config_file is not None or os.path.isfile(default_config_file):
+    if launch.config_file is not None or (os.path.isfile(default_config_file) and not launch.cpu):  # as accelerate does
         defaults = load_config_from_file(launch.config_file)
         for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"):
             if getattr(launch, name) is None:
                 setattr(launch, name, getattr(defaults, name, None))
     processes, machines = launch.num_processes or 1, launch.num_machines or 1
+    if processes % machines:
+        raise SelOrthoError(
+            f"--num_processes {processes} is not a multiple of --num_machines {machines}: it counts the processes of "
+            "all machines together"
+        )
     if processes <= 1:
         return None
     per_machine = ["--nproc_per_node", str(processes // machines)]
@@ -80,6 +93,25 @@ def torchrun_arguments(command: Sequence[str]) -> list[str] | None:
         *("--nnodes", str(machines), "--node_rank", str(launch.machine_rank or 0), *per_machine),
         *("--master_addr", str(launch.main_process_ip), "--master_port", str(launch.main_process_port)),
     ]
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface through which this machine reaches a host name or address; None if there is no way."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if own in {one.address.split("%")[0] for one in found}), None)
+
+
+def _exit_with(error: SelOrthoError) -> NoReturn:
+    line = " ".join(str(error).split())
+    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {line}\n")
+    sys.exit(2)
 
 
 def _set_up_logging() -> None:

@@ -1,6 +1,7 @@
 """Train a selective-orthogonality SAE on the activations of a language model, evaluate it and write its card.
 
 accelerate launch scripts/train.py --preset demo
+accelerate launch scripts/train.py --activations acts --layers 3 8 13 --twin --output_dir runs/layers
 accelerate launch scripts/train.py --model google/gemma-3-1b-pt --layer 13 --dataset texts.jsonl --output_dir runs/mine
 """
 
@@ -21,17 +22,17 @@ from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.buffer import ActivationBuffer, ActivationStatistics
-from hf_selortho.activations.capture import ActivationCapture
-from hf_selortho.activations.lm import LanguageModel, check_context_length, load_language_model
-from hf_selortho.activations.texts import Documents, TextSource, open_documents
-from hf_selortho.activations.tokens import Context, ContextStream, held_out_contexts
+from hf_selortho.activations.buffer import ActivationStatistics
+from hf_selortho.activations.shards import ActivationStore
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
-from hf_selortho.evaluation.evaluator import Evaluation, evaluate_sae
-from hf_selortho.hub.report import metrics_table, write_report
-from hf_selortho.training.arguments import TrainingArguments, parse_arguments, sae_config
+from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
+from hf_selortho.hub.report import MemberReport, metrics_table, summary_table, write_report, write_summary
+from hf_selortho.process_watch import ProcessWatch
+from hf_selortho.training.arguments import RunArguments, TrainingArguments, parse_arguments, sae_config
 from hf_selortho.training.checkpoint import Checkpoints, find_checkpoint, is_checkpoint_of
-from hf_selortho.training.loop import LAST_STEPS, Trainer
+from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
+from hf_selortho.training.loop import LAST_STEPS, Trainer, train_together
+from hf_selortho.training.members import Member, run_members
 from hf_selortho.training.outputs import (
     METRICS_LOG,
     MetricsLog,
@@ -43,12 +44,13 @@ from hf_selortho.training.outputs import (
     prepare_output_folder,
 )
 from hf_selortho.training.penalty import full_penalty_notice, make_controller
+from hf_selortho.training.state import Controller
 
 logger = logging.getLogger("hf_selortho.train")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Text in; trained, evaluated and documented SAE out."""
+    """Activations in; trained, evaluated and documented SAEs out."""
     started = time.time()
     arguments = parse_arguments(argv)
     run = arguments.run
@@ -58,51 +60,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=resuming)
     checkpoints = Checkpoints(accelerator, output, arguments.flat(), keep=run.keep_checkpoints)
     resume_at = checkpoints.check(checkpoint) if checkpoint else 0
-    controller = make_controller(run, arguments.sae.penalty, arguments.sae.ortho_coefficient)
-    set_seed(run.seed)
+    store = open_store(arguments)
+    members = run_members(arguments)
+    for member in members:
+        make_member_controller(member)
+    with ProcessWatch(resume_hint(run)):
+        data = open_data(arguments, store, members, accelerator)
+        saes = make_saes(members, data, checkpoints, checkpoint, accelerator)
 
-    documents = load_documents(arguments)
-    lm = load_lm(arguments, accelerator)
-    capture = ActivationCapture(lm, arguments.sae.layer, batch_tokens=arguments.model.lm_batch_tokens)
-    held_out = find_held_out(arguments, lm, documents) if accelerator.is_main_process else []
-    buffer = make_buffer(arguments, accelerator, capture, documents)
-    config = make_config(arguments, capture, documents)
-    needed = full_penalty_notice(config, run.batch_size, available_memory(accelerator.device))
-    if needed is not None and accelerator.is_main_process:
-        logger.warning("%s", needed)
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
-        sae = checkpoints.load_sae(checkpoint, config)
-    else:
-        sae = new_sae(config, buffer.fill(progress=accelerator.is_main_process))
-
-    # only now is it known that the run can start, and an earlier one may be replaced
-    if accelerator.is_main_process:
-        prepare_output_folder(output, overwrite=run.overwrite_output_dir, resuming=resuming)
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, arguments)
-    log = MetricsLog(output / METRICS_LOG, resume_at=resume_at) if accelerator.is_main_process else None
-    trainer = Trainer(accelerator, sae, buffer, run, log, checkpoints, controller)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    state = trainer.train()
-    data = buffer.totals()
+        # only now is it known that the run can start, and an earlier one may be replaced
+        if accelerator.is_main_process:
+            prepare_output_folder(output, overwrite=run.overwrite_output_dir, resuming=resuming)
+        accelerator.wait_for_everyone()
+        start_trackers(accelerator, arguments)
+        trainers = [
+            make_trainer(member, sae, accelerator, output, resume_at) for member, sae in zip(members, saes, strict=True)
+        ]
+        if checkpoint is not None:
+            checkpoints.load(checkpoint, trainers, data.source)
+        train_together(trainers, data.source, run, checkpoints)
+        totals = data.source.totals()
     accelerator.end_training()
-    if log is None:
+    if not accelerator.is_main_process:
         return
-    sae.eval().save_pretrained(output)
+    for member, sae in zip(members, saes, strict=True):
+        sae.eval().save_pretrained(output / member.name)
     trained = time.time()
-    evaluation = evaluate(arguments, sae, capture, held_out)
-    metrics = {
-        "schema_version": 1,
-        "evaluation": evaluation.metrics if evaluation else {},
-        "training": {**log.mean_of_last(LAST_STEPS), "steps": state.step, "tokens": state.tokens},
-        "data": {**data, "held_out_fraction": arguments.data.held_out_fraction},
-    }
+    evaluations = evaluate(arguments, saes, data)
     run_info = {
         "command": shlex.join(["accelerate", "launch", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]),
         "preset": arguments.preset,
-        "arguments": arguments.flat(),
         "versions": library_versions(),
         "hardware": hardware(accelerator.device, accelerator.num_processes),
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
@@ -110,8 +97,85 @@ def main(argv: Sequence[str] | None = None) -> None:
         "wall_seconds": round(time.time() - started, 1),
         "peak_memory_gb": round(peak_memory_gb(accelerator.device), 2),
     }
-    write_report(output, sae.config, metrics, run_info, log.rows, evaluation.arrays if evaluation else {})
-    sys.stdout.write(closing_words(output, metrics, run_info))
+    reports = []
+    for member, trainer, evaluation in zip(members, trainers, evaluations, strict=True):
+        assert trainer.log is not None
+        metrics = {
+            "schema_version": 1,
+            "evaluation": evaluation.metrics if evaluation else {},
+            "training": {
+                **trainer.log.mean_of_last(LAST_STEPS),
+                "steps": trainer.state.step,
+                "tokens": trainer.state.tokens,
+            },
+            "data": {**totals, "held_out_fraction": arguments.data.held_out_fraction},
+        }
+        info = {**run_info, "arguments": {**member.arguments.flat(), "output_dir": str(output / member.name)}}
+        arrays = evaluation.arrays if evaluation else {}
+        write_report(output / member.name, trainer.sae.config, metrics, info, trainer.log.rows, arrays)
+        reports.append(MemberReport(member.name, member.layer, member.variant, trainer.sae.config, metrics))
+    if members[0].name:
+        write_summary(output, reports, {**run_info, "arguments": arguments.flat()})
+    sys.stdout.write(closing_words(output, reports, run_info))
+
+
+def resume_hint(run: RunArguments) -> str:
+    """What to do when a process of this run is lost."""
+    if run.checkpoint_every:
+        return "run the same command again with --resume_from_checkpoint auto"
+    return "run the same command again; --checkpoint_every N would let it resume"
+
+
+def open_data(
+    arguments: TrainingArguments, store: ActivationStore | None, members: list[Member], accelerator: Accelerator
+) -> TrainingData:
+    """Batches for all SAEs of the run, from shards or from the language model."""
+    layers = list(dict.fromkeys(member.layer for member in members))
+    if store is not None:
+        return ShardData(store, arguments, layers, accelerator)
+    return LiveData(arguments, layers, accelerator)
+
+
+def make_member_controller(member: Member) -> Controller | None:
+    """What steers the penalty of this SAE, if anything does."""
+    sae = member.arguments.sae
+    return make_controller(member.arguments.run, sae.penalty, sae.ortho_coefficient)
+
+
+def make_saes(
+    members: list[Member],
+    data: TrainingData,
+    checkpoints: Checkpoints,
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+) -> list[SelOrthoSAE]:
+    """The SAEs of the run: those of the checkpoint, or fresh ones, which all start from the same random numbers."""
+    configs = [sae_config(member.arguments, **data.provenance(member.layer)) for member in members]
+    for config in configs:
+        needed = full_penalty_notice(config, members[0].arguments.run.batch_size, available_memory(accelerator.device))
+        if needed is not None and accelerator.is_main_process:
+            logger.warning("%s", needed)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+        return [
+            checkpoints.load_sae(checkpoint / member.name, config)
+            for member, config in zip(members, configs, strict=True)
+        ]
+    statistics = data.statistics(progress=accelerator.is_main_process)
+    saes = []
+    for member, config in zip(members, configs, strict=True):
+        set_seed(member.arguments.run.seed)
+        saes.append(new_sae(config, statistics[member.layer]))
+    return saes
+
+
+def make_trainer(member: Member, sae: SelOrthoSAE, accelerator: Accelerator, output: Path, resume_at: int) -> Trainer:
+    """The trainer of one SAE; the main process keeps its log."""
+    log = None
+    if accelerator.is_main_process:
+        (output / member.name).mkdir(exist_ok=True)
+        log = MetricsLog(output / member.name / METRICS_LOG, resume_at=resume_at)
+    return Trainer(accelerator, sae, member.arguments.run, log, make_member_controller(member), member.name)
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
@@ -149,77 +213,6 @@ def start_trackers(accelerator: Accelerator, arguments: TrainingArguments) -> No
         accelerator.init_trackers("hf_selortho", config=_tracked(arguments.flat()))
 
 
-def load_documents(arguments: TrainingArguments) -> Documents:
-    """The text, with its held-out documents."""
-    data = arguments.data
-    return open_documents(
-        TextSource(
-            dataset=data.dataset,
-            config_name=data.dataset_config,
-            split=data.split,
-            text_column=data.text_column,
-            revision=data.dataset_revision,
-            streaming=data.streaming,
-            held_out_fraction=data.held_out_fraction,
-        )
-    )
-
-
-def load_lm(arguments: TrainingArguments, accelerator: Accelerator) -> LanguageModel:
-    """The frozen language model on this process's device; one process a machine downloads or converts it first."""
-    model = arguments.model
-    assert model.model is not None
-    with accelerator.local_main_process_first():
-        return load_language_model(model.model, model.model_revision, dtype=model.lm_dtype, device=accelerator.device)
-
-
-def make_buffer(
-    arguments: TrainingArguments, accelerator: Accelerator, capture: ActivationCapture, documents: Documents
-) -> ActivationBuffer:
-    """This process's part of the buffer, over documents that no other process reads."""
-    data, run, processes, rank = arguments.data, arguments.run, accelerator.num_processes, accelerator.process_index
-    check_context_length(capture.lm, arguments.sae.context_length)
-    stream = ContextStream(
-        documents,
-        capture.lm.tokenizer,
-        context_length=arguments.sae.context_length,
-        prepend_bos=arguments.sae.prepend_bos,
-        seed=run.seed,
-        rank=rank,
-        world_size=processes,
-        min_tokens=data.min_tokens,
-    )
-    return ActivationBuffer(
-        capture,
-        stream,
-        contexts=-(-data.buffer_contexts // processes),
-        context_length=arguments.sae.context_length,
-        batch_size=run.batch_size // processes,
-        refresh_every=data.refresh_every,
-        reuse=data.buffer_reuse,
-        max_norm_ratio=arguments.sae.max_norm_ratio,
-        seed=run.seed * processes + rank,
-    )
-
-
-def make_config(arguments: TrainingArguments, capture: ActivationCapture, documents: Documents) -> SelOrthoConfig:
-    """The SAE's settings, and where its activations come from."""
-    return sae_config(
-        arguments,
-        d_in=capture.lm.d_model,
-        lm_name=capture.lm.name,
-        lm_revision=capture.lm.revision,
-        hook_name=capture.hook_name,
-        dataset=documents.name,
-        dataset_revision=documents.revision,
-        dataset_split=documents.split,
-        dataset_config=arguments.data.dataset_config,
-        text_column=arguments.data.text_column,
-        min_tokens=arguments.data.min_tokens,
-        held_out_fraction=arguments.data.held_out_fraction,
-    )
-
-
 def new_sae(config: SelOrthoConfig, statistics: ActivationStatistics) -> SelOrthoSAE:
     """A fresh SAE with the input statistics in its buffers."""
     sae = SelOrthoSAE(SelOrthoConfig(**{**config.own_settings(), "max_norm": statistics.max_norm}))
@@ -228,49 +221,40 @@ def new_sae(config: SelOrthoConfig, statistics: ActivationStatistics) -> SelOrth
     return sae
 
 
-def find_held_out(arguments: TrainingArguments, lm: LanguageModel, documents: Documents) -> list[Context]:
-    """Contexts to evaluate on, of documents that training never sees; found before the training to fail early."""
-    samples = arguments.evaluation.eval_samples
-    if samples == 0 or arguments.data.held_out_fraction == 0:
-        return []
-    return held_out_contexts(
-        documents,
-        lm.tokenizer,
-        limit=samples,
-        context_length=arguments.sae.context_length,
-        prepend_bos=arguments.sae.prepend_bos,
-        min_tokens=arguments.data.min_tokens,
-    )
-
-
 def evaluate(
-    arguments: TrainingArguments, sae: SelOrthoSAE, capture: ActivationCapture, contexts: list[Context]
-) -> Evaluation | None:
+    arguments: TrainingArguments, saes: list[SelOrthoSAE], data: TrainingData
+) -> list[Evaluation] | list[None]:
     """Metrics on the held-out contexts, if there are any."""
-    if not contexts:
-        return None
-    logger.info("evaluating on %d held-out contexts", len(contexts))
-    return evaluate_sae(
-        sae,
-        capture,
-        contexts,
+    if not data.held_out:
+        return [None] * len(saes)
+    logger.info("evaluating on %d held-out contexts", len(data.held_out))
+    return evaluate_saes(
+        saes,
+        data.evaluation_capture(),
+        data.held_out,
+        batches=data.held_out_batches(arguments.run.batch_size),
         batch_size=arguments.run.batch_size,
         ce_samples=arguments.evaluation.eval_ce_samples,
     )
 
 
-def closing_words(output: Path, metrics: dict[str, Any], run_info: dict[str, Any]) -> str:
+def closing_words(output: Path, reports: list[MemberReport], run_info: dict[str, Any]) -> str:
     """The last lines on the screen: a table of the metrics, and what to type next."""
-    folder = str(output)
+    several = bool(reports[0].name)
+    folder = str(output / reports[0].name)
     minutes, seconds = divmod(round(run_info["wall_seconds"]), 60)
+    table = summary_table(reports) if several else metrics_table(reports[0].metrics)
+    holds = f"{len(reports)} SAEs, each in a folder of its own" if several else "the SAE"
+    twin = (
+        f"  {run_info['command']} --ortho_coefficient 0 --output_dir {shlex.quote(folder + '-twin')}\n"
+        "The last one trains its twin without the penalty; "
+    )
     return (
-        f"\n{metrics_table(metrics)}\n\n{output}/ holds the SAE, its metrics, pictures and card (README.md); "
+        f"\n{table}\n\n{output}/ holds {holds}, with metrics, pictures and card (README.md); "
         f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
         f'  python -c "from hf_selortho import SelOrthoSAE; print(SelOrthoSAE.from_pretrained({folder!r}).config)"\n'
-        f"  python scripts/evaluate_sae.py {shlex.quote(folder)}\n"
-        f"  {run_info['command']} --ortho_coefficient 0 --output_dir {shlex.quote(folder + '-twin')}\n"
-        f"The last one trains its twin without the penalty; {folder}/README.md has a snippet that goes from a sentence "
-        "to features.\n"
+        f"  python scripts/evaluate_sae.py {shlex.quote(folder)}\n{'' if several else twin}"
+        f"{folder}/README.md has a snippet that goes from a sentence to features.\n"
     )
 
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from hf_selortho.command_line import torchrun_arguments, use_all_cores
+from hf_selortho.command_line import interface_towards, torchrun_arguments, use_all_cores
+from hf_selortho.errors import SelOrthoError
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,10 @@ from hf_selortho.command_line import torchrun_arguments, use_all_cores
             "--main_process_port 29501 train.py --seed 3",
             "--nnodes 2 --node_rank 1 --nproc_per_node 2 --master_addr 10.0.0.1 --master_port 29501",
         ),
+        (
+            "accelerate launch --cpu --num_processes 2 --num_machines 2 --main_process_ip host --main_process_port 9 t",
+            "--nnodes 2 --node_rank 0 --nproc_per_node 1 --master_addr host --master_port 9",
+        ),
         ("accelerate launch --cpu --num_processes 1 train.py", None),
         ("accelerate launch --cpu train.py", None),
         ("/bin/bash -c something", None),
@@ -35,7 +40,13 @@ def test_what_accelerate_launch_was_asked_for(command, expected, monkeypatch) ->
     assert found == (None if expected is None else expected.split())
 
 
-def test_a_config_file_of_accelerate_counts(tmp_path) -> None:
+@pytest.mark.parametrize("processes", ["--num_processes 3", "--num_processes 1", ""])
+def test_machines_share_the_processes_evenly(processes) -> None:
+    with pytest.raises(SelOrthoError, match="is not a multiple of --num_machines 2"):
+        torchrun_arguments(f"accelerate launch --cpu {processes} --num_machines 2 --machine_rank 1 train.py".split())
+
+
+def test_a_config_file_of_accelerate_counts(tmp_path, monkeypatch) -> None:
     config = tmp_path / "cpu.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\n"
@@ -43,6 +54,16 @@ def test_a_config_file_of_accelerate_counts(tmp_path) -> None:
     )
     command = ["accelerate", "launch", "--config_file", str(config), "train.py"]
     assert torchrun_arguments(command) == ["--standalone", "--nproc_per_node", "2"]
+    monkeypatch.setattr("hf_selortho.command_line.default_config_file", str(config))
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_json_config_file", str(config))
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(config))
+    assert torchrun_arguments(["accelerate", "launch", "train.py"]) == ["--standalone", "--nproc_per_node", "2"]
+    assert torchrun_arguments(["accelerate", "launch", "--cpu", "train.py"]) is None  # accelerate does not read it
+
+
+def test_the_interface_towards_another_machine() -> None:
+    assert interface_towards("127.0.0.1") == interface_towards("localhost") is not None
+    assert interface_towards("nowhere.invalid") is None
 
 
 def test_cores_are_shared_among_processes() -> None:

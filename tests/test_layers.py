@@ -28,13 +28,14 @@ COMPOSERS = {"scripts", "spaces_app"}
 ALLOWED = {
     "__init__": {"core"},
     "core": set(),
-    "activations": {"errors"},  # it does not know the SAE
+    "activations": {"errors", "pictures", "command_line"},  # not the SAE; command_line: its report is a program too
     "training": {"__init__", "core", "activations", "command_line"},  # its arguments are those of the command line
-    "evaluation": {"__init__", "core", "activations"},
+    "evaluation": {"__init__", "core", "activations", "pictures"},
     "features": {"__init__", "core", "activations"},
     "hub": {"__init__", "core", "activations", "training", "evaluation", "features"},
-    "benchmarking": {"__init__", "core", "activations", "training", "evaluation"},  # nobody but its script knows it
+    "benchmarking": {"__init__", "core", "activations", "training", "evaluation", "pictures"},  # for its script alone
     "command_line": {"errors"},  # a flat file, but not one that goes to the Hub
+    "pictures": {"errors"},  # a flat file, but not one that goes to the Hub
 }
 CORE_THIRD_PARTY = {"torch", "transformers", "safetensors"}  # what a copy of core on the Hub can count on
 

@@ -148,6 +148,10 @@ class ActivationCapture:
         """Module of the language model that is this layer, such as "model.layers.8"."""
         return f"{self.lm.layers_path}.{layer}"
 
+    def at(self, layer: int) -> ActivationCapture:
+        """The same at a single one of the layers."""
+        return ActivationCapture(self.lm, layer, self.max_norms[self.layers.index(layer)], self.batch_tokens)
+
     @property
     def device(self) -> torch.device:
         """Where the language model computes."""

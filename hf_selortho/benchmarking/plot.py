@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from ..evaluation.plots import _STYLE, BLUE, GREEN, GREY, VERMILION, _save
+from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 from .cases import ACTIVATIONS
 
 # Okabe and Ito's palette again: one colour a mode; longer intervals are dashed
@@ -30,7 +30,7 @@ def plot_times(
     measured = [row for row in rows if row.get("seconds_per_step")]
     activations = list(dict.fromkeys(row["activation"] for row in measured))
     widths = sorted({row["width"] for row in measured})
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(2.4 + 3.7 * len(activations), 4.6), layout="constrained")
         panels = figure.subplots(1, len(activations), sharey=True, squeeze=False)[0]
         for axes, activation in zip(panels, activations, strict=True):
@@ -44,7 +44,7 @@ def plot_times(
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 named.setdefault(label, handle)
         figure.legend(list(named.values()), list(named), loc="outside right upper", fontsize=9)
-        return _save(figure, path)
+        return save_picture(figure, path)
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

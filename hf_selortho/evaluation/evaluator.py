@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.capture import ActivationCapture, length_batches
+from ..activations.capture import ActivationCapture, length_batches, only
 from ..activations.tokens import Context, pad_batch
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
@@ -57,19 +57,52 @@ def evaluate_sae(
     Raises:
         SelOrthoError: no contexts, no tokens left to measure, or an SAE of another width than the language model.
     """
-    _check_fit(sae, capture)
+    (evaluation,) = evaluate_saes(
+        [sae], capture, contexts, batch_size=batch_size, ce_samples=ce_samples, progress=progress, seed=seed
+    )
+    return evaluation
+
+
+def evaluate_saes(
+    saes: Sequence[SelOrthoSAE],
+    capture: ActivationCapture | None,
+    contexts: Sequence[Context],
+    *,
+    batches: Iterable[Mapping[int, Tensor]] | None = None,
+    batch_size: int = 4096,
+    ce_samples: int = 64,
+    progress: bool = True,
+    seed: int = 0,
+) -> list[Evaluation]:
+    """[`evaluate_sae`] of several SAEs, of one or several layers, in one pass over the text.
+
+    Args:
+        saes: each with its `layer` in its config, where `capture` reads several.
+        capture: the language model at all of these layers; None: no cross-entropies, and `batches` are needed.
+        contexts: held-out text.
+        batches: activations by layer, (B, d_in) each, where they need not be computed again.
+        batch_size, ce_samples, progress, seed: as above.
+    """
+    if capture is not None:
+        for sae in saes:
+            _check_fit(sae, capture)
     if not contexts:
         raise SelOrthoError("no held-out contexts to evaluate on: use more text or a larger held-out fraction")
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [contexts[i] for i in order]
     with torch.inference_mode():
-        metrics, arrays = _measure_features(
-            sae, _token_batches(capture, shuffled, batch_size, seed, progress), batch_size
-        )
-        arrays["max_decoder_cosine"] = max_decoder_cosine(sae.W_dec).cpu().numpy()
-        metrics["max_decoder_cosine"] = float(arrays["max_decoder_cosine"].mean())
-        metrics |= _measure_cross_entropy(sae, capture, shuffled[:ce_samples], progress)
-    return Evaluation({"samples": len(contexts)} | _defined(metrics), arrays)
+        if batches is None:
+            assert capture is not None
+            batches = _token_batches(capture, shuffled, batch_size, seed, progress)
+        found = _measure_features(saes, batches, batch_size)
+        for sae, (metrics, arrays) in zip(saes, found, strict=True):
+            arrays["max_decoder_cosine"] = max_decoder_cosine(sae.W_dec).cpu().numpy()
+            metrics["max_decoder_cosine"] = float(arrays["max_decoder_cosine"].mean())
+        if capture is not None:
+            losses = _measure_cross_entropy(saes, capture, shuffled[:ce_samples], progress)
+            for (metrics, _), loss in zip(found, losses, strict=True):
+                metrics |= loss
+    return [Evaluation({"samples": len(contexts)} | _defined(metrics), arrays) for metrics, arrays in found]
 
 
 def next_token_losses(capture: ActivationCapture, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -97,24 +130,26 @@ def _check_fit(sae: SelOrthoSAE, capture: ActivationCapture) -> None:
 
 def _token_batches(
     capture: ActivationCapture, contexts: Sequence[Context], batch_size: int, seed: int, progress: bool
-) -> Iterator[Tensor]:
-    """Activations (batch_size, d_in) of the kept tokens, mixed over pools of several batches; the last may be
+) -> Iterator[dict[int, Tensor]]:
+    """Activations (batch_size, d_in) of the kept tokens by layer, mixed over pools of several batches; the last may be
     shorter."""
     generator = torch.Generator().manual_seed(seed)
-    rest: list[Tensor] = []
+    rest: list[dict[int, Tensor]] = []
     with tqdm(total=len(contexts), desc="evaluating", unit="context", disable=not progress) as bar:
         for group in _groups(contexts, _POOL_BATCHES * batch_size):
             parts = rest
             for batch in length_batches(group, capture.batch_tokens):
-                parts.append(capture.harvest(batch).activations)
+                parts.append(capture.harvest(batch).by_layer)
                 bar.update(len(batch))
-            pool = torch.cat(parts)
-            pool = pool[torch.randperm(len(pool), generator=generator).to(pool.device)]
-            batches = pool.split(batch_size)
-            full = [b for b in batches if len(b) == batch_size]
-            rest = list(batches[len(full) :])
-            yield from full
-    yield from (r for r in rest if len(r))
+            pool = {layer: torch.cat([part[layer] for part in parts]) for layer in capture.layers}
+            tokens = len(pool[capture.layers[0]])
+            mixed = torch.randperm(tokens, generator=generator)
+            pool = {layer: held[mixed.to(held.device)] for layer, held in pool.items()}
+            full = tokens // batch_size * batch_size
+            rest = [{layer: held[full:] for layer, held in pool.items()}] if full < tokens else []
+            for start in range(0, full, batch_size):
+                yield {layer: held[start : start + batch_size] for layer, held in pool.items()}
+    yield from rest
 
 
 def _groups(contexts: Sequence[Context], tokens: int) -> Iterator[list[Context]]:
@@ -131,26 +166,43 @@ def _groups(contexts: Sequence[Context], tokens: int) -> Iterator[list[Context]]
         yield group
 
 
+class _FeatureMetrics:
+    """Running metrics of one SAE."""
+
+    def __init__(self, sae: SelOrthoSAE, batch_size: int) -> None:
+        self.sae = sae
+        self.pairs = {name: getattr(sae.config, name) for name in ("pair_fraction", "min_support", "correlation")}
+        self.reconstruction, self.sparsity = ReconstructionMetric(), SparsityMetric()
+        self.correlation = CorrelationMetric(batch_size=batch_size, **self.pairs)
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def add(self, batch: Mapping[int, Tensor]) -> None:
+        layer = self.sae.config.layer
+        found = only(batch) if layer is None or layer not in batch else batch[layer]
+        x = found.to(self.sae.device).float()  # (B, d_in)
+        h = self.sae.encode(x)  # (B, d_sae)
+        self.reconstruction.add_batch(predictions=self.sae.decode(h), references=x)
+        self.sparsity.add_batch(predictions=h)
+        self.correlation.add_batch(predictions=h)
+        if not self.arrays:
+            self.arrays = _correlation_arrays(h, **self.pairs)
+
+    def result(self) -> tuple[dict[str, float | int], dict[str, np.ndarray]]:
+        if len(self.sparsity) == 0:
+            raise SelOrthoError("no held-out token is left once special and sink tokens are dropped: use longer texts")
+        self.arrays["feature_density"] = self.sparsity.density().cpu().numpy()
+        metrics = {"tokens": len(self.sparsity)} | self.reconstruction.compute()
+        return metrics | self.sparsity.compute() | self.correlation.compute(), self.arrays
+
+
 def _measure_features(
-    sae: SelOrthoSAE, batches: Iterator[Tensor], batch_size: int
-) -> tuple[dict[str, float | int], dict[str, np.ndarray]]:
-    pairs = {name: getattr(sae.config, name) for name in ("pair_fraction", "min_support", "correlation")}
-    reconstruction, sparsity = ReconstructionMetric(), SparsityMetric()
-    correlation = CorrelationMetric(batch_size=batch_size, **pairs)
-    arrays: dict[str, np.ndarray] = {}
+    saes: Sequence[SelOrthoSAE], batches: Iterable[Mapping[int, Tensor]], batch_size: int
+) -> list[tuple[dict[str, float | int], dict[str, np.ndarray]]]:
+    running = [_FeatureMetrics(sae, batch_size) for sae in saes]
     for batch in batches:
-        x = batch.to(sae.device).float()  # (B, d_in)
-        h = sae.encode(x)  # (B, d_sae)
-        reconstruction.add_batch(predictions=sae.decode(h), references=x)
-        sparsity.add_batch(predictions=h)
-        correlation.add_batch(predictions=h)
-        if not arrays:
-            arrays = _correlation_arrays(h, **pairs)
-    if len(sparsity) == 0:
-        raise SelOrthoError("no held-out token is left once special and sink tokens are dropped: use longer texts")
-    arrays["feature_density"] = sparsity.density().cpu().numpy()
-    tokens = len(sparsity)
-    return {"tokens": tokens} | reconstruction.compute() | sparsity.compute() | correlation.compute(), arrays
+        for metrics in running:
+            metrics.add(batch)
+    return [metrics.result() for metrics in running]
 
 
 def _correlation_arrays(h: Tensor, pair_fraction: float, min_support: int, correlation: str) -> dict[str, np.ndarray]:
@@ -166,27 +218,32 @@ def _correlation_arrays(h: Tensor, pair_fraction: float, min_support: int, corre
 
 
 def _measure_cross_entropy(
-    sae: SelOrthoSAE, capture: ActivationCapture, contexts: Sequence[Context], progress: bool
-) -> dict[str, float | int]:
+    saes: Sequence[SelOrthoSAE], capture: ActivationCapture, contexts: Sequence[Context], progress: bool
+) -> list[dict[str, float | int]]:
     contexts = [c for c in contexts if len(c.input_ids) > 1]
     if not contexts:
-        return {}
-    metric = LossRecoveredMetric()
+        return [{} for _ in saes]
+    metrics = [LossRecoveredMetric() for _ in saes]
+    places = [capture.at(sae.config.layer if sae.config.layer in capture.layers else capture.layer) for sae in saes]
     lm = capture.lm.model
     batch_tokens = _LOGITS_BYTES // (lm.config.get_text_config().vocab_size * lm.dtype.itemsize)
     pad_id = capture.lm.tokenizer.pad_token_id or 0
     with tqdm(total=len(contexts), desc="cross-entropy", unit="context", disable=not progress) as bar:
         for batch in length_batches(contexts, batch_tokens):
             tokens = pad_batch(batch, pad_id)
-            metric.add_batch(
-                references=next_token_losses(capture, *tokens),
-                predictions=_spliced_losses(
-                    capture, *tokens, lambda x: sae.decode(sae.encode(x.to(sae.device).float()))
-                ),
-                ablations=_spliced_losses(capture, *tokens, torch.zeros_like),
-            )
+            clean = next_token_losses(capture, *tokens)
+            ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
+            for sae, place, metric in zip(saes, places, metrics, strict=True):
+                if place.layer not in ablated:
+                    ablated[place.layer] = _spliced_losses(place, *tokens, torch.zeros_like)
+                spliced = _spliced_losses(place, *tokens, _reconstruction_of(sae))
+                metric.add_batch(references=clean, predictions=spliced, ablations=ablated[place.layer])
             bar.update(len(batch))
-    return {"ce_samples": len(contexts)} | metric.compute()
+    return [{"ce_samples": len(contexts)} | metric.compute() for metric in metrics]
+
+
+def _reconstruction_of(sae: SelOrthoSAE) -> Callable[[Tensor], Tensor]:
+    return lambda x: sae.decode(sae.encode(x.to(sae.device).float()))
 
 
 def _spliced_losses(

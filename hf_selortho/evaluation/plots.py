@@ -1,4 +1,4 @@
-"""The pictures of a run, PNG files for its model card. Drawn without pyplot: no global state, no display needed."""
+"""The pictures of a run, PNG files for its model card."""
 
 from __future__ import annotations
 
@@ -12,27 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
 
 from ..errors import SelOrthoError
+from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 
-# Okabe and Ito's palette: told apart with any colour vision
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F6368"
 _COLORS = (BLUE, VERMILION, GREEN)
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E3E3E3",
-    "legend.frameon": False,
-    "savefig.facecolor": "white",  # readable on the dark theme of a web page too
-}
 
 
 @dataclass(frozen=True)
@@ -67,14 +53,14 @@ def plot_training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathL
         raise SelOrthoError("no training curves to draw: the rows hold none of " + ", ".join(_known_keys()))
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(4.1 * columns, 2.9 * lines), layout="constrained")
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(lines, columns, number + 1)
             _draw_panel(axes, panel, rows)
             if number >= len(panels) - columns:
                 axes.set_xlabel("step")
-        return _save(figure, path)
+        return save_picture(figure, path)
 
 
 def plot_correlation_histogram(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
@@ -84,7 +70,7 @@ def plot_correlation_histogram(arrays: Mapping[str, np.ndarray], path: str | os.
     """
     counts, edges = arrays["correlation_counts"], arrays["correlation_edges"]
     threshold = float(arrays["correlation_threshold"])
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, label="pairs of features")
@@ -99,7 +85,7 @@ def plot_correlation_histogram(arrays: Mapping[str, np.ndarray], path: str | os.
         axes.set_ylabel("pairs (log scale)")
         axes.set_title("Correlations between features" + _sampled(arrays))
         axes.legend(loc="upper right")
-        return _save(figure, path)
+        return save_picture(figure, path)
 
 
 def plot_feature_density(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
@@ -107,7 +93,7 @@ def plot_feature_density(arrays: Mapping[str, np.ndarray], path: str | os.PathLi
     density = arrays["feature_density"]
     alive = density[density > 0]  # a logarithmic axis has no zero: the others are named in the title
     dead = len(density) - len(alive)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         if len(alive):
@@ -123,14 +109,14 @@ def plot_feature_density(arrays: Mapping[str, np.ndarray], path: str | os.PathLi
         axes.set_xlabel("share of held-out tokens on which the feature fires (log scale)")
         axes.set_ylabel("features")
         axes.set_title("How often features fire" + f" ({dead:,} of {len(density):,} never did)" * (dead > 0))
-        return _save(figure, path)
+        return save_picture(figure, path)
 
 
 def plot_decoder_cosine(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
     """Draw every feature's largest decoder cosine with another feature (`arrays["max_decoder_cosine"]`)."""
     cosine = arrays["max_decoder_cosine"]
     mean = float(cosine.mean())
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         low = min(0.0, math.floor(float(cosine.min()) * 10) / 10)
@@ -141,7 +127,7 @@ def plot_decoder_cosine(arrays: Mapping[str, np.ndarray], path: str | os.PathLik
         axes.set_ylabel("features")
         axes.set_title("Nearest neighbours among the decoder directions")
         axes.legend(loc="upper right")
-        return _save(figure, path)
+        return save_picture(figure, path)
 
 
 def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -208,9 +194,3 @@ def _share(value: float) -> str:
 def _sampled(arrays: Mapping[str, np.ndarray]) -> str:
     features, eligible = arrays.get("correlation_features", (0, 0))
     return f" (a sample of {features:,} of {eligible:,})" if features < eligible else ""
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, format="png")
-    return Path(path)

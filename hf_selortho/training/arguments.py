@@ -36,6 +36,10 @@ SAEArguments = make_dataclass(
     namespace={"__doc__": "Settings of the SAE: the fields of `SelOrthoConfig` that a user chooses."},
 )
 
+SETTING_NAMES = {f.name for f in dataclasses.fields(SAEArguments)} - {
+    "layer"
+}  # that may differ between the SAEs of a run
+
 
 def argument(default: Any, description: str) -> Any:
     """A dataclass field with a default and the text that `--help` shows."""
@@ -88,6 +92,9 @@ class TextArguments:
 class DataArguments(TextArguments):
     """The text, and the buffer of its activations."""
 
+    activations: str | None = argument(
+        None, "Train on harvested activations: a folder of scripts/cache_activations.py, or hub:owner/name@revision."
+    )
     buffer_contexts: int = argument(2048, "Contexts whose activations the buffer holds, over all processes.")
     refresh_every: int = argument(24, "Batches between two refreshes of the buffer.")
     buffer_reuse: float = argument(1.0, "How often an activation is used on average before it is replaced.")
@@ -127,6 +134,11 @@ class RunArguments:
     resample_every: int = argument(
         0, "Steps between two resamplings of dead features of a ReLU SAE (Bricken et al. 2023); 0: none."
     )
+    layers: list[int] = argument([], "Train one SAE on each of these layers, all on the same tokens.")
+    twin: bool = argument(False, "Train beside each SAE its twin without the penalty (ortho_coefficient 0).")
+    variants: str | None = argument(
+        None, 'More SAEs on each layer, by name, JSON or a .json file: \'{"strong": {"ortho_coefficient": 1.0}}\'.'
+    )
     layer_settings: str | None = argument(
         None, 'Settings of the SAE by layer, JSON or a .json file: \'{"5": {"ortho_coefficient": 0.05}}\'.'
     )
@@ -157,6 +169,7 @@ class TrainingArguments:
     run: RunArguments
     evaluation: EvaluationArguments
     preset: str | None = None
+    given: frozenset[str] = frozenset()  # names on the command line itself
 
     def flat(self) -> dict[str, Any]:
         """Every argument by name, in the order of the help text."""
@@ -210,7 +223,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
     )
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    arguments = TrainingArguments(model, sae, data, run, evaluation, rest.preset)
+    arguments = TrainingArguments(model, sae, data, run, evaluation, rest.preset, _given(argv))
     _apply_layer_settings(arguments)
     _check(arguments)
     return arguments
@@ -224,10 +237,9 @@ def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
 
 def _apply_layer_settings(arguments: TrainingArguments) -> None:
     """Settings given for the layer that is trained take the place of the general ones."""
-    if arguments.run.layer_settings is None or arguments.sae.layer is None:
+    if arguments.run.layer_settings is None or arguments.sae.layer is None or arguments.run.layers:
         return
-    allowed = {f.name for f in dataclasses.fields(SAEArguments)} - {"layer"}
-    settings = parse_layer_settings(arguments.run.layer_settings, allowed)
+    settings = parse_layer_settings(arguments.run.layer_settings, SETTING_NAMES)
     for name, value in settings_of(arguments.sae.layer, settings).items():
         setattr(arguments.sae, name, value)
 
@@ -249,6 +261,10 @@ def _preset_of(argv: Sequence[str]) -> str | None:
     return None
 
 
+def _given(argv: Sequence[str]) -> frozenset[str]:
+    return frozenset(part[2:].split("=", 1)[0] for part in argv if part.startswith("--"))
+
+
 def _known(preset: dict[str, Any], groups: Sequence[Any], name: str) -> dict[str, Any]:
     hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
     unknown = sorted(set(preset) - set(hints))
@@ -265,13 +281,13 @@ def _known(preset: dict[str, Any], groups: Sequence[Any], name: str) -> dict[str
 
 def _check(arguments: TrainingArguments) -> None:
     """Refuse what no run could start with, before anything is loaded."""
-    if arguments.model.model is None:
+    if arguments.model.model is None and arguments.data.activations is None:
         raise SelOrthoError(
             "no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out"
         )
-    if arguments.sae.layer is None:
+    if arguments.sae.layer is None and not arguments.run.layers and arguments.data.activations is None:
         raise SelOrthoError(
-            "no layer given: pass --layer, the decoder layer (counted from 0) to read activations after"
+            "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"
         )
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
@@ -284,7 +300,12 @@ def _check(arguments: TrainingArguments) -> None:
         raise SelOrthoError(
             f"--warmup_steps {run.warmup_steps} and --decay_steps {run.decay_steps} exceed --max_steps {run.max_steps}"
         )
-    SelOrthoConfig(**{**dataclasses.asdict(arguments.sae), "d_in": 1, "d_sae": arguments.sae.d_sae or 1 << 30})
+    check_sae(arguments.sae)
+
+
+def check_sae(sae: Any) -> None:
+    """Raise a ConfigError unless the settings (SAEArguments) make a configuration."""
+    SelOrthoConfig(**{**dataclasses.asdict(sae), "d_in": 1, "d_sae": sae.d_sae or 1 << 30})
 
 
 _RULES: list[tuple[str, str, Any, str]] = [

@@ -6,9 +6,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..activations.buffer import ActivationBuffer
+from ..activations.buffer import BatchSource
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import Pairs
-from .optimizer import SAEOptimizer
 from .outputs import CHECKPOINTS, holds_unfinished_run, write_json
 from .state import TrainState, new_carried
+
+if TYPE_CHECKING:
+    from .loop import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -104,30 +106,26 @@ class Checkpoints:
         found = list_checkpoints(self.output_dir)
         return found[-1] if found else None
 
-    def save(self, sae: SelOrthoSAE, optimizer: SAEOptimizer, buffer: ActivationBuffer, state: TrainState) -> Path:
+    def save(self, trainers: Sequence[Trainer], source: BatchSource) -> Path:
         """Write a checkpoint of the current step; its folder gets its name when all processes have written."""
-        folder = self.output_dir / CHECKPOINTS / f"step_{state.step:06d}"
+        step = trainers[0].state.step
+        folder = self.output_dir / CHECKPOINTS / f"step_{step:06d}"
         temporary = folder.with_name(f".{folder.name}.tmp")
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            for trainer in trainers:
+                (temporary / trainer.name).mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
-        self._save_process(temporary, buffer, state)
+        tensors, rest = source.state_dict()
+        _save_tensors(tensors, temporary / f"buffer_{self._rank}.safetensors")
+        write_json(temporary / f"buffer_{self._rank}.json", rest)
+        for trainer in trainers:
+            _save_tensors(_state_tensors(trainer.state), temporary / trainer.name / f"state_{self._rank}.safetensors")
         if self.accelerator.is_main_process:
-            sae.save_pretrained(temporary)
-            save_file(optimizer.tensors(), temporary / "optimizer.safetensors")
-            scaler = self.accelerator.scaler
-            write_json(
-                temporary / "trainer.json",
-                {
-                    "step": state.step,
-                    "tokens": state.tokens,
-                    "processes": self.accelerator.num_processes,
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                    "controller": None if state.controller is None else state.controller.state_dict(),
-                    "arguments": self.arguments,
-                },
-            )
+            for trainer in trainers:
+                trainer.sae.save_pretrained(temporary / trainer.name)
+                _save_tensors(trainer.optimizer.tensors(), temporary / trainer.name / "optimizer.safetensors")
+            write_json(temporary / "trainer.json", self._summary(trainers))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,30 +135,26 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         return folder
 
-    def load(
-        self,
-        folder: Path,
-        sae: SelOrthoSAE,
-        optimizer: SAEOptimizer,
-        buffer: ActivationBuffer,
-        state: TrainState,
-    ) -> None:
-        """Restore optimiser, buffer and counters; the SAE itself has been loaded from the folder already."""
-        trainer = self._read(folder / "trainer.json")
+    def load(self, folder: Path, trainers: Sequence[Trainer], source: BatchSource) -> None:
+        """Restore optimisers, counters and batches; the SAEs themselves have been loaded from the folder already."""
+        content = self._read(folder / "trainer.json")
         try:
-            optimizer.load_tensors(load_file(folder / "optimizer.safetensors"))
+            for trainer in trainers:
+                trainer.optimizer.load_tensors(load_file(folder / trainer.name / "optimizer.safetensors"))
+                tensors = load_file(folder / trainer.name / f"state_{self._rank}.safetensors")
+                _load_state(tensors, trainer.state, trainer.sae.config)
+                controller = content["controllers"][trainer.name]
+                if trainer.state.controller is not None and controller:
+                    trainer.state.controller.load_state_dict(controller)
             tensors = load_file(folder / f"buffer_{self._rank}.safetensors")
-            since_fired = tensors.pop("tokens_since_fired")
-            self._load_pairs(tensors, state, sae.config)
+            source.load_state_dict(tensors, self._read(folder / f"buffer_{self._rank}.json"))
         except (SafetensorError, OSError, KeyError) as error:
             raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
-        state.tokens_since_fired.copy_(since_fired)
-        buffer.load_state_dict(tensors, self._read(folder / f"buffer_{self._rank}.json"))
-        state.step, state.tokens = trainer["step"], trainer["tokens"]
-        if state.controller is not None and trainer["controller"]:
-            state.controller.load_state_dict(trainer["controller"])
-        if self.accelerator.scaler is not None and trainer["scaler"]:
-            self.accelerator.scaler.load_state_dict(trainer["scaler"])
+        for trainer in trainers:
+            trainer.state.step, trainer.state.tokens = content["step"], content["tokens"]
+            trainer.resumed()
+        if self.accelerator.scaler is not None and content["scaler"]:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
 
     def load_sae(self, folder: Path, expected: SelOrthoConfig) -> SelOrthoSAE:
         """The SAE of a checkpoint, once it is known to read the same activations as this run.
@@ -213,31 +207,17 @@ class Checkpoints:
     def _rank(self) -> int:
         return self.accelerator.process_index
 
-    def _save_process(self, folder: Path, buffer: ActivationBuffer, state: TrainState) -> None:
-        tensors, rest = buffer.state_dict()
-        tensors["tokens_since_fired"] = state.tokens_since_fired.cpu()
-        if state.pairs is not None:
-            pairs = {"i": state.pairs.i, "j": state.pairs.j, "correlation": state.pairs.correlation}
-            tensors |= {f"pairs.{name}": value.cpu() for name, value in pairs.items()}
-        if state.carried is not None:
-            tensors |= {f"carried.{name}": value.cpu() for name, value in state.carried.state_dict().items()}
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()}, folder / f"buffer_{self._rank}.safetensors"
-        )
-        write_json(folder / f"buffer_{self._rank}.json", rest)
-
-    def _load_pairs(self, tensors: dict[str, Tensor], state: TrainState, config: SelOrthoConfig) -> None:
-        """Take the selected pairs and the carried co-activations out of the tensors of this process."""
-        device = state.tokens_since_fired.device
-        pairs, carried = (
-            {key: tensors.pop(f"{name}.{key}").to(device) for key in _keys_of(name, tuple(tensors))}
-            for name in ("pairs", "carried")
-        )
-        if pairs:
-            state.pairs = Pairs(pairs["i"], pairs["j"], pairs["correlation"])
-        if carried:
-            state.carried = new_carried(config)
-            state.carried.load_state_dict(carried)
+    def _summary(self, trainers: Sequence[Trainer]) -> dict[str, Any]:
+        scaler, state = self.accelerator.scaler, trainers[0].state
+        controllers = {trainer.name: trainer.state.controller for trainer in trainers}
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "processes": self.accelerator.num_processes,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "controllers": {name: None if c is None else c.state_dict() for name, c in controllers.items()},
+            "arguments": self.arguments,
+        }
 
     def _read(self, path: Path) -> Any:
         try:
@@ -246,6 +226,35 @@ class Checkpoints:
             raise SelOrthoError(
                 f"checkpoint {path.parent} is damaged: {path.name}: {error}; resume from an earlier one"
             ) from error
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+
+
+def _state_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Firing counters, selected pairs and carried co-activations of this process."""
+    tensors = {"tokens_since_fired": state.tokens_since_fired.cpu()}
+    if state.pairs is not None:
+        pairs = {"i": state.pairs.i, "j": state.pairs.j, "correlation": state.pairs.correlation}
+        tensors |= {f"pairs.{name}": value.cpu() for name, value in pairs.items()}
+    if state.carried is not None:
+        tensors |= {f"carried.{name}": value.cpu() for name, value in state.carried.state_dict().items()}
+    return tensors
+
+
+def _load_state(tensors: dict[str, Tensor], state: TrainState, config: SelOrthoConfig) -> None:
+    """Take back what [`_state_tensors`] gave."""
+    device = state.tokens_since_fired.device
+    state.tokens_since_fired.copy_(tensors["tokens_since_fired"])
+    pairs, carried = (
+        {key: tensors[f"{name}.{key}"].to(device) for key in _keys_of(name, tensors)} for name in ("pairs", "carried")
+    )
+    if pairs:
+        state.pairs = Pairs(pairs["i"], pairs["j"], pairs["correlation"])
+    if carried:
+        state.carried = new_carried(config)
+        state.carried.load_state_dict(carried)
 
 
 def _keys_of(name: str, tensors: Iterable[str]) -> list[str]:

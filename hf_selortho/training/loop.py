@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.buffer import ActivationBatch, ActivationBuffer
-from ..activations.capture import NonFiniteActivationsError
+from ..activations.buffer import ActivationBatch, BatchSource
+from ..activations.capture import NonFiniteActivationsError, only
 from ..batch_group import BatchGroup
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
@@ -31,30 +32,72 @@ class NonFiniteLossError(SelOrthoError):
     """The loss became NaN or infinite; the step was not applied."""
 
 
+def train_together(
+    trainers: Sequence[Trainer], source: BatchSource, arguments: RunArguments, checkpoints: Checkpoints
+) -> None:
+    """Train SAEs on the same batches, each step one after the other, to `max_steps`.
+
+    Raises:
+        NonFiniteActivationsError, NonFiniteLossError: names the step, the documents and the last checkpoint.
+    """
+    first = trainers[0]
+    for trainer in trainers:
+        trainer.model.train()
+    progress = tqdm(
+        total=arguments.max_steps,
+        initial=first.state.step,
+        disable=not first.accelerator.is_main_process,
+        desc="training" if len(trainers) == 1 else f"training {len(trainers)} SAEs",
+        unit="step",
+    )
+    with progress:
+        while first.state.step < arguments.max_steps:
+            try:
+                report = _step(trainers, source, arguments)
+            except (NonFiniteActivationsError, NonFiniteLossError) as error:
+                latest = f"last good checkpoint: {checkpoints.latest or 'none (see --checkpoint_every)'}"
+                raise type(error)(f"{error}. This was before step {first.state.step + 1}; {latest}") from error
+            progress.update()
+            if report is not None:
+                progress.set_postfix(_shown(report))
+            if arguments.checkpoint_every and first.state.step % arguments.checkpoint_every == 0:
+                checkpoints.save(trainers, source)
+
+
+def _step(trainers: Sequence[Trainer], source: BatchSource, arguments: RunArguments) -> dict[str, Any] | None:
+    """One optimiser step of all SAEs; returns the report of the first one if the step is logged."""
+    reports: list[dict[str, Any] | None] = []
+    for index in range(arguments.gradient_accumulation_steps):
+        started = time.perf_counter()
+        batch = source.next_batch()
+        seconds = time.perf_counter() - started
+        last = index == arguments.gradient_accumulation_steps - 1
+        reports = [trainer.learn(batch, last, seconds) for trainer in trainers]
+    return reports[0]
+
+
 class Trainer:
-    """Trains one SAE on the batches of a buffer.
+    """Trains one SAE, a batch at a time.
 
     Args:
         accelerator: device, mixed precision and data parallelism.
         sae: the model, in float32; its decoder rows have norm 1 after every step.
-        buffer: this process's batches.
         arguments: optimisation and logging.
-        log, checkpoints: where the run leaves its traces.
+        log: where the figures of its steps go; None in all processes but the main one.
         controller: steers the penalty's coefficient ([`make_controller`]).
+        name: of the SAE among several; "" if there is one.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         sae: SelOrthoSAE,
-        buffer: ActivationBuffer,
         arguments: RunArguments,
         log: MetricsLog | None,
-        checkpoints: Checkpoints,
         controller: Controller | None = None,
+        name: str = "",
     ) -> None:
-        self.accelerator, self.buffer, self.arguments = accelerator, buffer, arguments
-        self.log, self.checkpoints = log, checkpoints
+        self.accelerator, self.arguments, self.log, self.name = accelerator, arguments, log, name
         self.sae = sae.to(accelerator.device)
         self.optimizer = SAEOptimizer(self.sae, arguments, accelerator.device)
         self.model, self._adam = accelerator.prepare(self.sae, self.optimizer.adam)  # the latter scales fp16 losses
@@ -65,68 +108,42 @@ class Trainer:
         self._seconds = {"data": 0.0, "step": 0.0}
         self._tokens_timed, self._reported_at = 0, 0  # since the last report
 
-    def resume(self, checkpoint: Any) -> None:
-        """Go on from a checkpoint whose weights the SAE already has."""
-        self.checkpoints.load(checkpoint, self.sae, self.optimizer, self.buffer, self.state)
+    def resumed(self) -> None:
+        """Note that the state comes from a checkpoint: times are counted from here."""
         self._reported_at = self.state.step
 
-    def train(self) -> TrainState:
-        """Run to `max_steps`; returns the counters.
+    def learn(self, batch: ActivationBatch, last: bool, data_seconds: float = 0.0) -> dict[str, Any] | None:
+        """Add the gradient of a batch and, if it is the step's last one, take the step.
+
+        Args:
+            batch: holds the layer that the SAE reads.
+            last: gradients are exchanged between processes and applied after the last batch of a step only.
+            data_seconds: what the batch took to come.
+
+        Returns:
+            The report of the step if one was taken and is logged.
 
         Raises:
-            NonFiniteLossError: names the step, the documents of the batch and the last checkpoint.
+            NonFiniteLossError: names the step and the documents of the batch.
         """
-        self.model.train()
-        arguments = self.arguments
-        progress = tqdm(
-            total=arguments.max_steps,
-            initial=self.state.step,
-            disable=not self.accelerator.is_main_process,
-            desc="training",
-            unit="step",
-        )
-        with progress:
-            while self.state.step < arguments.max_steps:
-                report = self._step()
-                progress.update()
-                if report is not None:
-                    progress.set_postfix(_shown(report))
-                if arguments.checkpoint_every and self.state.step % arguments.checkpoint_every == 0:
-                    self.checkpoints.save(self.sae, self.optimizer, self.buffer, self.state)
-        return self.state
-
-    def _step(self) -> dict[str, Any] | None:
-        """One optimiser step; returns its report if the step is logged."""
+        started = time.perf_counter()
         self._set_learning_rate(self.state.step + 1)
         previous = self.state.pairs
-        for index in range(self.arguments.gradient_accumulation_steps):
-            started = time.perf_counter()
-            batch = self._next_batch()
-            self._seconds["data"] += time.perf_counter() - started
-            started = time.perf_counter()
-            last = index == self.arguments.gradient_accumulation_steps - 1
-            output, activations = self._accumulate(batch, last)
-            self._seconds["step"] += time.perf_counter() - started
-        started = time.perf_counter()
-        self._apply()
-        self.state.step += 1
-        if output.pairs is not None:
-            self.state.pairs = output.pairs.detached()
-        self._revive(activations, output)
+        output, activations = self._accumulate(batch, last)
+        if last:
+            self._apply()
+            self.state.step += 1
+            if output.pairs is not None:
+                self.state.pairs = output.pairs.detached()
+            self._revive(activations, output)
         self._seconds["step"] += time.perf_counter() - started
-        return self._report(activations, output, previous) if self._is_logged() else None
-
-    def _next_batch(self) -> ActivationBatch:
-        try:
-            return self.buffer.next_batch()
-        except NonFiniteActivationsError as error:
-            raise NonFiniteActivationsError(
-                f"{error}. This was before step {self.state.step + 1}; {self._last_checkpoint()}"
-            ) from error
+        self._seconds["data"] += data_seconds
+        return self._report(activations, output, previous) if last and self._is_logged() else None
 
     def _accumulate(self, batch: ActivationBatch, last: bool) -> tuple[SelOrthoOutput, Tensor]:
-        """Add the gradient of one batch; gradients are exchanged between processes after the last one only."""
-        activations = batch.activations.to(self.accelerator.device)
+        layer = self.sae.config.layer
+        found = only(batch.by_layer) if layer is None else batch.by_layer[layer]
+        activations = found.to(self.accelerator.device)
         plan = self.penalty.plan(self.state)
         dead = None
         if self.sae.revives_dead_features:
@@ -206,7 +223,9 @@ class Trainer:
         self._seconds, self._tokens_timed, self._reported_at = {"data": 0.0, "step": 0.0}, 0, self.state.step
         if self.log is not None:
             self.log.add(row)
-        self.accelerator.log({key: value for key, value in row.items() if value is not None}, step=self.state.step)
+        prefix = f"{self.name}/" if self.name else ""
+        tracked = {f"{prefix}{key}": value for key, value in row.items() if value is not None}
+        self.accelerator.log(tracked, step=self.state.step)
         return row
 
     def _mean_over_processes(self, figures: dict[str, float | None]) -> dict[str, float | None]:
@@ -229,14 +248,12 @@ class Trainer:
         assert output.losses is not None
         terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
         documents = batch.origins.document_ids.unique().tolist()
+        of = f" of {self.name}" if self.name else ""
         named = ", ".join(map(str, documents[:16])) + (" ..." if len(documents) > 16 else "")
         return (
-            f"{what} is not finite at step {self.state.step + 1} ({terms}); the step was not applied. Documents of the "
-            f"batch: {named}; {self._last_checkpoint()}; try a lower --learning_rate"
+            f"{what} is not finite at step {self.state.step + 1}{of} ({terms}); the step was not applied. Documents of "
+            f"the batch: {named}; try a lower --learning_rate"
         )
-
-    def _last_checkpoint(self) -> str:
-        return f"last good checkpoint: {self.checkpoints.latest or 'none (see --checkpoint_every)'}"
 
 
 def _shown(report: dict[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "
 PICTURES, CHECKPOINTS = "pictures", "checkpoints"
 _OWN_FILES = (METRICS_LOG, METRICS, RUN, CARD, "config.json", "model.safetensors")
 _OWN_FOLDERS = (PICTURES, CHECKPOINTS, "trackers")
+_MEMBER = re.compile(r"layer_\d+(_[a-z0-9-]+)?")  # folder of one of several SAEs
 _UNFINISHED = {METRICS_LOG, f".{METRICS_LOG}.tmp", CHECKPOINTS, "trackers"}
 _LIBRARIES = (
     "hf_selortho", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "safetensors",
@@ -61,7 +63,13 @@ def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) ->
 
 def holds_unfinished_run(folder: Path) -> bool:
     """Whether the folder is what a run leaves that died before its first checkpoint (or is empty or missing)."""
-    return not folder.is_dir() or {entry.name for entry in folder.iterdir()} <= _UNFINISHED
+    if not folder.is_dir():
+        return True
+    names = {entry.name for entry in folder.iterdir()}
+    members = {name for name in names if _MEMBER.fullmatch(name)}
+    return names - members <= _UNFINISHED and all(
+        {entry.name for entry in (folder / name).iterdir()} <= _UNFINISHED for name in members
+    )
 
 
 def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> None:
@@ -71,16 +79,25 @@ def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> N
         SelOrthoError: the folder cannot be created.
     """
     if overwrite and not resuming:
-        for name in _OWN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in _OWN_FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
+        members = [path for path in folder.glob("layer_*") if _MEMBER.fullmatch(path.name)]
+        for place in (folder, *members):
+            _remove_run(place)
+        for path in members:
+            if not any(path.iterdir()):
+                path.rmdir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SelOrthoError(
             f"cannot create output folder {folder} ({error.strerror}): choose another --output_dir"
         ) from None
+
+
+def _remove_run(folder: Path) -> None:
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

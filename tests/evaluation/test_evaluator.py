@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.activations.capture import ActivationCapture
+from hf_selortho.activations.capture import ActivationCapture, only
 from hf_selortho.activations.tokens import Context, pad_batch
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation import functional
@@ -143,7 +143,7 @@ def test_batches_mix_documents(tiny_lm, contexts):
     from hf_selortho.evaluation.evaluator import _token_batches
 
     capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
-    batches = list(_token_batches(capture, contexts, 100, seed=0, progress=False))
+    batches = [only(b) for b in _token_batches(capture, contexts, 100, seed=0, progress=False)]
     everything = capture.harvest(contexts)
     assert {len(b) for b in batches[:-1]} == {100}
     assert torch.allclose(torch.cat(batches).sort(0).values, everything.activations.sort(0).values, atol=1e-5)

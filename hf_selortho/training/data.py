@@ -1,0 +1,251 @@
+"""Where a run's activations come from: a language model reading texts while it trains, or shards harvested before."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..activations.buffer import ActivationBuffer, ActivationStatistics, BatchSource
+from ..activations.capture import ActivationCapture
+from ..activations.lm import LanguageModel, check_context_length, load_language_model
+from ..activations.shard_batches import ShardBatches, check_layers, held_out_batches
+from ..activations.shards import ActivationStore, Manifest
+from ..activations.texts import Documents, open_documents
+from ..activations.tokens import Context, ContextStream, held_out_contexts
+from ..errors import SelOrthoError
+from .arguments import TrainingArguments
+
+# Settings that a harvest has decided, by the group of arguments that holds them: where the manifest has them.
+_HARVESTED: dict[str, dict[str, tuple[str, ...]]] = {
+    "sae": {
+        "context_length": ("contexts", "context_length"),
+        "prepend_bos": ("contexts", "prepend_bos"),
+        "max_norm_ratio": ("max_norm_ratio",),
+    },
+    "data": {
+        "min_tokens": ("contexts", "min_tokens"),
+        "dataset": ("text", "dataset"),
+        "dataset_config": ("text", "config"),
+        "dataset_revision": ("text", "revision"),
+        "split": ("text", "split"),
+        "text_column": ("text", "text_column"),
+        "held_out_fraction": ("text", "held_out_fraction"),
+    },
+}
+
+
+class TrainingData(ABC):
+    """Batches to train on, and held-out activations to evaluate on."""
+
+    source: BatchSource
+    held_out: list[Context]  # in the main process; empty if nothing is evaluated
+
+    @abstractmethod
+    def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
+        """Mean, scale and sink threshold of each layer; called once, before the first batch of a new run."""
+
+    @abstractmethod
+    def provenance(self, layer: int) -> dict[str, Any]:
+        """Fields of the SAE's configuration that say where its activations come from."""
+
+    @abstractmethod
+    def evaluation_capture(self) -> ActivationCapture | None:
+        """The language model at the layers of the run; None if it is not to be had."""
+
+    @abstractmethod
+    def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
+        """Held-out activations; None: `evaluation_capture` has to compute them."""
+
+
+class LiveData(TrainingData):
+    """A frozen language model reads the texts while the SAEs train."""
+
+    def __init__(self, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator) -> None:
+        self.arguments = arguments
+        self.documents: Documents = open_documents(arguments.data.source())
+        self.lm = load_lm(arguments, accelerator)
+        check_context_length(self.lm, arguments.sae.context_length)
+        self.capture = ActivationCapture(self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens)
+        self.held_out = self._find_held_out() if accelerator.is_main_process else []
+        self.source: ActivationBuffer = self._make_buffer(accelerator.num_processes, accelerator.process_index)
+
+    def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
+        return self.source.fill(progress)
+
+    def provenance(self, layer: int) -> dict[str, Any]:
+        data = self.arguments.data
+        return {
+            "d_in": self.lm.d_model,
+            "lm_name": self.lm.name,
+            "lm_revision": self.lm.revision,
+            "hook_name": self.capture.hook_name_of(layer),
+            "dataset": self.documents.name,
+            "dataset_revision": self.documents.revision,
+            "dataset_split": self.documents.split,
+            "dataset_config": data.dataset_config,
+            "text_column": data.text_column,
+            "min_tokens": data.min_tokens,
+            "held_out_fraction": data.held_out_fraction,
+        }
+
+    def evaluation_capture(self) -> ActivationCapture | None:
+        return self.capture
+
+    def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
+        return None
+
+    def _find_held_out(self) -> list[Context]:
+        """Contexts of documents that training never sees; found before the training to fail early."""
+        samples, data, sae = self.arguments.evaluation.eval_samples, self.arguments.data, self.arguments.sae
+        if samples == 0 or data.held_out_fraction == 0:
+            return []
+        return held_out_contexts(
+            self.documents,
+            self.lm.tokenizer,
+            limit=samples,
+            context_length=sae.context_length,
+            prepend_bos=sae.prepend_bos,
+            min_tokens=data.min_tokens,
+        )
+
+    def _make_buffer(self, processes: int, rank: int) -> ActivationBuffer:
+        """This process's part of the buffer, over documents that no other process reads."""
+        data, run, sae = self.arguments.data, self.arguments.run, self.arguments.sae
+        stream = ContextStream(
+            self.documents,
+            self.lm.tokenizer,
+            context_length=sae.context_length,
+            prepend_bos=sae.prepend_bos,
+            seed=run.seed,
+            rank=rank,
+            world_size=processes,
+            min_tokens=data.min_tokens,
+        )
+        return ActivationBuffer(
+            self.capture,
+            stream,
+            contexts=-(-data.buffer_contexts // processes),
+            context_length=sae.context_length,
+            batch_size=run.batch_size // processes,
+            refresh_every=data.refresh_every,
+            reuse=data.buffer_reuse,
+            max_norm_ratio=sae.max_norm_ratio,
+            seed=run.seed * processes + rank,
+        )
+
+
+class ShardData(TrainingData):
+    """Shards hold the activations; neither the language model nor the texts are needed.
+
+    Given by name (`--model`), the language model is loaded at the end, to measure the loss recovered.
+    """
+
+    def __init__(
+        self, store: ActivationStore, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
+    ) -> None:
+        self.store, self.arguments, self.layers, self.accelerator = store, arguments, list(layers), accelerator
+        data, run, processes = arguments.data, arguments.run, accelerator.num_processes
+        self._check_model(arguments.model.model if "model" in arguments.given else None)
+        samples = arguments.evaluation.eval_samples
+        self.held_out = store.held_out_contexts() if accelerator.is_main_process and samples else []
+        self.source: ShardBatches = ShardBatches(
+            store,
+            layers,
+            batch_size=run.batch_size // processes,
+            pool_tokens=-(-data.buffer_contexts * arguments.sae.context_length // processes),
+            seed=run.seed,
+            rank=accelerator.process_index,
+            processes=processes,
+        )
+
+    def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
+        return self.source.statistics()
+
+    def provenance(self, layer: int) -> dict[str, Any]:
+        content, found = self.store.manifest.content, self.store.manifest.layer(layer)
+        model, text = content["model"], content["text"]
+        return {
+            "d_in": found["d_in"],
+            "lm_name": model["name"],
+            "lm_revision": model["revision"],
+            "hook_name": found["hook_name"],
+            "dataset": text["dataset"],
+            "dataset_revision": text["revision"],
+            "dataset_split": text["split"],
+            "dataset_config": text["config"],
+            "text_column": text["text_column"],
+            "min_tokens": content["contexts"]["min_tokens"],
+            "held_out_fraction": text["held_out_fraction"],
+        }
+
+    def evaluation_capture(self) -> ActivationCapture | None:
+        if "model" not in self.arguments.given or self.arguments.evaluation.eval_ce_samples == 0:
+            return None
+        lm = load_lm(self.arguments, self.accelerator)
+        expected = self.store.manifest.content["model"]["revision"]
+        if lm.revision != expected:
+            raise SelOrthoError(
+                f'"{lm.name}" is at revision {lm.revision}, the activations of {self.store.source} are of {expected}: '
+                "give that one as --model_revision, or leave --model out"
+            )
+        limits = [self.store.manifest.layer(layer)["max_norm"] for layer in self.layers]
+        return ActivationCapture(lm, self.layers, limits, self.arguments.model.lm_batch_tokens)
+
+    def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
+        return held_out_batches(self.store, self.layers, batch_size)
+
+    def _check_model(self, name: str | None) -> None:
+        expected = self.store.manifest.content["model"]["name"]
+        if name not in (None, expected):
+            raise SelOrthoError(
+                f'--model {name}: the activations of {self.store.source} are those of "{expected}"; leave --model out, '
+                "or give that one to have the loss recovered measured"
+            )
+
+
+def open_store(arguments: TrainingArguments) -> ActivationStore | None:
+    """The harvested activations that the arguments name; their settings take the place of those of the arguments.
+
+    Raises:
+        SelOrthoError: the command line contradicts them, or no layer is named and there are several.
+    """
+    if arguments.data.activations is None:
+        return None
+    store = ActivationStore(arguments.data.activations)
+    for group, names in _HARVESTED.items():
+        for name, path in names.items():
+            value: Any = store.manifest.content
+            for key in path:
+                value = value[key]
+            wanted = getattr(getattr(arguments, group), name)
+            if name in arguments.given and wanted != value:
+                raise SelOrthoError(
+                    f"--{name} {wanted}: the activations of {store.source} were harvested with {value}; leave it out, "
+                    "or harvest again"
+                )
+            setattr(getattr(arguments, group), name, value)
+    _choose_layers(arguments, store.manifest)
+    check_layers(store, arguments.run.layers or [arguments.sae.layer])
+    return store
+
+
+def _choose_layers(arguments: TrainingArguments, manifest: Manifest) -> None:
+    if arguments.run.layers or arguments.sae.layer is not None:
+        return
+    if len(manifest.layers) > 1:
+        raise SelOrthoError(
+            f"no layer given: choose --layer, or --layers for several, from {', '.join(map(str, manifest.layers))}"
+        )
+    arguments.sae.layer = manifest.layers[0]
+
+
+def load_lm(arguments: TrainingArguments, accelerator: Accelerator) -> LanguageModel:
+    """The frozen language model on this process's device; one process a machine downloads or converts it first."""
+    model = arguments.model
+    assert model.model is not None
+    with accelerator.local_main_process_first():
+        return load_language_model(model.model, model.model_revision, dtype=model.lm_dtype, device=accelerator.device)
