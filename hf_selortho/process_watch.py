@@ -196,8 +196,8 @@ class ProcessWatch:
 
     def _explain(self, lost: _Peer) -> None:
         which = f" (rank {lost.rank})" if self._is_first else ""  # the others know only that the first one is gone
-        self._message = (
-            f"another process of this run{which} has ended or cannot be reached; this one stops too: "
+        self._message = (  # below a progress bar
+            f"\nanother process of this run{which} has ended or cannot be reached; this one stops too: "
             f"{self.resume_hint}\n"
         )
 

@@ -27,11 +27,13 @@ from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.activations.harvest import HarvestSettings, ShardHarvest, Speed, assemble_manifest, tokenizer_hash
 from hf_selortho.activations.lm import LanguageModel, check_context_length, load_language_model
 from hf_selortho.activations.processes import sum_over_processes
+from hf_selortho.activations.report import report_table
 from hf_selortho.activations.shard_writing import ShardFolder
 from hf_selortho.activations.shards import STORED_DTYPES
 from hf_selortho.activations.texts import Documents, open_documents
 from hf_selortho.activations.tokens import ContextStream, estimate_tokens, held_out_contexts
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.process_watch import ProcessWatch
 from hf_selortho.training.arguments import ModelArguments, OneLineParser, TextArguments, argument, preset_defaults
 from hf_selortho.training.outputs import library_versions
 
@@ -76,14 +78,45 @@ def main(argv: Sequence[str] | None = None) -> None:
         "prepend_bos": arguments.prepend_bos,
         "min_tokens": text.min_tokens,
     }
+    held_out = []
+    if arguments.eval_samples and text.held_out_fraction:
+        held_out = held_out_contexts(documents, lm.tokenizer, limit=arguments.eval_samples, **cutting)
     tokens = planned_tokens(documents, lm, arguments, cutting)
-    check_disk(Path(arguments.output_dir), capture, arguments, tokens)
+    held_out_tokens = sum(len(context.input_ids) for context in held_out)
+    needed = disk_bytes(capture, arguments, tokens + held_out_tokens)
+    settings = harvest_settings(arguments, accelerator)
+    if arguments.dry_run:
+        if accelerator.is_main_process:
+            probe = probe_harvest(capture, ContextStream(documents, lm.tokenizer, seed=arguments.seed, **cutting))
+            sys.stdout.write(dry_run_words(capture, settings, probe, tokens + held_out_tokens, needed))
+        check_disk(Path(arguments.output_dir), needed)
+        return
+    check_disk(Path(arguments.output_dir), needed)
     folder = ShardFolder(Path(arguments.output_dir))
     plan = make_plan(capture, documents, text, arguments, accelerator.num_processes)
     if not begin(folder, plan, arguments, accelerator):
         sys.stdout.write(f"{folder.folder} holds this harvest already, complete\n")
         return
-    settings = HarvestSettings(
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    stream = ContextStream(
+        documents, lm.tokenizer, seed=arguments.seed, rank=rank, world_size=processes, endless=False, **cutting
+    )
+    harvest = ShardHarvest(capture, stream, held_out[rank::processes], folder, settings)
+    total = round((tokens + held_out_tokens) / processes)
+    with (
+        ProcessWatch("run the same command again, which goes on with the shards that are there"),
+        tqdm(total=total, desc="harvesting", unit="token", disable=not accelerator.is_main_process) as bar,
+    ):
+        speed = harvest.run(bar)
+    if accelerator.is_main_process:
+        manifest = assemble_manifest(folder, capture, plan, settings, library_versions())
+        folder.finish(manifest, dataset_card(manifest))
+        sys.stdout.write(closing_words(folder.folder, manifest, speed, processes))
+
+
+def harvest_settings(arguments: HarvestArguments, accelerator: Accelerator) -> HarvestSettings:
+    """What this process does of the harvest."""
+    return HarvestSettings(
         arguments.context_length,
         arguments.stored_dtype,
         arguments.max_norm_ratio,
@@ -92,27 +125,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    stream = ContextStream(
-        documents,
-        lm.tokenizer,
-        seed=arguments.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        endless=False,
-        **cutting,
-    )
-    held_out = []
-    if arguments.eval_samples and text.held_out_fraction:
-        held_out = held_out_contexts(documents, lm.tokenizer, limit=arguments.eval_samples, **cutting)
-    harvest = ShardHarvest(capture, stream, held_out[settings.rank :: settings.processes], folder, settings)
-    total = (tokens + sum(len(context.input_ids) for context in held_out)) / settings.processes
-    with tqdm(total=round(total), desc="harvesting", unit="token", disable=not accelerator.is_main_process) as bar:
-        speed = harvest.run(bar)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        manifest = assemble_manifest(folder, capture, plan, settings, library_versions())
-        folder.finish(manifest, dataset_card(manifest))
-        sys.stdout.write(closing_words(folder.folder, manifest, speed, settings.processes))
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, TextArguments, HarvestArguments]:
@@ -174,13 +186,12 @@ def planned_tokens(
 
 
 def disk_bytes(capture: ActivationCapture, arguments: HarvestArguments, tokens: float) -> float:
-    """Bytes on disk of the activations of so many tokens, and of the held-out ones."""
-    held_out = arguments.eval_samples * arguments.context_length
-    row = len(capture.layers) * capture.lm.d_model * STORED_DTYPES[arguments.stored_dtype].itemsize + 20
-    return row * (tokens + held_out)
+    """Bytes on disk of the activations of so many tokens."""
+    itemsize = STORED_DTYPES[arguments.stored_dtype].itemsize
+    return (len(capture.layers) * capture.lm.d_model * itemsize + 20) * tokens  # 20: what says where a token is from
 
 
-def check_disk(folder: Path, capture: ActivationCapture, arguments: HarvestArguments, tokens: float) -> None:
+def check_disk(folder: Path, needed: float) -> None:
     """Say how much room the harvest takes, and refuse it where there is less.
 
     Raises:
@@ -188,14 +199,14 @@ def check_disk(folder: Path, capture: ActivationCapture, arguments: HarvestArgum
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     present = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-    needed, free = disk_bytes(capture, arguments, tokens) - present, shutil.disk_usage(existing).free
-    words = f"about {tokens:,.0f} tokens of activations at {len(capture.layers)} layers need {needed / 1e9:.2f} GB"
-    if needed > free:
+    free = shutil.disk_usage(existing).free
+    words = f"the activations need about {needed / 1e9:.2f} GB of disk"
+    if needed - present > free:
         raise SelOrthoError(
             f"{words}, but {existing} has {free / 1e9:.2f} GB free: use --max_tokens, fewer --layers or another "
             "--output_dir"
         )
-    logger.info("%s of disk, %.1f GB are free", words, free / 1e9)
+    logger.info("%s, %.1f GB are free", words, free / 1e9)
 
 
 def make_plan(
@@ -301,7 +312,7 @@ def closing_words(folder: Path, manifest: dict[str, Any], speed: Speed, processe
             f"{speed.forward_share:.0%} of the time\n"
         )
     return (
-        f"\n{folder}/ holds {len(manifest['shards'])} shards of {manifest['rows']:,} "
+        f"\n{report_table(manifest)}\n\n{folder}/ holds {len(manifest['shards'])} shards of {manifest['rows']:,} "
         f"tokens and {manifest['held_out_counts']['rows']:,} held-out ones\n{fast}\nNext:\n"
         f"  accelerate launch scripts/train.py --activations {name} --layers {layers} --twin --output_dir runs/sae\n"
         f"  python -m hf_selortho.activations.report {name} --output norms.png\n"

@@ -34,6 +34,7 @@ ALLOWED = {
     "features": {"__init__", "core", "activations"},
     "hub": {"__init__", "core", "activations", "training", "evaluation", "features"},
     "benchmarking": {"__init__", "core", "activations", "training", "evaluation", "pictures"},  # for its script alone
+    "process_watch": {"errors"},
     "command_line": {"errors"},  # a flat file, but not one that goes to the Hub
     "pictures": {"errors"},  # a flat file, but not one that goes to the Hub
 }

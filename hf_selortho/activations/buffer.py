@@ -213,6 +213,12 @@ class ActivationBuffer:
         self.counts = StreamCounts(**rest["counts"])
         self.stream.load_state_dict(rest["stream"])
 
+    def memory_bytes(self) -> int:
+        """What the activations that are held take, once all of them are there."""
+        capture = self.capture
+        row = len(capture.layers) * capture.lm.d_model * capture.lm.model.dtype.itemsize
+        return self.capacity * (row + 8 * len(ORIGIN_NAMES) + 12)  # 12: uses and order
+
     def _shuffle(self) -> None:
         self._order = torch.randperm(len(self._uses), generator=self._generator)
         self._served = 0

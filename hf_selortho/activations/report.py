@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from ..command_line import run_script
 from ..errors import SelOrthoError
 from ..pictures import BLUE, GREY, STYLE, VERMILION, save_picture
-from .shards import MANIFEST
+from .shards import MANIFEST, ActivationStore
 
 _MAKER = "scripts/cache_activations.py"
 _BARS_PER_OCTAVE = 8  # of the drawn histogram; the manifest's bins are finer
@@ -57,12 +57,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         SelOrthoError: no such folder, no manifest in it or a damaged one; the message names it.
     """
-    if os.fspath(folder).startswith("hub:"):
-        raise SelOrthoError(
-            f"{os.fspath(folder)}: expected a folder; download {MANIFEST} of the repository first: "
-            f"hf download {os.fspath(folder)[4:]} {MANIFEST} --repo-type dataset --local-dir FOLDER"
-        )
-    path = Path(folder) / MANIFEST
+    hub = os.fspath(folder).startswith("hub:")
+    path = ActivationStore(os.fspath(folder)).path_of(MANIFEST) if hub else Path(folder) / MANIFEST
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

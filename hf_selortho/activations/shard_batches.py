@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import SelOrthoError
 from .buffer import ActivationBatch, ActivationStatistics
 from .capture import ORIGIN_NAMES, TokenOrigins
-from .shards import HELD_OUT, TRAIN, ActivationStore, Shard, ShardEntry
+from .shards import HELD_OUT, STORED_DTYPES, TRAIN, ActivationStore, Shard, ShardEntry
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,16 @@ class ShardBatches:
             )
         self._seed, self.epoch, self.cursor = rest["seed"], rest["epoch"], rest["cursor"]
         self._pool = self._coming = None
+
+    def memory_bytes(self) -> int:
+        """What the pool, and the one that is read ahead, take."""
+        manifest, largest, start = self.store.manifest, 0, 0
+        while start < self.rows:
+            plan = self._plan(0, start)
+            largest, start = max(largest, plan.end - plan.start), plan.end
+        itemsize = STORED_DTYPES[manifest.content["stored_dtype"]].itemsize
+        row = sum(manifest.layer(layer)["d_in"] for layer in self.layers) * itemsize + 8 * len(ORIGIN_NAMES) + 8
+        return min(2 * largest, self.rows) * row
 
     def close(self) -> None:
         """End the thread that reads ahead."""
