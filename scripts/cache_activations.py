@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from hf_selortho import SelOrthoError
 from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.activations.harvest import HarvestSettings, ShardHarvest, Speed, assemble_manifest, tokenizer_hash
+from hf_selortho.activations.harvest_plan import forecast_words, probe_harvest, refuse_what_cannot_fit
 from hf_selortho.activations.lm import LanguageModel, check_context_length, load_language_model
 from hf_selortho.activations.processes import sum_over_processes
 from hf_selortho.activations.report import report_table
@@ -33,6 +34,7 @@ from hf_selortho.activations.shards import STORED_DTYPES
 from hf_selortho.activations.texts import Documents, open_documents
 from hf_selortho.activations.tokens import ContextStream, estimate_tokens, held_out_contexts
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.memory_use import peak_memory
 from hf_selortho.process_watch import ProcessWatch
 from hf_selortho.training.arguments import ModelArguments, OneLineParser, TextArguments, argument, preset_defaults
 from hf_selortho.training.outputs import library_versions
@@ -87,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = harvest_settings(arguments, accelerator)
     if arguments.dry_run:
         if accelerator.is_main_process:
-            probe = probe_harvest(capture, ContextStream(documents, lm.tokenizer, seed=arguments.seed, **cutting))
-            sys.stdout.write(dry_run_words(capture, settings, probe, tokens + held_out_tokens, needed))
+            endless = ContextStream(documents, lm.tokenizer, seed=arguments.seed, **cutting)
+            found = probe_harvest(capture, endless, settings, tokens + held_out_tokens, needed)
+            sys.stdout.write(forecast_words(found))
+            refuse_what_cannot_fit(found)
         check_disk(Path(arguments.output_dir), needed)
         return
     check_disk(Path(arguments.output_dir), needed)
@@ -111,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         manifest = assemble_manifest(folder, capture, plan, settings, library_versions())
         folder.finish(manifest, dataset_card(manifest))
-        sys.stdout.write(closing_words(folder.folder, manifest, speed, processes))
+        memory = peak_memory(accelerator.device)
+        sys.stdout.write(closing_words(folder.folder, manifest, speed, processes, memory))
 
 
 def harvest_settings(arguments: HarvestArguments, accelerator: Accelerator) -> HarvestSettings:
@@ -302,14 +307,14 @@ def code(text: Any) -> str:
     return "`" + " ".join(str(text).split()).replace("`", "'") + "`"
 
 
-def closing_words(folder: Path, manifest: dict[str, Any], speed: Speed, processes: int) -> str:
+def closing_words(folder: Path, manifest: dict[str, Any], speed: Speed, processes: int, memory: int) -> str:
     """The last lines on the screen: the diagnosis, the speed, and what to type next."""
     name, layers = shlex.quote(str(folder)), " ".join(map(str, manifest["harvested_layers"]))
     fast = ""
     if speed.tokens:
         fast = (
             f"{speed.tokens_per_second * processes:,.0f} tokens/s; the language model's own forward took "
-            f"{speed.forward_share:.0%} of the time\n"
+            f"{speed.forward_share:.0%} of the time; peak memory {memory / 1e9:.2f} GB\n"
         )
     return (
         f"\n{report_table(manifest)}\n\n{folder}/ holds {len(manifest['shards'])} shards of {manifest['rows']:,} "

@@ -7,6 +7,7 @@ accelerate launch scripts/train.py --model google/gemma-3-1b-pt --layer 13 --dat
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shlex
@@ -27,20 +28,20 @@ from hf_selortho.activations.shards import ActivationStore
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.report import MemberReport, metrics_table, summary_table, write_report, write_summary
+from hf_selortho.memory_use import available_memory, memory_now, peak_memory
 from hf_selortho.process_watch import ProcessWatch
 from hf_selortho.training.arguments import RunArguments, TrainingArguments, parse_arguments, sae_config
 from hf_selortho.training.checkpoint import Checkpoints, find_checkpoint, is_checkpoint_of
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
+from hf_selortho.training.dry_run import check_memory, forecast, forecast_words, in_small, refuse_what_cannot_fit
 from hf_selortho.training.loop import LAST_STEPS, Trainer, train_together
 from hf_selortho.training.members import Member, run_members
 from hf_selortho.training.outputs import (
     METRICS_LOG,
     MetricsLog,
-    available_memory,
     check_output_folder,
     hardware,
     library_versions,
-    peak_memory_gb,
     prepare_output_folder,
 )
 from hf_selortho.training.penalty import full_penalty_notice, make_controller
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     members = run_members(arguments)
     for member in members:
         make_member_controller(member)
+    if run.dry_run:
+        dry_run(arguments, store, members, accelerator)
+        return
     with ProcessWatch(resume_hint(run)):
         data = open_data(arguments, store, members, accelerator)
         saes = make_saes(members, data, checkpoints, checkpoint, accelerator)
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
         "training_seconds": round(trained - started, 1),
         "wall_seconds": round(time.time() - started, 1),
-        "peak_memory_gb": round(peak_memory_gb(accelerator.device), 2),
+        "peak_memory_gb": round(peak_memory(accelerator.device) / 1e9, 2),
     }
     reports = []
     for member, trainer, evaluation in zip(members, trainers, evaluations, strict=True):
@@ -136,6 +140,12 @@ def open_data(
     return LiveData(arguments, layers, accelerator)
 
 
+def count_parameters(member: Member, data: TrainingData) -> int:
+    """Weights of this SAE, biases left out."""
+    config = sae_config(member.arguments, **data.provenance(member.layer))
+    return 2 * (config.d_in or 0) * (config.d_sae or 0)
+
+
 def make_member_controller(member: Member) -> Controller | None:
     """What steers the penalty of this SAE, if anything does."""
     sae = member.arguments.sae
@@ -145,17 +155,19 @@ def make_member_controller(member: Member) -> Controller | None:
 def make_saes(
     members: list[Member],
     data: TrainingData,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
     checkpoint: Path | None,
     accelerator: Accelerator,
 ) -> list[SelOrthoSAE]:
     """The SAEs of the run: those of the checkpoint, or fresh ones, which all start from the same random numbers."""
     configs = [sae_config(member.arguments, **data.provenance(member.layer)) for member in members]
+    parameters = sum(count_parameters(member, data) for member in members)
+    check_memory(members[0].arguments, data, parameters, accelerator.device)
     for config in configs:
         needed = full_penalty_notice(config, members[0].arguments.run.batch_size, available_memory(accelerator.device))
         if needed is not None and accelerator.is_main_process:
             logger.warning("%s", needed)
-    if checkpoint is not None:
+    if checkpoints is not None and checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
         return [
             checkpoints.load_sae(checkpoint / member.name, config)
@@ -167,6 +179,46 @@ def make_saes(
         set_seed(member.arguments.run.seed)
         saes.append(new_sae(config, statistics[member.layer]))
     return saes
+
+
+def dry_run(
+    arguments: TrainingArguments, store: ActivationStore | None, members: list[Member], accelerator: Accelerator
+) -> None:
+    """Print what the run would do, need and take.
+
+    Raises:
+        SelOrthoError: it cannot fit.
+    """
+    before = memory_now(accelerator.device)
+    data = open_data(in_small(arguments), store, members, accelerator)
+    parameters = sum(count_parameters(member, data) for member in members)
+    check_memory(arguments, data, parameters, accelerator.device)
+
+    def make_trainers(data: TrainingData) -> list[Trainer]:
+        saes = make_saes(members, data, None, None, accelerator)
+        return [
+            Trainer(accelerator, sae, member.arguments.run, None, make_member_controller(member), member.name)
+            for member, sae in zip(members, saes, strict=True)
+        ]
+
+    def evaluate_few(saes: Sequence[SelOrthoSAE], data: TrainingData, contexts: int, ce_samples: int) -> None:
+        for sae in saes:
+            sae.eval()
+        sizes = {"batch_size": arguments.run.batch_size, "ce_samples": ce_samples}
+        batches = data.held_out_batches(arguments.run.batch_size)
+        evaluate_saes(
+            saes,
+            data.evaluation_capture(),
+            data.held_out[:contexts],
+            batches=None if batches is None else itertools.islice(batches, 2),
+            progress=False,
+            **sizes,
+        )
+
+    found = forecast(arguments, accelerator, data, make_trainers, evaluate_few, before)
+    if accelerator.is_main_process:
+        sys.stdout.write(forecast_words(found, len(members)))
+    refuse_what_cannot_fit(found)
 
 
 def make_trainer(member: Member, sae: SelOrthoSAE, accelerator: Accelerator, output: Path, resume_at: int) -> Trainer:

@@ -28,13 +28,15 @@ COMPOSERS = {"scripts", "spaces_app"}
 ALLOWED = {
     "__init__": {"core"},
     "core": set(),
-    "activations": {"errors", "pictures", "command_line"},  # not the SAE; command_line: its report is a program too
-    "training": {"__init__", "core", "activations", "command_line"},  # its arguments are those of the command line
+    "activations": {"errors", "pictures", "memory_use", "command_line"},  # not the SAE; its report is a program too
+    # the arguments of a training are those of its command line
+    "training": {"__init__", "core", "activations", "command_line", "memory_use"},
     "evaluation": {"__init__", "core", "activations", "pictures"},
     "features": {"__init__", "core", "activations"},
     "hub": {"__init__", "core", "activations", "training", "evaluation", "features"},
-    "benchmarking": {"__init__", "core", "activations", "training", "evaluation", "pictures"},  # for its script alone
+    "benchmarking": {"__init__", "core", "activations", "training", "evaluation", "pictures", "memory_use"},
     "process_watch": {"errors"},
+    "memory_use": set(),
     "command_line": {"errors"},  # a flat file, but not one that goes to the Hub
     "pictures": {"errors"},  # a flat file, but not one that goes to the Hub
 }

@@ -64,6 +64,9 @@ class BatchSource(Protocol):
     def totals(self) -> dict[str, int]:
         """What all processes have harvested; each of them has to call this."""
 
+    def memory_bytes(self) -> int:
+        """What the activations that are held take, once all of them are there."""
+
 
 @dataclass
 class StreamCounts:

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..configuration_selortho import SelOrthoConfig
+from ..memory_use import peak_memory
 from ..modeling_selortho import SelOrthoSAE
-from ..training.outputs import peak_memory_gb
 from .cases import ENCODER, NONE, Case
 from .inputs import Batches
 from .steps import EncoderOnly, TrainingSteps
@@ -112,7 +112,7 @@ def _peak(device: torch.device) -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
         if found:
             return int(found[1]) * 1024
-    return int(peak_memory_gb(device) * 1e9)
+    return peak_memory(device)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ class RunArguments:
     layer_settings: str | None = argument(
         None, 'Settings of the SAE by layer, JSON or a .json file: \'{"5": {"ortho_coefficient": 0.05}}\'.'
     )
+    dry_run: bool = argument(False, "Say what the run would do, need and take, after a probe of seconds, and stop.")
     seed: int = argument(0, "Seed of the initial weights and of the order of the data.")
     logging_steps: int = argument(10, "Steps between two rows of metrics.jsonl.")
     dead_after_tokens: int = argument(200_000, "A feature that did not fire on this many tokens counts as dead.")

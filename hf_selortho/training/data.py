@@ -53,6 +53,10 @@ class TrainingData(ABC):
         """Fields of the SAE's configuration that say where its activations come from."""
 
     @abstractmethod
+    def source_bytes(self, arguments: TrainingArguments) -> int:
+        """Memory of the activations that a run with these arguments holds."""
+
+    @abstractmethod
     def evaluation_capture(self) -> ActivationCapture | None:
         """The language model at the layers of the run; None if it is not to be had."""
 
@@ -65,13 +69,13 @@ class LiveData(TrainingData):
     """A frozen language model reads the texts while the SAEs train."""
 
     def __init__(self, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator) -> None:
-        self.arguments = arguments
+        self.arguments, self.accelerator = arguments, accelerator
         self.documents: Documents = open_documents(arguments.data.source())
         self.lm = load_lm(arguments, accelerator)
         check_context_length(self.lm, arguments.sae.context_length)
         self.capture = ActivationCapture(self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens)
         self.held_out = self._find_held_out() if accelerator.is_main_process else []
-        self.source: ActivationBuffer = self._make_buffer(accelerator.num_processes, accelerator.process_index)
+        self.source: ActivationBuffer = self._make_buffer(arguments)
 
     def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
         return self.source.fill(progress)
@@ -91,6 +95,9 @@ class LiveData(TrainingData):
             "min_tokens": data.min_tokens,
             "held_out_fraction": data.held_out_fraction,
         }
+
+    def source_bytes(self, arguments: TrainingArguments) -> int:
+        return self._make_buffer(arguments).memory_bytes()  # which takes nothing until it is filled
 
     def evaluation_capture(self) -> ActivationCapture | None:
         return self.capture
@@ -112,9 +119,10 @@ class LiveData(TrainingData):
             min_tokens=data.min_tokens,
         )
 
-    def _make_buffer(self, processes: int, rank: int) -> ActivationBuffer:
+    def _make_buffer(self, arguments: TrainingArguments) -> ActivationBuffer:
         """This process's part of the buffer, over documents that no other process reads."""
-        data, run, sae = self.arguments.data, self.arguments.run, self.arguments.sae
+        data, run, sae = arguments.data, arguments.run, arguments.sae
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         stream = ContextStream(
             self.documents,
             self.lm.tokenizer,
@@ -148,19 +156,10 @@ class ShardData(TrainingData):
         self, store: ActivationStore, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
     ) -> None:
         self.store, self.arguments, self.layers, self.accelerator = store, arguments, list(layers), accelerator
-        data, run, processes = arguments.data, arguments.run, accelerator.num_processes
         self._check_model(arguments.model.model if "model" in arguments.given else None)
         samples = arguments.evaluation.eval_samples
         self.held_out = store.held_out_contexts() if accelerator.is_main_process and samples else []
-        self.source: ShardBatches = ShardBatches(
-            store,
-            layers,
-            batch_size=run.batch_size // processes,
-            pool_tokens=-(-data.buffer_contexts * arguments.sae.context_length // processes),
-            seed=run.seed,
-            rank=accelerator.process_index,
-            processes=processes,
-        )
+        self.source: ShardBatches = self._make_batches(arguments)
 
     def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
         return self.source.statistics()
@@ -197,6 +196,25 @@ class ShardData(TrainingData):
 
     def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
         return held_out_batches(self.store, self.layers, batch_size)
+
+    def source_bytes(self, arguments: TrainingArguments) -> int:
+        return self._make_batches(arguments).memory_bytes()
+
+    def _make_batches(self, arguments: TrainingArguments) -> ShardBatches:
+        """This process's batches; the pool holds about as much as the buffer over a language model would."""
+        processes, tokens = (
+            self.accelerator.num_processes,
+            arguments.data.buffer_contexts * arguments.sae.context_length,
+        )
+        return ShardBatches(
+            self.store,
+            self.layers,
+            batch_size=arguments.run.batch_size // processes,
+            pool_tokens=-(-tokens // processes),
+            seed=arguments.run.seed,
+            rank=self.accelerator.process_index,
+            processes=processes,
+        )
 
     def _check_model(self, name: str | None) -> None:
         expected = self.store.manifest.content["model"]["name"]

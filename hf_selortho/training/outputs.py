@@ -8,13 +8,11 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from ..errors import SelOrthoError
@@ -175,18 +173,6 @@ def hardware(device: torch.device, processes: int) -> str:
     return name if processes == 1 else f"{processes} processes, each on {name}"
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB: resident memory, or that of the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 1e9
-    import resource  # does not exist on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # Linux counts in KiB
-
-
 def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -208,16 +194,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return value
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that a process may still take on a device, None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available if device.type == "cpu" else None
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        within = int(limit.read_text()) - int(used.read_text())  # of a container
-    except (OSError, ValueError):
-        return available
-    return within if available is None else min(available, within)

@@ -1,0 +1,104 @@
+"""What a harvest would need and take: the harvest itself in small for some seconds, and arithmetic for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import SelOrthoError
+from ..memory_use import available_memory, memory_now, recent_peak, start_peak
+from .capture import ActivationCapture
+from .harvest import HarvestSettings, ShardHarvest
+from .shard_writing import ShardFolder
+from .shards import STORED_DTYPES
+from .tokens import ContextStream
+
+PROBE_SECONDS = 20.0
+_WARM_UP_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class HarvestForecast:
+    """A harvest, before it has begun."""
+
+    tokens: float  # BOS included, over all processes
+    tokens_per_second: float  # of one process
+    processes: int
+    language_model: int  # bytes
+    shards: int  # bytes of those being computed and written
+    peak: int  # bytes of a process
+    available: int | None
+    disk: float
+
+    @property
+    def seconds(self) -> float:
+        """Time that the harvest will take."""
+        return self.tokens / self.processes / self.tokens_per_second
+
+
+def probe_harvest(
+    capture: ActivationCapture, stream: ContextStream, settings: HarvestSettings, tokens: float, disk: float
+) -> HarvestForecast:
+    """Harvest for some seconds into a folder that is thrown away, and extrapolate.
+
+    Args:
+        capture: the layers to read. stream: contexts, endless. settings: of the harvest in full.
+        tokens, disk: tokens and bytes of the harvest in full.
+    """
+    device = capture.device
+    model = sum(parameter.numel() * parameter.element_size() for parameter in capture.lm.model.parameters())
+    available = available_memory(device)
+    loaded = memory_now(device)
+    speed = _harvest(capture, stream, settings, _WARM_UP_TOKENS, 1)
+    small = max(_WARM_UP_TOKENS, min(settings.shard_tokens, int(speed * PROBE_SECONDS / 3)))
+    start_peak(device)
+    speed = _harvest(capture, stream, settings, small, 3)
+    layers, row = len(capture.layers), capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize
+    # one shard is computed while the one before it is written, of which one layer is being turned into bytes
+    in_flight = (2 * layers + 2) * row
+    full = min(settings.shard_tokens, int(tokens / settings.processes) + 1)
+    peak = recent_peak(device)
+    if device.type == "cpu":
+        peak += in_flight * (full - small)
+    total = None if available is None else available + loaded
+    return HarvestForecast(tokens, speed, settings.processes, model, in_flight * full, peak, total, disk)
+
+
+def forecast_words(found: HarvestForecast) -> str:
+    """A forecast as a table."""
+    minutes, seconds = divmod(round(found.seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    rows = [
+        ("language model", f"{found.language_model / 1e9:.2f} GB"),
+        ("shards computed and written", f"{found.shards / 1e9:.2f} GB"),
+        ("libraries, forward passes", f"{(found.peak - found.language_model - found.shards) / 1e9:.2f} GB"),
+        ("peak memory of a process", f"{found.peak / 1e9:.2f} GB"),
+        ("disk", f"{found.disk / 1e9:.2f} GB"),
+        ("speed", f"{found.tokens_per_second * found.processes:,.0f} tokens/s"),
+        ("time", f"{hours} h {minutes} min {seconds} s"),
+    ]
+    return "\n".join([f"{found.tokens:,.0f} tokens", *(f"  {name:<30}{value:>18}" for name, value in rows)]) + "\n"
+
+
+def refuse_what_cannot_fit(found: HarvestForecast) -> None:
+    """Raise a SelOrthoError if there is too little memory."""
+    if found.available is not None and found.peak > found.available:
+        raise SelOrthoError(
+            f"this harvest needs {found.peak / 1e9:.2f} GB of memory, {found.available / 1e9:.2f} GB are available: "
+            "lower --shard_tokens or --lm_batch_tokens, or read fewer --layers"
+        )
+
+
+def _harvest(
+    capture: ActivationCapture, stream: ContextStream, settings: HarvestSettings, shard_tokens: int, shards: int
+) -> float:
+    """Tokens a second of a harvest of so many shards."""
+    alone = dataclasses.replace(
+        settings, shard_tokens=shard_tokens, max_tokens=shards * shard_tokens, rank=0, processes=1
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        target = ShardFolder(Path(folder))
+        target.begin({})
+        return ShardHarvest(capture, stream, [], target, alone).run().tokens_per_second
