@@ -33,6 +33,7 @@ FORMAT, FORMAT_VERSION = "hf_selortho.activations", 1
 MANIFEST = "manifest.json"
 WORK = ".harvest"  # of a harvest that is not finished
 TRAIN, HELD_OUT = "", "held_out/"
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _FILE = re.compile(r"(held_out/)?(tokens|layer_\d{1,5})/\d{5,9}\.safetensors")
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -120,8 +121,10 @@ class ActivationStore:
         self._repository = match["name"] if match else None
         self._folder = Path(source).expanduser()
         self.revision: str | None = None  # the commit of a repository
+        self._cached_only = False  # nobody answers
         if match:
-            self.revision = resolve_commit("dataset", match["name"], match["revision"], token) or match["revision"]
+            self._cached_only = resolve_commit("dataset", match["name"], match["revision"], token) is None
+            self.revision = match["revision"]  # so that the cache learns what a branch stands for; then the commit
         self.manifest = self._read_manifest()
         self._check_listing()
 
@@ -162,7 +165,11 @@ class ActivationStore:
             return self._folder / file
         name, revision, token = self._repository, self.revision, self._token
         try:
-            return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision, token=token))
+            return Path(
+                hf_hub_download(
+                    name, file, repo_type="dataset", revision=revision, token=token, local_files_only=self._cached_only
+                )
+            )
         except LOOKUP_ERRORS as error:
             reason = hub_error(error, "dataset", name, revision, token)
             if file == MANIFEST:
@@ -209,6 +216,8 @@ class ActivationStore:
             if not (folder / MANIFEST).is_file():
                 raise ShardError(f"{folder} holds no {MANIFEST}: expected a folder of scripts/cache_activations.py")
         path = self.path_of(MANIFEST)
+        if self._repository is not None:
+            self.revision = path.parent.name  # .../snapshots/<commit>/manifest.json, offline too
         return parse_manifest(path.read_bytes(), f"{self.source}/{MANIFEST}")
 
     def _check_listing(self) -> None:
@@ -218,6 +227,7 @@ class ActivationStore:
             present = {
                 path.relative_to(self._folder).as_posix(): path.stat().st_size
                 for path in self._folder.rglob("*.safetensors")
+                if path.is_file()  # no link to a file that is gone
             }
             for path, size in expected.items():
                 if path in present and present[path] != size:
@@ -232,11 +242,13 @@ class ActivationStore:
 
     def _hub_listing(self, expected: set[str]) -> set[str]:
         assert self._repository is not None
+        if self._cached_only:  # the cache holds what was downloaded, and each file is checked
+            return expected
         try:
             files = HfApi(token=self._token).list_repo_files(
                 self._repository, repo_type="dataset", revision=self.revision
             )
-        except LOOKUP_ERRORS:  # nobody answers: the cache holds what was downloaded, and each file is checked
+        except LOOKUP_ERRORS:
             return expected
         return {file for file in files if file.endswith(".safetensors")}
 
@@ -261,7 +273,7 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{name} is damaged: not valid JSON ({error}); harvest the activations again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ShardError(f'{name} is no manifest of activations: expected "format": "{FORMAT}"')
@@ -273,7 +285,7 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     try:
         shards, held_out = (_entries(content, key, part) for key, part in (("shards", TRAIN), ("held_out", HELD_OUT)))
         _check_content(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise ShardError(f"{name} is damaged: {what}; harvest the activations again") from error
     if not shards:
@@ -292,6 +304,8 @@ def _entries(content: Mapping[str, Any], key: str, part: str) -> tuple[ShardEntr
         if set(row["files"]) != expected or not all(map(_FILE.fullmatch, expected)):
             raise ValueError(f"shard {number} has the files {sorted(row['files'])}, expected {sorted(expected)}")
         files = {path: ShardFile(str(file["sha256"]), int(file["bytes"])) for path, file in row["files"].items()}
+        if rows > min(file.bytes for file in files.values()):  # so that no size is believed that no file has
+            raise ValueError(f"shard {number} of {rows} rows has a file of fewer bytes")
         entries.append(ShardEntry(number, rows, files))
     if len({entry.number for entry in entries}) != len(entries):
         raise ValueError(f"a number occurs twice in {key}")
@@ -306,11 +320,13 @@ def _check_content(content: Mapping[str, Any]) -> None:
         if not (number.isdecimal() and str(int(number)) == number):
             raise ValueError(f"a layer {number!r}")
         d_in, mean = layer["d_in"], layer["mean"]
-        if type(d_in) is not int or len(mean) != d_in or not all(isinstance(value, (int, float)) for value in mean):
+        finite = all(isinstance(value, (int, float)) and abs(value) <= _FLOAT32_MAX for value in mean)
+        if type(d_in) is not int or len(mean) != d_in or not finite:
             raise ValueError(f"the mean of layer {number} is not {d_in!r} numbers")
-        if not isinstance(layer["hook_name"], str) or not layer["scale"] > 0 or not layer["median_norm"] >= 0:
+        numbers_valid = 0 < layer["scale"] <= _FLOAT32_MAX and 0 <= layer["median_norm"] <= _FLOAT32_MAX
+        if not isinstance(layer["hook_name"], str) or not numbers_valid:
             raise ValueError(f"hook_name, scale or median_norm of layer {number}")
-        if layer["max_norm"] is not None and not layer["max_norm"] > 0:
+        if layer["max_norm"] is not None and not 0 < layer["max_norm"] <= _FLOAT32_MAX:
             raise ValueError(f"max_norm of layer {number} is {layer['max_norm']!r}")
     for group, names in _NEEDED.items():
         for name in names:

@@ -1,0 +1,318 @@
+"""Several SAEs in one run, and runs from harvested activations, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+
+from hf_selortho import SelOrthoError, SelOrthoSAE
+from hf_selortho.activations.buffer import ActivationBatch
+from hf_selortho.activations.capture import ActivationCapture
+from hf_selortho.activations.shard_batches import ShardBatches
+from hf_selortho.activations.shards import ActivationStore
+from hf_selortho.activations.texts import TextSource, open_documents
+from hf_selortho.activations.tokens import ContextStream
+from hf_selortho.training import data as training_data
+from hf_selortho.training import dry_run
+from scripts import cache_activations, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def command(settings: dict, changes: dict) -> list[str]:
+    """A command line; a value of True is a flag, a list several words, None nothing."""
+    parts: list[str] = []
+    for key, value in {**settings, **changes}.items():
+        if value is not None:
+            words = [] if value is True else map(str, value if isinstance(value, list) else [value])
+            parts += [f"--{key}", *words]
+    return parts
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Settings that runs share, without a source of activations."""
+
+    def build(**changes: object) -> list[str]:
+        settings = {
+            "d_sae": 64, "pair_fraction": 0.01, "batch_size": 128, "max_steps": 8, "learning_rate": 1e-3,
+            "eval_samples": 30, "eval_ce_samples": 8, "output_dir": tmp_path / "run", "cpu": True,
+        }  # fmt: skip
+        return command(settings, changes)
+
+    return build
+
+
+@pytest.fixture
+def live(arguments, tiny_lm_dir, sample_text_files):
+    """Arguments of runs with the language model."""
+
+    def build(**changes: object) -> list[str]:
+        source = {
+            "model": tiny_lm_dir("llama"), "lm_dtype": "float32", "dataset": sample_text_files.csv,
+            "context_length": 32, "buffer_contexts": 32, "refresh_every": 4,
+        }  # fmt: skip
+        return arguments(**{**source, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def harvested(tiny_lm_dir, sample_text_files, tmp_path_factory) -> Path:
+    """Layers 1 and 2 of the small Llama on the sample texts, in float32."""
+    folder = tmp_path_factory.mktemp("harvest") / "acts"
+    settings = {
+        "model": tiny_lm_dir("llama"), "lm_dtype": "float32", "dataset": sample_text_files.csv, "layers": [2, 1],
+        "context_length": 256, "stored_dtype": "float32", "shard_tokens": 3000, "eval_samples": 30,
+        "output_dir": folder, "cpu": True,
+    }  # fmt: skip
+    cache_activations.main(command(settings, {}))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_layers_and_twins_equal_runs_of_their_own(live, tmp_path, capsys) -> None:
+    settings = {"max_norm_ratio": "inf", "layer_settings": '{"2": {"l1_coefficient": 0.2}}'}
+    train.main(live(layers=[1, 2], twin=True, **settings))
+    shown = capsys.readouterr().out
+    alone = {
+        "layer_1": {"layer": 1}, "layer_1_twin": {"layer": 1, "ortho_coefficient": 0},
+        "layer_2": {"layer": 2}, "layer_2_twin": {"layer": 2, "ortho_coefficient": 0},
+    }  # fmt: skip
+    for name, changes in alone.items():
+        train.main(live(output_dir=tmp_path / name, **settings, **changes))
+        assert same(weights(tmp_path / name), weights(tmp_path / "run" / name))
+        one, of_several = (
+            json.loads((folder / "metrics.json").read_text())["evaluation"]
+            for folder in (tmp_path / name, tmp_path / "run" / name)
+        )
+        assert one == pytest.approx(of_several, rel=1e-4)
+    sae = SelOrthoSAE.from_pretrained(tmp_path / "run", subfolder="layer_2")
+    assert (sae.config.layer, sae.config.l1_coefficient, sae.config.hook_name) == (2, 0.2, "model.layers.2")
+    together = json.loads((tmp_path / "run" / "metrics.json").read_text())["saes"]
+    assert set(together) == set(alone) and together["layer_1_twin"]["variant"] == "twin"
+    table = (tmp_path / "run" / "README.md").read_text()
+    figure = f"{together['layer_2']['evaluation']['fvu']:.4f}"
+    assert figure in table and figure in shown and "| mean | twin |" in table
+    assert (tmp_path / "run" / "layer_1" / "README.md").is_file()
+
+
+def test_variants_by_name(live, tmp_path) -> None:
+    variants = '{"strong": {"ortho_coefficient": 5.0}, "top-4": {"activation": "topk", "k": 4}}'
+    train.main(live(layer=1, variants=variants, eval_samples=0))
+    configs = {p.name: SelOrthoSAE.from_pretrained(p).config for p in (tmp_path / "run").glob("layer_*")}
+    assert set(configs) == {"layer_1", "layer_1_strong", "layer_1_top-4"}
+    assert configs["layer_1_strong"].ortho_coefficient == 5.0 and configs["layer_1_top-4"].k == 4
+
+
+@pytest.mark.parametrize("source", ["live", "shards"])
+def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_path) -> None:
+    build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
+    settings = {"layers": [1, 2], "twin": True, "checkpoint_every": 3, "eval_samples": 0}
+    train.main(build(**settings))
+    train.main(build(**settings, output_dir=tmp_path / "cut", max_steps=5))
+    train.main(build(**settings, output_dir=tmp_path / "cut", resume_from_checkpoint="auto"))
+    for name in ("layer_1", "layer_1_twin", "layer_2", "layer_2_twin"):
+        assert same(weights(tmp_path / "run" / name), weights(tmp_path / "cut" / name))
+        rows = [
+            [json.loads(line) for line in (tmp_path / run / name / "metrics.jsonl").read_text().splitlines()]
+            for run in ("run", "cut")
+        ]
+        assert [row["step"] for row in rows[1]] == list(range(1, 9))
+        assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    if source == "shards":  # three numbers, no activations
+        (saved,) = (tmp_path / "cut" / "checkpoints").glob("step_000006/buffer_0.json")
+        assert set(json.loads(saved.read_text())) == {"seed", "epoch", "cursor", "activations"}
+
+
+class _Replay:
+    """The activations of the shards' tokens, computed by the language model at once, in the order of the shards."""
+
+    def __init__(self, lm, layers, documents: Path, order: ShardBatches) -> None:
+        stream = ContextStream(
+            open_documents(TextSource(str(documents))), lm.tokenizer, context_length=256, endless=False
+        )
+        limits = [order.store.manifest.layer(layer)["max_norm"] for layer in layers]
+        capture = ActivationCapture(lm, layers, limits)
+        self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
+        while contexts := stream.take_tokens(3000):
+            part = capture.harvest(contexts)
+            places = zip(part.origins.document_ids.tolist(), part.origins.positions.tolist(), strict=True)
+            for row, place in enumerate(places):
+                self.rows[place] = {layer: held[row] for layer, held in part.by_layer.items()}
+        self.order, self.layers = order, layers
+
+    def next_batch(self) -> ActivationBatch:
+        origins = self.order.next_batch().origins
+        places = list(zip(origins.document_ids.tolist(), origins.positions.tolist(), strict=True))
+        by_layer = {layer: torch.stack([self.rows[place][layer] for place in places]) for layer in self.layers}
+        return ActivationBatch(by_layer, origins)
+
+    def __getattr__(self, name):
+        return getattr(self.order, name)
+
+
+def test_shards_train_the_weights_that_the_language_model_trains(
+    arguments, harvested, tiny_lm, sample_text_files, tmp_path, monkeypatch
+) -> None:
+    build = {"activations": harvested, "layers": [1, 2], "eval_samples": 0, "max_steps": 20}
+    train.main(arguments(**build))
+    made = training_data.ShardBatches
+    replays = []
+
+    def replaying(store, layers, **settings):
+        replays.append(_Replay(tiny_lm("llama"), list(layers), sample_text_files.csv, made(store, layers, **settings)))
+        return replays[-1]
+
+    monkeypatch.setattr(training_data, "ShardBatches", replaying)
+    train.main(arguments(**build, output_dir=tmp_path / "replayed"))
+    assert replays
+    for layer in (1, 2):
+        assert same(weights(tmp_path / "run" / f"layer_{layer}"), weights(tmp_path / "replayed" / f"layer_{layer}"))
+
+
+def test_shards_need_neither_texts_nor_language_model(
+    arguments, tiny_lm_dir, sample_text_files, tmp_path, monkeypatch
+) -> None:
+    texts, lm = tmp_path / "texts.csv", tmp_path / "lm"
+    shutil.copy(sample_text_files.csv, texts)
+    shutil.copytree(tiny_lm_dir("llama"), lm)
+    settings = {"model": lm, "dataset": texts, "layers": 1, "output_dir": tmp_path / "acts", "eval_samples": 20}
+    cache_activations.main(command({**settings, "cpu": True}, {}))
+    texts.unlink(), shutil.rmtree(lm)
+    train.main(arguments(activations=tmp_path / "acts"))
+    config = SelOrthoSAE.from_pretrained(tmp_path / "run").config
+    assert (config.layer, config.lm_name, config.dataset) == (1, str(lm), str(texts))
+    assert config.context_length == 128 and config.max_norm is not None
+    evaluation = json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"]
+    assert evaluation["samples"] == 20 and 0 < evaluation["fvu"] < 2 and "loss_recovered" not in evaluation
+
+
+def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvested, tiny_lm_dir, tmp_path) -> None:
+    train.main(arguments(activations=harvested, layer=2, model=tiny_lm_dir("llama"), lm_dtype="float32"))
+    evaluation = json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"]
+    assert evaluation["ce_samples"] == 8 and "loss_recovered" in evaluation
+    with pytest.raises(SelOrthoError, match="the activations of .* are those of"):
+        train.main(arguments(activations=harvested, layer=2, model="acme/other", output_dir=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "no layer given: choose --layer, or --layers for several, from 1, 2"),
+        ({"layer": 3}, "holds no layer 3: choose from 1, 2"),
+        ({"layer": 1, "context_length": 64}, "--context_length 64: .* were harvested with 256"),
+        ({"layer": 1, "activations": "nowhere"}, "no such folder of activations: nowhere"),
+        ({"layer": 1, "activations": "hub:acme"}, 'activations "hub:acme": expected hub:owner/name'),
+        ({"layers": [1, 1]}, "expected each layer once"),
+        ({"layer": 1, "variants": '{"a b": {}}'}, "names a variant 'a b'"),
+        ({"layer": 1, "variants": '{"x": {"k": 4}}'}, "layer_1_x: k=4: only"),
+        ({"layer": 1, "twin": True, "variants": '{"twin": {}}'}, "both name a variant 'twin'"),
+        ({"layers": [1, 2], "layer_settings": '{"2": {"context_length": 9}}'}, "read the same tokens"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(changes, message, arguments, harvested, tmp_path) -> None:
+    with pytest.raises(SelOrthoError, match=message):
+        train.main(arguments(**{"activations": harvested, **changes}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_byte_is_named_and_nothing_is_trained_on_it(arguments, harvested, tmp_path) -> None:
+    damaged = tmp_path / "acts"
+    shutil.copytree(harvested, damaged)
+    shard = sorted((damaged / "layer_1").iterdir())[-1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(SelOrthoError, match=rf"layer_1/{shard.name} is damaged"):
+        train.main(arguments(activations=damaged, layer=1, max_steps=500))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("source", ["live", "shards"])
+def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
+    source, live, arguments, harvested, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(dry_run, "PROBE_SECONDS", 0.2)
+    build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
+    train.main(build(layers=[1, 2], twin=True, dry_run=True))
+    shown = capsys.readouterr().out
+    assert "4 SAEs with 17,024 parameters, trained on 1,024 tokens" in shown  # 4 (2 * 32 * 64 + 64 + 32 + 64)
+    assert "activations held" in shown and "in all" in shown and not (tmp_path / "run").exists()
+    monkeypatch.setattr(dry_run, "available_memory", lambda device: 100_000)
+    with pytest.raises(SelOrthoError, match="this run cannot fit: activations held"):
+        train.main(build(layers=[1, 2], dry_run=True))
+
+
+def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("hf_selortho.activations.harvest_plan.PROBE_SECONDS", 0.2)
+    settings = {
+        "model": tiny_lm_dir("llama"), "dataset": sample_text_files.csv, "layers": [1], "cpu": True, "dry_run": True,
+        "output_dir": tmp_path / "acts",
+    }  # fmt: skip
+    cache_activations.main(command(settings, {}))
+    shown = capsys.readouterr().out
+    assert "peak memory of a process" in shown and "tokens/s" in shown and not (tmp_path / "acts").exists()
+    monkeypatch.setattr("hf_selortho.activations.harvest_plan.available_memory", lambda device: -(1 << 40))
+    with pytest.raises(SelOrthoError, match="this harvest needs .* GB of memory"):
+        cache_activations.main(command(settings, {}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(SelOrthoError, match="need about .* GB of disk, but"):
+        cache_activations.main(command(settings, {"dry_run": None}))
+
+
+def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
+    )
+
+
+def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_documents, arguments, tmp_path) -> None:
+    """Five documents: the processes have different numbers of them, and of shards."""
+    texts = tmp_path / "five.jsonl"
+    long = [" ".join(sample_documents[n : n + 1 + 40 * (n == 0)]) for n in range(5)]
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
+    settings = {
+        "model": tiny_lm_dir("llama"), "dataset": texts, "layers": [1], "held_out_fraction": 0, "shard_tokens": 200,
+        "output_dir": tmp_path / "acts",
+    }  # fmt: skip
+    done = _launch(["scripts/cache_activations.py", *command(settings, {})], 2)
+    assert done.returncode == 0, done.stderr
+    store = ActivationStore(str(tmp_path / "acts"))
+    documents: dict[int, set[int]] = {0: set(), 1: set()}
+    for entry in store.manifest.shards:
+        documents[entry.number % 2] |= set(store.read(entry, [1]).origins.document_ids.tolist())
+    assert not documents[0] & documents[1] and documents[0] | documents[1] == set(range(5))
+    per_process = [sum(entry.number % 2 == rank for entry in store.manifest.shards) for rank in (0, 1)]
+    assert per_process[0] != per_process[1]
+    run = arguments(activations=tmp_path / "acts", batch_size=32, max_steps=30, twin=True, eval_samples=0)
+    done = _launch(["scripts/train.py", *run], 2)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").glob("layer_*")} == {"layer_1", "layer_1_twin"}
