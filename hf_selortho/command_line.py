@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from transformers.utils import logging as transformers_logging
 
 from .errors import SelOrthoError
+from .memory_use import local_processes
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -30,13 +31,13 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def use_all_cores(processes: int, threads: int | None = None) -> None:
+def use_all_cores(threads: int | None = None) -> None:
     """Give this process its share of the machine's cores (or `threads`).
 
     `accelerate launch` sets OMP_NUM_THREADS to 1 on a machine without a GPU, which would leave all cores but one idle.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // processes))
+    torch.set_num_threads(threads or max(1, cores // local_processes()))
 
 
 def start_cpu_processes() -> None:

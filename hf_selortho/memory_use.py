@@ -1,8 +1,10 @@
-"""Memory of this process: what it has taken at most, and what it may still take."""
+"""Memory and disk: what this process has taken at most, and what it may still take."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,13 +55,60 @@ def memory_now(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that a process may still take on a device, None if unknown."""
+    """Bytes that this process may still take on a device, None if unknown.
+
+    Where several processes of a run share a machine, each has its share of the machine's memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available if device.type == "cpu" else None
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if device.type != "cpu":
+        return None
+    return min([psutil.virtual_memory().available, *_room_in_containers()]) // local_processes()
+
+
+def existing_folder(path: Path) -> Path:
+    """The folder, or the closest one above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is, or would be."""
+    return shutil.disk_usage(existing_folder(folder)).free
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _room_in_containers(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes left in each control group of Linux that this process is in and that has a limit.
+
+    The cache of files counts as used there, though the kernel gives it back on demand.
+    """
     try:
-        within = int(limit.read_text()) - int(used.read_text())  # of a container
-    except (OSError, ValueError):
-        return available
-    return within if available is None else min(available, within)
+        groups = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return []
+    room = []
+    for _, controllers, path in groups:
+        if controllers in ("", "memory"):  # of version 2, of version 1
+            top = root / controllers
+            place = top / path.strip("/")
+            folders = [place, *(parent for parent in place.parents if parent.is_relative_to(top))]
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            room += [
+                left for folder in dict.fromkeys([*folders, top]) if (left := _room_in(folder, *names)) is not None
+            ]
+    return room
+
+
+def _room_in(group: Path, limit: str, used: str) -> int | None:
+    try:
+        left = int((group / limit).read_text()) - int((group / used).read_text())
+        found = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return None
+    return max(0, left + sum(map(int, found)))

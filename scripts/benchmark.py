@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     peers = load_peers(arguments.peers) if arguments.peers else []
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     if device.type == "cpu":
-        use_all_cores(1, arguments.cpu_threads)
+        use_all_cores(arguments.cpu_threads)
     trained = load_trained(arguments.sae) if arguments.sae else None
     d_in = arguments.d_in if trained is None else trained.config.d_in
     read = read_activations(arguments, d_in)

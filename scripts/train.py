@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import shlex
 import sys
 import time
@@ -35,7 +34,7 @@ from hf_selortho.training.checkpoint import Checkpoints, find_checkpoint, is_che
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
 from hf_selortho.training.dry_run import check_memory, forecast, forecast_words, in_small, refuse_what_cannot_fit
 from hf_selortho.training.loop import LAST_STEPS, Trainer, train_together
-from hf_selortho.training.members import Member, run_members
+from hf_selortho.training.members import Member, all_settings, run_members, with_inputs_of
 from hf_selortho.training.outputs import (
     METRICS_LOG,
     MetricsLog,
@@ -59,10 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(run.resume_from_checkpoint, run.output_dir)
     resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(checkpoint, run.output_dir)
     output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=resuming)
-    checkpoints = Checkpoints(accelerator, output, arguments.flat(), keep=run.keep_checkpoints)
-    resume_at = checkpoints.check(checkpoint) if checkpoint else 0
     store = open_store(arguments)
     members = run_members(arguments)
+    arguments = with_inputs_of(members, arguments)
+    settings = all_settings(arguments, members)
+    checkpoints = Checkpoints(accelerator, output, settings, keep=run.keep_checkpoints)
+    resume_at = checkpoints.check(checkpoint) if checkpoint else 0
     for member in members:
         make_member_controller(member)
     if run.dry_run:
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints.load(checkpoint, trainers, data.source)
         train_together(trainers, data.source, run, checkpoints)
         totals = data.source.totals()
+        data.source.release()
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
@@ -208,7 +210,7 @@ def dry_run(
         batches = data.held_out_batches(arguments.run.batch_size)
         evaluate_saes(
             saes,
-            data.evaluation_capture(),
+            data.evaluation_capture() if ce_samples or batches is None else None,
             data.held_out[:contexts],
             batches=None if batches is None else itertools.islice(batches, 2),
             progress=False,
@@ -249,7 +251,7 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
             f"--report_to {' '.join(missing)}: install the tracker with pip install {' '.join(missing)}"
         )
     if accelerator.device.type == "cpu":
-        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), arguments.run.cpu_threads)
+        use_all_cores(arguments.run.cpu_threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SelOrthoError("--mixed_precision fp16 needs a GPU: use --mixed_precision bf16 or no on the CPU")
     if arguments.run.batch_size % accelerator.num_processes:

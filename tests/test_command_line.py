@@ -66,14 +66,15 @@ def test_the_interface_towards_another_machine() -> None:
     assert interface_towards("nowhere.invalid") is None
 
 
-def test_cores_are_shared_among_processes() -> None:
+def test_cores_are_shared_among_processes(monkeypatch) -> None:
     before = torch.get_num_threads()
     try:
-        use_all_cores(1, threads=1)
+        use_all_cores(threads=1)
         assert torch.get_num_threads() == 1
-        use_all_cores(1)
+        use_all_cores()
         assert torch.get_num_threads() == len(os.sched_getaffinity(0))
-        use_all_cores(1000)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+        use_all_cores()
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

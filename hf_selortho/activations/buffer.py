@@ -67,6 +67,9 @@ class BatchSource(Protocol):
     def memory_bytes(self) -> int:
         """What the activations that are held take, once all of them are there."""
 
+    def release(self) -> None:
+        """Let go of them: the training is over."""
+
 
 @dataclass
 class StreamCounts:
@@ -221,6 +224,11 @@ class ActivationBuffer:
         capture = self.capture
         row = len(capture.layers) * capture.lm.d_model * capture.lm.model.dtype.itemsize
         return self.capacity * (row + 8 * len(ORIGIN_NAMES) + 12)  # 12: uses and order
+
+    def release(self) -> None:
+        """Let go of the activations: the training is over."""
+        self._activations = {}
+        self._origins = TokenOrigins.empty(0)
 
     def _shuffle(self) -> None:
         self._order = torch.randperm(len(self._uses), generator=self._generator)

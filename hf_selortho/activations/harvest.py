@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
 from .capture import ActivationCapture, TokenOrigins, max_norm_from_ratio, within_norms
-from .processes import mean_over_processes
+from .processes import mean_over_processes, sum_over_processes
 from .shard_writing import Record, ShardFolder
 from .shards import FORMAT, FORMAT_VERSION, HELD_OUT, STORED_DTYPES, TRAIN
 from .statistics import LayerStatistics
@@ -112,14 +112,16 @@ class ShardHarvest:
     def _run_part(
         self,
         part: str,
-        groups_after: Callable[[list[Record]], Iterator[tuple[list[Context], dict[str, Any]]]],
+        groups_after: Callable[[list[dict[str, Any]]], Iterator[tuple[list[Context], dict[str, Any]]]],
         progress: tqdm | None,
     ) -> None:
         settings = self.settings
-        done = list(self.folder.records(part, settings.rank, settings.processes))
+        done: list[dict[str, Any]] = []
+        if self._max_norms is not None:  # else what is there was not told apart by limits that are known
+            done = [record.content for record in self.folder.records(part, settings.rank, settings.processes)]
         number = settings.rank + settings.processes * len(done)
         if progress is not None:
-            progress.update(sum(record.content["counts"]["tokens"] for record in done))
+            progress.update(sum(content["counts"]["tokens"] for content in done))
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             writing: Future[None] | None = None
             for contexts, state in _ahead(groups_after(done), reader):
@@ -135,12 +137,12 @@ class ShardHarvest:
         if self._max_norms is None:  # no context came to this process; the others wait for its word
             self._calibrate(None)
 
-    def _training_groups(self, done: list[Record]) -> Iterator[tuple[list[Context], dict[str, Any]]]:
+    def _training_groups(self, done: list[dict[str, Any]]) -> Iterator[tuple[list[Context], dict[str, Any]]]:
         """Contexts of each shard that is not there yet, and the state of the stream behind them."""
         settings, taken = self.settings, 0
         if done:
-            self.stream.load_state_dict(done[-1].content["stream"])
-            taken = sum(record.content["counts"]["tokens"] for record in done)
+            self.stream.load_state_dict(done[-1]["stream"])
+            taken = sum(content["counts"]["tokens"] for content in done)
         share = None if settings.max_tokens is None else -(-settings.max_tokens // settings.processes)
         while True:
             wanted = settings.shard_tokens if share is None else min(settings.shard_tokens, share - taken)
@@ -150,7 +152,7 @@ class ShardHarvest:
             taken += sum(len(context.input_ids) for context in contexts)
             yield contexts, {"stream": self.stream.state_dict()}
 
-    def _held_out_groups(self, done: list[Record]) -> Iterator[tuple[list[Context], dict[str, Any]]]:
+    def _held_out_groups(self, done: list[dict[str, Any]]) -> Iterator[tuple[list[Context], dict[str, Any]]]:
         groups: list[list[Context]] = []
         held = self.settings.shard_tokens
         for context in self.held_out:
@@ -182,15 +184,17 @@ class ShardHarvest:
         return _Raw(contexts, by_layer, torch.cat(norms), TokenOrigins.concatenate(origins), special)
 
     def _calibrate(self, norms: Tensor | None) -> None:
-        """Agree with the other processes on what a sink is."""
-        medians = []
+        """Agree with the other processes on what a sink is; it is on the disk before any shard is."""
+        medians, together = [], self.settings.processes > 1
         for column in range(len(self.capture.layers)):
             median = None if norms is None or len(norms) == 0 else float(norms[:, column].median())
-            medians.append(mean_over_processes(median, self.capture.device) or 0.0)
+            medians.append((mean_over_processes(median, self.capture.device) if together else median) or 0.0)
         limits = tuple(max_norm_from_ratio(median, self.settings.max_norm_ratio) or None for median in medians)
-        self._max_norms = limits
         if self.settings.rank == 0:
             self.folder.write_calibration(self.capture.layers, medians, limits)
+        if together:
+            sum_over_processes(torch.zeros(1, device=self.capture.device))  # wait until it is written
+        self._max_norms = limits
 
     def _write(self, part: str, number: int, raw: _Raw, state: dict[str, Any]) -> None:
         """Tell sinks apart, gather the statistics and write a shard."""

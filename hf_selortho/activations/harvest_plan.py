@@ -7,8 +7,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..errors import SelOrthoError
-from ..memory_use import available_memory, memory_now, recent_peak, start_peak
+from ..memory_use import available_memory, existing_folder, memory_now, recent_peak, start_peak
 from .capture import ActivationCapture
 from .harvest import HarvestSettings, ShardHarvest
 from .shard_writing import ShardFolder
@@ -28,8 +30,9 @@ class HarvestForecast:
     processes: int
     language_model: int  # bytes
     shards: int  # bytes of those being computed and written
-    peak: int  # bytes of a process
+    peak: int  # bytes of a process, on its device
     available: int | None
+    host_available: int | None  # memory of the machine for the shards, where the device has its own; else None
     disk: float
 
     @property
@@ -39,42 +42,53 @@ class HarvestForecast:
 
 
 def probe_harvest(
-    capture: ActivationCapture, stream: ContextStream, settings: HarvestSettings, tokens: float, disk: float
+    capture: ActivationCapture,
+    stream: ContextStream,
+    settings: HarvestSettings,
+    tokens: float,
+    disk: float,
+    folder: Path,
 ) -> HarvestForecast:
     """Harvest for some seconds into a folder that is thrown away, and extrapolate.
 
     Args:
         capture: the layers to read. stream: contexts, endless. settings: of the harvest in full.
         tokens, disk: tokens and bytes of the harvest in full.
+        folder: where that would go; the probe writes beside it.
     """
     device = capture.device
     model = sum(parameter.numel() * parameter.element_size() for parameter in capture.lm.model.parameters())
     available = available_memory(device)
     loaded = memory_now(device)
-    speed = _harvest(capture, stream, settings, _WARM_UP_TOKENS, 1)
+    speed = _harvest(capture, stream, settings, folder, _WARM_UP_TOKENS, 1)
     small = max(_WARM_UP_TOKENS, min(settings.shard_tokens, int(speed * PROBE_SECONDS / 3)))
     start_peak(device)
-    speed = _harvest(capture, stream, settings, small, 3)
+    speed = _harvest(capture, stream, settings, folder, small, 3)
     layers, row = len(capture.layers), capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize
     # one shard is computed while the one before it is written, of which one layer is being turned into bytes
     in_flight = (2 * layers + 2) * row
     full = min(settings.shard_tokens, int(tokens / settings.processes) + 1)
-    peak = recent_peak(device)
+    peak, host_available = recent_peak(device), None
     if device.type == "cpu":
         peak += in_flight * (full - small)
+    else:
+        host_available = available_memory(torch.device("cpu"))
     total = None if available is None else available + loaded
-    return HarvestForecast(tokens, speed, settings.processes, model, in_flight * full, peak, total, disk)
+    return HarvestForecast(
+        tokens, speed, settings.processes, model, in_flight * full, peak, total, host_available, disk
+    )
 
 
 def forecast_words(found: HarvestForecast) -> str:
     """A forecast as a table."""
     minutes, seconds = divmod(round(found.seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    on_device, owner = (found.shards, "of a process") if found.host_available is None else (0, "on the accelerator")
     rows = [
         ("language model", f"{found.language_model / 1e9:.2f} GB"),
         ("shards computed and written", f"{found.shards / 1e9:.2f} GB"),
-        ("libraries, forward passes", f"{(found.peak - found.language_model - found.shards) / 1e9:.2f} GB"),
-        ("peak memory of a process", f"{found.peak / 1e9:.2f} GB"),
+        ("libraries, forward passes", f"{(found.peak - found.language_model - on_device) / 1e9:.2f} GB"),
+        (f"peak memory {owner}", f"{found.peak / 1e9:.2f} GB"),
         ("disk", f"{found.disk / 1e9:.2f} GB"),
         ("speed", f"{found.tokens_per_second * found.processes:,.0f} tokens/s"),
         ("time", f"{hours} h {minutes} min {seconds} s"),
@@ -89,16 +103,31 @@ def refuse_what_cannot_fit(found: HarvestForecast) -> None:
             f"this harvest needs {found.peak / 1e9:.2f} GB of memory, {found.available / 1e9:.2f} GB are available: "
             "lower --shard_tokens or --lm_batch_tokens, or read fewer --layers"
         )
+    if found.host_available is not None and found.shards > found.host_available:
+        raise SelOrthoError(
+            f"the shards being computed and written need {found.shards / 1e9:.2f} GB of the machine's memory, "
+            f"{found.host_available / 1e9:.2f} GB are available: lower --shard_tokens, or read fewer --layers"
+        )
 
 
 def _harvest(
-    capture: ActivationCapture, stream: ContextStream, settings: HarvestSettings, shard_tokens: int, shards: int
+    capture: ActivationCapture,
+    stream: ContextStream,
+    settings: HarvestSettings,
+    folder: Path,
+    shard_tokens: int,
+    shards: int,
 ) -> float:
     """Tokens a second of a harvest of so many shards."""
     alone = dataclasses.replace(
         settings, shard_tokens=shard_tokens, max_tokens=shards * shard_tokens, rank=0, processes=1
     )
-    with tempfile.TemporaryDirectory() as folder:
-        target = ShardFolder(Path(folder))
+    beside = existing_folder(folder)
+    try:
+        place = tempfile.TemporaryDirectory(prefix=".probe-", dir=beside)
+    except OSError as error:
+        raise SelOrthoError(f"cannot write to {beside}: {error.strerror}; choose another --output_dir") from error
+    with place:
+        target = ShardFolder(Path(place.name))
         target.begin({})
         return ShardHarvest(capture, stream, [], target, alone).run().tokens_per_second

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_selortho.activations.embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
+from hf_selortho.activations.fingerprint import fingerprint
 from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from hf_selortho.errors import SelOrthoError
 
@@ -134,6 +134,11 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return outer[0], lists[outer[0]]
 
 
+def find_revision(name: str, revision: str | None = None, token: str | None = None) -> str | None:
+    """The `revision` that [`load_language_model`] would give, without loading the weights; raises as it does."""
+    return _locate(name, revision, token).revision
+
+
 def check_layer(lm: LanguageModel | int, layer: int) -> None:
     """Raise a SelOrthoError unless `layer` counts a decoder layer of `lm` (or of that many layers) from 0."""
     name, count = ("the model", lm) if isinstance(lm, int) else (f'"{lm.name}"', lm.num_layers)
@@ -175,16 +180,9 @@ def _pinned(name: str, location: str, found: str, expected: str | None) -> _Sour
 
 
 def _fingerprint(folder: Path) -> str:
-    """Identify a local model without reading gigabytes of it."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20))
-    return f"local-sha256:{digest.hexdigest()}"
+    """Identify a local model."""
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return f"local-sha256:{fingerprint(weights, (folder / 'config.json').read_bytes())}"
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class ShardBatches:
         self._reader = ThreadPoolExecutor(1)
         self._pool: _Pool | None = None
         self._coming: Future[_Pool] | None = None
+        self._planned: list[_Plan] | None = None  # the pools of an epoch
 
     def statistics(self) -> dict[int, ActivationStatistics]:
         """Mean, scale and sink threshold of each layer, as the harvest measured them."""
@@ -139,21 +141,20 @@ class ShardBatches:
                 "or start a new run in another --output_dir"
             )
         self._seed, self.epoch, self.cursor = rest["seed"], rest["epoch"], rest["cursor"]
-        self._pool = self._coming = None
+        self._pool = self._coming = self._planned = None
 
     def memory_bytes(self) -> int:
         """What the pool, and the one that is read ahead, take."""
-        manifest, largest, start = self.store.manifest, 0, 0
-        while start < self.rows:
-            plan = self._plan(0, start)
-            largest, start = max(largest, plan.end - plan.start), plan.end
+        manifest = self.store.manifest
+        largest = max(plan.end - plan.start for plan in self._pools(0))
         itemsize = STORED_DTYPES[manifest.content["stored_dtype"]].itemsize
         row = sum(manifest.layer(layer)["d_in"] for layer in self.layers) * itemsize + 8 * len(ORIGIN_NAMES) + 8
         return min(2 * largest, self.rows) * row
 
-    def close(self) -> None:
-        """End the thread that reads ahead."""
+    def release(self) -> None:
+        """Let go of the pools, and end the thread that reads ahead; there are no batches afterwards."""
         self._reader.shutdown(cancel_futures=True)
+        self._pool = self._coming = None
 
     def _current_pool(self) -> _Pool:
         """The pool that the cursor is in; the one after it is being read when this returns."""
@@ -172,17 +173,22 @@ class ShardBatches:
 
     def _plan(self, epoch: int, cursor: int) -> _Plan:
         """Which shards make the pool that holds a row of an epoch."""
-        order = np.random.default_rng([self._seed, self._rank, epoch]).permutation(len(self._parts))
-        start, chosen = 0, []
-        for number in order.tolist():
-            chosen.append(number)
-            rows = sum(self._parts[n].rows for n in chosen)
-            last = number == order[-1]
-            if rows >= self._pool_tokens or last:
-                if cursor < start + rows:
-                    break
-                start, chosen = start + rows, []
-        return _Plan(epoch, start, start + rows, tuple(chosen))
+        pools = self._pools(epoch)
+        return pools[bisect_right(pools, cursor, key=lambda plan: plan.start) - 1]
+
+    def _pools(self, epoch: int) -> list[_Plan]:
+        """The pools of an epoch, in order."""
+        if self._planned is None or self._planned[0].epoch != epoch:
+            order = np.random.default_rng([self._seed, self._rank, epoch]).permutation(len(self._parts)).tolist()
+            pools, start, rows, chosen = [], 0, 0, []
+            for number in order:
+                chosen.append(number)
+                rows += self._parts[number].rows
+                if rows >= self._pool_tokens or number == order[-1]:
+                    pools.append(_Plan(epoch, start, start + rows, tuple(chosen)))
+                    start, rows, chosen = start + rows, 0, []
+            self._planned = pools
+        return self._planned
 
     def _load(self, plan: _Plan, previous: _Pool | None) -> _Pool:
         if previous is not None and set(previous.plan.parts) == set(plan.parts):
@@ -199,7 +205,8 @@ class ShardBatches:
         if part.step == 1:
             return shard
         rows = slice(part.first, None, part.step)
-        return Shard({layer: held[rows] for layer, held in shard.by_layer.items()}, shard.origins[rows])
+        by_layer = {layer: held[rows].clone() for layer, held in shard.by_layer.items()}  # else all rows stay
+        return Shard(by_layer, TokenOrigins.concatenate([shard.origins[rows]]), shard.contexts)
 
 
 @dataclass(frozen=True)
@@ -254,9 +261,13 @@ def layer_statistics(store: ActivationStore, layer: int) -> ActivationStatistics
 
 
 def held_out_batches(
-    store: ActivationStore, layers: Sequence[int], batch_size: int, seed: int = 0
+    store: ActivationStore, layers: Sequence[int], batch_size: int, seed: int = 0, contexts: int | None = None
 ) -> Iterator[dict[int, Tensor]]:
     """The held-out activations in batches of mixed contexts, by layer (B, d_in) float32; the last may be shorter.
+
+    Args:
+        store, layers: which activations. batch_size: tokens of a batch. seed: of their order.
+        contexts: only those of so many contexts, the first ones.
 
     Raises:
         ShardError: a shard is damaged or missing.
@@ -264,8 +275,13 @@ def held_out_batches(
     generator = torch.Generator().manual_seed(seed)
     rest = {layer: torch.zeros(0, store.manifest.layer(layer)["d_in"]) for layer in layers}
     for entry in store.manifest.held_out:
+        if contexts is not None and contexts <= 0:
+            break
         shard = store.read(entry, layers, HELD_OUT)
         order = torch.randperm(len(shard), generator=generator)
+        if contexts is not None:
+            order = order[shard.origins.context_ids[order] < contexts]
+            contexts -= shard.contexts
         pool = {layer: torch.cat([rest[layer], shard.by_layer[layer][order].float()]) for layer in layers}
         full = len(pool[layers[0]]) // batch_size * batch_size
         for start in range(0, full, batch_size):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import SelOrthoError
-from .shards import MANIFEST, WORK, shard_path
+from .shards import FORMAT, HELD_OUT, MANIFEST, WORK, shard_path
 
 _FINISHED = f"{WORK}-finished"
 _PLAN, _CALIBRATION = "plan.json", "calibration.json"
-_OWN = ("tokens", "held_out", "pictures", WORK, _FINISHED)
+_SHARD_FOLDER = re.compile(r"tokens|layer_\d+")
 
 
 @dataclass(frozen=True)
@@ -47,31 +48,49 @@ class ShardFolder:
     def begin(self, plan: dict[str, Any], *, overwrite: bool = False) -> bool:
         """Prepare the folder for a harvest with these settings; False if it holds that harvest, finished.
 
+        Args:
+            plan: the settings.
+            overwrite: replace a harvest that is there; but one with these settings that is not finished goes on.
+
         Raises:
             SelOrthoError: it cannot be written, or holds something else, or a harvest with other settings.
         """
-        shutil.rmtree(self.folder / _FINISHED, ignore_errors=True)
-        if overwrite and ((self.folder / MANIFEST).is_file() or self.work.is_dir()):
-            self._remove()
         try:
-            names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
-            if (self.work / _PLAN).is_file():
-                self._check_plan(json.loads((self.work / _PLAN).read_text(encoding="utf-8")), plan)
-                return True
-            if MANIFEST in names:
-                self._check_plan(json.loads((self.folder / MANIFEST).read_text(encoding="utf-8")), plan)
-                return False
-            if names - {WORK}:
-                raise SelOrthoError(
-                    f"output folder {self.folder} is not empty and holds no harvest: choose another --output_dir"
-                )
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.write(f"{WORK}/{_PLAN}", _json(plan))
-        except (OSError, ValueError) as error:
-            if isinstance(error, SelOrthoError):
-                raise
+            return self._begin(plan, overwrite)
+        except OSError as error:
             raise SelOrthoError(f"cannot write to output folder {self.folder}: {error}") from error
+
+    def _begin(self, plan: dict[str, Any], overwrite: bool) -> bool:
+        shutil.rmtree(self.folder / _FINISHED, ignore_errors=True)
+        unfinished, finished = self._found(self.work / _PLAN), self._found(self.folder / MANIFEST)
+        if unfinished is not None and not (overwrite and _differing(unfinished, plan)):
+            self._check_plan(unfinished, plan)
+            return True
+        is_harvest = self.work.is_dir() or (finished or {}).get("format") == FORMAT
+        if overwrite and is_harvest:
+            self._remove()
+        elif is_harvest and finished is not None:
+            self._check_plan(finished, plan)
+            return False
+        names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
+        if names - {WORK} and not (overwrite and is_harvest):
+            left = "the rest of a harvest that was to be replaced" if WORK in names else "no harvest"
+            remedy = "pass --overwrite_output_dir to go on with that, or " if WORK in names else ""
+            raise SelOrthoError(
+                f"output folder {self.folder} is not empty and holds {left}: {remedy}choose another --output_dir"
+            )
+        self.work.mkdir(parents=True, exist_ok=True)
+        _sync_folder(self.folder.absolute().parent)
+        self.write(f"{WORK}/{_PLAN}", _json(plan))
         return True
+
+    def _found(self, path: Path) -> dict[str, Any] | None:
+        """A JSON object of the folder; None if there is no such file or it holds something else."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+            return None
+        return content if isinstance(content, dict) else None
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file of the folder; it has its name only once it is safely on the disk.
@@ -82,7 +101,9 @@ class ShardFolder:
         target = self.folder / path
         temporary = self.work / f"{path.replace('/', '-')}.tmp"
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _sync_folder(target.parent.parent)
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -165,22 +186,36 @@ class ShardFolder:
         shutil.rmtree(self.folder / _FINISHED)
 
     def _remove(self) -> None:
-        for name in _OWN:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        for path in self.folder.glob("layer_*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in (MANIFEST, "README.md"):
-            (self.folder / name).unlink(missing_ok=True)
+        """Remove a harvest, and nobody else's files; the work folder, there from first to last, says what goes on."""
+        self.work.mkdir(exist_ok=True)
+        for path in (self.work / _PLAN, self.folder / MANIFEST, self.folder / "README.md"):
+            path.unlink(missing_ok=True)
+        for part in (self.folder / HELD_OUT, self.folder):
+            for folder in part.iterdir() if part.is_dir() else ():
+                if _SHARD_FOLDER.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+                    _remove_shards(folder)
+        if (self.folder / HELD_OUT).is_dir() and not any((self.folder / HELD_OUT).iterdir()):
+            (self.folder / HELD_OUT).rmdir()
+        shutil.rmtree(self.work)
 
-    def _check_plan(self, found: Any, plan: dict[str, Any]) -> None:
-        found = found if isinstance(found, dict) else {}
-        differing = [f"{key} {found.get(key)!r} -> {value!r}" for key, value in plan.items() if found.get(key) != value]
-        if not differing:
-            return
-        raise SelOrthoError(
-            f"{self.folder} holds a harvest with other settings ({'; '.join(differing)}): use the same ones to go on, "
-            "another --output_dir, or --overwrite_output_dir to replace it"
-        )
+    def _check_plan(self, found: dict[str, Any], plan: dict[str, Any]) -> None:
+        if differing := _differing(found, plan):
+            raise SelOrthoError(
+                f"{self.folder} holds a harvest with other settings ({'; '.join(differing)}): use the same ones to go "
+                "on, another --output_dir, or --overwrite_output_dir to replace it"
+            )
+
+
+def _differing(found: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """Settings of a harvest that are others than planned."""
+    return [f"{key} {found.get(key)!r} -> {value!r}" for key, value in plan.items() if found.get(key) != value]
+
+
+def _remove_shards(folder: Path) -> None:
+    for path in folder.glob("[0-9]*.safetensors"):
+        path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _read_record(path: Path) -> Record:

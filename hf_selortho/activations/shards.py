@@ -15,11 +15,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -68,6 +68,7 @@ class Shard:
 
     by_layer: dict[int, Tensor]  # (rows, d_in) each, as stored
     origins: TokenOrigins
+    contexts: int  # that are held out with their activations; 0 of a shard for training
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -143,7 +144,8 @@ class ActivationStore:
             raise self._fault(
                 shard.file(part, "tokens"), f"does not hold {', '.join(ORIGIN_NAMES)} of {shard.rows} rows"
             )
-        return Shard(by_layer, TokenOrigins(*(tokens[name].long() for name in ORIGIN_NAMES)))
+        contexts = len(tokens.get("context_lengths", ()))
+        return Shard(by_layer, TokenOrigins(*(tokens[name].long() for name in ORIGIN_NAMES)), contexts)
 
     def held_out_contexts(self) -> list[Context]:
         """The contexts whose activations were held out, for what has to run the language model on them."""
@@ -227,7 +229,7 @@ class ActivationStore:
             present = {
                 path.relative_to(self._folder).as_posix(): path.stat().st_size
                 for path in self._folder.rglob("*.safetensors")
-                if path.is_file()  # no link to a file that is gone
+                if path.is_file() and not _is_hidden(path.relative_to(self._folder))  # no link to a file that is gone
             }
             for path, size in expected.items():
                 if path in present and present[path] != size:
@@ -248,20 +250,21 @@ class ActivationStore:
             files = HfApi(token=self._token).list_repo_files(
                 self._repository, repo_type="dataset", revision=self.revision
             )
-        except LOOKUP_ERRORS:
-            return expected
-        return {file for file in files if file.endswith(".safetensors")}
+        except LOOKUP_ERRORS as error:
+            raise hub_error(error, "dataset", self._repository, self.revision, self._token) from error
+        return {file for file in files if file.endswith(".safetensors") and not _is_hidden(PurePosixPath(file))}
 
     def _all(self) -> Iterator[ShardEntry]:
         yield from self.manifest.shards
         yield from self.manifest.held_out
 
     def _fault(self, path: str, fault: str) -> ShardError:
-        remedy = (
-            "download it again (a file of the cache may be deleted)"
-            if self._repository
-            else "harvest it again, or restore it from a copy"
-        )
+        remedy = "restore it from a copy, or harvest again with --overwrite_output_dir"
+        if self._repository is not None:
+            cached = try_to_load_from_cache(self._repository, path, revision=self.revision, repo_type="dataset")
+            remedy = "the repository itself is at fault: tell its owner, or use another revision"
+            if isinstance(cached, str):
+                remedy = f"delete {cached} and run again to download it anew; if that does not help, {remedy}"
         return ShardError(f"shard {self.source}/{path} {fault}; {remedy}")
 
 
@@ -328,6 +331,9 @@ def _check_content(content: Mapping[str, Any]) -> None:
             raise ValueError(f"hook_name, scale or median_norm of layer {number}")
         if layer["max_norm"] is not None and not 0 < layer["max_norm"] <= _FLOAT32_MAX:
             raise ValueError(f"max_norm of layer {number} is {layer['max_norm']!r}")
+    ratio = content["max_norm_ratio"]
+    if ratio is not None and not 1 < ratio <= _FLOAT32_MAX:
+        raise ValueError(f"max_norm_ratio is {ratio!r}")
     for group, names in _NEEDED.items():
         for name in names:
             content[group][name]
@@ -339,6 +345,11 @@ _NEEDED = {
     "contexts": ("context_length", "prepend_bos", "min_tokens"),
     "counts": ("documents", "contexts", "rows", "dropped_special", "dropped_sinks", "dropped_tails"),
 }
+
+
+def _is_hidden(path: PurePath) -> bool:
+    """Such as `.harvest-finished` or `.cache`: no part of the activations."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _and_more(names: Sequence[str]) -> str:

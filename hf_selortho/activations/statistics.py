@@ -98,10 +98,10 @@ class LayerStatistics:
         if q <= 0 or q >= 1 or self.tokens == 0:
             return low if q <= 0 else high
         wanted = q * self.tokens
-        below = self.histogram.cumsum(0)
+        below = self.histogram.cumsum(0).double()  # a float32 would not count beyond 16 million
         bin_ = int((below >= wanted).nonzero()[0])
         share = (wanted - float(below[bin_] - self.histogram[bin_])) / float(self.histogram[bin_])
-        return min(high, max(low, _edge(bin_ + share)))
+        return min(high, max(low, _edge(bin_ + min(1.0, max(0.0, share)))))
 
     def summary(self, max_norm: float | None, decode: Callable[[int], str]) -> dict[str, Any]:
         """The layer's entry of a manifest. decode: text of a token id."""

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetsError
 from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
+from hf_selortho.activations.fingerprint import fingerprint
 from hf_selortho.activations.hub_access import LOOKUP_ERRORS, one_line, resolve_commit, unreachable
 from hf_selortho.errors import SelOrthoError
 
@@ -35,6 +36,7 @@ class LoadedTexts(NamedTuple):
     dataset: Dataset | IterableDataset
     column: str  # the one with the text
     revision: str | None  # commit of a Hub dataset
+    fingerprint: str | None  # of local files
 
 
 def load_texts(
@@ -43,18 +45,20 @@ def load_texts(
     """Open the dataset and find its text column; the arguments are the fields of `texts.TextSource`."""
     path = Path(name).expanduser()
     if path.exists():
-        arguments = _local_arguments(path)
+        files = _local_files(path)
+        arguments = _local_arguments(path, files)
         commit = None
         if revision is not None:
             raise SelOrthoError(f'"{name}" is local and has no revision "{revision}": leave the revision out')
     elif _format(path) is not None or name.startswith((".", "/", "~")):
         raise SelOrthoError(f"no such file or folder of texts: {name}")
     else:
-        commit = resolve_commit("dataset", name, revision)
+        commit, files = resolve_commit("dataset", name, revision), None
         if commit is None and not _is_cached(name):
             raise unreachable("dataset", name)
         arguments = {"path": name, "revision": commit or revision}
     try:
+        identity = None if files is None else fingerprint(files)
         dataset = load_dataset(**arguments, name=config_name, split=split, streaming=streaming)
         features = dataset.features or Features({})
         if not features and isinstance(dataset, IterableDataset):
@@ -66,7 +70,7 @@ def load_texts(
     if not features or (isinstance(dataset, Dataset) and not len(dataset)):
         raise _empty(name)
     column = _text_column(name, features, text_column)
-    return LoadedTexts(dataset.select_columns([column]), column, commit)
+    return LoadedTexts(dataset.select_columns([column]), column, commit, identity)
 
 
 def read_error(name: str, error: BaseException, split: str | None = None) -> SelOrthoError:
@@ -84,14 +88,18 @@ def _empty(name: str) -> SelOrthoError:
     return SelOrthoError(f'the dataset "{name}" is empty: expected at least one row with text')
 
 
-def _local_arguments(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _format(file) and not file.name.startswith("."))
-        if not files:
-            raise SelOrthoError(f"the folder {path} holds no file of texts: expected {', '.join(_FORMATS)}")
-        arguments: dict[str, Any] = {"path": str(path)}  # datasets finds files and splits by their names
-    else:
-        files = [path]
+def _local_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if _format(file) and not file.name.startswith("."))
+    if not files:
+        raise SelOrthoError(f"the folder {path} holds no file of texts: expected {', '.join(_FORMATS)}")
+    return files
+
+
+def _local_arguments(path: Path, files: list[Path]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"path": str(path)}  # datasets finds files and splits by their names
+    if not path.is_dir():
         if _format(path) is None:
             raise SelOrthoError(f"{path} is of no known kind: expected one of {', '.join(_FORMATS)}")
         arguments = {"path": _format(path), "data_files": {"train": [str(path)]}}

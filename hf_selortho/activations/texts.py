@@ -47,6 +47,7 @@ class Documents(ABC):
     name: str
     revision: str | None  # commit of a Hub dataset, version and hash of python-docs, None for local files
     split: str
+    fingerprint: str | None = None  # of local files, which have no revision
     count: int | None = None  # rows, held-out and empty ones included; None: a stream, nobody knows
 
     def __init__(self, name: str, revision: str | None, split: str, held_out_fraction: float) -> None:
@@ -158,10 +159,14 @@ def open_documents(source: TextSource) -> Documents:
         source.dataset, source.config_name, source.split, source.text_column, source.revision, source.streaming
     )
     shared = (source.dataset, loaded.revision, source.split, fraction)
-    if isinstance(loaded.dataset, IterableDataset):
-        return _StreamDocuments(*shared, loaded.dataset, loaded.column)
     rows, column = loaded.dataset, loaded.column
-    return _RowDocuments(*shared, len(rows), lambda numbers: rows[numbers][column])
+    documents: Documents
+    if isinstance(rows, IterableDataset):
+        documents = _StreamDocuments(*shared, rows, column)
+    else:
+        documents = _RowDocuments(*shared, len(rows), lambda numbers: rows[numbers][column])
+    documents.fingerprint = loaded.fingerprint
+    return documents
 
 
 def _open_python_docs(source: TextSource) -> Documents:

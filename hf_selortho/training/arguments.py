@@ -16,7 +16,6 @@ from transformers import HfArgumentParser
 from ..activations.texts import TextSource
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
-from .layer_settings import parse_layer_settings, settings_of
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
@@ -56,7 +55,7 @@ class ModelArguments:
     model_revision: str | None = argument(None, "Branch, tag or commit of the language model; its commit is recorded.")
     lm_dtype: str = argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
     lm_batch_tokens: int | None = argument(
-        None, "Tokens of one forward pass of the language model, padding included; default: 2048 on a CPU, else 16384."
+        None, "Tokens of one forward pass of the language model, padding included; default: 1024 on a CPU, else 16384."
     )
 
 
@@ -225,7 +224,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     arguments = TrainingArguments(model, sae, data, run, evaluation, rest.preset, _given(argv))
-    _apply_layer_settings(arguments)
     _check(arguments)
     return arguments
 
@@ -234,15 +232,6 @@ def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """Arguments of the preset that a command line names; empty if it names none."""
     preset = _preset_of(argv)
     return {} if preset is None else load_preset(preset)
-
-
-def _apply_layer_settings(arguments: TrainingArguments) -> None:
-    """Settings given for the layer that is trained take the place of the general ones."""
-    if arguments.run.layer_settings is None or arguments.sae.layer is None or arguments.run.layers:
-        return
-    settings = parse_layer_settings(arguments.run.layer_settings, SETTING_NAMES)
-    for name, value in settings_of(arguments.sae.layer, settings).items():
-        setattr(arguments.sae, name, value)
 
 
 def sae_config(arguments: TrainingArguments, **derived: Any) -> SelOrthoConfig:
@@ -263,7 +252,9 @@ def _preset_of(argv: Sequence[str]) -> str | None:
 
 
 def _given(argv: Sequence[str]) -> frozenset[str]:
-    return frozenset(part[2:].split("=", 1)[0] for part in argv if part.startswith("--"))
+    """Names of the arguments on a command line, which also takes them with hyphens, and truth values as --no_..."""
+    names = {part[2:].split("=", 1)[0].replace("-", "_") for part in argv if part.startswith("--")}
+    return frozenset(names | {name.removeprefix("no_") for name in names})
 
 
 def _known(preset: dict[str, Any], groups: Sequence[Any], name: str) -> dict[str, Any]:
@@ -292,11 +283,8 @@ def _check(arguments: TrainingArguments) -> None:
         )
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
-    for group, name, allowed, expected in _RULES:
-        value = getattr(getattr(arguments, group), name)
-        if value is not None and not allowed(value):
-            raise SelOrthoError(f"--{name} {value}: expected {expected}")
     run = arguments.run
+    check_values(RULES, model=arguments.model, data=arguments.data, run=run, evaluation=arguments.evaluation)
     if run.warmup_steps >= 1 and run.decay_steps >= 1 and run.warmup_steps + run.decay_steps > run.max_steps:
         raise SelOrthoError(
             f"--warmup_steps {run.warmup_steps} and --decay_steps {run.decay_steps} exceed --max_steps {run.max_steps}"
@@ -304,12 +292,21 @@ def _check(arguments: TrainingArguments) -> None:
     check_sae(arguments.sae)
 
 
+def check_values(rules: Sequence[Rule], **groups: Any) -> None:
+    """Raise a SelOrthoError unless the values of the groups of arguments fit the rules for them; None fits any."""
+    for group, name, allowed, expected in rules:
+        value = getattr(groups.get(group), name, None)
+        if value is not None and not allowed(value):
+            raise SelOrthoError(f"--{name} {value}: expected {expected}")
+
+
 def check_sae(sae: Any) -> None:
     """Raise a ConfigError unless the settings (SAEArguments) make a configuration."""
     SelOrthoConfig(**{**dataclasses.asdict(sae), "d_in": 1, "d_sae": sae.d_sae or 1 << 30})
 
 
-_RULES: list[tuple[str, str, Any, str]] = [
+Rule = tuple[str, str, Any, str]  # group and name of an argument, what it may be, and that in words
+RULES: list[Rule] = [
     ("model", "lm_dtype", lambda v: v in ("auto", "bfloat16", "float32"), "auto, bfloat16 or float32"),
     ("model", "lm_batch_tokens", lambda v: v >= 1, "at least 1"),
     ("data", "held_out_fraction", lambda v: 0 <= v < 1, "a share in [0, 1)"),

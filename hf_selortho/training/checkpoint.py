@@ -146,6 +146,8 @@ class Checkpoints:
                 controller = content["controllers"][trainer.name]
                 if trainer.state.controller is not None and controller:
                     trainer.state.controller.load_state_dict(controller)
+                if trainer.scaler is not None and content["scalers"][trainer.name]:
+                    trainer.scaler.load_state_dict(content["scalers"][trainer.name])
             tensors = load_file(folder / f"buffer_{self._rank}.safetensors")
             source.load_state_dict(tensors, self._read(folder / f"buffer_{self._rank}.json"))
         except (SafetensorError, OSError, KeyError) as error:
@@ -153,8 +155,6 @@ class Checkpoints:
         for trainer in trainers:
             trainer.state.step, trainer.state.tokens = content["step"], content["tokens"]
             trainer.resumed()
-        if self.accelerator.scaler is not None and content["scaler"]:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
 
     def load_sae(self, folder: Path, expected: SelOrthoConfig) -> SelOrthoSAE:
         """The SAE of a checkpoint, once it is known to read the same activations as this run.
@@ -187,6 +187,8 @@ class Checkpoints:
         trainer = self._read(folder / "trainer.json")
         saved = trainer["arguments"]
         free = set(_FREE_ARGUMENTS)
+        if saved.get("saes") != self.arguments.get("saes"):  # then the settings of each one differ as well
+            saved, free = {"saes": saved.get("saes")}, {*self.arguments} - {"saes"}
         if not self.arguments.get("decay_steps") and not 0 < self.arguments.get("warmup_steps", 0) < 1:
             free.add("max_steps")  # else it decides the learning rate
         differing = [
@@ -208,13 +210,13 @@ class Checkpoints:
         return self.accelerator.process_index
 
     def _summary(self, trainers: Sequence[Trainer]) -> dict[str, Any]:
-        scaler, state = self.accelerator.scaler, trainers[0].state
+        state = trainers[0].state
         controllers = {trainer.name: trainer.state.controller for trainer in trainers}
         return {
             "step": state.step,
             "tokens": state.tokens,
             "processes": self.accelerator.num_processes,
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "scalers": {t.name: None if t.scaler is None else t.scaler.state_dict() for t in trainers},
             "controllers": {name: None if c is None else c.state_dict() for name, c in controllers.items()},
             "arguments": self.arguments,
         }

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..activations.buffer import ActivationBuffer, ActivationStatistics, BatchSource
 from ..activations.capture import ActivationCapture
-from ..activations.lm import LanguageModel, check_context_length, load_language_model
+from ..activations.lm import LanguageModel, check_context_length, find_revision, load_language_model
 from ..activations.shard_batches import ShardBatches, check_layers, held_out_batches
 from ..activations.shards import ActivationStore, Manifest
 from ..activations.texts import Documents, open_documents
@@ -42,6 +43,7 @@ class TrainingData(ABC):
     """Batches to train on, and held-out activations to evaluate on."""
 
     source: BatchSource
+    source_device: torch.device  # that holds the activations of the source
     held_out: list[Context]  # in the main process; empty if nothing is evaluated
 
     @abstractmethod
@@ -74,6 +76,7 @@ class LiveData(TrainingData):
         self.lm = load_lm(arguments, accelerator)
         check_context_length(self.lm, arguments.sae.context_length)
         self.capture = ActivationCapture(self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens)
+        self.source_device = self.capture.device
         self.held_out = self._find_held_out() if accelerator.is_main_process else []
         self.source: ActivationBuffer = self._make_buffer(arguments)
 
@@ -156,9 +159,12 @@ class ShardData(TrainingData):
         self, store: ActivationStore, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
     ) -> None:
         self.store, self.arguments, self.layers, self.accelerator = store, arguments, list(layers), accelerator
-        self._check_model(arguments.model.model if "model" in arguments.given else None)
+        self.source_device = torch.device("cpu")
+        self._capture: ActivationCapture | None = None
         samples = arguments.evaluation.eval_samples
-        self.held_out = store.held_out_contexts() if accelerator.is_main_process and samples else []
+        self.held_out = store.held_out_contexts()[:samples] if accelerator.is_main_process and samples else []
+        self._measures_loss = bool("model" in arguments.given and arguments.evaluation.eval_ce_samples and samples)
+        self._check_model()
         self.source: ShardBatches = self._make_batches(arguments)
 
     def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
@@ -182,20 +188,18 @@ class ShardData(TrainingData):
         }
 
     def evaluation_capture(self) -> ActivationCapture | None:
-        if "model" not in self.arguments.given or self.arguments.evaluation.eval_ce_samples == 0:
+        if not self._measures_loss:
             return None
-        lm = load_lm(self.arguments, self.accelerator)
-        expected = self.store.manifest.content["model"]["revision"]
-        if lm.revision != expected:
-            raise SelOrthoError(
-                f'"{lm.name}" is at revision {lm.revision}, the activations of {self.store.source} are of {expected}: '
-                "give that one as --model_revision, or leave --model out"
-            )
-        limits = [self.store.manifest.layer(layer)["max_norm"] for layer in self.layers]
-        return ActivationCapture(lm, self.layers, limits, self.arguments.model.lm_batch_tokens)
+        if self._capture is None:
+            model, device = self.arguments.model, self.accelerator.device
+            # by the main process alone, so nobody waits for the others here
+            lm = load_language_model(model.model or "", model.model_revision, dtype=model.lm_dtype, device=device)
+            limits = [self.store.manifest.layer(layer)["max_norm"] for layer in self.layers]
+            self._capture = ActivationCapture(lm, self.layers, limits, model.lm_batch_tokens)
+        return self._capture
 
     def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
-        return held_out_batches(self.store, self.layers, batch_size)
+        return held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out))
 
     def source_bytes(self, arguments: TrainingArguments) -> int:
         return self._make_batches(arguments).memory_bytes()
@@ -216,12 +220,21 @@ class ShardData(TrainingData):
             processes=processes,
         )
 
-    def _check_model(self, name: str | None) -> None:
-        expected = self.store.manifest.content["model"]["name"]
-        if name not in (None, expected):
+    def _check_model(self) -> None:
+        """Refuse another language model than the harvested one before the training, not after it."""
+        harvested, model = self.store.manifest.content["model"], self.arguments.model
+        if "model" in self.arguments.given and model.model != harvested["name"]:
             raise SelOrthoError(
-                f'--model {name}: the activations of {self.store.source} are those of "{expected}"; leave --model out, '
-                "or give that one to have the loss recovered measured"
+                f'--model {model.model}: the activations of {self.store.source} are those of "{harvested["name"]}"; '
+                "leave --model out, or give that one to have the loss recovered measured"
+            )
+        if not self._measures_loss or not self.accelerator.is_main_process:
+            return
+        found = find_revision(model.model or "", model.model_revision)
+        if found != harvested["revision"]:
+            raise SelOrthoError(
+                f'"{model.model}" is at revision {found}, the activations of {self.store.source} are of '
+                f"{harvested['revision']}: give that one as --model_revision, or leave --model out"
             )
 
 

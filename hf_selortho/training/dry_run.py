@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ import torch
 from accelerate import Accelerator
 
 from ..activations.buffer import ActivationBuffer
+from ..activations.processes import mean_over_processes
 from ..activations.shard_batches import ShardBatches
 from ..errors import SelOrthoError
-from ..memory_use import available_memory, memory_now, recent_peak, start_peak
+from ..memory_use import available_memory, free_disk, memory_now, recent_peak, start_peak
 from ..modeling_selortho import SelOrthoSAE
 from .arguments import TrainingArguments
 from .data import TrainingData
@@ -39,8 +39,10 @@ class Forecast:
     parameters: int  # of all SAEs
     tokens: int  # drawn in training, over all processes
     harvested: int  # activations computed in training, over all processes; 0 from shards
-    memory: dict[str, int]  # bytes of a process by part; they add up to the peak
+    memory: dict[str, int]  # bytes of a process by part, on its device; they add up to the peak
     available: int | None
+    host: int  # bytes of activations in the memory of the machine, where the device has its own
+    host_available: int | None
     disk: int
     free_disk: int
     seconds: dict[str, float]
@@ -88,33 +90,38 @@ def forecast(
     saes = [trainer.sae for trainer in trainers]
     parameters = sum(parameter.numel() for sae in saes for parameter in sae.parameters())
     step_seconds, steps = _probe_steps(trainers, data)
-    training_peak = recent_peak(device)
+    training_peak, held = recent_peak(device), data.source.memory_bytes()
+    data.source.release()
     start_peak(device)
     evaluation_seconds = _probe_evaluation(arguments, saes, data, evaluate_fn)
     pools = _POOL_BATCHES * run.batch_size * 4 * sum(sae.W_dec.shape[1] for sae in _one_a_layer(saes))
     evaluation_peak = recent_peak(device) + (pools if data.held_out else 0)
-    held = data.source.memory_bytes()
-    peak = max(training_peak, evaluation_peak) - held + full
+    on_device = data.source_device.type == device.type
+    if on_device:
+        training_peak += full - held
+    peak = max(training_peak, evaluation_peak)
     weights = _OPTIMIZER_BYTES * parameters
     memory = {
         "libraries and process": before,
         "language model" if isinstance(data.source, ActivationBuffer) else "manifest and shards": loaded - before,
-        "activations held": full,
+        "activations held": full if on_device else 0,
         "SAE weights, gradients, Adam": weights,
-        "steps, selection, forward passes, evaluation": max(0, peak - loaded - full - weights),
     }
+    memory["steps, selection, forward passes, evaluation"] = max(0, peak - sum(memory.values()))
     tokens = run.max_steps * run.batch_size * run.gradient_accumulation_steps
     harvested, fill_seconds, refresh_seconds = _harvest_time(arguments, data, filling, tokens, accelerator)
-    checkpoints = (run.keep_checkpoints + 1) * (12 * parameters + full) if run.checkpoint_every else 0
-    folder = next(p for p in (Path(run.output_dir).absolute(), *Path(run.output_dir).absolute().parents) if p.exists())
+    buffers = full * accelerator.num_processes if isinstance(data.source, ActivationBuffer) else 0
+    checkpoints = (run.keep_checkpoints + 1) * (12 * parameters + buffers) if run.checkpoint_every else 0
     return Forecast(
         parameters,
         tokens,
         harvested,
         memory,
         None if available is None else available + loaded,
+        0 if on_device else full,
+        None if on_device else available_memory(data.source_device),
         checkpoints + 4 * parameters + 2_000_000 * len(saes),
-        shutil.disk_usage(folder).free,
+        free_disk(Path(run.output_dir)),
         {
             "filling the buffer": fill_seconds,
             "language model while training": refresh_seconds,
@@ -135,6 +142,7 @@ def forecast_words(found: Forecast, saes: int) -> str:
         *(f"  {part:<46}{size / 1e9:>8.2f} GB" for part, size in found.memory.items()),
         f"  {'peak':<46}{found.peak / 1e9:>8.2f} GB"
         + ("" if found.available is None else f" of {found.available / 1e9:.2f} GB"),
+        *([f"activations, in the machine's memory{'':<12}{found.host / 1e9:>8.2f} GB"] if found.host else []),
         f"disk{'':<44}{found.disk / 1e9:>8.2f} GB of {found.free_disk / 1e9:.2f} GB",
         "",
         f"time, from {found.steps_probed} steps and a small evaluation",
@@ -152,7 +160,12 @@ def refuse_what_cannot_fit(found: Forecast) -> None:
             f"this run needs {found.peak / 1e9:.2f} GB of memory, {found.available / 1e9:.2f} GB are available; most "
             f"is for {part}: lower --buffer_contexts, --d_sae, --batch_size or the number of SAEs"
         )
-    _check_disk(found)
+    _check_host(found.host, found.host_available)
+    if found.disk > found.free_disk:
+        raise SelOrthoError(
+            f"this run needs {found.disk / 1e9:.2f} GB of disk, {found.free_disk / 1e9:.2f} GB are free: use another "
+            "--output_dir, or fewer --keep_checkpoints"
+        )
 
 
 def check_memory(arguments: TrainingArguments, data: TrainingData, parameters: int, device: torch.device) -> None:
@@ -162,6 +175,9 @@ def check_memory(arguments: TrainingArguments, data: TrainingData, parameters: i
         SelOrthoError: says what needs how much.
     """
     available, held = available_memory(device), data.source_bytes(arguments)
+    if data.source_device.type != device.type:
+        _check_host(held, available_memory(data.source_device))
+        held = 0
     needed = held + _OPTIMIZER_BYTES * parameters
     if available is not None and needed > available:
         raise SelOrthoError(
@@ -171,11 +187,11 @@ def check_memory(arguments: TrainingArguments, data: TrainingData, parameters: i
         )
 
 
-def _check_disk(found: Forecast) -> None:
-    if found.disk > found.free_disk:
+def _check_host(needed: int, available: int | None) -> None:
+    if available is not None and needed > available:
         raise SelOrthoError(
-            f"this run needs {found.disk / 1e9:.2f} GB of disk, {found.free_disk / 1e9:.2f} GB are free: use another "
-            "--output_dir, or fewer --keep_checkpoints"
+            f"the activations held need {needed / 1e9:.2f} GB of the machine's memory, {available / 1e9:.2f} GB are "
+            "available: lower --buffer_contexts"
         )
 
 
@@ -189,7 +205,8 @@ def _probe_steps(trainers: Sequence[Trainer], data: TrainingData) -> tuple[float
         started = time.perf_counter()
         for trainer in trainers:
             trainer.learn(batch, last=True)
-        seconds.append(time.perf_counter() - started)
+        elapsed = mean_over_processes(time.perf_counter() - started, trainers[0].accelerator.device)
+        seconds.append(elapsed or 0.0)  # of all processes, such that they agree on when to stop
     later = seconds[1:]  # the first one warms up
     return sum(later) / len(later), len(seconds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -100,7 +101,9 @@ class Trainer:
         self.accelerator, self.arguments, self.log, self.name = accelerator, arguments, log, name
         self.sae = sae.to(accelerator.device)
         self.optimizer = SAEOptimizer(self.sae, arguments, accelerator.device)
-        self.model, self._adam = accelerator.prepare(self.sae, self.optimizer.adam)  # the latter scales fp16 losses
+        self.model, self._adam = accelerator.prepare(self.sae, self.optimizer.adam)
+        self.scaler = copy.deepcopy(accelerator.scaler)  # of fp16 losses; each SAE has its own
+        self._adam.scaler = self.scaler
         self.group = BatchGroup() if accelerator.num_processes > 1 else None
         self.penalty = PenaltySchedule(self.sae.config, self.group)
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
@@ -154,8 +157,9 @@ class Trainer:
             self._check_finite(output.loss, "loss", output, batch)
             if last:
                 steer(self.state, self.sae, activations, output, plan, self.group)
-            self.accelerator.backward(output.loss / self.arguments.gradient_accumulation_steps)
-        if last and self.accelerator.scaler is None:
+            loss = output.loss / self.arguments.gradient_accumulation_steps
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if last and self.scaler is None:
             self._check_finite(self._gradient_norm(), "gradient", output, batch)
         tokens = len(activations) * self.accelerator.num_processes
         self.state.count(output.features.detach(), tokens)
@@ -183,8 +187,8 @@ class Trainer:
     def _apply(self) -> None:
         """The constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6)."""
         self.optimizer.take_gradients()
-        if self.arguments.max_grad_norm is not None:
-            self.accelerator.unscale_gradients()
+        if self.arguments.max_grad_norm is not None and self.scaler is not None:
+            self.scaler.unscale_(self.optimizer.adam)
         self.sae.project_decoder_gradient()
         if self.arguments.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.arguments.max_grad_norm)

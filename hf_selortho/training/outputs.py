@@ -51,7 +51,7 @@ def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) ->
             f"output folder {folder} is not empty: choose another --output_dir, pass --resume_from_checkpoint auto "
             "to go on from its checkpoints, or --overwrite_output_dir to replace the run in it"
         )
-    if not (names & {RUN, METRICS_LOG} or holds_unfinished_run(folder)):
+    if not (_holds_run(folder) or holds_unfinished_run(folder)):
         raise SelOrthoError(
             f"output folder {folder} holds no run of this script, so nothing in it is overwritten: choose another "
             "--output_dir"
@@ -68,6 +68,12 @@ def holds_unfinished_run(folder: Path) -> bool:
     return names - members <= _UNFINISHED and all(
         {entry.name for entry in (folder / name).iterdir()} <= _UNFINISHED for name in members
     )
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a run, or one of the SAEs of a run, has left its log or its record in the folder."""
+    members = (path for path in folder.glob("layer_*") if _MEMBER.fullmatch(path.name))
+    return any((place / name).is_file() for place in (folder, *members) for name in (RUN, METRICS_LOG))
 
 
 def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> None:

@@ -22,7 +22,7 @@ D_IN = 4
 def write_store(folder: Path, sizes: list[int], held_out: tuple[int, ...] = ()) -> ActivationStore:
     """Shards of these many rows; row n of all holds n in every component at layer 2, and -n at layer 5."""
     content = {
-        "format": FORMAT, "version": FORMAT_VERSION, "stored_dtype": "float32",
+        "format": FORMAT, "version": FORMAT_VERSION, "stored_dtype": "float32", "max_norm_ratio": 4.0,
         "model": {"name": "m", "revision": "r", "dtype": "float32"},
         "text": dict.fromkeys(("dataset", "revision", "config", "split", "text_column", "held_out_fraction")),
         "contexts": {"context_length": 9, "prepend_bos": True, "min_tokens": 1},

@@ -76,7 +76,7 @@ def use(store: ActivationStore) -> None:
         for entry in store.manifest.shards:
             store.read(entry, LAYERS)
     finally:
-        batches.close()
+        batches.release()
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -107,7 +107,7 @@ def test_a_flipped_byte_is_found_when_it_is_read(folder, place, acts) -> None:
     data[int(place * len(data)) if isinstance(place, float) else place] ^= 1
     (acts / name).write_bytes(data)
     store = ActivationStore(str(acts))  # reads no shard
-    with pytest.raises(ShardError, match=f"{name} is damaged: its sha256 is .* harvest it again, or restore it"):
+    with pytest.raises(ShardError, match=f"{name} is damaged: its sha256 is .* restore it from a copy, or harvest again"):
         use(store)
     part = HELD_OUT if folder.startswith(HELD_OUT) else TRAIN
     entries = store.manifest.held_out if part else store.manifest.shards
@@ -133,9 +133,9 @@ def test_a_truncated_shard_is_refused_at_once(name, left, acts) -> None:
 
 def test_missing_shards_are_refused_at_once(acts) -> None:
     (acts / "layer_2" / "00002.safetensors").unlink()
-    assert "layer_2/00002.safetensors is missing; harvest it again" in refused(acts)
+    assert "layer_2/00002.safetensors is missing; restore it from a copy" in refused(acts)
     (acts / "layer_2" / "00002.safetensors").symlink_to("gone")
-    assert "layer_2/00002.safetensors is missing; harvest it again" in refused(acts)
+    assert "layer_2/00002.safetensors is missing; restore it from a copy" in refused(acts)
     shutil.rmtree(acts / "held_out" / "tokens")
     assert "held_out/tokens/00000.safetensors is missing (and" in refused(acts)
 
@@ -437,6 +437,15 @@ class _SmallDisk:
             subprocess.run(["umount", str(self.folder)], capture_output=True, timeout=20, check=True)
 
 
+# the disk had room when the harvest looked; other programs have taken it since
+ROOM_TAKEN_LATER = """
+import runpy, shutil, sys, types
+shutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 40)
+sys.argv[0] = "scripts/cache_activations.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     disk = _SmallDisk(tmp_path / "disk")
@@ -447,7 +456,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_loses_nothing(small_disk, command, harvested, capsys) -> None:
     folder = small_disk.folder / "acts"
     ended = subprocess.run(
-        [sys.executable, "scripts/cache_activations.py", *command(folder)],
+        [sys.executable, "-c", ROOM_TAKEN_LATER, *command(folder)],
         **{"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "preexec_fn": small_disk.limit},
         **{"capture_output": True, "text": True, "timeout": 120, "check": False},
     )

@@ -54,7 +54,7 @@ def digest(source):
         batch = batches.next_batch()
         for tensor in (*batch.by_layer.values(), batch.origins.document_ids, batch.origins.positions):
             found.update(tensor.numpy().tobytes())
-    batches.close()
+    batches.release()
     return [store.revision, found.hexdigest()]
 
 

@@ -260,7 +260,7 @@ def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
     build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
     train.main(build(layers=[1, 2], twin=True, dry_run=True))
     shown = capsys.readouterr().out
-    assert "4 SAEs with 17,024 parameters, trained on 1,024 tokens" in shown  # 4 (2 * 32 * 64 + 64 + 32 + 64)
+    assert "4 SAEs with 16,768 parameters, trained on 1,024 tokens" in shown  # 4 (2 * 32 * 64 + 64 + 32)
     assert "activations held" in shown and "in all" in shown and not (tmp_path / "run").exists()
     monkeypatch.setattr(dry_run, "available_memory", lambda device: 100_000)
     with pytest.raises(SelOrthoError, match="this run cannot fit: activations held"):

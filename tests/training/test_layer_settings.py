@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import parse_arguments
 from hf_selortho.training.layer_settings import parse_layer_settings, settings_of
+from hf_selortho.training.members import run_members
 
 ALLOWED = {"ortho_coefficient", "pair_fraction"}
 SETTINGS = {"5": {"ortho_coefficient": 0.05}, "12": {"pair_fraction": 0.0005}}
@@ -38,8 +40,13 @@ def test_bad_settings_are_named(value, message) -> None:
 
 def test_the_command_line_takes_those_of_its_layer() -> None:
     argv = ["--model", "some/model", "--layer_settings", json.dumps(SETTINGS)]
-    assert parse_arguments([*argv, "--layer", "5"]).sae.ortho_coefficient == 0.05
-    assert parse_arguments([*argv, "--layer", "12"]).sae.pair_fraction == 0.0005
-    assert parse_arguments([*argv, "--layer", "6"]).sae.ortho_coefficient == 0.1
+
+    def settings_at(*arguments: str) -> Any:
+        (member,) = run_members(parse_arguments(arguments))
+        return member.arguments.sae
+
+    assert settings_at(*argv, "--layer", "5").ortho_coefficient == 0.05
+    assert settings_at(*argv, "--layer", "12").pair_fraction == 0.0005
+    assert settings_at(*argv, "--layer", "6").ortho_coefficient == 0.1
     with pytest.raises(SelOrthoError, match="pair_fraction=7"):
-        parse_arguments([*argv[:2], "--layer", "5", "--layer_settings", '{"5": {"pair_fraction": 7}}'])
+        settings_at(*argv[:2], "--layer", "5", "--layer_settings", '{"5": {"pair_fraction": 7}}')

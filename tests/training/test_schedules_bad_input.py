@@ -9,6 +9,7 @@ from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import parse_arguments
 from hf_selortho.training.budget import FVUBudget, GradientShare, read_reference
 from hf_selortho.training.layer_settings import parse_layer_settings
+from hf_selortho.training.members import run_members
 
 ALLOWED = {"ortho_coefficient", "pair_fraction", "min_support", "penalty", "max_norm_ratio", "matryoshka_prefixes"}
 
@@ -75,4 +76,6 @@ def test_a_file_that_is_no_text(tmp_path) -> None:
 
 def test_the_command_line_names_a_wrong_type() -> None:
     with pytest.raises(SelOrthoError, match="max_norm_ratio"):
-        parse_arguments(["--model", "m", "--layer", "5", "--layer_settings", '{"5": {"max_norm_ratio": "4"}}'])
+        run_members(
+            parse_arguments(["--model", "m", "--layer", "5", "--layer_settings", '{"5": {"max_norm_ratio": "4"}}'])
+        )
