@@ -71,6 +71,7 @@ class ShardFolder:
             self._remove()
         elif is_harvest and finished is not None:
             self._check_plan(finished, plan)
+            shutil.rmtree(self.work, ignore_errors=True)  # of one that was to replace it and did not get far
             return False
         names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
         if names - {WORK} and not (overwrite and is_harvest):

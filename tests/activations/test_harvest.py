@@ -211,3 +211,68 @@ def test_bfloat16_is_the_nearest_one(harvest) -> None:
 def test_texts_without_a_context(harvest) -> None:
     with pytest.raises(SelOrthoError, match="held-out context|no activation to train on"):
         harvest(documents=1).run()
+
+
+def test_overwriting_removes_a_harvest_and_nobody_elses_files(harvest) -> None:
+    made = harvest()
+    made.run()
+    own = set(contents(made.folder))
+    for name in ("notes.txt", "layer_1/mine.txt", "layer_x/00000.safetensors"):
+        (made.folder / name).parent.mkdir(exist_ok=True)
+        (made.folder / name).write_text("mine")
+    assert made.folder.joinpath("manifest.json").is_file()
+    assert ShardFolder(made.folder).begin({"new": "plan"}, overwrite=True)
+    assert set(contents(made.folder)) == {
+        "notes.txt", "layer_1/mine.txt", "layer_x/00000.safetensors", ".harvest/plan.json"
+    }  # fmt: skip
+    assert "manifest.json" in own
+
+
+def test_a_manifest_of_something_else_is_not_overwritten(tmp_path) -> None:
+    (tmp_path / "tokens").mkdir()
+    for name in ("manifest.json", "tokens/00000.safetensors"):
+        (tmp_path / name).write_text('{"name": "an app"}')
+    with pytest.raises(SelOrthoError, match="is not empty and holds no harvest"):
+        ShardFolder(tmp_path).begin({}, overwrite=True)
+    assert set(contents(tmp_path)) == {"manifest.json", "tokens/00000.safetensors"}
+
+
+def test_killed_while_an_old_harvest_is_removed(harvest, monkeypatch) -> None:
+    """Whatever has been removed, the command that overwrites can be run again, and no other takes the rest for its."""
+    made = harvest()
+    made.run()
+    folder, removals = ShardFolder(made.folder), 0
+
+    class Killed(BaseException):
+        pass
+
+    unlink = Path.unlink
+
+    def killing(path: Path, missing_ok: bool = False) -> None:
+        nonlocal removals
+        if removals == 0:
+            raise Killed
+        removals -= 1
+        unlink(path, missing_ok=missing_ok)
+
+    for removed in (1, 3, 7):
+        removals = removed
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "unlink", killing)
+            folder.begin({"new": "plan"}, overwrite=True)
+        with pytest.raises(SelOrthoError, match="--overwrite_output_dir"):
+            folder.begin({"new": "plan"})
+        with pytest.raises(SelOrthoError):
+            ActivationStore(str(made.folder))
+    assert folder.begin({"new": "plan"}, overwrite=True)
+    assert set(contents(made.folder)) == {".harvest/plan.json"}
+
+
+def test_an_unfinished_harvest_of_the_same_settings_goes_on_instead_of_being_overwritten(tmp_path) -> None:
+    folder = ShardFolder(tmp_path / "acts")
+    assert folder.begin({"a": 1})
+    folder.write("tokens/00000.safetensors", b"rows")
+    assert folder.begin({"a": 1}, overwrite=True)
+    assert (tmp_path / "acts" / "tokens" / "00000.safetensors").is_file()
+    assert folder.begin({"a": 2}, overwrite=True)
+    assert not (tmp_path / "acts" / "tokens").exists()

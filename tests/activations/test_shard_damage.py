@@ -107,7 +107,9 @@ def test_a_flipped_byte_is_found_when_it_is_read(folder, place, acts) -> None:
     data[int(place * len(data)) if isinstance(place, float) else place] ^= 1
     (acts / name).write_bytes(data)
     store = ActivationStore(str(acts))  # reads no shard
-    with pytest.raises(ShardError, match=f"{name} is damaged: its sha256 is .* restore it from a copy, or harvest again"):
+    with pytest.raises(
+        ShardError, match=f"{name} is damaged: its sha256 is .* restore it from a copy, or harvest again"
+    ):
         use(store)
     part = HELD_OUT if folder.startswith(HELD_OUT) else TRAIN
     entries = store.manifest.held_out if part else store.manifest.shards

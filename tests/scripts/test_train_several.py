@@ -284,6 +284,63 @@ def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, ca
         cache_activations.main(command(settings, {"dry_run": None}))
 
 
+def test_other_texts_under_the_same_name_are_noticed(tiny_lm_dir, sample_documents, tmp_path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": text}) + "\n" for text in sample_documents[:40]]
+    texts.write_text("".join(lines))
+    settings = {
+        "model": tiny_lm_dir("llama"), "dataset": texts, "layers": [1], "cpu": True, "output_dir": tmp_path / "acts",
+    }  # fmt: skip
+    cache_activations.main(command(settings, {}))
+    texts.write_text("".join(reversed(lines)))
+    with pytest.raises(SelOrthoError, match="holds a harvest with other settings .*fingerprint"):
+        cache_activations.main(command(settings, {}))
+    cache_activations.main(command(settings, {"overwrite_output_dir": True}))
+
+
+def test_fewer_held_out_contexts_than_were_harvested(arguments, harvested, tmp_path, capsys) -> None:
+    tokens = []
+    for samples in (3, 30):
+        changes = {"eval_samples": samples, "overwrite_output_dir": True, "max_steps": 2}
+        train.main(arguments(activations=harvested, layer=1, **changes))
+        tokens.append(json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"]["tokens"])
+    assert 0 < 5 * tokens[0] < tokens[1]
+
+
+def test_settings_by_layer_count_in_a_run_of_a_single_layer_from_shards(arguments, harvested, tmp_path) -> None:
+    settings = '{"1": {"k": 8, "activation": "topk"}, "9": {"k": 4}}'
+    train.main(arguments(activations=harvested, layer=1, layer_settings=settings, max_steps=2, eval_samples=0))
+    assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.k == 8
+    with pytest.raises(SelOrthoError, match="context_length 9: the activations of .* were harvested with 256"):
+        train.main(
+            arguments(activations=harvested, layer=1, layer_settings='{"1": {"context_length": 9}}', output_dir="none")
+        )
+
+
+def test_a_changed_file_of_variants_is_noticed_on_resuming(arguments, harvested, tmp_path) -> None:
+    variants = tmp_path / "variants.json"
+    changes = {"activations": harvested, "layer": 1, "variants": variants, "checkpoint_every": 2, "eval_samples": 0}
+    variants.write_text('{"strong": {"ortho_coefficient": 0.5}}')
+    train.main(arguments(**changes, max_steps=4))
+    variants.write_text('{"strong": {"ortho_coefficient": 0.7}}')
+    again = {**changes, "max_steps": 6, "resume_from_checkpoint": "auto"}
+    with pytest.raises(SelOrthoError, match=r"other settings \(layer_1_strong.ortho_coefficient 0.5 -> 0.7\)"):
+        train.main(arguments(**again))
+    variants.write_text('{"weak": {"ortho_coefficient": 0.5}}')
+    with pytest.raises(SelOrthoError, match=r"other settings \(saes \['layer_1', 'layer_1_strong'\] -> "):
+        train.main(arguments(**again))
+
+
+def test_a_run_of_several_that_died_while_it_wrote_its_saes_can_be_replaced(arguments, harvested, tmp_path) -> None:
+    changes = {"activations": harvested, "layers": [1, 2], "max_steps": 2, "eval_samples": 0}
+    train.main(arguments(**changes))
+    for name in ("run.json", "metrics.json", "README.md"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / "layer_2" / name).unlink()
+    train.main(arguments(**changes, overwrite_output_dir=True))
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
 def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes),
@@ -316,3 +373,9 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
     done = _launch(["scripts/train.py", *run], 2)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").glob("layer_*")} == {"layer_1", "layer_1_twin"}
+
+
+def test_two_processes_agree_on_how_long_to_probe(live) -> None:
+    done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True, cpu=None)], 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 SAEs with") == 1 and "trained on 1,024 tokens" in done.stdout

@@ -120,3 +120,13 @@ def test_help_explains_every_argument(capsys) -> None:
     for name in parse_arguments(GIVEN).flat():
         assert f"--{name} " in text, name
     assert SelOrthoConfig.describe()["pair_fraction"] in text
+
+
+def test_given_arguments_are_known_however_they_are_written() -> None:
+    base = ["--model", "m", "--layer", "3"]
+    for written in (["--context-length", "64"], ["--context_length=64"], ["--context-length=64"]):
+        found = parse_arguments([*base, *written])
+        assert "context_length" in found.given and found.sae.context_length == 64
+    for written in ("--no_prepend_bos", "--no-prepend-bos"):
+        found = parse_arguments([*base, written])
+        assert "prepend_bos" in found.given and not found.sae.prepend_bos
