@@ -26,7 +26,8 @@ def command(tiny_lm_dir, sample_documents, tmp_path) -> Callable[..., list[str]]
     def build(folder: Path, repeat: int, shard_tokens: int) -> list[str]:
         texts = tmp_path / f"{repeat}.jsonl"
         documents = [f"{text} {number}" for number in range(repeat) for text in sample_documents]
-        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        if not texts.exists():  # a file written anew is converted anew
+            texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         return [
             *(sys.executable, "scripts/cache_activations.py", "--model", str(tiny_lm_dir("llama"))),
             *("--layers", "1", "3", "--dataset", str(texts), "--shard_tokens", str(shard_tokens)),
@@ -86,6 +87,8 @@ def test_ten_times_the_text_takes_no_more_memory(command, tmp_path) -> None:
     """What the process has allocated: the text itself is a file mapped into memory, which the kernel lets go of."""
     peaks, rows = [], []
     for repeat in (8, 80):
+        converting = command(tmp_path / f"first{repeat}", repeat=repeat, shard_tokens=4096)
+        finish(start([*converting, "--max_tokens", "4096"]))  # by `datasets`, which takes memory of its own
         process = start(command(tmp_path / f"acts{repeat}", repeat=repeat, shard_tokens=4096))
         allocated = []
         while process.poll() is None:
