@@ -6,6 +6,7 @@ Gemma is provided under and subject to the Gemma Terms of Use found at https://a
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -68,8 +69,14 @@ def embedded_model_dir() -> Path:
                 f"cannot convert the embedded model into {folder}: {' '.join(str(error).split())}; "
                 "make 1 GB of room there or point the environment variable HF_HOME at another disk"
             ) from error
-    logger.info("%s is used under Gemma's terms of use, %s", EMBEDDED_MODEL, TERMS_URL)
+    _say_terms()
     return folder
+
+
+@functools.cache  # once in a process is enough
+def _say_terms() -> None:
+    """The notice that Gemma's terms ask for."""
+    logger.info("%s is used under Gemma's terms of use, %s", EMBEDDED_MODEL, TERMS_URL)
 
 
 def _packaged_parts() -> tuple[Any, list[Path]]:
