@@ -42,7 +42,7 @@ def recent_peak(device: torch.device) -> int:
     """Most bytes taken since [`start_peak`]; since the process began where that could not be noted."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    try:  # not ru_maxrss: a process starts with that of the one that started it
         found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"))
     except OSError:
         found = None
@@ -95,13 +95,11 @@ def _room_in_containers(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/
         if controllers in ("", "memory"):  # of version 2, of version 1
             top = root / controllers
             place = top / path.strip("/")
-            folders = [place, *(parent for parent in place.parents if parent.is_relative_to(top))]
+            folders = (place, *(parent for parent in place.parents if parent.is_relative_to(top)))
             names = (
                 ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
             )
-            room += [
-                left for folder in dict.fromkeys([*folders, top]) if (left := _room_in(folder, *names)) is not None
-            ]
+            room += [left for folder in folders if (left := _room_in(folder, *names)) is not None]
     return room
 
 

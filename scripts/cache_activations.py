@@ -30,8 +30,9 @@ from hf_selortho.activations.shard_writing import ShardFolder
 from hf_selortho.activations.shards import STORED_DTYPES
 from hf_selortho.activations.statistics import LayerStatistics
 from hf_selortho.activations.texts import Documents, open_documents
-from hf_selortho.activations.tokens import Context, ContextStream, estimate_tokens, held_out_contexts
+from hf_selortho.activations.tokens import Context, ContextStream, count_tokens, estimate_tokens, held_out_contexts
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.hub.markdown import code
 from hf_selortho.memory_use import existing_folder, free_disk, peak_memory
 from hf_selortho.process_watch import ProcessWatch
 from hf_selortho.training.arguments import ModelArguments, TextArguments
@@ -47,19 +48,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator(cpu=arguments.cpu or torch.backends.mps.is_available())  # Apple's GPUs have no float64
     if accelerator.device.type == "cpu":
         use_all_cores(arguments.cpu_threads)
-    plan = Harvest(model, text, arguments, accelerator)
+    harvest = Harvest(model, text, arguments, accelerator)
     if arguments.dry_run:
-        plan.dry_run()
+        harvest.dry_run()
         return
     with ProcessWatch("run the same command again, which goes on with the shards that are there"):
-        if not plan.begin():
-            sys.stdout.write(f"{plan.folder.folder} holds this harvest already, complete\n")
+        if not harvest.begin():
+            sys.stdout.write(f"{harvest.folder.folder} holds this harvest already, complete\n")
             return
-        speed = plan.run()
+        speed = harvest.run()
     if accelerator.is_main_process:
-        manifest = plan.finish()
+        manifest = harvest.finish()
         memory = peak_memory(accelerator.device)
-        sys.stdout.write(closing_words(plan.folder.folder, manifest, speed, accelerator.num_processes, memory))
+        sys.stdout.write(closing_words(harvest.folder.folder, manifest, speed, accelerator.num_processes, memory))
 
 
 class Harvest:
@@ -165,7 +166,7 @@ class Harvest:
                 "--streaming has no end that is known beforehand: say with --max_tokens how much to read"
             )
         for_training = min(value for value in (estimate, self.arguments.max_tokens) if value is not None)
-        return for_training + sum(len(context.input_ids) for context in self.held_out)
+        return for_training + count_tokens(self.held_out)
 
 
 def disk_bytes(capture: ActivationCapture, arguments: HarvestArguments, tokens: float) -> float:
@@ -268,11 +269,6 @@ python -m hf_selortho.activations.report FOLDER --output norms.png
 `FOLDER` is this folder, or `hub:owner/name` for a repository of the Hub. The terms of the language model and of the
 text apply.
 """
-
-
-def code(text: Any) -> str:
-    """A value as code in Markdown, on one line."""
-    return "`" + " ".join(str(text).split()).replace("`", "'") + "`"
 
 
 def closing_words(folder: Path, manifest: dict[str, Any], speed: Speed, processes: int, memory: int) -> str:

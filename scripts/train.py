@@ -103,6 +103,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         "wall_seconds": round(time.time() - started, 1),
         "peak_memory_gb": round(peak_memory(accelerator.device) / 1e9, 2),
     }
+    reports = write_reports(output, arguments, members, trainers, evaluations, totals, run_info)
+    sys.stdout.write(closing_words(output, reports, run_info))
+
+
+def write_reports(
+    output: Path,
+    arguments: TrainingArguments,
+    members: list[Member],
+    trainers: list[Trainer],
+    evaluations: list[Evaluation] | list[None],
+    totals: dict[str, int],
+    run_info: dict[str, Any],
+) -> list[MemberReport]:
+    """Write what the run has to say of each SAE, and of all of them together where there are several.
+
+    Args:
+        totals: what the source of the activations has counted.
+        run_info: what run.json says besides the arguments.
+    """
     reports = []
     for member, trainer, evaluation in zip(members, trainers, evaluations, strict=True):
         assert trainer.log is not None
@@ -122,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports.append(MemberReport(member.name, member.layer, member.variant, trainer.sae.config, metrics))
     if members[0].name:
         write_summary(output, reports, {**run_info, "arguments": arguments.flat()})
-    sys.stdout.write(closing_words(output, reports, run_info))
+    return reports
 
 
 def resume_hint(run: RunArguments) -> str:
@@ -193,8 +212,6 @@ def dry_run(
     """
     before = memory_now(accelerator.device)
     data = open_data(in_small(arguments), store, members, accelerator)
-    parameters = sum(count_parameters(member, data) for member in members)
-    check_memory(arguments, data, parameters, accelerator.device)
 
     def make_trainers(data: TrainingData) -> list[Trainer]:
         saes = make_saes(members, data, None, None, accelerator)

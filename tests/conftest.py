@@ -31,6 +31,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -123,6 +124,15 @@ _SENTENCE = [
 
 def _sentence(rng: random.Random) -> str:
     return " ".join(rng.choice(words) for words in _SENTENCE).format(rng.randint(2, 99))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    return figures
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import transformers
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
 
+from hf_selortho.activations.disk import sync
 from hf_selortho.errors import SelOrthoError
 
 logger = logging.getLogger(__name__)
@@ -149,11 +149,11 @@ def _convert_into(folder: Path, package: Any) -> None:
         _convert(gguf, converted)
         _write_manifest(converted)
         for path in [*converted.iterdir(), converted]:
-            _fsync(path)
+            sync(path)
         if folder.exists():
             folder.rename(work / "incomplete")
         converted.rename(folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -206,13 +206,3 @@ def _is_complete(folder: Path) -> bool:
     if not complete and folder.exists():
         logger.warning("%s is incomplete or of another version, converting it again", folder)
     return complete
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,7 +22,7 @@ from .processes import mean_over_processes, sum_over_processes
 from .shard_writing import Record, ShardFolder
 from .shards import FORMAT, FORMAT_VERSION, HELD_OUT, STORED_DTYPES, TRAIN
 from .statistics import LayerStatistics
-from .tokens import Context, ContextStream
+from .tokens import Context, ContextStream, count_tokens
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class ShardHarvest:
             contexts = self.stream.take_tokens(wanted)
             if not contexts:
                 return
-            taken += sum(len(context.input_ids) for context in contexts)
+            taken += count_tokens(contexts)
             yield contexts, {"stream": self.stream.state_dict()}
 
     def _held_out_groups(self, done: list[dict[str, Any]]) -> Iterator[tuple[list[Context], dict[str, Any]]]:
@@ -166,7 +166,7 @@ class ShardHarvest:
 
     def _compute(self, contexts: list[Context], progress: tqdm | None) -> _Raw:
         capture, dtype = self.capture, STORED_DTYPES[self.settings.stored_dtype]
-        tokens = sum(len(context.input_ids) for context in contexts)
+        tokens = count_tokens(contexts)
         by_layer = {layer: torch.empty(tokens, capture.lm.d_model, dtype=dtype) for layer in capture.layers}
         norms, origins = [], []
         rows = special = 0
@@ -216,7 +216,7 @@ class ShardHarvest:
             "rows": len(origins),
             "counts": {
                 "contexts": len(raw.contexts),
-                "tokens": sum(len(context.input_ids) for context in raw.contexts),
+                "tokens": count_tokens(raw.contexts),
                 "dropped_special": raw.dropped_special,
                 "dropped_sinks": int((~kept).sum()),
             },

@@ -60,10 +60,11 @@ def probe_harvest(
     model = sum(parameter.numel() * parameter.element_size() for parameter in capture.lm.model.parameters())
     available = available_memory(device)
     loaded = memory_now(device)
-    speed = _harvest(capture, stream, settings, folder, _WARM_UP_TOKENS, 1)
+    beside = existing_folder(folder)
+    speed = throwaway_harvest(capture, stream, _in_small(settings, _WARM_UP_TOKENS, 1), beside)
     small = max(_WARM_UP_TOKENS, min(settings.shard_tokens, int(speed * PROBE_SECONDS / 3)))
     start_peak(device)
-    speed = _harvest(capture, stream, settings, folder, small, 3)
+    speed = throwaway_harvest(capture, stream, _in_small(settings, small, 3), beside)
     layers, row = len(capture.layers), capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize
     # one shard is computed while the one before it is written, of which one layer is being turned into bytes
     in_flight = (2 * layers + 2) * row
@@ -73,9 +74,16 @@ def probe_harvest(
         peak += in_flight * (full - small)
     else:
         host_available = available_memory(torch.device("cpu"))
-    total = None if available is None else available + loaded
     return HarvestForecast(
-        tokens, speed, settings.processes, model, in_flight * full, peak, total, host_available, disk
+        tokens=tokens,
+        tokens_per_second=speed,
+        processes=settings.processes,
+        language_model=model,
+        shards=in_flight * full,
+        peak=peak,
+        available=None if available is None else available + loaded,
+        host_available=host_available,
+        disk=disk,
     )
 
 
@@ -110,24 +118,26 @@ def refuse_what_cannot_fit(found: HarvestForecast) -> None:
         )
 
 
-def _harvest(
-    capture: ActivationCapture,
-    stream: ContextStream,
-    settings: HarvestSettings,
-    folder: Path,
-    shard_tokens: int,
-    shards: int,
+def throwaway_harvest(
+    capture: ActivationCapture, stream: ContextStream, settings: HarvestSettings, place: Path
 ) -> float:
-    """Tokens a second of a harvest of so many shards."""
-    alone = dataclasses.replace(
+    """Tokens a second of a harvest, from text to files in a folder inside `place` that is then removed.
+
+    Raises:
+        SelOrthoError: `place` cannot be written.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".probe-", dir=place)
+    except OSError as error:
+        raise SelOrthoError(f"cannot write to {place}: {error.strerror}; choose another --output_dir") from error
+    with folder:
+        target = ShardFolder(Path(folder.name))
+        target.begin({})
+        return ShardHarvest(capture, stream, [], target, settings).run().tokens_per_second
+
+
+def _in_small(settings: HarvestSettings, shard_tokens: int, shards: int) -> HarvestSettings:
+    """The harvest of so many shards by one process."""
+    return dataclasses.replace(
         settings, shard_tokens=shard_tokens, max_tokens=shards * shard_tokens, rank=0, processes=1
     )
-    beside = existing_folder(folder)
-    try:
-        place = tempfile.TemporaryDirectory(prefix=".probe-", dir=beside)
-    except OSError as error:
-        raise SelOrthoError(f"cannot write to {beside}: {error.strerror}; choose another --output_dir") from error
-    with place:
-        target = ShardFolder(Path(place.name))
-        target.begin({})
-        return ShardHarvest(capture, stream, [], target, alone).run().tokens_per_second

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import SelOrthoError
+from .disk import sync
 from .shards import FORMAT, HELD_OUT, MANIFEST, WORK, shard_path
 
 _FINISHED = f"{WORK}-finished"
@@ -62,7 +63,7 @@ class ShardFolder:
 
     def _begin(self, plan: dict[str, Any], overwrite: bool) -> bool:
         shutil.rmtree(self.folder / _FINISHED, ignore_errors=True)
-        unfinished, finished = self._found(self.work / _PLAN), self._found(self.folder / MANIFEST)
+        unfinished, finished = _json_object(self.work / _PLAN), _json_object(self.folder / MANIFEST)
         if unfinished is not None and not (overwrite and _differing(unfinished, plan)):
             self._check_plan(unfinished, plan)
             return True
@@ -81,17 +82,9 @@ class ShardFolder:
                 f"output folder {self.folder} is not empty and holds {left}: {remedy}choose another --output_dir"
             )
         self.work.mkdir(parents=True, exist_ok=True)
-        _sync_folder(self.folder.absolute().parent)
+        sync(self.folder.absolute().parent)
         self.write(f"{WORK}/{_PLAN}", _json(plan))
         return True
-
-    def _found(self, path: Path) -> dict[str, Any] | None:
-        """A JSON object of the folder; None if there is no such file or it holds something else."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-            return None
-        return content if isinstance(content, dict) else None
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file of the folder; it has its name only once it is safely on the disk.
@@ -104,13 +97,13 @@ class ShardFolder:
         try:
             if not target.parent.is_dir():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _sync_folder(target.parent.parent)
+                sync(target.parent.parent)
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -207,6 +200,15 @@ class ShardFolder:
             )
 
 
+def _json_object(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None if there is no such file or it holds something else than a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _differing(found: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """Settings of a harvest that are others than planned."""
     return [f"{key} {found.get(key)!r} -> {value!r}" for key, value in plan.items() if found.get(key) != value]
@@ -248,13 +250,3 @@ def _joined_numbers(text: str) -> str:
         joining = bare.endswith("[")
         lines.append(line)
     return "\n".join(lines)
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

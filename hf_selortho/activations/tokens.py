@@ -199,6 +199,11 @@ class ContextStream:
         )
 
 
+def count_tokens(contexts: Iterable[Context]) -> int:
+    """Tokens of contexts, BOS included."""
+    return sum(len(context.input_ids) for context in contexts)
+
+
 def estimate_tokens(
     documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
@@ -217,7 +222,7 @@ def estimate_tokens(
     cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
     texts = list(itertools.islice(documents.train(0, 0), sample + 1))
     looked_at = texts[:sample]
-    tokens = sum(len(context.input_ids) for context in cutter.cut(looked_at))
+    tokens = count_tokens(cutter.cut(looked_at))
     if len(texts) <= sample:
         return float(tokens)
     return tokens / len(looked_at) * documents.count * (1 - documents.held_out_fraction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,11 +15,12 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..activations.capture import ActivationCapture, length_batches
-from ..activations.harvest import HarvestSettings, ShardHarvest
+from ..activations.harvest import HarvestSettings
+from ..activations.harvest_plan import throwaway_harvest
 from ..activations.lm import LanguageModel, load_language_model
-from ..activations.shard_writing import ShardFolder
 from ..activations.texts import Documents, TextSource, open_documents
-from ..activations.tokens import Context, ContextStream, pad_batch
+from ..activations.tokens import Context, ContextStream, count_tokens, pad_batch
+from .pipeline import wait_for
 from .report import table
 
 CONTEXT_LENGTH = 128
@@ -88,7 +88,7 @@ def _padded(lm: LanguageModel, documents: Documents, seed: int) -> float:
         for input_ids, mask in batches:
             device = lm.model.device
             lm.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
-    return _tokens(contexts) / _elapsed(started, lm)
+    return count_tokens(contexts) / _elapsed(started, lm)
 
 
 def _bare(capture: ActivationCapture, documents: Documents, seed: int) -> float:
@@ -98,16 +98,13 @@ def _bare(capture: ActivationCapture, documents: Documents, seed: int) -> float:
     started = time.perf_counter()
     for input_ids, mask in batches:
         capture.all_hidden_states(input_ids, mask)
-    return sum(map(_tokens, shards)) / _elapsed(started, capture.lm)
+    return sum(map(count_tokens, shards)) / _elapsed(started, capture.lm)
 
 
 def _harvest(capture: ActivationCapture, documents: Documents, seed: int) -> float:
     """From text to files: tokenising, the language model, norms, sinks, statistics, hashes, flushed to the disk."""
     settings = HarvestSettings(CONTEXT_LENGTH, shard_tokens=SHARD_TOKENS, max_tokens=SHARDS * SHARD_TOKENS)
-    with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=".") as place:
-        folder = ShardFolder(Path(place))
-        folder.begin({})
-        return ShardHarvest(capture, _stream(capture.lm, documents, seed), [], folder, settings).run().tokens_per_second
+    return throwaway_harvest(capture, _stream(capture.lm, documents, seed), settings, Path())
 
 
 def _to_full_length(contexts: Sequence[Context]) -> tuple[Tensor, Tensor]:
@@ -116,11 +113,6 @@ def _to_full_length(contexts: Sequence[Context]) -> tuple[Tensor, Tensor]:
     return pad(input_ids, missing), pad(mask, missing)
 
 
-def _tokens(contexts: Sequence[Context]) -> int:
-    return sum(len(context.input_ids) for context in contexts)
-
-
 def _elapsed(started: float, lm: LanguageModel) -> float:
-    if lm.model.device.type == "cuda":
-        torch.cuda.synchronize(lm.model.device)
+    wait_for(lm.model.device)
     return time.perf_counter() - started

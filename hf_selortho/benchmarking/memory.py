@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..configuration_selortho import SelOrthoConfig
-from ..memory_use import peak_memory
+from ..memory_use import memory_now, recent_peak, start_peak
 from ..modeling_selortho import SelOrthoSAE
 from .cases import ENCODER, NONE, Case
 from .inputs import Batches
+from .pipeline import wait_for
 from .steps import EncoderOnly, TrainingSteps
 
 logger = logging.getLogger(__name__)
@@ -87,32 +86,14 @@ def measure(folder: Path) -> int:
         steps.run(Case(NONE).config(config), 0)  # brings in the state of the optimiser
         before = _start(device)
         steps.run(case.config(config), 0, steps=min(case.interval, STEPS))
-    return max(0, _peak(device) - before)
+    return max(0, recent_peak(device) - before)
 
 
 def _start(device: torch.device) -> int:
     """Bytes in use now; the peak starts anew, where the system can do that."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text(
-            "5", encoding="ascii"
-        )  # Linux; elsewhere the peak may be an earlier one
-    except OSError:
-        pass
-    return int(psutil.Process().memory_info().rss)
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes in use at the peak since [`_start`]."""
-    if device.type != "cuda" and Path("/proc/self/status").is_file():
-        # not ru_maxrss: a process starts with that of the one that started it, which holds an SAE too
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-        if found:
-            return int(found[1]) * 1024
-    return peak_memory(device)
+    wait_for(device)
+    start_peak(device)
+    return memory_now(device)
 
 
 if __name__ == "__main__":

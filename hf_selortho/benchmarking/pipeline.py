@@ -42,16 +42,17 @@ def measure_supply(lm: LanguageModel, layer: int, dataset: str, batch: int) -> S
     started = time.perf_counter()
     for _ in range(BATCHES):  # all that it serves without a refresh
         served.append(buffer.next_batch().activations)
-    _wait(capture.device)
+    wait_for(capture.device)
     buffer_seconds = time.perf_counter() - started
     fresh = stream.take(contexts)
     started = time.perf_counter()
     harvest = capture.harvest(fresh)
-    _wait(capture.device)
+    wait_for(capture.device)
     lm_seconds = time.perf_counter() - started
     return Supply(len(harvest) / lm_seconds, BATCHES * batch / buffer_seconds, torch.cat(served))
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return once a GPU has done what it was given; others have by then."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)

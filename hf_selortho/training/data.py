@@ -45,6 +45,7 @@ class TrainingData(ABC):
     source: BatchSource
     source_device: torch.device  # that holds the activations of the source
     held_out: list[Context]  # in the main process; empty if nothing is evaluated
+    measures_loss: bool  # whether the evaluation runs the language model on the held-out contexts
 
     @abstractmethod
     def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
@@ -77,6 +78,7 @@ class LiveData(TrainingData):
         check_context_length(self.lm, arguments.sae.context_length)
         self.capture = ActivationCapture(self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens)
         self.source_device = self.capture.device
+        self.measures_loss = arguments.evaluation.eval_ce_samples > 0
         self.held_out = self._find_held_out() if accelerator.is_main_process else []
         self.source: ActivationBuffer = self._make_buffer(arguments)
 
@@ -163,7 +165,7 @@ class ShardData(TrainingData):
         self._capture: ActivationCapture | None = None
         samples = arguments.evaluation.eval_samples
         self.held_out = store.held_out_contexts()[:samples] if accelerator.is_main_process and samples else []
-        self._measures_loss = bool("model" in arguments.given and arguments.evaluation.eval_ce_samples and samples)
+        self.measures_loss = bool("model" in arguments.given and arguments.evaluation.eval_ce_samples and samples)
         self._check_model()
         self.source: ShardBatches = self._make_batches(arguments)
 
@@ -188,7 +190,7 @@ class ShardData(TrainingData):
         }
 
     def evaluation_capture(self) -> ActivationCapture | None:
-        if not self._measures_loss:
+        if not self.measures_loss:
             return None
         if self._capture is None:
             model, device = self.arguments.model, self.accelerator.device
@@ -228,7 +230,7 @@ class ShardData(TrainingData):
                 f'--model {model.model}: the activations of {self.store.source} are those of "{harvested["name"]}"; '
                 "leave --model out, or give that one to have the loss recovered measured"
             )
-        if not self._measures_loss or not self.accelerator.is_main_process:
+        if not self.measures_loss or not self.accelerator.is_main_process:
             return
         found = find_revision(model.model or "", model.model_revision)
         if found != harvested["revision"]:

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 
 from ..activations.buffer import ActivationBuffer
 from ..activations.processes import mean_over_processes
-from ..activations.shard_batches import ShardBatches
 from ..errors import SelOrthoError
 from ..memory_use import available_memory, free_disk, memory_now, recent_peak, start_peak
 from ..modeling_selortho import SelOrthoSAE
@@ -99,36 +98,34 @@ def forecast(
     on_device = data.source_device.type == device.type
     if on_device:
         training_peak += full - held
-    peak = max(training_peak, evaluation_peak)
-    weights = _OPTIMIZER_BYTES * parameters
+    live = isinstance(data.source, ActivationBuffer)
     memory = {
         "libraries and process": before,
-        "language model" if isinstance(data.source, ActivationBuffer) else "manifest and shards": loaded - before,
+        "language model" if live else "manifest and shards": loaded - before,
         "activations held": full if on_device else 0,
-        "SAE weights, gradients, Adam": weights,
+        "SAE weights, gradients, Adam": _OPTIMIZER_BYTES * parameters,
     }
+    peak = max(training_peak, evaluation_peak)
     memory["steps, selection, forward passes, evaluation"] = max(0, peak - sum(memory.values()))
     tokens = run.max_steps * run.batch_size * run.gradient_accumulation_steps
     harvested, fill_seconds, refresh_seconds = _harvest_time(arguments, data, filling, tokens, accelerator)
-    buffers = full * accelerator.num_processes if isinstance(data.source, ActivationBuffer) else 0
-    checkpoints = (run.keep_checkpoints + 1) * (12 * parameters + buffers) if run.checkpoint_every else 0
     return Forecast(
-        parameters,
-        tokens,
-        harvested,
-        memory,
-        None if available is None else available + loaded,
-        0 if on_device else full,
-        None if on_device else available_memory(data.source_device),
-        checkpoints + 4 * parameters + 2_000_000 * len(saes),
-        free_disk(Path(run.output_dir)),
-        {
+        parameters=parameters,
+        tokens=tokens,
+        harvested=harvested,
+        memory=memory,
+        available=None if available is None else available + loaded,
+        host=0 if on_device else full,
+        host_available=None if on_device else available_memory(data.source_device),
+        disk=_disk_bytes(arguments, len(saes), parameters, full * accelerator.num_processes if live else 0),
+        free_disk=free_disk(Path(run.output_dir)),
+        seconds={
             "filling the buffer": fill_seconds,
             "language model while training": refresh_seconds,
             "training steps": step_seconds * run.max_steps * run.gradient_accumulation_steps,
             "evaluation": evaluation_seconds,
         },
-        steps,
+        steps_probed=steps,
     )
 
 
@@ -222,9 +219,9 @@ def _probe_evaluation(
     started = time.perf_counter()
     evaluate_fn(saes, data, few, 0)
     features = (time.perf_counter() - started) * contexts / few
-    wanted = min(arguments.evaluation.eval_ce_samples, contexts)
-    if wanted == 0 or isinstance(data.source, ShardBatches) and "model" not in arguments.given:
+    if not data.measures_loss:
         return features
+    wanted = min(arguments.evaluation.eval_ce_samples, contexts)
     started = time.perf_counter()
     evaluate_fn(saes, data, few, _PROBE_CE)
     return features + (time.perf_counter() - started - features * few / contexts) * wanted / _PROBE_CE
@@ -243,6 +240,13 @@ def _harvest_time(
     drawn = tokens // processes - arguments.run.batch_size // processes * arguments.data.refresh_every
     refreshed = max(0.0, drawn / arguments.data.buffer_reuse)
     return round((capacity + refreshed) * processes), capacity * per_token, refreshed * per_token
+
+
+def _disk_bytes(arguments: TrainingArguments, saes: int, parameters: int, buffers: int) -> int:
+    """What a run leaves: SAEs with their reports, and the checkpoints, each with the buffers of all processes."""
+    run = arguments.run
+    checkpoints = (run.keep_checkpoints + 1) * (12 * parameters + buffers) if run.checkpoint_every else 0
+    return checkpoints + 4 * parameters + 2_000_000 * saes
 
 
 def _one_a_layer(saes: Sequence[SelOrthoSAE]) -> list[SelOrthoSAE]:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hf_selortho.activations import report
@@ -72,15 +71,6 @@ def write(folder: Path, content: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
-    """The figures that were saved."""
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    return figures
 
 
 def test_table_of_known_numbers() -> None:
