@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import re
+import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +21,13 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import SelOrthoError
 from .memory_use import local_processes
+
+_LAUNCHERS = ("accelerate", "torchrun", "python")
+_SECRETS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_TOKEN"
+)  # fmt: skip
+_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -40,6 +51,52 @@ def use_all_cores(threads: int | None = None) -> None:
     torch.set_num_threads(threads or max(1, cores // local_processes()))
 
 
+def launch_command(script: str, argv: Sequence[str] | None = None) -> str:
+    """The command that started this run, `accelerate launch` included, without a wish to resume and without secrets.
+
+    Args:
+        script: name of the script as users type it, if they gave its arguments from Python.
+        argv: these arguments; None for those of the command line.
+    """
+    command = _typed_command() if argv is None else ["accelerate", "launch", script, *argv]
+    return without_secrets(shlex.join(_without_resuming(command)))
+
+
+def without_secrets(text: str) -> str:
+    """The text without access tokens: those in the environment, and whatever looks like one of the Hub."""
+    for name in _SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    return _HUB_TOKEN.sub("***", text)
+
+
+def _typed_command() -> list[str]:
+    """The outermost command line of this process and those above it that names the script: what somebody typed."""
+    own = psutil.Process()
+    for process in reversed([own, *own.parents()]):
+        try:
+            line = process.cmdline()
+        except psutil.Error:  # of another user
+            continue
+        if sys.argv[0] in line:
+            names = [os.path.basename(part) for part in line]
+            start = next((n for n, name in enumerate(names) if name.startswith(_LAUNCHERS)), None)
+            if start is not None and start + 1 < len(line):
+                by_python = names[start].startswith("python") and names[start + 1].startswith(_LAUNCHERS)
+                start += by_python  # a launcher that is a Python script
+                return [names[start], *line[start + 1 :]]
+    return ["python", *sys.argv]
+
+
+def _without_resuming(command: Sequence[str]) -> list[str]:
+    name, kept, skip = "--resume_from_checkpoint", [], False
+    for part in command:
+        if not skip and part != name and not part.startswith(f"{name}="):
+            kept.append(part)
+        skip = part == name
+    return kept
+
+
 def start_cpu_processes() -> None:
     """Do what `accelerate launch --cpu --num_processes N` asks for, which accelerate itself leaves to mpirun.
 
@@ -47,6 +104,8 @@ def start_cpu_processes() -> None:
     parent process. This process then becomes torchrun, which starts the N processes. Returns if there is nothing to do.
     Between machines, gloo would take the interface that the machine's own name leads to: often the loopback.
     """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # it started this process
+        _end_with_parent()
     started_by_accelerate = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     parent = psutil.Process().parent()
     if not started_by_accelerate or "WORLD_SIZE" in os.environ or parent is None:
@@ -109,8 +168,14 @@ def interface_towards(address: str) -> str | None:
     return next((name for name, found in interfaces if own in {one.address.split("%")[0] for one in found}), None)
 
 
+def _end_with_parent() -> None:
+    """Let this process have SIGTERM when `accelerate launch` ends, which passes no signal on; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
 def _exit_with(error: SelOrthoError) -> NoReturn:
-    line = " ".join(str(error).split())
+    line = without_secrets(" ".join(str(error).split()))
     sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {line}\n")
     sys.exit(2)
 

@@ -5,13 +5,22 @@ Every setting of the SAE is declared here once; the command line of the training
 """
 
 import difflib
+import logging
 import math
+import os
+import reprlib
+from collections.abc import Iterable
 from dataclasses import Field, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import torch
 from transformers import PreTrainedConfig
 
 from .errors import ConfigError
+from .saved_files import CONFIG, LOOKUP, find_file, read_object
+
+logger = logging.getLogger(__name__)
 
 CONFIG_VERSION = 1
 
@@ -23,6 +32,27 @@ PenaltySchedule = Literal["on_selection", "every_step"]
 Correlation = Literal["cosine", "pearson"]
 Reduction = Literal["mean", "sum"]
 InputNormalization = Literal["standard", "none"]
+
+
+_LARGEST_INT = 2**63 - 1
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+# What transformers declares and never checks. A dtype has a check of its own.
+_INHERITED: dict[str, tuple[type, ...]] = {
+    "transformers_version": (str, type(None)),
+    "architectures": (list, type(None)),
+    "output_hidden_states": (bool, type(None)),
+    "return_dict": (bool, type(None)),
+    "chunk_size_feed_forward": (int,),
+    "is_encoder_decoder": (bool,),
+    "id2label": (dict, type(None)),
+    "label2id": (dict, type(None)),
+    "problem_type": (str, type(None)),
+}
+# What transformers writes beside the fields; "auto_map" names code of a repository, which only the Auto classes run.
+_UNREAD = {"auto_map", "model_type", "name_or_path", "_name_or_path", "output_attentions", "torch_dtype"}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = 20
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -119,9 +149,55 @@ class SelOrthoConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_version()
         self._refuse_misspelt(kwargs)
-        super().__post_init__(**kwargs)
+        self._check_inherited()
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ConfigError(f"transformers refuses these settings: {error}") from error
         self._check_types()
         self._check_values()
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Content of a config.json, and the arguments that do not say where it is.
+
+        Raises:
+            SelOrthoError: there is none.
+            ConfigError: it is damaged, or that of another kind of model.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        lookup = {key: kwargs.pop(key) for key in LOOKUP if key in kwargs}
+        for key in ("_from_auto", "_from_pipeline", "gguf_file", "trust_remote_code"):
+            kwargs.pop(key, None)
+        path = Path(name) if os.path.isfile(name) else find_file(name, CONFIG, lookup)
+        if path is None:
+            raise ConfigError(
+                f"cannot load the SAE {name!r}: it holds no {CONFIG}; expected a folder or repository of one"
+            )
+        content = read_object(path)
+        if (kind := content.get("model_type", cls.model_type)) != cls.model_type:
+            raise ConfigError(f"{path} has model_type={_SHORT.repr(kind)}, expected {cls.model_type!r}: this is no SAE")
+        return content, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from the content of a config.json; of that, only what is declared is taken.
+
+        transformers would make an attribute of everything else, and follow some of it to other files and other code.
+
+        Raises:
+            ConfigError: a value is not allowed.
+        """
+        declared, own = {f.name for f in fields(cls)}, {f.name for f in cls.own_fields()}
+        unknown = config_dict.keys() - declared - _UNREAD
+        cls._refuse_misspelt(unknown)
+        if unknown:
+            logger.warning("without effect, as SelOrthoConfig does not know them: %s", _SHORT.repr(sorted(unknown)))
+        taken = {key: value for key, value in config_dict.items() if key in declared}
+        overrides = {key: kwargs.pop(key) for key in own & kwargs.keys()}
+        return super().from_dict({**taken, **overrides}, **kwargs)
 
     @classmethod
     def own_fields(cls) -> list[Field]:
@@ -142,10 +218,11 @@ class SelOrthoConfig(PreTrainedConfig):
         """The score by which pairs are selected: "activation", "decoder" or "redundancy"."""
         return self.penalty_space if self.selection_space == "same" else self.selection_space
 
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+    @classmethod
+    def _refuse_misspelt(cls, keys: Iterable[str]) -> None:
         # transformers keeps unknown keyword arguments as attributes: a misspelt setting would silently do nothing
-        names = [f.name for f in self.own_fields()]
-        for key in kwargs:
+        names = [f.name for f in cls.own_fields()]
+        for key in keys:
             close = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
             if close:
                 raise ConfigError(f"{key} is not a setting of SelOrthoConfig; did you mean {close[0]}?")
@@ -153,12 +230,24 @@ class SelOrthoConfig(PreTrainedConfig):
     def _check_version(self) -> None:
         version = self.config_version
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ConfigError(f"config_version={version!r}: expected a whole number from 1 to {CONFIG_VERSION}")
+            raise ConfigError(
+                f"config_version={_SHORT.repr(version)}: expected a whole number from 1 to {CONFIG_VERSION}"
+            )
         if version > CONFIG_VERSION:
             raise ConfigError(
                 f"config_version={version}: this SAE was saved by a newer hf_selortho (this one reads up to version "
                 f"{CONFIG_VERSION}); update with: pip install -U hf_selortho"
             )
+
+    def _check_inherited(self) -> None:
+        for name, allowed in _INHERITED.items():
+            value = getattr(self, name)
+            if type(value) not in allowed:
+                names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+                raise ConfigError(f"{name}={_SHORT.repr(value)}: expected {names}, not {type(value).__name__}")
+        dtype = str(self.dtype).removeprefix("torch.") if isinstance(self.dtype, torch.dtype) else self.dtype
+        if dtype not in (None, *_DTYPES):
+            raise ConfigError(f"dtype={_SHORT.repr(self.dtype)}: expected one of {', '.join(_DTYPES)}")
 
     def _check_types(self) -> None:
         for f in self.own_fields():
@@ -171,19 +260,26 @@ class SelOrthoConfig(PreTrainedConfig):
             if get_origin(allowed[0]) is list:
                 self._check_list(f.name, value)
                 continue
+            self._check_size(f.name, value)
             if type(value) is int and float in allowed:
                 value = float(value)
                 setattr(self, f.name, value)
             if isinstance(allowed[0], str):
                 if value not in allowed:
-                    raise ConfigError(f"{f.name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+                    raise ConfigError(f"{f.name}={_SHORT.repr(value)}: expected one of {', '.join(map(repr, allowed))}")
             elif type(value) not in allowed:
                 names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-                raise ConfigError(f"{f.name}={value!r}: expected {names}, not {type(value).__name__}")
+                raise ConfigError(f"{f.name}={_SHORT.repr(value)}: expected {names}, not {type(value).__name__}")
 
     def _check_list(self, name: str, value: Any) -> None:
         if value is not None and (not isinstance(value, list) or any(type(item) is not int for item in value)):
-            raise ConfigError(f"{name}={value!r}: expected None or a list of whole numbers")
+            raise ConfigError(f"{name}={_SHORT.repr(value)}: expected None or a list of whole numbers")
+        for item in value or ():
+            self._check_size(name, item)
+
+    def _check_size(self, name: str, value: Any) -> None:
+        if type(value) is int and abs(value) > _LARGEST_INT:
+            raise ConfigError(f"{name}={_SHORT.repr(value)}: expected a number below 2^63")
 
     def _check_values(self) -> None:
         for name in ("d_in", "d_sae", "min_support", "k", "min_tokens", "selection_interval"):
@@ -200,7 +296,9 @@ class SelOrthoConfig(PreTrainedConfig):
             self._require(name, lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._require("pair_fraction", lambda v: 0 < v <= 1, "a share in (0, 1]")
         self._require("held_out_fraction", lambda v: v is None or 0 <= v < 1, "None or a share in [0, 1)")
-        self._require("max_norm", lambda v: v is None or v > 0, "None or a number above 0")
+        self._require(
+            "max_norm", lambda v: v is None or (v > 0 and math.isfinite(v)), "None or a finite number above 0"
+        )
         self._require("max_norm_ratio", lambda v: v is None or (v > 1 and math.isfinite(v)), "None or a number above 1")
         self._check_activation()
         self._check_penalty()
@@ -219,10 +317,10 @@ class SelOrthoConfig(PreTrainedConfig):
         if prefixes is None:
             return
         if self.activation != "batchtopk":
-            raise ConfigError(f"matryoshka_prefixes={prefixes}: only activation='batchtopk' takes them")
+            raise ConfigError(f"matryoshka_prefixes={_SHORT.repr(prefixes)}: only activation='batchtopk' takes them")
         if not prefixes or prefixes[0] < 1 or sorted(set(prefixes)) != prefixes or prefixes[-1] != self.d_sae:
             raise ConfigError(
-                f"matryoshka_prefixes={prefixes}: expected rising numbers that end with d_sae={self.d_sae}"
+                f"matryoshka_prefixes={_SHORT.repr(prefixes)}: expected rising numbers that end with d_sae={self.d_sae}"
             )
 
     def _check_penalty(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch_group import BatchGroup
-from .errors import SelOrthoError
+from .errors import NonFiniteError, SelOrthoError
 from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
 from .pair_selection import Columns, Pairs, best_pairs, pair_count, source_of
 from .pair_sums import pair_sums
@@ -37,7 +37,7 @@ def feature_norms(
     """Norm, support and mean of every feature over the batch `h` (B, n), summed over the processes of `group`.
 
     Raises:
-        SelOrthoError: the activations hold NaN or infinity.
+        NonFiniteError: the activations hold NaN or infinity.
     """
     sums = _sums(h)  # (3, n): support, squares, total
     tokens = sums.new_tensor([float(_tokens(h))])
@@ -45,7 +45,7 @@ def feature_norms(
         sums, tokens = group.sum(sums), group.sum(tokens)
     support, squares, total = sums
     if not bool(torch.isfinite(squares).all()):
-        raise SelOrthoError(_non_finite(squares))
+        raise NonFiniteError(_non_finite(squares))
     if correlation == "cosine":
         return FeatureNorms(squares, support, None, int(tokens))
     mean = total / tokens

@@ -7,5 +7,9 @@ class SelOrthoError(Exception):
     """A user's mistake or a broken input: the message gives the value, what was expected and the remedy."""
 
 
+class NonFiniteError(SelOrthoError):
+    """NaN or infinity where a number has to be."""
+
+
 class ConfigError(SelOrthoError, ValueError):
     """A field of a configuration has a value that is not allowed."""

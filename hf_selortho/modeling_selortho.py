@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -22,6 +21,7 @@ from .configuration_selortho import SelOrthoConfig
 from .decorrelation import full_penalty, penalty_by_space, penalty_of_selection, select_by_score
 from .errors import SelOrthoError
 from .pair_selection import Pairs
+from .saved_files import LOOKUP, at_one_commit, read_weights
 from .sparse_ops import ActiveFeatures, sparse_decode
 
 ROWS_IN_CACHE = 512  # decoder rows handled at once on a CPU
@@ -60,6 +60,25 @@ class PenaltyPlan:
     select: Callable[[Tensor | ActiveFeatures], Pairs] | None = None  # in place of the model's own selection
 
 
+def weight_shapes(config: SelOrthoConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter and buffer of a [`SelOrthoSAE`], without making one."""
+    d_in, d_sae = config.d_in, config.d_sae
+    assert d_in is not None and d_sae is not None  # the config has checked it
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+        "input_mean": (d_in,),
+        "input_scale": (),
+    }
+    if config.activation == "batchtopk":
+        shapes["threshold"] = ()
+    if config.activation == "jumprelu":
+        shapes["log_threshold"] = (d_sae,)
+    return shapes
+
+
 class SelOrthoSAE(PreTrainedModel):
     r"""Sparse autoencoder of language-model activations with selective orthogonality.
 
@@ -90,18 +109,17 @@ class SelOrthoSAE(PreTrainedModel):
 
     def __init__(self, config: SelOrthoConfig) -> None:
         super().__init__(config)
-        d_in, d_sae = config.d_in, config.d_sae
-        assert d_in is not None and d_sae is not None  # the config has checked it
-        self.W_enc = nn.Parameter(torch.empty(d_in, d_sae))
-        self.b_enc = nn.Parameter(torch.empty(d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.empty(d_in))
-        self.register_buffer("input_mean", torch.zeros(d_in))
-        self.register_buffer("input_scale", torch.ones(()))
-        if config.activation == "batchtopk":
-            self.register_buffer("threshold", torch.zeros(()))  # at inference; estimated in training
-        if config.activation == "jumprelu":
-            self.log_threshold = nn.Parameter(torch.empty(d_sae))  # in bfloat16 small updates would be lost
+        shapes = weight_shapes(config)
+        self.W_enc = nn.Parameter(torch.empty(shapes["W_enc"]))
+        self.b_enc = nn.Parameter(torch.empty(shapes["b_enc"]))
+        self.W_dec = nn.Parameter(torch.empty(shapes["W_dec"]))
+        self.b_dec = nn.Parameter(torch.empty(shapes["b_dec"]))
+        self.register_buffer("input_mean", torch.zeros(shapes["input_mean"]))
+        self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+        if "threshold" in shapes:
+            self.register_buffer("threshold", torch.zeros(shapes["threshold"]))  # at inference; estimated in training
+        if "log_threshold" in shapes:  # in bfloat16 small updates would be lost
+            self.log_threshold = nn.Parameter(torch.empty(shapes["log_threshold"]))
         self.function = ActivationFunction(config.activation, config.k, config.jumprelu_bandwidth)
         self.post_init()
 
@@ -126,33 +144,29 @@ class SelOrthoSAE(PreTrainedModel):
         """Load an SAE from a Hub repository or a local folder, from safetensors only.
 
         Takes the arguments of `PreTrainedModel.from_pretrained` (`revision`, `subfolder`, `dtype`, `device_map`, ...).
+        Nothing is allocated before names, shapes and dtypes in the files are known to be those of the configuration,
+        no other file of the folder is looked at, and no code of it is run.
 
         Raises:
-            SelOrthoError: the weights are damaged, incomplete or do not fit the configuration.
+            ConfigError: config.json is damaged, or a value in it is not allowed.
+            SelOrthoError: there is no such SAE, or its weights are damaged, incomplete or do not fit the configuration.
         """
+        if pretrained_model_name_or_path is None:  # whoever calls has the weights: nothing is read
+            return super().from_pretrained(None, *args, **kwargs)
+        name = os.fspath(pretrained_model_name_or_path)
+        lookup = at_one_commit(name, {key: kwargs.pop(key) for key in LOOKUP if key in kwargs})
+        config, variant = kwargs.pop("config", None), kwargs.pop("variant", None)
+        if not isinstance(config, SelOrthoConfig):
+            declared = {f.name for f in fields(SelOrthoConfig)} - {"dtype"}  # an argument of the model too
+            settings = {key: kwargs.pop(key) for key in declared & kwargs.keys()}
+            config = SelOrthoConfig.from_pretrained(name if config is None else config, **lookup, **settings)
+        tensors = read_weights(name, weight_shapes(config), lookup, variant)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-            model, info = loaded
-        except SafetensorError as error:
-            raise SelOrthoError(
-                f"{_weights_file(pretrained_model_name_or_path, kwargs)} is damaged or incomplete ({error}); "
-                "download it again, or use an earlier checkpoint"
-            ) from error
-        except RuntimeError as error:
-            if "size mismatch" not in str(error) and "mismatched" not in str(error):
-                raise
-            raise SelOrthoError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json (d_in and d_sae give the "
-                "shapes of W_enc and W_dec); take both files from the same run"
-            ) from error
-        wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-        if any(wrong.values()):
-            found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
-            raise SelOrthoError(f"{pretrained_model_name_or_path} does not hold the weights of a SelOrthoSAE ({found})")
+        loaded: Any = super().from_pretrained(
+            None, *args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        model.name_or_path = model.config.name_or_path = name
         return (model, info) if wants_info else model
 
     @torch.no_grad()
@@ -370,8 +384,3 @@ class SelOrthoSAE(PreTrainedModel):
             group,
             cfg.correlation_threshold,
         )
-
-
-def _weights_file(name_or_path: Any, kwargs: dict[str, Any]) -> str:
-    folder = Path(str(name_or_path), kwargs.get("subfolder") or "")
-    return str(folder / "model.safetensors") if folder.is_dir() else f"model.safetensors of {name_or_path}"

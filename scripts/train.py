@@ -7,12 +7,15 @@ accelerate launch scripts/train.py --model google/gemma-3-1b-pt --layer 13 --dat
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
+import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,125 +26,171 @@ from accelerate.utils import GradScalerKwargs, set_seed
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.buffer import ActivationStatistics
+from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.shards import ActivationStore
-from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.command_line import launch_command, run_script, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.report import MemberReport, metrics_table, summary_table, write_report, write_summary
 from hf_selortho.memory_use import available_memory, memory_now, peak_memory
 from hf_selortho.process_watch import ProcessWatch
 from hf_selortho.training.arguments import RunArguments, TrainingArguments, parse_arguments, sae_config
-from hf_selortho.training.checkpoint import Checkpoints, find_checkpoint, is_checkpoint_of
+from hf_selortho.training.checkpoint import Checkpoints, agreed_checkpoint
+from hf_selortho.training.checkpoint_files import is_checkpoint_of, set_later_aside, step_of
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
 from hf_selortho.training.dry_run import check_memory, forecast, forecast_words, in_small, refuse_what_cannot_fit
+from hf_selortho.training.guard import NonFiniteGuard
 from hf_selortho.training.loop import LAST_STEPS, Trainer, train_together
 from hf_selortho.training.members import Member, all_settings, run_members, with_inputs_of
 from hf_selortho.training.outputs import (
-    METRICS_LOG,
     MetricsLog,
     check_output_folder,
     hardware,
     library_versions,
     prepare_output_folder,
+    save_sae,
 )
 from hf_selortho.training.penalty import full_penalty_notice, make_controller
 from hf_selortho.training.state import Controller
+from hf_selortho.training.stop_signals import StopSignals
 
 logger = logging.getLogger("hf_selortho.train")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Activations in; trained, evaluated and documented SAEs out."""
-    started = time.time()
     arguments = parse_arguments(argv)
-    run = arguments.run
     accelerator = make_accelerator(arguments)
-    checkpoint = find_checkpoint(run.resume_from_checkpoint, run.output_dir)
-    resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(checkpoint, run.output_dir)
-    output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=resuming)
-    store = open_store(arguments)
-    members = run_members(arguments)
-    arguments = with_inputs_of(members, arguments)
-    settings = all_settings(arguments, members)
-    checkpoints = Checkpoints(accelerator, output, settings, keep=run.keep_checkpoints)
-    resume_at = checkpoints.check(checkpoint) if checkpoint else 0
-    for member in members:
-        make_member_controller(member)
-    if run.dry_run:
-        dry_run(arguments, store, members, accelerator)
+    if arguments.run.dry_run:
+        Run(arguments, accelerator).dry_run()
         return
-    with ProcessWatch(resume_hint(run)):
-        data = open_data(arguments, store, members, accelerator)
-        saes = make_saes(members, data, checkpoints, checkpoint, accelerator)
+    with ExitStack() as stack:
+        with ProcessWatch(resume_hint(arguments.run)):
+            if accelerator.is_main_process:
+                stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
+            accelerator.wait_for_everyone()
+            run = Run(arguments, accelerator)
+            exit_code = run.train()
+        accelerator.end_training()
+        command = launch_command("scripts/train.py", argv)
+        if exit_code is not None:
+            sys.stderr.write(run.words_of_a_stop(command) if accelerator.is_main_process else "")
+            sys.exit(exit_code)
+        if accelerator.is_main_process:
+            run.report(command)
+
+
+class Run:
+    """A training run whose arguments are known to be possible.
+
+    Raises:
+        SelOrthoError: they are not; nothing has been changed.
+    """
+
+    def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
+        self.started = time.time()
+        self.accelerator = accelerator
+        run = arguments.run
+        self.checkpoint = agreed_checkpoint(accelerator, run.resume_from_checkpoint, run.output_dir)
+        own = is_checkpoint_of(self.checkpoint, run.output_dir)
+        self.resuming = run.resume_from_checkpoint == "auto" or own
+        self.output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+        self.store = open_store(arguments)
+        self.members = run_members(arguments)
+        self.arguments = with_inputs_of(self.members, arguments)
+        settings = all_settings(self.arguments, self.members)
+        self.checkpoints = Checkpoints(accelerator, self.output, settings, run.checkpoint_every, run.keep_checkpoints)
+        self.resume_at = self.checkpoints.check(self.checkpoint) if self.checkpoint else 0
+        for member in self.members:
+            make_member_controller(member)
+
+    def dry_run(self) -> None:
+        """Print what the run would do, need and take."""
+        dry_run(self.arguments, self.store, self.members, self.accelerator)
+
+    def train(self) -> int | None:
+        """Train to the end; the exit code if a signal has stopped it before, once a checkpoint is written."""
+        accelerator, run = self.accelerator, self.arguments.run
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        guard = NonFiniteGuard(self.output, run.non_finite, run.max_skipped, rank, processes)
+        self.data = open_data(self.arguments, self.store, self.members, accelerator)
+        self.data.watch(guard)
+        self.saes = make_saes(self.members, self.data, self.checkpoints, self.checkpoint, accelerator)
 
         # only now is it known that the run can start, and an earlier one may be replaced
         if accelerator.is_main_process:
-            prepare_output_folder(output, overwrite=run.overwrite_output_dir, resuming=resuming)
+            prepare_output_folder(self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+            if self.resuming:
+                set_later_aside(self.checkpoint)
         accelerator.wait_for_everyone()
-        start_trackers(accelerator, arguments)
-        trainers = [
-            make_trainer(member, sae, accelerator, output, resume_at) for member, sae in zip(members, saes, strict=True)
+        start_trackers(accelerator, self.arguments, self.resume_at)
+        self.trainers = [
+            make_trainer(member, sae, accelerator, self.output, self.resume_at, guard)
+            for member, sae in zip(self.members, self.saes, strict=True)
         ]
-        if checkpoint is not None:
-            checkpoints.load(checkpoint, trainers, data.source)
-        train_together(trainers, data.source, run, checkpoints)
-        totals = data.source.totals()
-        data.source.release()
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-    for member, sae in zip(members, saes, strict=True):
-        sae.eval().save_pretrained(output / member.name)
-    trained = time.time()
-    evaluations = evaluate(arguments, saes, data)
-    run_info = {
-        "command": shlex.join(["accelerate", "launch", "scripts/train.py", *(sys.argv[1:] if argv is None else argv)]),
-        "preset": arguments.preset,
-        "versions": library_versions(),
-        "hardware": hardware(accelerator.device, accelerator.num_processes),
-        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
-        "training_seconds": round(trained - started, 1),
-        "wall_seconds": round(time.time() - started, 1),
-        "peak_memory_gb": round(peak_memory(accelerator.device) / 1e9, 2),
-    }
-    reports = write_reports(output, arguments, members, trainers, evaluations, totals, run_info)
-    sys.stdout.write(closing_words(output, reports, run_info))
+        if self.checkpoint is not None:
+            self.checkpoints.load(self.checkpoint, self.trainers, self.data.source)
+        with StopSignals() as signals:
+            done = train_together(self.trainers, self.data.source, run, self.checkpoints, signals)
+        self.totals = self.data.source.totals()
+        self.data.source.release()
+        return None if done else signals.exit_code
 
+    def words_of_a_stop(self, command: str) -> str:
+        """What a run that a signal has stopped says last."""
+        step, latest = self.trainers[0].state.step, self.checkpoints.latest
+        of_it = latest is not None and step_of(latest) == step
+        safe = "its checkpoint is written" if of_it else f"its latest checkpoint is {latest or 'missing'}"
+        return f"\nstopped after step {step}; {safe}. To go on:\n  {command} --resume_from_checkpoint auto\n"
 
-def write_reports(
-    output: Path,
-    arguments: TrainingArguments,
-    members: list[Member],
-    trainers: list[Trainer],
-    evaluations: list[Evaluation] | list[None],
-    totals: dict[str, int],
-    run_info: dict[str, Any],
-) -> list[MemberReport]:
-    """Write what the run has to say of each SAE, and of all of them together where there are several.
-
-    Args:
-        totals: what the source of the activations has counted.
-        run_info: what run.json says besides the arguments.
-    """
-    reports = []
-    for member, trainer, evaluation in zip(members, trainers, evaluations, strict=True):
-        assert trainer.log is not None
-        metrics = {
-            "schema_version": 1,
-            "evaluation": evaluation.metrics if evaluation else {},
-            "training": {
-                **trainer.log.mean_of_last(LAST_STEPS),
-                "steps": trainer.state.step,
-                "tokens": trainer.state.tokens,
-            },
-            "data": {**totals, "held_out_fraction": arguments.data.held_out_fraction},
+    def report(self, command: str) -> None:
+        """Write the SAEs, evaluate them, and leave everything else that a run leaves."""
+        for member, sae in zip(self.members, self.saes, strict=True):
+            save_sae(sae.eval(), self.output / member.name)
+        trained = time.time()
+        evaluations = evaluate(self.arguments, self.saes, self.data)
+        device = self.accelerator.device
+        info = {
+            "command": command,
+            "preset": self.arguments.preset,
+            "versions": library_versions(),
+            "hardware": hardware(device, self.accelerator.num_processes),
+            "started": datetime.fromtimestamp(self.started, timezone.utc).isoformat(timespec="seconds"),
+            "training_seconds": round(trained - self.started, 1),
+            "wall_seconds": round(time.time() - self.started, 1),
+            "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
         }
-        info = {**run_info, "arguments": {**member.arguments.flat(), "output_dir": str(output / member.name)}}
-        arrays = evaluation.arrays if evaluation else {}
-        write_report(output / member.name, trainer.sae.config, metrics, info, trainer.log.rows, arrays)
-        reports.append(MemberReport(member.name, member.layer, member.variant, trainer.sae.config, metrics))
-    if members[0].name:
-        write_summary(output, reports, {**run_info, "arguments": arguments.flat()})
-    return reports
+        reports = self._write_reports(evaluations, info)
+        sys.stdout.write(closing_words(self.output, reports, info))
+
+    def _write_reports(
+        self, evaluations: list[Evaluation] | list[None], run_info: dict[str, Any]
+    ) -> list[MemberReport]:
+        """Write what the run has to say of each SAE, and of all of them together where there are several.
+
+        Args:
+            run_info: what run.json says besides the arguments.
+        """
+        reports = []
+        for member, trainer, evaluation in zip(self.members, self.trainers, evaluations, strict=True):
+            assert trainer.log is not None
+            metrics = {
+                "schema_version": 1,
+                "evaluation": evaluation.metrics if evaluation else {},
+                "training": {
+                    **trainer.log.mean_of_last(LAST_STEPS),
+                    "steps": trainer.state.step,
+                    "tokens": trainer.state.tokens,
+                },
+                "data": {**self.totals, "held_out_fraction": self.arguments.data.held_out_fraction},
+            }
+            folder = self.output / member.name
+            info = {**run_info, "arguments": {**member.arguments.flat(), "output_dir": str(folder)}}
+            arrays = evaluation.arrays if evaluation else {}
+            write_report(folder, trainer.sae.config, metrics, info, trainer.log.rows, arrays)
+            reports.append(MemberReport(member.name, member.layer, member.variant, trainer.sae.config, metrics))
+        if self.members[0].name:
+            write_summary(self.output, reports, {**run_info, "arguments": self.arguments.flat()})
+        return reports
 
 
 def resume_hint(run: RunArguments) -> str:
@@ -240,13 +289,15 @@ def dry_run(
     refuse_what_cannot_fit(found)
 
 
-def make_trainer(member: Member, sae: SelOrthoSAE, accelerator: Accelerator, output: Path, resume_at: int) -> Trainer:
+def make_trainer(
+    member: Member, sae: SelOrthoSAE, accelerator: Accelerator, output: Path, resume_at: int, guard: NonFiniteGuard
+) -> Trainer:
     """The trainer of one SAE; the main process keeps its log."""
     log = None
     if accelerator.is_main_process:
         (output / member.name).mkdir(exist_ok=True)
-        log = MetricsLog(output / member.name / METRICS_LOG, resume_at=resume_at)
-    return Trainer(accelerator, sae, member.arguments.run, log, make_member_controller(member), member.name)
+        log = MetricsLog(output / member.name, resume_at=resume_at)
+    return Trainer(accelerator, sae, member.arguments.run, log, make_member_controller(member), member.name, guard)
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
@@ -278,10 +329,24 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-def start_trackers(accelerator: Accelerator, arguments: TrainingArguments) -> None:
-    """Tell the trackers of `--report_to` about the run."""
+def start_trackers(accelerator: Accelerator, arguments: TrainingArguments, resume_at: int = 0) -> None:
+    """Tell the trackers of `--report_to` about the run; one that goes on from a step replaces what came after it."""
     if accelerator.log_with:
-        accelerator.init_trackers("hf_selortho", config=_tracked(arguments.flat()))
+        run = arguments.run
+        name = os.path.basename(os.path.abspath(run.output_dir))
+        # by the same name and id, so that a resumed run is the same one there too
+        identity = hashlib.sha256(os.path.abspath(run.output_dir).encode()).hexdigest()[:12]
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": resume_at + 1} if resume_at else {},
+            "wandb": {"id": identity, "name": name, "resume": "allow"} if resume_at else {"id": identity, "name": name},
+            "trackio": {"name": f"{name}-{identity}", "resume": "allow"},
+        }
+        trackers = {str(tracker) for tracker in accelerator.log_with}
+        accelerator.init_trackers(
+            "hf_selortho",
+            config=_tracked(arguments.flat()),
+            init_kwargs={key: value for key, value in options.items() if key in trackers},
+        )
 
 
 def new_sae(config: SelOrthoConfig, statistics: ActivationStatistics) -> SelOrthoSAE:

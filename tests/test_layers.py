@@ -28,7 +28,8 @@ COMPOSERS = {"scripts", "spaces_app"}
 ALLOWED = {
     "__init__": {"core"},
     "core": set(),
-    "activations": {"errors", "pictures", "memory_use", "command_line"},  # not the SAE; its report is a program too
+    # not the SAE; its report is a program too
+    "activations": {"errors", "safe_paths", "pictures", "memory_use", "command_line"},
     # the arguments of a training are those of its command line
     "training": {"__init__", "core", "activations", "command_line", "memory_use"},
     "evaluation": {"__init__", "core", "activations", "pictures"},

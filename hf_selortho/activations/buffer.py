@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -56,7 +57,10 @@ class BatchSource(Protocol):
         """The next batch of this process."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything needed to go on exactly here: tensors, and JSON-able rest."""
+        """Everything needed to go on exactly here: tensors (some change later, see [`hold`]), and JSON-able rest."""
+
+    def hold(self, reader: Future[None]) -> None:
+        """Change nothing that [`state_dict`] gave until its reader is done."""
 
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Go on exactly where the saved source stopped."""
@@ -79,12 +83,14 @@ class StreamCounts:
     tokens_kept: int = 0
     dropped_special: int = 0
     dropped_sinks: int = 0
+    dropped_non_finite: int = 0
 
     def add(self, contexts: int, harvest: Harvest) -> None:
         self.contexts += contexts
         self.tokens_kept += len(harvest)
         self.dropped_special += harvest.dropped_special
         self.dropped_sinks += harvest.dropped_sinks
+        self.dropped_non_finite += harvest.dropped_non_finite
 
 
 class ActivationBuffer:
@@ -131,6 +137,7 @@ class ActivationBuffer:
         self.counts = StreamCounts()
         self._generator = torch.Generator().manual_seed(seed)
         self._served = 0  # batches since the last refresh
+        self._reader: Future[None] | None = None  # of what is held
         self._check(contexts)
 
     def _check(self, contexts: int) -> None:
@@ -191,11 +198,11 @@ class ActivationBuffer:
         return {**dict(zip(counts, sums.tolist(), strict=True)), "epoch": self.stream.epoch}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything needed to go on exactly here: tensors, and JSON-able rest."""
+        """Everything needed to go on exactly here: tensors, which change at the next refresh, and JSON-able rest."""
         tensors = {
             **{f"activations.{layer}": held.cpu() for layer, held in self._activations.items()},
             **{name: getattr(self._origins, name) for name in ORIGIN_NAMES},
-            "uses": self._uses,
+            "uses": self._uses.clone(),
             "order": self._order,
             "generator": self._generator.get_state(),
         }
@@ -207,8 +214,22 @@ class ActivationBuffer:
         }
         return tensors, rest
 
+    def hold(self, reader: Future[None]) -> None:
+        """Let the next refresh wait until the reader of what [`state_dict`] gave is done."""
+        self._reader = reader
+
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Go on exactly where the saved buffer stopped."""
+        """Go on exactly where the saved buffer stopped.
+
+        Raises:
+            KeyError, ValueError: something is missing or of another size.
+        """
+        for name in ("uses", "order", *ORIGIN_NAMES):
+            if tensors[name].shape != (self.capacity,):
+                raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}, expected {(self.capacity,)}")
+        for layer in self.capture.layers:
+            if (found := tuple(tensors[f"activations.{layer}"].shape)) != (self.capacity, self.capture.lm.d_model):
+                raise ValueError(f"activations of layer {layer} of shape {found}, expected {self.capacity} rows")
         device = self.capture.device
         self._activations = {layer: tensors[f"activations.{layer}"].to(device) for layer in self.capture.layers}
         self._origins = TokenOrigins(*(tensors[name] for name in ORIGIN_NAMES))
@@ -235,6 +256,9 @@ class ActivationBuffer:
         self._served = 0
 
     def _refresh(self) -> None:
+        if self._reader is not None:
+            self._reader.exception()  # waits
+            self._reader = None
         served = self._order[: self._served * self.batch_size]
         wanted = math.ceil(len(served) / self.reuse)
         # the most used rows leave; among equals the order of the permutation decides, which is random

@@ -6,20 +6,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import SelOrthoError
+from ..errors import NonFiniteError, SelOrthoError
 from .lm import LanguageModel, check_layer
 from .tokens import Context, pad_batch
-
-
-class NonFiniteActivationsError(SelOrthoError):
-    """The language model produced NaN or infinity."""
 
 
 class _LayerReached(Exception):  # noqa: N818 - control flow, not an error
@@ -55,6 +51,16 @@ class TokenOrigins:
 ORIGIN_NAMES = tuple(f.name for f in fields(TokenOrigins))
 
 
+class NonFiniteActivationsError(NonFiniteError):
+    """The language model produced NaN or infinity."""
+
+    advice = "load the language model in bfloat16 or float32 (--lm_dtype), never float16"
+
+    def __init__(self, message: str, origins: TokenOrigins, by_layer: Mapping[int, Tensor]) -> None:
+        super().__init__(message)
+        self.origins, self.by_layer = origins, by_layer  # of the tokens that it read at once
+
+
 @dataclass(frozen=True)
 class Harvest:
     """Activations of the kept tokens of some contexts, in the order in which the language model saw them."""
@@ -64,6 +70,7 @@ class Harvest:
     origins: TokenOrigins
     dropped_special: int  # BOS and other special tokens left out
     dropped_sinks: int  # tokens left out because of their norm
+    dropped_non_finite: int = 0  # tokens left out as NaN or infinity
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -87,15 +94,12 @@ class Harvest:
         """Only the tokens whose norm stays within each layer's limit, all of them where it is None."""
         kept = within_norms(self.norms, max_norms)
         dropped = int((~kept).sum())
-        if dropped == 0:
-            return self
-        return Harvest(
-            {layer: activations[kept.to(activations.device)] for layer, activations in self.by_layer.items()},
-            self.norms[kept],
-            self.origins[kept],
-            self.dropped_special,
-            self.dropped_sinks + dropped,
-        )
+        return self if dropped == 0 else replace(self.rows(kept), dropped_sinks=self.dropped_sinks + dropped)
+
+    def rows(self, kept: Tensor) -> Harvest:
+        """Only the tokens that are marked, (tokens,) bool."""
+        by_layer = {layer: activations[kept.to(activations.device)] for layer, activations in self.by_layer.items()}
+        return replace(self, by_layer=by_layer, norms=self.norms[kept], origins=self.origins[kept])
 
 
 class ActivationCapture:
@@ -131,6 +135,8 @@ class ActivationCapture:
         self.max_norms: tuple[float | None, ...] = tuple(limits)
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
         self.forward_seconds = 0.0  # spent in the language model so far
+        # told of activations that are not finite, whose tokens are then left out; None: the error is raised
+        self.on_non_finite: Callable[[NonFiniteActivationsError], None] | None = None
         self._special_ids = torch.tensor(sorted(set(lm.tokenizer.all_special_ids)), dtype=torch.int64)
 
     @property
@@ -249,21 +255,26 @@ class ActivationCapture:
         positions = torch.arange(regular.shape[1]).expand(regular.shape)
         places = torch.tensor(numbers)[:, None].expand(regular.shape)
         origins = TokenOrigins(documents[regular], positions[regular], input_ids[regular], places[regular])
-        self._check_finite(norms, origins)
         special = int((real & ~regular).sum())
-        return Harvest(by_layer, norms, origins, special, 0).without_sinks(self.max_norms)
+        return self._finite(Harvest(by_layer, norms, origins, special, 0)).without_sinks(self.max_norms)
 
-    def _check_finite(self, norms: Tensor, origins: TokenOrigins) -> None:
-        if norms.isfinite().all():  # then the activations are
-            return
-        bad = ~norms.isfinite()
-        documents = origins.document_ids[bad.any(1)].unique().tolist()
+    def _finite(self, harvest: Harvest) -> Harvest:
+        """The tokens whose activations are finite at all layers, where somebody wants to go on without the others."""
+        bad = ~harvest.norms.isfinite()  # where they are finite, the activations are
+        if not bad.any():
+            return harvest
+        tokens = bad.any(1)
+        documents = harvest.origins.document_ids[tokens].unique().tolist()
         layer = self.layers[int(bad.any(0).nonzero()[0])]
-        raise NonFiniteActivationsError(
+        found = (
             f"NaN or infinity in the activations of {self.lm.name} at {self.hook_name_of(layer)}, on "
-            f"{int(bad.any(1).sum())} tokens of documents {_listed(documents)}; load the model in bfloat16 or float32 "
-            "(--lm_dtype), never float16"
+            f"{int(tokens.sum())} tokens of documents {_listed(documents)}"
         )
+        if self.on_non_finite is None:
+            advice = NonFiniteActivationsError.advice
+            raise NonFiniteActivationsError(f"{found}; {advice}", harvest.origins, harvest.by_layer)
+        self.on_non_finite(NonFiniteActivationsError(found, harvest.origins, harvest.by_layer))
+        return replace(harvest.rows(~tokens), dropped_non_finite=int(tokens.sum()))
 
 
 def only(by_layer: Mapping[int, Tensor]) -> Tensor:
@@ -288,6 +299,7 @@ def concatenate(parts: Sequence[Harvest]) -> Harvest:
         origins=TokenOrigins.concatenate([p.origins for p in parts]),
         dropped_special=sum(p.dropped_special for p in parts),
         dropped_sinks=sum(p.dropped_sinks for p in parts),
+        dropped_non_finite=sum(p.dropped_non_finite for p in parts),
     )
 
 

@@ -1,9 +1,18 @@
-"""What was written is on the disk, also after a power cut."""
+"""Files that are whole or not there, also after a power cut, and folders that one process writes at a time."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+from ..errors import SelOrthoError
+
+LOCK = ".lock"
 
 
 def sync(path: Path) -> None:
@@ -19,3 +28,99 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Write to a temporary name, flush it to the disk, then rename: readers see the old file or the new one.
+
+    Args:
+        path: the file. data: what it shall hold. temporary: that name, on the same disk; by default beside the file.
+
+    Raises:
+        OSError: there is no room, or the folder cannot be written; what was there before is intact.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, read a part at a time.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def reason(error: OSError) -> str:
+    """Why a write failed, in words."""
+    return "the disk is full" if is_full(error) else error.strerror or str(error)
+
+
+class FolderLock:
+    """Keeps other processes out of a folder while this one writes it: `with FolderLock(folder, "training"):`.
+
+    The kernel lets go of the lock when the process ends, however it ends. The folder is made if it is missing, and goes
+    again if an error comes before anything is in it. The file `.lock` stays: to remove it would let two processes in.
+
+    Args:
+        folder: where to write.
+        doing: what the process in it does, for the message.
+
+    Raises:
+        SelOrthoError: another process is in it, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, doing: str) -> None:
+        self.folder, self.doing = folder, doing
+        self._made: list[Path] = []  # the innermost first
+
+    def __enter__(self) -> FolderLock:
+        self._lock = FileLock(self.folder / LOCK)
+        try:
+            missing = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._made = missing
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise SelOrthoError(
+                f"another process is {self.doing} into {self.folder} at this moment (it holds {self.folder / LOCK}): "
+                "wait until it is done, or choose another --output_dir"
+            ) from None
+        except OSError as error:
+            self._remove_made()
+            raise SelOrthoError(
+                f"cannot write to output folder {self.folder} ({reason(error)}): choose another --output_dir"
+            ) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self._remove_made()
+        self._lock.release()
+
+    def _remove_made(self) -> None:
+        """Remove the folders that were made here, unless something is in them by now."""
+        for place in self._made:
+            if {entry.name for entry in place.iterdir()} - {LOCK}:
+                return
+            (place / LOCK).unlink(missing_ok=True)
+            place.rmdir()

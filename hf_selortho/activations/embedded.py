@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -23,7 +22,7 @@ import transformers
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
 
-from hf_selortho.activations.disk import sync
+from hf_selortho.activations.disk import sha256_of, sync
 from hf_selortho.errors import SelOrthoError
 
 logger = logging.getLogger(__name__)
@@ -106,13 +105,10 @@ def _check_parts(parts: Iterable[Path]) -> None:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    found = sha256_of(path)
+    if found != expected:
         raise SelOrthoError(
-            f"damaged embedded model file {path}: its sha256 is {digest.hexdigest()}, expected {expected}; "
+            f"damaged embedded model file {path}: its sha256 is {found}, expected {expected}; "
             f"repair it with: {_REINSTALL}"
         )
 

@@ -19,7 +19,10 @@ from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_lin
 from hf_selortho.errors import SelOrthoError
 
 _AutoModel: Any = AutoModelForCausalLM  # its type hints do not know output_loading_info
-_LOAD_ERRORS: tuple[type[Exception], ...] = (*LOOKUP_ERRORS, KeyError, RuntimeError, ImportError, SafetensorError)
+# TypeError and AttributeError: values in its files that transformers does not expect
+_LOAD_ERRORS: tuple[type[Exception], ...] = (
+    *(*LOOKUP_ERRORS, KeyError, RuntimeError, ImportError, SafetensorError, TypeError, AttributeError),
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

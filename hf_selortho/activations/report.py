@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from ..command_line import run_script
 from ..errors import SelOrthoError
 from ..pictures import BLUE, GREY, STYLE, VERMILION, save_picture
-from .shards import MANIFEST, ActivationStore
+from .shards import MANIFEST, ActivationStore, manifest_bytes
 
 _MAKER = "scripts/cache_activations.py"
 _BARS_PER_OCTAVE = 8  # of the drawn histogram; the manifest's bins are finer
@@ -59,14 +59,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     hub = os.fspath(folder).startswith("hub:")
     path = ActivationStore(os.fspath(folder)).path_of(MANIFEST) if hub else Path(folder) / MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
+    if not path.is_file():
         raise SelOrthoError(
-            f"{path} cannot be read ({error.strerror}): expected a folder that {_MAKER} has written; an "
-            "interrupted harvest goes on when the same command is run again"
-        ) from error
-    except ValueError as error:
+            f"{path} cannot be read (no such file): expected a folder that {_MAKER} has written; an interrupted "
+            "harvest goes on when the same command is run again"
+        )
+    try:
+        content = json.loads(manifest_bytes(path))
+    except (ValueError, RecursionError) as error:
         raise SelOrthoError(f"{path} is damaged: not valid JSON ({error}); {_REMEDY}") from error
     _check(content, _CONTENT, "", path)
     for name, layer in content["layers"].items():

@@ -129,6 +129,9 @@ class ShardBatches:
             "activations": self.store.manifest.sha256,
         }
 
+    def hold(self, reader: Future[None]) -> None:
+        """Nothing to do: the state is a copy."""
+
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Go on exactly where the saved batches stopped.
 

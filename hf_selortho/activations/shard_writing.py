@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import SelOrthoError
-from .disk import sync
+from .disk import LOCK, is_full, reason, replace_file, sync
 from .shards import FORMAT, HELD_OUT, MANIFEST, WORK, shard_path
 
 _FINISHED = f"{WORK}-finished"
@@ -75,7 +73,7 @@ class ShardFolder:
             shutil.rmtree(self.work, ignore_errors=True)  # of one that was to replace it and did not get far
             return False
         names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
-        if names - {WORK} and not (overwrite and is_harvest):
+        if names - {WORK, LOCK} and not (overwrite and is_harvest):
             left = "the rest of a harvest that was to be replaced" if WORK in names else "no harvest"
             remedy = "pass --overwrite_output_dir to go on with that, or " if WORK in names else ""
             raise SelOrthoError(
@@ -98,19 +96,11 @@ class ShardFolder:
             if not target.parent.is_dir():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 sync(target.parent.parent)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-            sync(target.parent)
+            replace_file(target, data, temporary)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk is full" if full else error.strerror or str(error)
             raise SelOrthoError(
-                f"cannot write {target}: {reason}; the shards written so far are safe: "
-                f"{'make room and ' if full else ''}run the same command again to go on"
+                f"cannot write {target}: {reason(error)}; the shards written so far are safe: "
+                f"{'make room and ' if is_full(error) else ''}run the same command again to go on"
             ) from error
 
     def commit(

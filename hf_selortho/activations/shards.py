@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
@@ -25,14 +26,16 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import SelOrthoError
+from ..safe_paths import target_outside
 from .capture import ORIGIN_NAMES, TokenOrigins
-from .hub_access import LOOKUP_ERRORS, hub_error, resolve_commit
+from .hub_access import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from .tokens import Context
 
 FORMAT, FORMAT_VERSION = "hf_selortho.activations", 1
 MANIFEST = "manifest.json"
 WORK = ".harvest"  # of a harvest that is not finished
 TRAIN, HELD_OUT = "", "held_out/"
+LARGEST_MANIFEST = 256 << 20  # bytes, of some 500,000 shards
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _FILE = re.compile(r"(held_out/)?(tokens|layer_\d{1,5})/\d{5,9}\.safetensors")
@@ -162,9 +165,16 @@ class ActivationStore:
         return contexts
 
     def path_of(self, file: str) -> Path:
-        """A file of the folder, downloaded into the Hub's cache if need be."""
+        """A file of the folder, downloaded into the Hub's cache if need be.
+
+        Raises:
+            ShardError: it leads out of the folder, or cannot be downloaded.
+        """
         if self._repository is None:
-            return self._folder / file
+            path = self._folder / file
+            if outside := target_outside(self._folder, path):
+                raise self._fault(file, f"is a link or below one that leads out of the folder, to {outside}")
+            return path
         name, revision, token = self._repository, self.revision, self._token
         try:
             return Path(
@@ -192,7 +202,7 @@ class ActivationStore:
         try:
             return load(data)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise self._fault(path, f"is no safetensors file ({error})") from error
+            raise self._fault(path, f"is no safetensors file ({one_line(error)})") from error
 
     def _activations(self, tensors: dict[str, Tensor], shard: ShardEntry, layer: int, path: str) -> Tensor:
         found = tensors.get("activations")
@@ -220,7 +230,7 @@ class ActivationStore:
         path = self.path_of(MANIFEST)
         if self._repository is not None:
             self.revision = path.parent.name  # .../snapshots/<commit>/manifest.json, offline too
-        return parse_manifest(path.read_bytes(), f"{self.source}/{MANIFEST}")
+        return parse_manifest(manifest_bytes(path), f"{self.source}/{MANIFEST}")
 
     def _check_listing(self) -> None:
         """Refuse missing and extra shards before anything is read."""
@@ -232,6 +242,7 @@ class ActivationStore:
                 if path.is_file() and not _is_hidden(path.relative_to(self._folder))  # no link to a file that is gone
             }
             for path, size in expected.items():
+                self.path_of(path)  # refuses links that lead elsewhere
                 if path in present and present[path] != size:
                     raise self._fault(path, f"has {present[path]} bytes, expected {size}")
             names = set(present)
@@ -268,6 +279,25 @@ class ActivationStore:
         return ShardError(f"shard {self.source}/{path} {fault}; {remedy}")
 
 
+def manifest_bytes(path: Path) -> bytes:
+    """The content of a manifest.json.
+
+    Raises:
+        ShardError: it cannot be read, is larger than any manifest, or a link that leads out of its folder.
+    """
+    if outside := target_outside(path.parent, path):
+        raise ShardError(f"{path} is a link that leads out of the folder, to {outside}: restore it from a copy")
+    try:
+        if (size := path.stat().st_size) > LARGEST_MANIFEST:
+            raise ShardError(
+                f"{path} has {size:,} bytes, a manifest at most {LARGEST_MANIFEST:,}: restore it from a copy, or "
+                "harvest the activations again"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror or error}): restore it from a copy") from error
+
+
 def parse_manifest(data: bytes, name: str) -> Manifest:
     """A manifest out of its bytes.
 
@@ -282,14 +312,14 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
         raise ShardError(f'{name} is no manifest of activations: expected "format": "{FORMAT}"')
     if content.get("version") != FORMAT_VERSION:
         raise ShardError(
-            f"{name} is of version {content.get('version')!r}, this hf_selortho reads {FORMAT_VERSION}: "
+            f"{name} is of version {reprlib.repr(content.get('version'))}, this hf_selortho reads {FORMAT_VERSION}: "
             "update with pip install -U hf_selortho"
         )
     try:
         shards, held_out = (_entries(content, key, part) for key, part in (("shards", TRAIN), ("held_out", HELD_OUT)))
         _check_content(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
+        what = f"no {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
         raise ShardError(f"{name} is damaged: {what}; harvest the activations again") from error
     if not shards:
         raise ShardError(f"{name} lists no shard: harvest the activations again, from more text")

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import math
 import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import datasets
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
@@ -25,10 +33,13 @@ READ_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     TypeError,
     StopIteration,
+    *(EOFError, lzma.LZMAError, zlib.error),  # of compressed files
 )
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_PEEK = 100  # lines of a stream that are looked at
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -47,6 +58,8 @@ def load_texts(
     if path.exists():
         files = _local_files(path)
         arguments = _local_arguments(path, files)
+        for file in files:
+            _refuse_null_rows(file, _PEEK if streaming else None)
         commit = None
         if revision is not None:
             raise SelOrthoError(f'"{name}" is local and has no revision "{revision}": leave the revision out')
@@ -123,6 +136,36 @@ def _has_blank_lines(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return b"\n\n" in file.read(1 << 20).replace(b"\r", b"").rstrip()
+
+
+def _refuse_null_rows(path: Path, lines: int | None) -> None:
+    """pyarrow ends the process where the rows that it reads at once begin with null (apache/arrow#47409).
+
+    Args:
+        path: a local file of any kind.
+        lines: how many of its lines to look at, None for all.
+    """
+    if _format(path) != "json":
+        return
+    try:
+        with cast(BinaryIO, _OPENERS.get(path.suffix.lower(), open)(path, "rb")) as file:
+            start = file.read(8).removeprefix(b"\xef\xbb\xbf")
+            file.seek(0)
+            is_null = _has_null(file.read()) if start.startswith(b"[") else _is_null_line(file, lines)
+    except READ_ERRORS:
+        return  # datasets says what is wrong
+    if is_null:
+        raise SelOrthoError(f'"{path}" has a row that is null: expected an object with the text; remove the row')
+
+
+def _has_null(array: bytes) -> bool:
+    return any(
+        row is None or (isinstance(row, float) and not math.isfinite(row)) for row in json.loads(array, strict=False)
+    )
+
+
+def _is_null_line(file: BinaryIO, lines: int | None) -> bool:
+    return any(line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"null") for line in itertools.islice(file, lines))
 
 
 def _is_cached(name: str) -> bool:

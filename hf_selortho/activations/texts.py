@@ -100,7 +100,11 @@ class _RowDocuments(Documents):
     def _read(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
         for start in range(0, len(rows), _FETCH):
             numbers = rows[start : start + _FETCH].tolist()
-            for number, text in zip(numbers, self._fetch(numbers), strict=True):
+            try:
+                texts = self._fetch(numbers)
+            except READ_ERRORS as error:  # bytes that are no text, which only a look at them shows
+                raise read_error(self.name, error) from error
+            for number, text in zip(numbers, texts, strict=True):
                 if text and not text.isspace():
                     yield number, text
 

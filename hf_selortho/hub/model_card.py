@@ -21,6 +21,9 @@ from .markdown import code, one_line
 TEMPLATE_NAME = "model_card_template.md"
 _TAGS = ["sparse-autoencoder", "sae", "interpretability", "mechanistic-interpretability", "selective-orthogonality"]
 
+# What a value of another type or size raises on its way into the card.
+_FACT_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 
 def render_model_card(
     config: Mapping[str, Any],
@@ -46,17 +49,24 @@ def render_model_card(
         template: path of another Jinja template.
 
     Raises:
-        SelOrthoError: the template cannot be read or rendered.
+        SelOrthoError: the template cannot be read or rendered, or the facts are not those that a training writes.
     """
-    data = card_data(config, metrics, repo_id, license, license_link)
-    context = card_context(config, metrics, run, repo_id, twin, license, license_link)
     path = Path(template) if template is not None else default_template()
     try:
-        card = ModelCard.from_template(data, template_str=path.read_text(encoding="utf-8"), **context)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SelOrthoError(f"cannot read the model card template {path} ({error}): pass another template") from error
+    try:
+        data = card_data(config, metrics, repo_id, license, license_link)
+        context = card_context(config, metrics, run, repo_id, twin, license, license_link)
+        card = ModelCard.from_template(data, template_str=text, **context)
     except _template_errors() as error:
         raise SelOrthoError(f"the model card template {path} does not render ({error}): correct it") from error
+    except _FACT_ERRORS as error:
+        raise SelOrthoError(
+            f"config, metrics or run hold what no training writes ({type(error).__name__}: {one_line(error)[:300]}): "
+            "take config.json, metrics.json and run.json from the folder of the run"
+        ) from error
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
     return card
 

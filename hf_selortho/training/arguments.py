@@ -147,8 +147,13 @@ class RunArguments:
     dead_after_tokens: int = argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
     report_to: list[str] = argument(["none"], "Trackers of accelerate: tensorboard, wandb, trackio, ... or none.")
     checkpoint_every: int = argument(0, "Steps between two checkpoints; 0: none.")
-    keep_checkpoints: int = argument(2, "Newest checkpoints that are kept.")
+    keep_checkpoints: int = argument(2, "Newest checkpoints that are kept; the one with the lowest loss is, too.")
     resume_from_checkpoint: str | None = argument(None, "auto (the newest one of the output folder) or a folder.")
+    non_finite: str = argument("stop", "What a batch with NaN or infinity does: stop the run, or skip the step.")
+    max_skipped: int = argument(10, "Batches that --non_finite skip leaves out at most; one more stops the run.")
+    loss_spike_factor: float | None = argument(
+        10.0, "A loss this many times the running median of 101 steps is reported, with its documents."
+    )
 
 
 @dataclass
@@ -334,6 +339,9 @@ RULES: list[Rule] = [
     ("run", "dead_after_tokens", lambda v: v >= 1, "at least 1"),
     ("run", "checkpoint_every", lambda v: v >= 0, "at least 0"),
     ("run", "keep_checkpoints", lambda v: v >= 1, "at least 1"),
+    ("run", "non_finite", lambda v: v in ("stop", "skip"), "stop or skip"),
+    ("run", "max_skipped", lambda v: v >= 0, "at least 0"),
+    ("run", "loss_spike_factor", lambda v: v > 1, "a number above 1"),
     ("evaluation", "eval_samples", lambda v: v >= 0, "at least 0"),
     ("evaluation", "eval_ce_samples", lambda v: v >= 0, "at least 0"),
 ]

@@ -1,27 +1,43 @@
-"""Checkpoints: safetensors and JSON in a folder that appears under its name only when it is complete."""
+"""What a checkpoint holds: everything that a run needs to go on as if it had never stopped."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import re
+import random
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..activations.buffer import BatchSource
+from ..activations.disk import reason
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import Pairs
-from .outputs import CHECKPOINTS, holds_unfinished_run, write_json
+from .checkpoint_files import (
+    TRAINER,
+    DamagedCheckpointError,
+    begin_folder,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    prune,
+    publish,
+    read_json,
+    read_tensors,
+    temporary_path,
+    write_part,
+)
 from .state import TrainState, new_carried
 
 if TYPE_CHECKING:
@@ -29,76 +45,56 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step_(\d+)")
 # Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
 _FREE_ARGUMENTS = {
-    "output_dir", "overwrite_output_dir", "report_to", "logging_steps", "checkpoint_every",
-    "keep_checkpoints", "resume_from_checkpoint", "eval_samples", "eval_ce_samples", "cpu", "cpu_threads",
+    "output_dir", "overwrite_output_dir", "report_to", "checkpoint_every", "keep_checkpoints", "resume_from_checkpoint",
+    "eval_samples", "eval_ce_samples", "cpu", "cpu_threads", "dry_run", "logging_steps",
 }  # fmt: skip
 
 
-def find_checkpoint(wanted: str | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint to resume from: None, the newest complete one of the output folder ("auto"), or a given folder.
-
-    "auto" in a folder without a checkpoint starts from the beginning.
+def agreed_checkpoint(accelerator: Accelerator, wanted: str | None, output_dir: str | Path) -> Path | None:
+    """[`find_checkpoint`] by the main process, for all of them.
 
     Raises:
-        SelOrthoError: the given folder is not a checkpoint.
+        SelOrthoError: as there, in every process.
     """
-    if wanted is None:
-        return None
-    if wanted == "auto":
-        found = list_checkpoints(Path(output_dir))
-        if found:
-            return found[-1]
-        if not holds_unfinished_run(Path(output_dir)):
-            raise SelOrthoError(
-                f"{output_dir} holds no checkpoint to resume from (see --checkpoint_every), but a finished run or "
-                "other files: choose another --output_dir"
-            )
-        logger.warning("%s holds no checkpoint: starting from the beginning", output_dir)
-        return None
-    folder = Path(wanted)
-    if not (folder / "trainer.json").is_file():
-        available = ", ".join(str(path) for path in list_checkpoints(Path(output_dir))) or "none"
-        raise SelOrthoError(
-            f"{folder} is not a checkpoint (it has no trainer.json); checkpoints of this run: {available}"
-        )
-    later = [path for path in list_checkpoints(Path(output_dir)) if _is_later(path, folder)]
-    if later:
-        raise SelOrthoError(
-            f"{later[-1]} is later than {folder}: resume from it, or go on from the earlier one in another --output_dir"
-        )
-    return folder
-
-
-def is_checkpoint_of(checkpoint: Path | None, output_dir: str | Path) -> bool:
-    """Whether a checkpoint is one of the run in `output_dir`."""
-    return checkpoint is not None and checkpoint.resolve().parent == (Path(output_dir) / CHECKPOINTS).resolve()
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folders = [path for path in (output_dir / CHECKPOINTS).glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted(folders, key=_step_of)
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = find_checkpoint(wanted, output_dir)
+        except SelOrthoError as error:
+            told[1] = str(error)
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise SelOrthoError(told[1])
+    return told[0]
 
 
 class Checkpoints:
     """Writes and reads the checkpoints of one run.
 
+    They are written in the background while the training goes on: the weights from a copy, the activations of the
+    buffer as they are, since these stay until the next refresh, which waits. A checkpoint has its name only once all
+    processes have it on the disk.
+
     Args:
-        accelerator: of the run; every process calls [`save`] and [`load`] together.
+        accelerator: of the run; every process calls [`save`], [`settle`] and [`load`] together.
         output_dir: folder of the run.
         arguments: all arguments of the run, by name; a run resumes only from a checkpoint with the same ones.
-        keep: newest checkpoints that are kept.
+        every: steps between two checkpoints, 0 for none but the one of a run that is stopped.
+        keep: newest checkpoints that are kept, beside the best one.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, arguments: dict[str, Any], keep: int = 2) -> None:
-        self.accelerator = accelerator
-        self.output_dir = output_dir
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, arguments: dict[str, Any], every: int = 0, keep: int = 2
+    ) -> None:
+        self.accelerator, self.output_dir = accelerator, output_dir
         # what `accelerate launch` was given counts too
         self.arguments = {**arguments, "mixed_precision": accelerator.mixed_precision}
-        self.keep = keep
+        self.every, self.keep = every, keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._step = 0  # of the checkpoint that is being written
 
     @property
     def latest(self) -> Path | None:
@@ -106,55 +102,120 @@ class Checkpoints:
         found = list_checkpoints(self.output_dir)
         return found[-1] if found else None
 
-    def save(self, trainers: Sequence[Trainer], source: BatchSource) -> Path:
-        """Write a checkpoint of the current step; its folder gets its name when all processes have written."""
-        step = trainers[0].state.step
-        folder = self.output_dir / CHECKPOINTS / f"step_{step:06d}"
-        temporary = folder.with_name(f".{folder.name}.tmp")
+    @property
+    def writing(self) -> bool:
+        """Whether this process is still writing its part."""
+        return self._writing is not None and not self._writing.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process could not write its part."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def save(self, trainers: Sequence[Trainer], source: BatchSource) -> None:
+        """Begin to write a checkpoint of the current step; none may be on its way any more ([`settle`])."""
+        assert self._writing is None
+        self._step = trainers[0].state.step
+        temporary = temporary_path(self.output_dir, self._step)
+        error: OSError | None = None
         if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            for trainer in trainers:
-                (temporary / trainer.name).mkdir(parents=True, exist_ok=True)
+            try:
+                begin_folder(temporary, [trainer.name for trainer in trainers])
+                for trainer in trainers:
+                    if trainer.log is not None:
+                        trainer.log.sync()  # its rows are as safe as the checkpoint that counts on them
+            except OSError as found:
+                error = found
         self.accelerator.wait_for_everyone()
-        tensors, rest = source.state_dict()
-        _save_tensors(tensors, temporary / f"buffer_{self._rank}.safetensors")
-        write_json(temporary / f"buffer_{self._rank}.json", rest)
-        for trainer in trainers:
-            _save_tensors(_state_tensors(trainer.state), temporary / trainer.name / f"state_{self._rank}.safetensors")
-        if self.accelerator.is_main_process:
-            for trainer in trainers:
-                trainer.sae.save_pretrained(temporary / trainer.name)
-                _save_tensors(trainer.optimizer.tensors(), temporary / trainer.name / "optimizer.safetensors")
-            write_json(temporary / "trainer.json", self._summary(trainers))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-            for old in list_checkpoints(self.output_dir)[: -self.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-        return folder
+        if error is not None:
+            self._writing = Future()
+            self._writing.set_exception(error)
+            return
+        self._writing = self._writer.submit(write_part, temporary, self._rank, *self._content(trainers, source))
+        source.hold(self._writing)
+
+    def wait(self) -> None:
+        """Wait until this process has written its part, or has failed to."""
+        if self._writing is not None:
+            self._writing.exception()
+
+    def settle(self, writing: bool, failed: bool) -> None:
+        """Let a checkpoint that all processes have written appear, or remove what is left of one that failed.
+
+        Args:
+            writing: whether a process is still writing. failed: whether one could not write its part.
+        """
+        if self._writing is None or writing:
+            return
+        error, self._writing = self._writing.exception(), None
+        if not self.accelerator.is_main_process:
+            return
+        temporary = temporary_path(self.output_dir, self._step)
+        if not failed:
+            try:
+                publish(temporary, checkpoint_path(self.output_dir, self._step), self.accelerator.num_processes)
+                self._writer.submit(prune, self.output_dir, self.keep)
+                return
+            except (OSError, SelOrthoError) as found:
+                error = found
+        shutil.rmtree(temporary, ignore_errors=True)
+        words = (
+            reason(error) if isinstance(error, OSError) else str(error or "another process could not write its part")
+        )
+        logger.warning(
+            "the checkpoint of step %d could not be written: %s. The run goes on; its latest checkpoint: %s",
+            self._step,
+            words,
+            self.latest or "none",
+        )
+
+    def close(self) -> None:
+        """Wait for what happens in the background."""
+        self._writer.shutdown()
 
     def load(self, folder: Path, trainers: Sequence[Trainer], source: BatchSource) -> None:
-        """Restore optimisers, counters and batches; the SAEs themselves have been loaded from the folder already."""
-        content = self._read(folder / "trainer.json")
+        """Restore optimisers, counters, batches and random numbers; the SAEs have been loaded from the folder already.
+
+        Raises:
+            DamagedCheckpointError: something is missing in it or does not fit.
+        """
+        content = read_json(folder, TRAINER)
+        name = f"process_{self._rank}"
+        tensors, rest = read_tensors(folder, f"{name}.safetensors"), read_json(folder, f"{name}.json")
         try:
             for trainer in trainers:
-                trainer.optimizer.load_tensors(load_file(folder / trainer.name / "optimizer.safetensors"))
-                tensors = load_file(folder / trainer.name / f"state_{self._rank}.safetensors")
-                _load_state(tensors, trainer.state, trainer.sae.config)
-                controller = content["controllers"][trainer.name]
-                if trainer.state.controller is not None and controller:
-                    trainer.state.controller.load_state_dict(controller)
-                if trainer.scaler is not None and content["scalers"][trainer.name]:
-                    trainer.scaler.load_state_dict(content["scalers"][trainer.name])
-            tensors = load_file(folder / f"buffer_{self._rank}.safetensors")
-            source.load_state_dict(tensors, self._read(folder / f"buffer_{self._rank}.json"))
-        except (SafetensorError, OSError, KeyError) as error:
-            raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
+                self._load_trainer(folder / trainer.name, trainer, content["saes"][trainer.name])
+                trainer.state.step, trainer.state.tokens = content["step"], content["tokens"]
+            source.load_state_dict(_part_of("source", tensors), rest["source"])
+            _set_random_state(_part_of("random", tensors), rest["random"])
+            trainers[0].guard.skipped = rest["not_finite"]
+        except SelOrthoError:
+            raise
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise DamagedCheckpointError(
+                f"checkpoint {folder} does not hold what it should ({type(error).__name__}: {error}); resume from an "
+                "earlier one"
+            ) from error
         for trainer in trainers:
-            trainer.state.step, trainer.state.tokens = content["step"], content["tokens"]
             trainer.resumed()
+
+    def _load_trainer(self, folder: Path, trainer: Trainer, content: dict[str, Any]) -> None:
+        trainer.optimizer.load_tensors(read_tensors(folder, "optimizer.safetensors"))
+        _load_state(read_tensors(folder, f"state_{self._rank}.safetensors"), trainer.state, trainer.sae.config)
+        if trainer.state.controller is not None:
+            trainer.state.controller.load_state_dict(content["controller"])
+        if trainer.scaler is not None:
+            trainer.scaler.load_state_dict(content["scaler"])
+        trainer.spikes.load_state_dict(content["spikes"])
+        trainer.state.skipped = content["skipped"]
+        if trainer.log is not None and len(trainer.log) < content["rows"]:
+            logger.warning(
+                "%s holds %d steps up to step %d, %d were logged: lines of it are lost",
+                trainer.log.folder / "metrics.jsonl",
+                len(trainer.log),
+                trainer.state.step,
+                content["rows"],
+            )
 
     def load_sae(self, folder: Path, expected: SelOrthoConfig) -> SelOrthoSAE:
         """The SAE of a checkpoint, once it is known to read the same activations as this run.
@@ -176,6 +237,8 @@ class Checkpoints:
                 f"checkpoint {folder} was made on other activations ({'; '.join(differing)}); pin the revisions, or "
                 "start a new run in another --output_dir"
             )
+        for tensor in (*sae.parameters(), *sae.buffers()):
+            tensor.data = tensor.data.clone()  # out of the file, which may go
         return sae
 
     def check(self, folder: Path) -> int:
@@ -184,7 +247,7 @@ class Checkpoints:
         Raises:
             SelOrthoError: it was made with other settings (names them) or another number of processes.
         """
-        trainer = self._read(folder / "trainer.json")
+        trainer = read_json(folder, TRAINER)
         saved = trainer["arguments"]
         free = set(_FREE_ARGUMENTS)
         if saved.get("saes") != self.arguments.get("saes"):  # then the settings of each one differ as well
@@ -209,49 +272,88 @@ class Checkpoints:
     def _rank(self) -> int:
         return self.accelerator.process_index
 
+    def _content(
+        self, trainers: Sequence[Trainer], source: BatchSource
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """This process's files, by name: tensors, none of which changes while they are written, and JSON."""
+        held, place = source.state_dict()
+        random_tensors, random_rest = _random_state()
+        name = f"process_{self._rank}"
+        tensors = {f"{name}.safetensors": {**_prefixed("source", held), **_prefixed("random", random_tensors)}}
+        texts: dict[str, Any] = {
+            f"{name}.json": {"source": place, "random": random_rest, "not_finite": trainers[0].guard.skipped}
+        }
+        for trainer in trainers:
+            prefix = f"{trainer.name}/" if trainer.name else ""
+            tensors[f"{prefix}state_{self._rank}.safetensors"] = _state_tensors(trainer.state)
+            if self.accelerator.is_main_process:
+                tensors[f"{prefix}model.safetensors"] = _copied(trainer.sae.state_dict())
+                tensors[f"{prefix}optimizer.safetensors"] = _copied(trainer.optimizer.tensors())
+                texts[f"{prefix}config.json"] = _config_of(trainer.sae)
+        if self.accelerator.is_main_process:
+            texts[TRAINER] = self._summary(trainers)
+        return tensors, texts
+
     def _summary(self, trainers: Sequence[Trainer]) -> dict[str, Any]:
         state = trainers[0].state
-        controllers = {trainer.name: trainer.state.controller for trainer in trainers}
+        losses = [trainer.log.mean_loss(state.step - max(1, self.every)) for trainer in trainers if trainer.log]
+        known = [loss for loss in losses if loss is not None]
         return {
             "step": state.step,
             "tokens": state.tokens,
+            "loss": sum(known) / len(known) if known else None,  # by which the best one is known
             "processes": self.accelerator.num_processes,
-            "scalers": {t.name: None if t.scaler is None else t.scaler.state_dict() for t in trainers},
-            "controllers": {name: None if c is None else c.state_dict() for name, c in controllers.items()},
-            "arguments": self.arguments,
+            "saes": {trainer.name: _steering(trainer) for trainer in trainers},
+            "arguments": {key: value for key, value in self.arguments.items() if key not in _FREE_ARGUMENTS},
         }
 
-    def _read(self, path: Path) -> Any:
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SelOrthoError(
-                f"checkpoint {path.parent} is damaged: {path.name}: {error}; resume from an earlier one"
-            ) from error
+
+def _steering(trainer: Trainer) -> dict[str, Any]:
+    """What goes with an SAE besides tensors."""
+    controller, scaler = trainer.state.controller, trainer.scaler
+    return {
+        "controller": None if controller is None else controller.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "spikes": trainer.spikes.state_dict(),
+        "skipped": trainer.state.skipped,
+        "rows": 0 if trainer.log is None else len(trainer.log),
+    }
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+def _config_of(sae: SelOrthoSAE) -> dict[str, Any]:
+    """The content of a config.json, as `save_pretrained` would write it."""
+    config = copy.deepcopy(sae.config)
+    config.architectures, config.dtype = [type(sae).__name__], sae.dtype
+    return json.loads(config.to_json_string())
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the memory of the machine."""
+    return {
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
 
 
 def _state_tensors(state: TrainState) -> dict[str, Tensor]:
     """Firing counters, selected pairs and carried co-activations of this process."""
-    tensors = {"tokens_since_fired": state.tokens_since_fired.cpu()}
+    tensors = {"tokens_since_fired": state.tokens_since_fired}
     if state.pairs is not None:
         pairs = {"i": state.pairs.i, "j": state.pairs.j, "correlation": state.pairs.correlation}
-        tensors |= {f"pairs.{name}": value.cpu() for name, value in pairs.items()}
+        tensors |= _prefixed("pairs", pairs)
     if state.carried is not None:
-        tensors |= {f"carried.{name}": value.cpu() for name, value in state.carried.state_dict().items()}
-    return tensors
+        tensors |= _prefixed("carried", state.carried.state_dict())
+    return _copied(tensors)
 
 
 def _load_state(tensors: dict[str, Tensor], state: TrainState, config: SelOrthoConfig) -> None:
     """Take back what [`_state_tensors`] gave."""
     device = state.tokens_since_fired.device
+    if tensors["tokens_since_fired"].shape != state.tokens_since_fired.shape:
+        raise ValueError(f"tokens_since_fired of {len(tensors['tokens_since_fired'])} features")
     state.tokens_since_fired.copy_(tensors["tokens_since_fired"])
-    pairs, carried = (
-        {key: tensors[f"{name}.{key}"].to(device) for key in _keys_of(name, tensors)} for name in ("pairs", "carried")
-    )
+    moved = {key: value.to(device) for key, value in tensors.items()}
+    pairs, carried = _part_of("pairs", moved), _part_of("carried", moved)
     if pairs:
         state.pairs = Pairs(pairs["i"], pairs["j"], pairs["correlation"])
     if carried:
@@ -259,17 +361,30 @@ def _load_state(tensors: dict[str, Tensor], state: TrainState, config: SelOrthoC
         state.carried.load_state_dict(carried)
 
 
-def _keys_of(name: str, tensors: Iterable[str]) -> list[str]:
-    prefix = f"{name}."
-    return [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of the global random number generators of this process: tensors, and JSON-able rest."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return tensors, {"python": [version, list(numbers), gauss], "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
-def _is_later(path: Path, other: Path) -> bool:
-    """Whether a checkpoint comes after another one of the same run."""
-    return path.parent.resolve() == other.resolve().parent and _step_of(path) > _step_of(other.resolve())
+def _set_random_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, numbers, gauss = rest["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *others = rest["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))
 
 
-def _step_of(folder: Path) -> int:
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match.group(1))
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{key}": value for key, value in tensors.items()}
+
+
+def _part_of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of [`_prefixed`]."""
+    return {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}

@@ -19,6 +19,7 @@ from ..activations.texts import Documents, open_documents
 from ..activations.tokens import Context, ContextStream, held_out_contexts
 from ..errors import SelOrthoError
 from .arguments import TrainingArguments
+from .guard import NonFiniteGuard
 
 # Settings that a harvest has decided, by the group of arguments that holds them: where the manifest has them.
 _HARVESTED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -54,6 +55,10 @@ class TrainingData(ABC):
     @abstractmethod
     def provenance(self, layer: int) -> dict[str, Any]:
         """Fields of the SAE's configuration that say where its activations come from."""
+
+    @abstractmethod
+    def watch(self, guard: NonFiniteGuard) -> None:
+        """Let the guard decide about activations that are not finite."""
 
     @abstractmethod
     def source_bytes(self, arguments: TrainingArguments) -> int:
@@ -100,6 +105,9 @@ class LiveData(TrainingData):
             "min_tokens": data.min_tokens,
             "held_out_fraction": data.held_out_fraction,
         }
+
+    def watch(self, guard: NonFiniteGuard) -> None:
+        self.capture.on_non_finite = guard.meet_activations
 
     def source_bytes(self, arguments: TrainingArguments) -> int:
         return self._make_buffer(arguments).memory_bytes()  # which takes nothing until it is filled
@@ -202,6 +210,9 @@ class ShardData(TrainingData):
 
     def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
         return held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out))
+
+    def watch(self, guard: NonFiniteGuard) -> None:
+        """Nothing is computed here: what the shards hold meets the guard in the training step."""
 
     def source_bytes(self, arguments: TrainingArguments) -> int:
         return self._make_batches(arguments).memory_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,32 +15,38 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..activations.buffer import ActivationBatch, BatchSource
-from ..activations.capture import NonFiniteActivationsError, only
+from ..activations.capture import only
 from ..batch_group import BatchGroup
-from ..errors import SelOrthoError
+from ..errors import NonFiniteError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from .arguments import RunArguments
 from .checkpoint import Checkpoints
+from .guard import LossSpikes, NonFiniteGuard, first_not_finite, is_finite
 from .optimizer import SAEOptimizer
 from .outputs import MetricsLog
 from .penalty import PenaltySchedule, steer
 from .revival import resample_dead
 from .state import Controller, TrainState, learning_rate_at, pair_churn, step_report
+from .stop_signals import StopSignals
 
 LAST_STEPS = 100  # the paper averages its training metrics over the last 100 steps; all of them are logged
-
-
-class NonFiniteLossError(SelOrthoError):
-    """The loss became NaN or infinite; the step was not applied."""
+_ADVICE = "try a lower --learning_rate"
+_FAULTS = ("activations", "feature activations", "loss", "gradient")  # in the order in which a step computes them
 
 
 def train_together(
-    trainers: Sequence[Trainer], source: BatchSource, arguments: RunArguments, checkpoints: Checkpoints
-) -> None:
-    """Train SAEs on the same batches, each step one after the other, to `max_steps`.
+    trainers: Sequence[Trainer],
+    source: BatchSource,
+    arguments: RunArguments,
+    checkpoints: Checkpoints,
+    signals: StopSignals | None = None,
+) -> bool:
+    """Train SAEs on the same batches, each step one after the other, to `max_steps`; False if a signal came before.
+
+    Whichever it is, the last step is in a checkpoint if the run writes any, and so it is when a signal ends the run.
 
     Raises:
-        NonFiniteActivationsError, NonFiniteLossError: names the step, the documents and the last checkpoint.
+        NonFiniteError: names the step, where it first appeared, the documents and the last checkpoint.
     """
     first = trainers[0]
     for trainer in trainers:
@@ -51,18 +58,48 @@ def train_together(
         desc="training" if len(trainers) == 1 else f"training {len(trainers)} SAEs",
         unit="step",
     )
-    with progress:
-        while first.state.step < arguments.max_steps:
-            try:
+    every, saved = arguments.checkpoint_every, first.state.step
+    try:
+        with progress:
+            while not (stopped := _look_around(first, checkpoints, signals)) and first.state.step < arguments.max_steps:
+                first.guard.step = first.state.step + 1
                 report = _step(trainers, source, arguments)
-            except (NonFiniteActivationsError, NonFiniteLossError) as error:
-                latest = f"last good checkpoint: {checkpoints.latest or 'none (see --checkpoint_every)'}"
-                raise type(error)(f"{error}. This was before step {first.state.step + 1}; {latest}") from error
-            progress.update()
-            if report is not None:
-                progress.set_postfix(_shown(report))
-            if arguments.checkpoint_every and first.state.step % arguments.checkpoint_every == 0:
-                checkpoints.save(trainers, source)
+                progress.update()
+                if report is not None:
+                    progress.set_postfix(_shown(report))
+                if every and first.state.step % every == 0:
+                    saved = _save(trainers, source, checkpoints, signals)
+        if saved < first.state.step and (every or stopped):
+            _save(trainers, source, checkpoints, signals)
+        checkpoints.wait()
+        _look_around(first, checkpoints, signals)
+    except NonFiniteError as error:
+        latest = f"last good checkpoint: {checkpoints.latest or 'none (see --checkpoint_every)'}"
+        raise NonFiniteError(f"{error}. {latest[0].upper()}{latest[1:]}") from error
+    finally:
+        checkpoints.close()
+    return not stopped
+
+
+def _save(
+    trainers: Sequence[Trainer], source: BatchSource, checkpoints: Checkpoints, signals: StopSignals | None
+) -> int:
+    """Begin to write a checkpoint, once the one before it is done; returns its step."""
+    checkpoints.wait()
+    _look_around(trainers[0], checkpoints, signals)
+    checkpoints.save(trainers, source)
+    return trainers[0].state.step
+
+
+def _look_around(trainer: Trainer, checkpoints: Checkpoints, signals: StopSignals | None) -> bool:
+    """Learn from all processes how the checkpoint stands that is being written, and whether one is asked to stop."""
+    own = (signals is not None and signals.received is not None, checkpoints.writing, checkpoints.failed)
+    if trainer.group is not None:
+        found = trainer.group.sum(torch.tensor(own, dtype=torch.int32, device=trainer.accelerator.device))
+        own = tuple(count > 0 for count in found.tolist())
+    stop, writing, failed = own
+    checkpoints.settle(writing, failed)
+    return stop
 
 
 def _step(trainers: Sequence[Trainer], source: BatchSource, arguments: RunArguments) -> dict[str, Any] | None:
@@ -87,6 +124,7 @@ class Trainer:
         log: where the figures of its steps go; None in all processes but the main one.
         controller: steers the penalty's coefficient ([`make_controller`]).
         name: of the SAE among several; "" if there is one.
+        guard: what becomes of batches that are not finite; by default the first one ends the run.
     """
 
     def __init__(
@@ -97,6 +135,7 @@ class Trainer:
         log: MetricsLog | None,
         controller: Controller | None = None,
         name: str = "",
+        guard: NonFiniteGuard | None = None,
     ) -> None:
         self.accelerator, self.arguments, self.log, self.name = accelerator, arguments, log, name
         self.sae = sae.to(accelerator.device)
@@ -108,6 +147,10 @@ class Trainer:
         self.penalty = PenaltySchedule(self.sae.config, self.group)
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
         self.state.controller = controller
+        self.guard = guard or NonFiniteGuard(None)
+        self.spikes = LossSpikes(arguments.loss_spike_factor, name)
+        self._spoilt = False  # whether a batch of the current step was not finite
+        self._loss = 0.0  # of the latest batch, the mean over the processes
         self._seconds = {"data": 0.0, "step": 0.0}
         self._tokens_timed, self._reported_at = 0, 0  # since the last report
 
@@ -127,50 +170,125 @@ class Trainer:
             The report of the step if one was taken and is logged.
 
         Raises:
-            NonFiniteLossError: names the step and the documents of the batch.
+            NonFiniteError: names the step, where it first appeared and the documents of the batch.
         """
         started = time.perf_counter()
         self._set_learning_rate(self.state.step + 1)
-        previous = self.state.pairs
-        output, activations = self._accumulate(batch, last)
+        previous, output = self.state.pairs, None
+        activations = self._activations_of(batch).to(self.accelerator.device)
+        if not self._spoilt:
+            output = self._accumulate(batch, activations, last)
+            self._spoilt = output is None
         if last:
-            self._apply()
-            self.state.step += 1
-            if output.pairs is not None:
-                self.state.pairs = output.pairs.detached()
-            self._revive(activations, output)
+            self._finish_step(batch, activations, output)
         self._seconds["step"] += time.perf_counter() - started
         self._seconds["data"] += data_seconds
-        return self._report(activations, output, previous) if last and self._is_logged() else None
+        if output is None or not (last and self._is_logged()):
+            return None
+        return self._report(activations, output, previous)
 
-    def _accumulate(self, batch: ActivationBatch, last: bool) -> tuple[SelOrthoOutput, Tensor]:
+    def _finish_step(self, batch: ActivationBatch, activations: Tensor, output: SelOrthoOutput | None) -> None:
+        """Take the step, unless one of its batches was not finite."""
+        if output is None:
+            self.optimizer.zero_grad()
+            self.state.skipped += 1
+        else:
+            self._apply(batch)
+            if output.pairs is not None:
+                self.state.pairs = output.pairs.detached()
+        self.state.step += 1
+        self._spoilt = False
+        if output is not None:
+            self._revive(activations, output)
+
+    def _activations_of(self, batch: ActivationBatch) -> Tensor:
         layer = self.sae.config.layer
-        found = only(batch.by_layer) if layer is None else batch.by_layer[layer]
-        activations = found.to(self.accelerator.device)
-        plan = self.penalty.plan(self.state)
-        dead = None
-        if self.sae.revives_dead_features:
-            dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            with self.accelerator.autocast():
-                output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
-            self._check_finite(output.loss, "loss", output, batch)
-            if last:
-                steer(self.state, self.sae, activations, output, plan, self.group)
-            loss = output.loss / self.arguments.gradient_accumulation_steps
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if last and self.scaler is None:
-            self._check_finite(self._gradient_norm(), "gradient", output, batch)
+        return only(batch.by_layer) if layer is None else batch.by_layer[layer]
+
+    def _accumulate(self, batch: ActivationBatch, activations: Tensor, last: bool) -> SelOrthoOutput | None:
+        """Add the gradient of a batch; None, and nothing has changed, if something was not finite in any process."""
+        carried, controller = copy.copy(self.state.carried), copy.copy(self.state.controller)
+        finite = is_finite(activations)
+        if self.group is None and activations.device.type == "cpu" and not finite:
+            output, faults = None, [True, False, False, False]
+        else:
+            # zeros in place of what is not finite: the other processes expect this one to compute with them
+            as_it_is = activations.device.type == "cpu" and bool(finite)
+            usable = activations if as_it_is else torch.where(finite, activations, 0)
+            output, faults = self._compute(usable, finite, last)
+        if any(faults):
+            self.state.carried, self.state.controller = carried, controller
+            self._meet(faults, batch, activations, output)
+            return None
+        assert output is not None
         tokens = len(activations) * self.accelerator.num_processes
         self.state.count(output.features.detach(), tokens)
         if output.threshold is not None:
             self.sae.update_threshold(output.threshold)
         self._tokens_timed += tokens
-        return output, activations
+        if last:
+            self.spikes.see(self.state.step + 1, self._loss, batch.origins)
+        return output
 
-    def _check_finite(self, value: Tensor, what: str, output: SelOrthoOutput, batch: ActivationBatch) -> None:
-        if not torch.isfinite(value):
-            raise NonFiniteLossError(self._non_finite_message(what, output, batch))
+    def _compute(self, activations: Tensor, finite: Tensor, last: bool) -> tuple[SelOrthoOutput | None, list[bool]]:
+        """Loss and gradient of a batch, and which of `_FAULTS` came up in any process."""
+        plan = self.penalty.plan(self.state)
+        dead = None
+        if self.sae.revives_dead_features:
+            dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            try:
+                with self.accelerator.autocast():
+                    output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
+            except NonFiniteError:  # of the sums over all processes, so that it comes up in each of them
+                return None, self._agreed(finite, torch.zeros_like(finite), finite.new_zeros((), dtype=torch.float32))
+            loss = output.loss.detach()
+            if last:
+                steer(self.state, self.sae, activations, output, plan, self.group)
+            scaled = output.loss / self.arguments.gradient_accumulation_steps
+            (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+        gradient = self._gradient_norm() if last and self.scaler is None else torch.zeros_like(loss)
+        return output, self._agreed(finite, torch.ones_like(finite), loss, gradient)
+
+    def _agreed(self, finite: Tensor, features: Tensor, loss: Tensor, gradient: Tensor | None = None) -> list[bool]:
+        """Which of `_FAULTS` came up in any process, and the mean loss: a single look at what the device computed."""
+        checks = [
+            finite,
+            features,
+            loss.isfinite(),
+            torch.ones_like(finite) if gradient is None else gradient.isfinite(),
+        ]
+        values = torch.stack([*(~check for check in checks), loss.nan_to_num(0.0, 0.0, 0.0)]).double()
+        if self.group is not None:
+            values = self.group.sum(values) / self.group.size
+        *faults, self._loss = values.tolist()
+        return [share > 0 for share in faults]
+
+    def _meet(
+        self, faults: list[bool], batch: ActivationBatch, activations: Tensor, output: SelOrthoOutput | None
+    ) -> None:
+        """Let the guard decide about a batch that was not finite; this process names what it sees of it itself."""
+        where = f" of {self.name}" if self.name else ""
+        kind = _FAULTS[faults.index(True)]
+        rows = int((~activations.isfinite()).any(1).sum())
+        found = None
+        if kind == "activations" and rows:
+            found = f"NaN or infinity in the activations on {rows} of {len(activations)} tokens"
+        elif kind == "feature activations":
+            found = f"the feature activations{where} are not finite, or too large to square"
+        elif kind == "loss" and output is not None and not math.isfinite(float(output.loss)):  # type: ignore[arg-type]
+            assert output.losses is not None
+            terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
+            found = f"the loss{where} is not finite ({terms})"
+        elif kind == "gradient":
+            gradients = {name: parameter.grad for name, parameter in self.sae.named_parameters()}
+            found = f"the gradient{where} is not finite: {first_not_finite(gradients) or 'its norm'}"
+        if found is None:
+            self.guard.meet(f"another process found that {kind} are not finite{where}", None, {}, _ADVICE)
+        else:
+            layer = self.sae.config.layer or 0
+            advice = "look at where they come from" if kind == "activations" else _ADVICE
+            self.guard.meet(found, batch.origins, {layer: activations}, advice)
 
     def _revive(self, activations: Tensor, output: SelOrthoOutput) -> None:
         """Resample the dead features of a ReLU SAE, at its steps."""
@@ -184,8 +302,12 @@ class Trainer:
         resample_dead(self.sae, self.optimizer.moments(), dead, activations, errors, generator, self.group)
         self.state.tokens_since_fired[dead] = 0
 
-    def _apply(self) -> None:
-        """The constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6)."""
+    def _apply(self, batch: ActivationBatch) -> None:
+        """The constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6).
+
+        Raises:
+            NonFiniteError: the weights are not finite afterwards, or float16 finds no scale at which gradients are.
+        """
         self.optimizer.take_gradients()
         if self.arguments.max_grad_norm is not None and self.scaler is not None:
             self.scaler.unscale_(self.optimizer.adam)
@@ -193,8 +315,17 @@ class Trainer:
         if self.arguments.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.arguments.max_grad_norm)
         self._adam.step()
+        if self.scaler is not None and self._adam.step_was_skipped and self.scaler.get_scale() <= 1:
+            # a scale that is too large is nothing to speak of, but this one enlarges nothing
+            self.guard.meet("the gradient is not finite", batch.origins, batch.by_layer, _ADVICE)
         self.optimizer.zero_grad()
         self.sae.normalize_decoder()
+        if not all(bool(is_finite(weights)) for weights in self.sae.parameters()):
+            fault = f"{first_not_finite(dict(self.sae.named_parameters()))} after step {self.state.step + 1}"
+            kept = self.guard.keep(fault, batch.origins, batch.by_layer)
+            raise NonFiniteError(
+                f"NaN or infinity in the weights {fault}, which cannot be taken back: the run ends{kept}; {_ADVICE}"
+            )
 
     def _set_learning_rate(self, step: int) -> None:
         a = self.arguments
@@ -220,17 +351,21 @@ class Trainer:
             "dead_features": int(self.state.dead(self.arguments.dead_after_tokens, self.group).sum()),
             "ortho_coefficient": self._coefficient(),
             "learning_rate": self._adam.param_groups[0]["lr"],
+            "skipped_steps": self.state.skipped,
+            "loss_spikes": self.spikes.count,
+        }
+        timings = {
             "tokens_per_second": tokens / seconds,
             "seconds_per_step": self._seconds["step"] / steps,
             "seconds_per_step_data": self._seconds["data"] / steps,
         }
         self._seconds, self._tokens_timed, self._reported_at = {"data": 0.0, "step": 0.0}, 0, self.state.step
         if self.log is not None:
-            self.log.add(row)
+            self.log.add(row, timings)
         prefix = f"{self.name}/" if self.name else ""
-        tracked = {f"{prefix}{key}": value for key, value in row.items() if value is not None}
+        tracked = {f"{prefix}{key}": value for key, value in {**row, **timings}.items() if value is not None}
         self.accelerator.log(tracked, step=self.state.step)
-        return row
+        return {**row, **timings}
 
     def _mean_over_processes(self, figures: dict[str, float | None]) -> dict[str, float | None]:
         if self.group is None:
@@ -247,17 +382,6 @@ class Trainer:
     def _gradient_norm(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
-
-    def _non_finite_message(self, what: str, output: SelOrthoOutput, batch: ActivationBatch) -> str:
-        assert output.losses is not None
-        terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
-        documents = batch.origins.document_ids.unique().tolist()
-        of = f" of {self.name}" if self.name else ""
-        named = ", ".join(map(str, documents[:16])) + (" ..." if len(documents) > 16 else "")
-        return (
-            f"{what} is not finite at step {self.state.step + 1}{of} ({terms}); the step was not applied. Documents of "
-            f"the batch: {named}; try a lower --learning_rate"
-        )
 
 
 def _shown(report: dict[str, Any]) -> dict[str, str]:

@@ -45,18 +45,17 @@ class SAEOptimizer:
         return {name: _as_parameter(name, state) for name, state in zip(names, states, strict=True)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as `<parameter>.<exp_avg|exp_avg_sq|step>`, for a checkpoint."""
-        return {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, state in self.moments().items()
-            for key, value in state.items()
-        }
+        """The state as `<parameter>.<exp_avg|exp_avg_sq|step>`, for a checkpoint: views, which change with it."""
+        return {f"{name}.{key}": value for name, state in self.moments().items() for key, value in state.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of [`tensors`]; raises KeyError if one is missing."""
+        """The reverse of [`tensors`]; raises KeyError if one is missing, ValueError if it has another shape."""
         parameters = self.adam.param_groups[0]["params"]
-        for (name, _), parameter in zip(self.sae.named_parameters(), parameters, strict=True):
+        for (name, weight), parameter in zip(self.sae.named_parameters(), parameters, strict=True):
             saved = {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+            for key, value in saved.items():
+                if value.shape != (weight.shape if key != "step" else ()):
+                    raise ValueError(f"{name}.{key} of shape {tuple(value.shape)} for a weight {tuple(weight.shape)}")
             state = {key: value.to(parameter.device).contiguous() for key, value in _as_parameter(name, saved).items()}
             self.adam.state[parameter] = state
 

@@ -1,4 +1,4 @@
-"""Files of a run: the output folder, metrics.jsonl, JSON written atomically, and the environment it ran in."""
+"""Files of a run: the output folder, its logs by step, files written whole, and the environment it ran in."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from ..activations.disk import LOCK, reason, replace_file, sync
 from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
 
 METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "README.md"
-PICTURES, CHECKPOINTS = "pictures", "checkpoints"
-_OWN_FILES = (METRICS_LOG, METRICS, RUN, CARD, "config.json", "model.safetensors")
-_OWN_FOLDERS = (PICTURES, CHECKPOINTS, "trackers")
+TIMINGS_LOG = "timings.jsonl"
+PICTURES, CHECKPOINTS, TRACKERS, DEBUG = "pictures", "checkpoints", "trackers", "debug"
+_SAVING = ".saving.tmp"
+_OWN_FILES = (METRICS_LOG, TIMINGS_LOG, METRICS, RUN, CARD, "config.json", "model.safetensors")
+_OWN_FOLDERS = (PICTURES, CHECKPOINTS, TRACKERS, DEBUG, _SAVING)
 _MEMBER = re.compile(r"layer_\d+(_[a-z0-9-]+)?")  # folder of one of several SAEs
-_UNFINISHED = {METRICS_LOG, f".{METRICS_LOG}.tmp", CHECKPOINTS, "trackers"}
+_LOGS = (METRICS_LOG, TIMINGS_LOG)
+_UNFINISHED = {LOCK, *_LOGS, *(f".{name}.tmp" for name in _LOGS), CHECKPOINTS, TRACKERS, DEBUG}
 _LIBRARIES = (
     "hf_selortho", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "safetensors",
     "tokenizers", "numpy",
@@ -43,7 +49,7 @@ def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) ->
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise SelOrthoError(f"output folder {folder} is a file: choose another --output_dir")
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    names = {entry.name for entry in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
     if not names or resuming:
         return folder
     if not overwrite:
@@ -105,13 +111,15 @@ def _remove_run(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, flush it to the disk, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file whole: readers see the old one or the new one, also after a power cut.
+
+    Raises:
+        SelOrthoError: there is no room, or the folder cannot be written; what was there before is intact.
+    """
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -119,25 +127,111 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
 
 
+def cannot_write(path: Path, error: OSError) -> SelOrthoError:
+    """What to say when a file of a run cannot be written."""
+    return SelOrthoError(
+        f"cannot write {path}: {reason(error)}; make room there and run the same command again, a training with "
+        "--resume_from_checkpoint auto: its checkpoints are as they were"
+    )
+
+
+def save_sae(sae: SelOrthoSAE, folder: Path) -> None:
+    """Write config.json and model.safetensors, each whole or not at all.
+
+    Raises:
+        SelOrthoError: there is no room, or the folder cannot be written.
+    """
+    temporary = folder / _SAVING
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        sae.save_pretrained(temporary)
+        for path in sorted(temporary.iterdir(), reverse=True):  # the weights before the config
+            sync(path)
+            path.replace(folder / path.name)
+        temporary.rmdir()
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise cannot_write(folder / "model.safetensors", as_os_error(error)) from error
+
+
+def as_os_error(error: Exception) -> OSError:
+    """The error of the operating system behind one of safetensors, which gives it as text: "... (os error 28)"."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found:
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return error if isinstance(error, OSError) else OSError(str(error))
+
+
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a logged step, in order of steps."""
+    """The figures of each logged step, in order: `metrics.jsonl`, and what they took, `timings.jsonl`.
 
-    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
-        self.path = path
-        self.rows = [row for row in read_metrics_log(path) if row["step"] <= resume_at] if resume_at else []
-        write_text(path, "".join(_line(row) for row in self.rows))
+    Two runs with the same seed leave the same metrics.jsonl, byte for byte, however often they were interrupted; times
+    are never the same twice.
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a row; it is on its way to the disk when this returns."""
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+    Args:
+        folder: of the SAE.
+        resume_at: rows up to this step are kept, later ones go.
+
+    Raises:
+        SelOrthoError: the files cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, resume_at: int = 0) -> None:
+        self.folder = folder
+        self._files = {METRICS_LOG: read_rows(folder / METRICS_LOG), TIMINGS_LOG: read_rows(folder / TIMINGS_LOG)}
+        for name, rows in self._files.items():
+            kept = {row["step"]: row for row in rows if row["step"] <= resume_at}
+            self._files[name] = list(kept.values())
+            write_text(folder / name, "".join(map(_line, kept.values())))
+
+    def __len__(self) -> int:
+        """Steps that were logged."""
+        return len(self._files[METRICS_LOG])
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Figures and timings of every logged step together."""
+        timings = {row["step"]: row for row in self._files[TIMINGS_LOG]}
+        return [{**row, **timings.get(row["step"], {})} for row in self._files[METRICS_LOG]]
+
+    def add(self, figures: dict[str, Any], timings: Mapping[str, float]) -> None:
+        """Append a step; it is on its way to the disk when this returns.
+
+        Raises:
+            SelOrthoError: there is no room.
+        """
+        rows = {METRICS_LOG: figures, TIMINGS_LOG: {"step": figures["step"], **timings}}
+        for name, row in rows.items():
+            self._files[name].append(row)
+            try:
+                with (self.folder / name).open("ab") as file:
+                    file.write(_line(row).encode())
+            except OSError as error:
+                raise cannot_write(self.folder / name, error) from error
+
+    def mean_loss(self, after: int) -> float | None:
+        """Mean loss of the rows after a step, or else that of the last row; None if there is none."""
+        rows = self._files[METRICS_LOG]
+        losses = [row["loss"] for row in rows if row["step"] > after] or [row["loss"] for row in rows[-1:]]
+        known = [loss for loss in losses if loss is not None]
+        return sum(known) / len(known) if known else None
+
+    def sync(self) -> None:
+        """Flush what was added to the disk.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        for name in self._files:
+            sync(self.folder / name)
 
     def mean_of_last(self, steps: int) -> dict[str, float]:
         """Mean of every number over the rows of the last `steps` steps (the paper averages over the last 100)."""
-        if not self.rows:
+        rows = self.rows
+        if not rows:
             return {}
-        recent = [row for row in self.rows if row["step"] > self.rows[-1]["step"] - steps]
+        recent = [row for row in rows if row["step"] > rows[-1]["step"] - steps]
         means = {}
         for key in recent[-1]:
             values = [row[key] for row in recent if isinstance(row.get(key), (int, float))]
@@ -146,16 +240,18 @@ class MetricsLog:
         return means
 
 
-def read_metrics_log(path: Path) -> Iterable[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log by step; a last line that was cut off by a kill is left out, and what is no row of one."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 

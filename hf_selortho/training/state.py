@@ -30,6 +30,7 @@ class TrainState:
     pairs: Pairs | None = field(default=None, repr=False)  # of the latest selection
     carried: CarriedSums | None = field(default=None, repr=False)  # co-activations of earlier batches
     controller: Controller | None = None  # steers the penalty's coefficient
+    skipped: int = 0  # steps that were not taken, as something was not finite
 
     def count(self, features: Tensor | ActiveFeatures, tokens: int) -> None:
         """Count a batch: feature activations (B, d_sae) of this process, `tokens` over all processes."""

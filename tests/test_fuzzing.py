@@ -1,0 +1,596 @@
+"""Whatever a file holds, it is read or refused in the words of the package: no other error, crash, hang or memory.
+
+Real files of every kind that the package reads are mutated and read again in processes of their own. The random
+numbers of an input come from its kind, the seed and its number alone; a failing one is shown again by
+
+    python tests/test_fuzzing.py --target manifest --seed 3 --first 1234 --count 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gzip
+import hashlib
+import json
+import logging
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE, select_pairs
+from hf_selortho.activations.report import read_manifest, report_table
+from hf_selortho.activations.shard_batches import layer_statistics
+from hf_selortho.activations.shards import HELD_OUT, TRAIN, ActivationStore
+from hf_selortho.activations.texts import TextSource, open_documents
+from hf_selortho.hub.model_card import render_model_card
+from scripts import cache_activations
+
+ROOT = Path(__file__).parents[1]
+SECONDS, GIGABYTE = 5, 1 << 30  # that one input may take; that a process may take on top
+# How many inputs of each kind the long test reads, 100,000 in all: more where one takes little time.
+COUNTS = {
+    "manifest": 37_000,
+    "config": 18_000,
+    "weights": 12_000,
+    "index": 8_000,
+    "shard": 8_000,
+    "card": 5_000,
+    "parquet": 6_000,
+    "text": 6_000,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- properties
+
+_OWN = {f.name: f for f in SelOrthoConfig.own_fields()}
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**63, 10**400, -(10**30)])
+    | st.floats()
+    | st.text(st.characters(), max_size=8)
+    | st.sampled_from(["topk", "batchtopk", "full", "same", "float32"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+_SHARE = st.floats(0, 1, exclude_max=True)
+_WEIGHT = st.floats(0, 1e300)
+_COUNT = st.integers(1, 2**63 - 1)
+_TEXT = st.none() | st.text(max_size=12)
+
+
+@st.composite
+def allowed_settings(draw: st.DrawFn) -> dict[str, Any]:
+    """Any combination of own settings that is allowed."""
+    found: dict[str, Any] = {"d_in": draw(_COUNT), "d_sae": draw(_COUNT)}
+    found["activation"] = draw(st.sampled_from(["relu", "topk", "batchtopk", "jumprelu"]))
+    if "topk" in found["activation"]:
+        found["k"] = draw(st.integers(1, found["d_sae"]))
+    if found["activation"] == "batchtopk" and draw(st.booleans()):
+        inner = draw(st.sets(st.integers(1, found["d_sae"]), max_size=4))
+        found["matryoshka_prefixes"] = sorted(inner | {found["d_sae"]})
+    choices = {
+        "penalty": ["selective", "full", "ortsae", "none"],
+        "penalty_space": ["activation", "decoder", "redundancy"],
+        "selection_space": ["same", "activation", "decoder", "redundancy"],
+        "correlation": ["cosine", "pearson"],
+        "reduction": ["mean", "sum"],
+        "penalty_schedule": ["on_selection", "every_step"],
+        "input_normalization": ["standard", "none"],
+        "prepend_bos": [True, False],
+    }
+    found |= {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+    selects_by = found["penalty_space"] if found["selection_space"] == "same" else found["selection_space"]
+    if found["correlation"] == "cosine" and selects_by == "activation":
+        found["carry_decay"] = draw(_SHARE)
+    for name in ("l1_coefficient", "l0_coefficient", "aux_coefficient", "ortho_coefficient"):
+        found[name] = draw(_WEIGHT | st.integers(0, 1000))
+    for name in ("jumprelu_bandwidth", "jumprelu_threshold"):
+        found[name] = draw(st.floats(1e-300, 1e300))
+    found["pair_fraction"] = draw(st.floats(0, 1, exclude_min=True))
+    found["correlation_threshold"] = draw(_SHARE)
+    for name in ("min_support", "selection_interval"):
+        found[name] = draw(_COUNT)
+    for name in ("aux_k", "layer"):
+        found[name] = draw(st.none() | st.integers(0, 2**63 - 1))
+    found["min_tokens"] = draw(st.none() | _COUNT)
+    for name in ("context_length", "ortsae_chunk"):
+        found[name] = draw(st.integers(2, 2**63 - 1))
+    found["max_norm_ratio"] = draw(st.none() | st.floats(1, 1e300, exclude_min=True))
+    found["max_norm"] = draw(st.none() | st.floats(0, 1e300, exclude_min=True))
+    found["held_out_fraction"] = draw(st.none() | _SHARE)
+    for name in ("lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision", "dataset_config"):
+        found[name] = draw(_TEXT)
+    found |= {"dataset_split": draw(_TEXT), "text_column": draw(_TEXT)}
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(allowed_settings())
+def test_every_configuration_survives_being_saved(chosen) -> None:
+    assert chosen.keys() | {"k", "matryoshka_prefixes", "carry_decay", "config_version"} == _OWN.keys()
+    config = SelOrthoConfig(**chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        loaded = SelOrthoConfig.from_pretrained(folder)
+    assert loaded.own_settings() == config.own_settings()
+    assert {name: loaded.own_settings()[name] for name in chosen} == chosen
+
+
+@settings(max_examples=400, deadline=None)
+@given(name=st.sampled_from([*_OWN, "dtype", "architectures", "id2label", "return_dict"]), value=_JSON)
+def test_any_value_in_any_field_is_kept_or_refused(name, value) -> None:
+    content = {"d_in": 8, "d_sae": 16, name: value}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(content))
+        try:
+            config = SelOrthoConfig.from_pretrained(folder)
+        except ConfigError as error:
+            assert str(error)
+            return
+        if name in _OWN:
+            assert getattr(config, name) == value
+        config.save_pretrained(folder)
+        assert SelOrthoConfig.from_pretrained(folder).own_settings() == config.own_settings()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    features=st.integers(2, 12),
+    fraction=st.floats(0.001, 1.0),
+    min_support=st.integers(1, 6),
+    correlation=st.sampled_from(["cosine", "pearson"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_selected_pairs_are_the_largest_of_all(tokens, features, fraction, min_support, correlation, seed) -> None:
+    """Real numbers of many sizes, some features rare, silent or the same: numpy looks at every pair, in float64."""
+    rng = np.random.default_rng(seed)
+    dense = np.maximum(rng.normal(size=(tokens, features)), 0) * 10.0 ** rng.integers(-3, 4, features)
+    dense *= rng.random((tokens, features)) < rng.choice([0.1, 0.5, 1.0], features)
+    dense[:, rng.random(features) < 0.15] = 0
+    dense[:, rng.integers(features)] = dense[:, rng.integers(features)]
+    h = torch.tensor(dense, dtype=torch.float32)
+    exact = h.double().numpy()
+    support = (exact != 0).sum(0)
+    columns = exact - exact.mean(0) if correlation == "pearson" else exact
+    norms = np.linalg.norm(columns, axis=0)
+    constant = np.ptp(exact, axis=0) == 0 if correlation == "pearson" else norms == 0
+    scores = {
+        (i, j): columns[:, i] @ columns[:, j] / (norms[i] * norms[j])
+        for i, j in combinations(range(features), 2)
+        if min(support[i], support[j]) >= min_support and not (constant[i] or constant[j])
+    }
+    pairs = select_pairs(h, fraction, min_support, correlation)
+    selected = list(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
+    wanted = -int(-fraction * (features * (features - 1) // 2) // 1)
+    assert len(selected) == len(set(selected)) == min(wanted, len(scores))
+    assert set(selected) <= scores.keys()
+    np.testing.assert_allclose(pairs.correlation.numpy(), [scores[pair] for pair in selected], atol=2e-4)
+    least = min((abs(scores[pair]) for pair in selected), default=1.0)
+    assert all(abs(score) <= least + 2e-4 for pair, score in scores.items() if pair not in set(selected))
+
+
+@settings(max_examples=30, deadline=None)
+@given(value=st.sampled_from([float("nan"), float("inf"), float("-inf")]), place=st.integers(0, 59))
+def test_what_is_not_finite_is_refused_wherever_it_is(value, place) -> None:
+    h = torch.rand(10, 6)
+    h.view(-1)[place] = value
+    for correlation in ("cosine", "pearson"):
+        with pytest.raises(SelOrthoError, match=f"feature {place % 6}|NaN|infinity"):
+            select_pairs(h, 0.5, 1, correlation)
+
+
+# ----------------------------------------------------------------------------------------------------- mutations
+
+_NUMBERS = [0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan")]
+_STRINGS = ["", "1", "-1", "../../etc/passwd", "/etc/passwd", "x" * 70_000, "\ud800", "\0", "\u202e", "{{ 7 * 7 }}"]
+_STRUCTURES: list[Any] = [None, True, False, [], {}, [None], {"a": 1}, [[[[]]]], {"": {"": {}}}, [0] * 1000]
+_VALUES = [*_NUMBERS, *_STRINGS, *_STRUCTURES]
+_TOKENS = [
+    *(b"NaN", b"-Infinity", b"1e999", b"-1", b"null", b"true", b"0", b"9" * 400, b"9" * 5000),
+    *(b"[" * 3000, b'{"a":' * 2000, b"[[]]", b"{}", b'"', b",", b":", b"]", b"}", b"\n\n", b"\r", b"\t"),
+    *(b"../../etc/passwd", b"/etc/passwd", b"A" * 70_000, b"\xff\xfe", b"\xed\xa0\x80", b"\0", b"\xef\xbb\xbf"),
+    *((2**63).to_bytes(8, "little"), b"\xff" * 8, b"\x00" * 8, (10**9).to_bytes(8, "little")),
+]
+
+
+def mutated(rng: random.Random, data: bytes, suffix: str) -> bytes:
+    """Another version of a file, changed in its bytes or in the values of its JSON."""
+    if suffix == ".json" and rng.random() < 0.6:
+        return _with_other_values(rng, data)
+    if suffix == ".safetensors" and rng.random() < 0.6:
+        length = int.from_bytes(data[:8], "little")
+        header = _with_other_values(rng, data[8 : 8 + length])
+        return len(header).to_bytes(8, "little") + header + data[8 + length :]
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        _change_bytes(rng, changed)
+    return bytes(changed)
+
+
+def _change_bytes(rng: random.Random, data: bytearray) -> None:
+    # the ends of a file are where formats keep what they are
+    near_the_end = rng.random() < 0.3
+    start = rng.randrange(max(0, len(data) - 300), len(data) + 1) if near_the_end else rng.randrange(len(data) + 1)
+    end = min(len(data), start + int(rng.expovariate(1 / 20)))
+    action = rng.choice(["flip", "flip", "truncate", "delete", "duplicate", "splice", "overwrite", "random"])
+    if action == "flip" and data:
+        data[start % len(data)] ^= 1 << rng.randrange(8)
+    elif action == "truncate":
+        del data[start:]
+    elif action == "delete":
+        del data[start:end]
+    elif action == "duplicate":
+        data[start:start] = data[start:end] * rng.choice([1, 1, 2, 50])
+    elif action == "splice":
+        data[start:start] = rng.choice(_TOKENS)
+    elif action == "overwrite":
+        data[start:end] = rng.choice(_TOKENS)[: rng.choice([8, 40, 100_000])]
+    else:
+        data[start:end] = rng.randbytes(end - start)
+
+
+def _with_other_values(rng: random.Random, data: bytes) -> bytes:
+    content = json.loads(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        content = _change_value(rng, content)
+    return json.dumps(content, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
+
+
+def _change_value(rng: random.Random, content: Any) -> Any:
+    """Change, delete, rename, double or move one value somewhere below."""
+    holder, keys = content, list[Any]()
+    while isinstance(holder, (dict, list)) and holder and (not keys or rng.random() < 0.75):
+        key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
+        keys.append((holder, key))
+        holder = holder[key]
+    if not keys or rng.random() < 0.01:
+        return rng.choice(_VALUES)
+    holder, key = keys[-1]
+    action = rng.choice(["change", "change", "change", "delete", "rename", "double", "copy"])
+    if action == "delete":
+        del holder[key]
+    elif action == "rename" and isinstance(holder, dict):
+        holder[rng.choice(["", "../x", "auto_map", "self", "_x", str(key) + "_", "1", "\0"])] = holder.pop(key)
+    elif action == "double" and isinstance(holder, list):
+        holder.insert(key, holder[key])
+    elif action == "copy":
+        other = rng.choice(keys)
+        holder[key] = json.loads(json.dumps(other[0][other[1]]))
+    else:
+        holder[key] = _other_value(rng, holder[key])
+    return content
+
+
+def _other_value(rng: random.Random, value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.4:
+        return rng.choice([value + 1, value - 1, -value, value * 1000, str(value), [value], value == 0])
+    return rng.choice(_VALUES)
+
+
+# ------------------------------------------------------------------------------------------------- what is mutated
+
+
+@dataclass(frozen=True)
+class Target:
+    """Files of one kind, and what reads them as users do."""
+
+    files: list[Path]
+    use: Callable[[Path], None]
+
+
+def targets() -> dict[str, Target]:
+    """Write real files of each kind into the working directory."""
+    words = "the market reported a new engine in the city near an old river".split()
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<bos>", *words]))}
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=20)) + f" {number}" for number in range(40)]
+    _write_texts(texts)
+    _write_language_model(vocabulary)
+    cache_activations.main(
+        "--model lm --lm_dtype float32 --dataset texts/a.jsonl --layers 0 1 --context_length 32 --stored_dtype float32 "
+        "--shard_tokens 300 --held_out_fraction 0.2 --eval_samples 5 --output_dir acts --cpu".split()
+    )
+    torch.manual_seed(0)
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=8, d_sae=24, activation="batchtopk", k=3, lm_name="org/lm", layer=1))
+    sae.save_pretrained("sae")
+    sae.save_pretrained("parts", max_shard_size="1KB")
+    Path("card.json").write_text(json.dumps(_card_facts(sae.config)))
+    folder = Path("acts")
+    shards = [folder / "tokens/00000.safetensors", folder / "layer_0/00001.safetensors"]
+    return {
+        "manifest": Target([folder / "manifest.json"], lambda path: _use_activations(path.parent)),
+        "config": Target([Path("sae/config.json")], lambda path: _use_sae(path.parent)),
+        "weights": Target([Path("sae/model.safetensors")], lambda path: _use_sae(path.parent)),
+        "index": Target([Path("parts/model.safetensors.index.json")], lambda path: _use_sae(path.parent)),
+        "shard": Target([*shards, folder / "held_out/tokens/00000.safetensors"], _use_shard),
+        "card": Target([Path("card.json")], _use_card),
+        "parquet": Target(sorted(Path("texts").glob("*.parquet")), _use_texts),
+        "text": Target([path for path in sorted(Path("texts").iterdir()) if path.suffix != ".parquet"], _use_texts),
+    }
+
+
+def _write_texts(texts: list[str]) -> None:
+    Path("texts").mkdir()
+    rows = pyarrow.table({"text": texts, "label": list(range(len(texts)))})
+    pyarrow.parquet.write_table(rows, "texts/plain.parquet", compression="none", use_dictionary=False)
+    pyarrow.parquet.write_table(rows, "texts/usual.parquet")
+    Path("texts/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = Path("texts/a.jsonl").read_bytes()
+    Path("texts/b.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    Path("texts/a.json").write_text(json.dumps([{"text": text, "n": [1, {"a": None}]} for text in texts]))
+    Path("texts/a.csv").write_text("text,label\n" + "".join(f'"{text}",1\n' for text in texts))
+    Path("texts/a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t1\n" for text in texts))
+    Path("texts/a.txt").write_text("\n\n".join(texts))
+
+
+def _write_language_model(vocabulary: dict[str, int]) -> None:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
+    fast.save_pretrained("lm")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=len(vocabulary), **sizes, **heads)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained("lm")
+
+
+def _card_facts(config: SelOrthoConfig) -> dict[str, Any]:
+    evaluation = {
+        **{"samples": 100, "tokens": 5282, "mse": 244799.3, "fvu": 0.103, "explained_variance": 0.897, "l0": 115.2},
+        **{"l1": 3.13, "active_features": 23, "active_fraction": 0.96, "dead_features": 1, "dead_fraction": 0.04},
+        **{"peak_correlation": 0.86, "mean_correlation": 0.08, "top_correlation": 0.28, "selected_pairs": 8},
+        **{"unique_features": 4.1, "max_decoder_cosine": 0.2, "ce_samples": 6, "ce_tokens": 350, "ce_clean": 3.7},
+        **{"ce_reconstruction": 5.4, "ce_zero_ablation": 14.7, "loss_recovered": 0.84},
+    }
+    return {
+        "config": {**config.own_settings(), "lm_revision": "c" * 40, "dataset": "org/texts", "dataset_split": "train"},
+        "metrics": {
+            "evaluation": evaluation,
+            "training": {
+                "fvu": 0.09,
+                "l0": 117.3,
+                "pair_churn": 0.3,
+                "steps": 15,
+                "tokens": 6144,
+                "seconds_per_step": 1,
+            },
+            "data": {"contexts": 80, "tokens_kept": 6234, "dropped_special": 80, "dropped_sinks": 12},
+        },
+        "run": {
+            "command": "accelerate launch scripts/train.py",
+            "arguments": {"output_dir": "runs/x", "learning_rate": 3e-4, "batch_size": 4096, "seed": 0},
+            **{"versions": {"torch": "2.13.0"}, "hardware": "two cores", "wall_seconds": 431.2, "peak_memory_gb": 1.5},
+            **{"started": "2026-01-01", "pictures": ["pictures/training_curves.png"]},
+        },
+        **{"twin": {"evaluation": evaluation}, "repo_id": "org/sae", "license": "mit", "license_link": "https://x.org"},
+    }
+
+
+def _use_activations(folder: Path) -> None:
+    store = ActivationStore(str(folder))
+    for layer in store.manifest.layers:
+        layer_statistics(store, layer)
+    store.held_out_contexts()
+    for part, entries in ((TRAIN, store.manifest.shards), (HELD_OUT, store.manifest.held_out)):
+        for entry in entries:
+            store.read(entry, store.manifest.layers, part)
+    report_table(read_manifest(folder))
+
+
+def _use_shard(path: Path) -> None:
+    """With a manifest that knows it, so that it is believed as far as possible."""
+    folder = Path("acts")
+    manifest, name, data = folder / "manifest.json", path.relative_to(folder).as_posix(), path.read_bytes()
+    original = manifest.read_bytes()
+    content = json.loads(original)
+    entry = next(e for part in ("shards", "held_out") for e in content[part] if name in e["files"])
+    entry["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest.write_text(json.dumps(content))
+    try:
+        _use_activations(folder)
+    finally:
+        manifest.write_bytes(original)
+
+
+def _use_sae(folder: Path) -> None:
+    sae = SelOrthoSAE.from_pretrained(folder)
+    assert sae.config.d_in is not None
+    sae.eval()(torch.zeros(2, sae.config.d_in))
+
+
+def _use_card(path: Path) -> None:
+    try:
+        facts = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return  # metrics.json and run.json are read by others
+    if isinstance(facts, dict):
+        names = ("config", "metrics", "run", "repo_id", "twin", "license", "license_link")
+        str(render_model_card(**{name: facts.get(name) for name in names}))
+
+
+def _use_texts(path: Path) -> None:
+    documents = open_documents(TextSource(dataset=str(path)))
+    for _ in (*documents.train(0, 0), *documents.held_out()):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+@dataclass
+class Report:
+    """What became of the inputs of one or several processes."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)  # "manifest read", "manifest refused"
+    failures: list[str] = field(default_factory=list)
+    peak_bytes: int = 0  # more than before the first input
+
+
+def inputs(jobs: list[dict[str, Any]], seed: int, made: dict[str, Target]) -> Iterator[tuple[str, int, Path, bytes]]:
+    for job in jobs:
+        files = made[job["target"]].files
+        originals = {path: path.read_bytes() for path in files}
+        for number in range(job["first"], job["first"] + job["count"]):
+            rng = random.Random(f"{job['target']} {seed} {number}")
+            path = rng.choice(files)
+            path.write_bytes(mutated(rng, originals[path], path.suffix))
+            yield job["target"], number, path, originals[path]
+
+
+def work(order: dict[str, Any]) -> None:
+    """In a process of its own: read the mutated files, and leave report.json in the working directory."""
+    faulthandler.enable()
+    logging.disable(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    made = targets()
+    for target in made.values():
+        for path in target.files:
+            target.use(path)
+    before, last, report = _peak_bytes(), "", Report()
+    space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (space + 8 * GIGABYTE, space + 8 * GIGABYTE))  # a stop before the machine's
+    with open("now", "w", buffering=1) as now:
+        for name, number, path, original in inputs(order["jobs"], order["seed"], made):
+            now.seek(0)
+            now.write(f"{name} {number} \n")
+            faulthandler.dump_traceback_later(SECONDS, exit=True)
+            fault = _fault(made[name], path)
+            faulthandler.cancel_dump_traceback_later()
+            path.write_bytes(original)
+            report.outcomes[f"{name} {'refused' if fault == 'refused' else 'read'}"] += 1
+            report.peak_bytes = max(report.peak_bytes, _peak_bytes() - before)
+            if report.peak_bytes > GIGABYTE and not last:
+                fault = last = "takes more than a gigabyte"
+            if fault not in ("", "refused"):
+                report.failures.append(f"{name} {number}: {fault}")
+    Path("report.json").write_text(json.dumps(vars(report)))
+
+
+def _fault(target: Target, path: Path) -> str:
+    """ "" if the file can be read, "refused" if the package says so itself, or else what happened."""
+    try:
+        target.use(path)
+    except SelOrthoError as error:
+        return "refused" if 0 < len(str(error)) < 5000 else f"a message of {len(str(error))} characters"
+    except BaseException as error:  # noqa: BLE001  whatever it is, it is the finding
+        places = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-3:]]
+        return f"{type(error).__name__}: {str(error)[:200]!a} in {' '.join(places)}"
+    return ""
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def campaign(jobs: list[dict[str, Any]], seed: int, workers: int) -> Report:
+    """Share the jobs out among processes and gather what they found."""
+    total = Report()
+    with tempfile.TemporaryDirectory() as place:
+        running = []
+        for worker in range(workers):
+            folder = Path(place, str(worker))
+            folder.mkdir()
+            shares = [{**job, "first": job["first"] + worker * job["count"] // workers} for job in jobs]
+            for share, job in zip(shares, jobs, strict=True):
+                share["count"] = job["first"] + (worker + 1) * job["count"] // workers - share["first"]
+            order = json.dumps({"jobs": shares, "seed": seed})
+            running.append((folder, _start(order, folder)))
+        for folder, process in running:
+            said = process.communicate()[1]
+            if process.returncode == 0:
+                found = json.loads((folder / "report.json").read_text())
+                total.outcomes.update(found["outcomes"])
+                total.failures += found["failures"]
+                total.peak_bytes = max(total.peak_bytes, found["peak_bytes"])
+            else:
+                now = (folder / "now").read_text().split("\n")[0] if (folder / "now").exists() else "at the start"
+                total.failures.append(f"{now}: the process ended with {process.returncode}\n{said[-3000:]}")
+    return total
+
+
+def _start(order: str, folder: Path) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        **{"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+        **{"ARROW_DEFAULT_MEMORY_POOL": "system", "HF_DEACTIVATE_ASYNC_LOAD": "1"},  # memory and threads as they come
+        **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    }
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), "--work", order],
+        **{"cwd": folder, "env": environment, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
+    )
+
+
+def _assert_all_are_read_or_refused(counts: dict[str, int], seed: int) -> None:
+    jobs = [{"target": name, "first": 0, "count": count} for name, count in counts.items()]
+    report = campaign(jobs, seed, workers=2)
+    again = "python tests/test_fuzzing.py --target <kind> --count 1 " + f"--seed {seed} --first <number>"
+    assert not report.failures, f"{len(report.failures)} failures; to see one again: {again}\n" + "\n".join(
+        report.failures[:20]
+    )
+    assert sum(report.outcomes.values()) == sum(counts.values())
+    for name in counts:  # mutations that are all refused, or none, try nothing
+        assert report.outcomes[f"{name} read"] and report.outcomes[f"{name} refused"], report.outcomes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and measures a process as Linux does")
+def test_two_thousand_damaged_files_are_read_or_refused() -> None:
+    _assert_all_are_read_or_refused({name: count // 50 for name, count in COUNTS.items()}, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and measures a process as Linux does")
+def test_a_hundred_thousand_damaged_files_are_read_or_refused() -> None:
+    _assert_all_are_read_or_refused(COUNTS, seed=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=COUNTS, default="manifest")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(json.loads(arguments.work))
+        return
+    job = {"target": arguments.target, "first": arguments.first, "count": arguments.count}
+    report = campaign([job], arguments.seed, arguments.workers)
+    lines = [*report.failures, *(f"{count:6} {kind}" for kind, count in sorted(report.outcomes.items()))]
+    sys.stdout.write("\n".join([*lines, f"{report.peak_bytes / 1e6:.0f} MB more than at the start"]) + "\n")
+    sys.exit(bool(report.failures))
+
+
+if __name__ == "__main__":
+    main()
