@@ -174,6 +174,13 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
+class _Discreet(logging.Formatter):
+    """Says no secret."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 def _exit_with(error: SelOrthoError) -> NoReturn:
     line = without_secrets(" ".join(str(error).split()))
     sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {line}\n")
@@ -181,7 +188,9 @@ def _exit_with(error: SelOrthoError) -> NoReturn:
 
 
 def _set_up_logging() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Discreet("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hf_selortho").setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of weights that load in a second

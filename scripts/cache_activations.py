@@ -12,6 +12,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_selortho import SelOrthoError
 from hf_selortho.activations.capture import ActivationCapture
+from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.harvest import HarvestSettings, ShardHarvest, Speed, assemble_manifest, tokenizer_hash
 from hf_selortho.activations.harvest_plan import forecast_words, probe_harvest, refuse_what_cannot_fit
 from hf_selortho.activations.lm import check_context_length, load_language_model
@@ -52,15 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.dry_run:
         harvest.dry_run()
         return
-    with ProcessWatch("run the same command again, which goes on with the shards that are there"):
-        if not harvest.begin():
-            sys.stdout.write(f"{harvest.folder.folder} holds this harvest already, complete\n")
-            return
-        speed = harvest.run()
-    if accelerator.is_main_process:
-        manifest = harvest.finish()
-        memory = peak_memory(accelerator.device)
-        sys.stdout.write(closing_words(harvest.folder.folder, manifest, speed, accelerator.num_processes, memory))
+    with ExitStack() as stack:
+        with ProcessWatch("run the same command again, which goes on with the shards that are there"):
+            if accelerator.is_main_process:
+                stack.enter_context(FolderLock(harvest.folder.folder, "harvesting"))
+            if not harvest.begin():
+                sys.stdout.write(f"{harvest.folder.folder} holds this harvest already, complete\n")
+                return
+            speed = harvest.run()
+        if accelerator.is_main_process:
+            manifest = harvest.finish()
+            memory = peak_memory(accelerator.device)
+            sys.stdout.write(closing_words(harvest.folder.folder, manifest, speed, accelerator.num_processes, memory))
 
 
 class Harvest:

@@ -58,6 +58,7 @@ logger = logging.getLogger("hf_selortho.train")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Activations in; trained, evaluated and documented SAEs out."""
+    command = launch_command("scripts/train.py", argv)  # while the process that started this one is there
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments)
     if arguments.run.dry_run:
@@ -71,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = Run(arguments, accelerator)
             exit_code = run.train()
         accelerator.end_training()
-        command = launch_command("scripts/train.py", argv)
         if exit_code is not None:
             sys.stderr.write(run.words_of_a_stop(command) if accelerator.is_main_process else "")
             sys.exit(exit_code)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -244,3 +245,53 @@ def embedded_lm() -> LanguageModel:
     from hf_selortho.activations.lm import load_language_model
 
     return load_language_model("gemma-3-270m")
+
+
+class SmallDisk:
+    """A file system of its own, of some size; where none may be mounted, a limit on the files of a process."""
+
+    def __init__(self, folder: Path, size: str) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.mounted = self._mount(f"size={size}")
+
+    def _mount(self, options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
+        try:
+            return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+        except FileNotFoundError:
+            return False
+
+    @property
+    def reason(self) -> str:
+        """What a write beyond it says."""
+        return "the disk is full" if self.mounted else "File too large"
+
+    def limit(self) -> None:
+        """What a process on this disk has to call first."""
+        if not self.mounted:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))  # less than the record of a shard
+
+    def enlarge(self) -> None:
+        if self.mounted:
+            assert self._mount("remount,size=50m")
+
+    def remove(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", str(self.folder)], capture_output=True, timeout=20, check=True)
+
+
+@pytest.fixture
+def small_disks(tmp_path: Path) -> Generator[Callable[[str], SmallDisk], None, None]:
+    """`small_disks("2m")`: a disk of that size in a folder of its own."""
+    made: list[SmallDisk] = []
+
+    def make(size: str) -> SmallDisk:
+        made.append(SmallDisk(tmp_path / f"disk{len(made)}", size))
+        return made[-1]
+
+    yield make
+    for disk in made:
+        disk.remove()

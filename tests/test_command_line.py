@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hf_selortho.command_line import interface_towards, torchrun_arguments, use_all_cores
+from hf_selortho.command_line import interface_towards, torchrun_arguments, use_all_cores, without_secrets
 from hf_selortho.errors import SelOrthoError
 
 
@@ -88,6 +88,8 @@ from hf_selortho.errors import SelOrthoError
 def main():
     if sys.argv[1] == "mistake":
         raise SelOrthoError("layer 99 is out of range:\\n choose 0 to 17")
+    if sys.argv[1] == "secret":
+        raise SelOrthoError(f"--hub_token {sys.argv[2]} and {sys.argv[3]}: refused")
     if sys.argv[1] == "bug":
         raise ZeroDivisionError
 run_script(main)
@@ -103,3 +105,32 @@ def test_exit_codes(what, code, tmp_path) -> None:
     if what == "mistake":
         assert result.stderr == "script.py: error: layer 99 is out of range: choose 0 to 17\n"
     assert ("Traceback" in result.stderr) == (what == "bug")
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY"])
+def test_secrets_of_the_environment_are_left_out(name, monkeypatch) -> None:
+    monkeypatch.setenv(name, "0123456789abcdef")
+    assert without_secrets("login(0123456789abcdef), 0123456789abcde") == "login(***), 0123456789abcde"
+    monkeypatch.setenv(name, "")
+    assert without_secrets("nothing is a secret") == "nothing is a secret"
+
+
+def test_whatever_looks_like_a_token_of_the_hub_is_left_out() -> None:
+    assert without_secrets(f"--token={TOKEN} --hub https://user:{TOKEN}@huggingface.co") == (
+        "--token=*** --hub https://user:***@huggingface.co"
+    )
+    assert without_secrets("hf_selortho hf_hub_download hf_" + "a" * 19) == "hf_selortho hf_hub_download hf_" + "a" * 19
+
+
+def test_an_error_on_the_screen_holds_no_secret(tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run(
+        [sys.executable, str(script), "secret", TOKEN, "0123456789abcdef"],
+        env={**os.environ, "WANDB_API_KEY": "0123456789abcdef"},
+        **{"capture_output": True, "text": True, "check": False},
+    )
+    assert (result.returncode, result.stderr) == (2, "script.py: error: --hub_token *** and ***: refused\n")

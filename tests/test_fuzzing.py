@@ -9,6 +9,7 @@ numbers of an input come from its kind, the seed and its number alone; a failing
 from __future__ import annotations
 
 import argparse
+import copy
 import faulthandler
 import gzip
 import hashlib
@@ -270,7 +271,7 @@ def _change_value(rng: random.Random, content: Any) -> Any:
         keys.append((holder, key))
         holder = holder[key]
     if not keys or rng.random() < 0.01:
-        return rng.choice(_VALUES)
+        return copy.deepcopy(rng.choice(_VALUES))
     holder, key = keys[-1]
     action = rng.choice(["change", "change", "change", "delete", "rename", "double", "copy"])
     if action == "delete":
@@ -290,7 +291,7 @@ def _change_value(rng: random.Random, content: Any) -> Any:
 def _other_value(rng: random.Random, value: Any) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.4:
         return rng.choice([value + 1, value - 1, -value, value * 1000, str(value), [value], value == 0])
-    return rng.choice(_VALUES)
+    return copy.deepcopy(rng.choice(_VALUES))
 
 
 # ------------------------------------------------------------------------------------------------- what is mutated

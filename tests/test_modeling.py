@@ -169,14 +169,6 @@ def test_missing_weights_are_never_made_up(tmp_path) -> None:
         SelOrthoSAE.from_pretrained(tmp_path)
 
 
-def test_pickled_weights_are_not_loaded(tmp_path) -> None:
-    sae = make_sae()
-    sae.config.save_pretrained(tmp_path)
-    torch.save(sae.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        SelOrthoSAE.from_pretrained(tmp_path)
-
-
 def test_activations_of_another_width() -> None:
     with pytest.raises(
         SelOrthoError, match=r"activations of shape \(4, 13\): this SAE reads activations of width d_in=12"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +21,10 @@ from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_lin
 from hf_selortho.errors import SelOrthoError
 
 _AutoModel: Any = AutoModelForCausalLM  # its type hints do not know output_loading_info
-# TypeError and AttributeError: values in its files that transformers does not expect
+# The last three: values in its files that transformers does not expect.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (
-    *(*LOOKUP_ERRORS, KeyError, RuntimeError, ImportError, SafetensorError, TypeError, AttributeError),
+    *(*LOOKUP_ERRORS, KeyError, RuntimeError, ImportError, SafetensorError),
+    *(TypeError, AttributeError, StrictDataclassError),
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,7 +102,17 @@ def load_language_model(
         tokenizer = AutoTokenizer.from_pretrained(**where)
         options = {"config": config, "dtype": target_dtype, "output_loading_info": True}
         model, info = _AutoModel.from_pretrained(**where, **options)
+    except pickle.UnpicklingError as error:
+        raise SelOrthoError(
+            f'the weights of "{name}" are a pickle of more than tensors, which could run code: choose a model with '
+            "safetensors weights"
+        ) from error
     except _LOAD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise SelOrthoError(
+                f'cannot load the language model "{name}": it needs code of its own repository, which is not run; '
+                "choose a model that transformers knows"
+            ) from error
         raise SelOrthoError(f'cannot load the language model "{name}": {one_line(error)}') from error
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(info["missing_keys"])

@@ -39,6 +39,7 @@ LARGEST_MANIFEST = 256 << 20  # bytes, of some 500,000 shards
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _FILE = re.compile(r"(held_out/)?(tokens|layer_\d{1,5})/\d{5,9}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -337,6 +338,8 @@ def _entries(content: Mapping[str, Any], key: str, part: str) -> tuple[ShardEntr
         if set(row["files"]) != expected or not all(map(_FILE.fullmatch, expected)):
             raise ValueError(f"shard {number} has the files {sorted(row['files'])}, expected {sorted(expected)}")
         files = {path: ShardFile(str(file["sha256"]), int(file["bytes"])) for path, file in row["files"].items()}
+        if not all(_SHA256.fullmatch(file.sha256) for file in files.values()):
+            raise ValueError(f"shard {number} has a file without a sha256 of 64 hexadecimal digits")
         if rows > min(file.bytes for file in files.values()):  # so that no size is believed that no file has
             raise ValueError(f"shard {number} of {rows} rows has a file of fewer bytes")
         entries.append(ShardEntry(number, rows, files))

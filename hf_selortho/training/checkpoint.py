@@ -184,8 +184,8 @@ class Checkpoints:
         tensors, rest = read_tensors(folder, f"{name}.safetensors"), read_json(folder, f"{name}.json")
         try:
             for trainer in trainers:
-                self._load_trainer(folder / trainer.name, trainer, content["saes"][trainer.name])
                 trainer.state.step, trainer.state.tokens = content["step"], content["tokens"]
+                self._load_trainer(folder / trainer.name, trainer, content["saes"][trainer.name])
             source.load_state_dict(_part_of("source", tensors), rest["source"])
             _set_random_state(_part_of("random", tensors), rest["random"])
             trainers[0].guard.skipped = rest["not_finite"]

@@ -26,6 +26,7 @@ _PROBE_BATCHES = 2  # that the buffer holds in small
 _PROBE_CE = 4  # contexts on which the language model's loss is measured
 _POOL_BATCHES = 8  # that the evaluation mixes at once
 _OPTIMIZER_BYTES = 16  # a parameter, its gradient and Adam's two moments, in float32
+_CHECKPOINT_BYTES = 12  # the same without the gradient
 
 # (SAEs, data, contexts, contexts with cross-entropy) -> None
 EvaluateFn = Callable[[Sequence[SelOrthoSAE], TrainingData, int, int], None]
@@ -105,6 +106,9 @@ def forecast(
         "activations held": full if on_device else 0,
         "SAE weights, gradients, Adam": _OPTIMIZER_BYTES * parameters,
     }
+    if run.checkpoint_every and device.type == "cpu":
+        memory["checkpoint on its way to the disk"] = _CHECKPOINT_BYTES * parameters
+        training_peak += _CHECKPOINT_BYTES * parameters
     peak = max(training_peak, evaluation_peak)
     memory["steps, selection, forward passes, evaluation"] = max(0, peak - sum(memory.values()))
     tokens = run.max_steps * run.batch_size * run.gradient_accumulation_steps
@@ -245,7 +249,8 @@ def _harvest_time(
 def _disk_bytes(arguments: TrainingArguments, saes: int, parameters: int, buffers: int) -> int:
     """What a run leaves: SAEs with their reports, and the checkpoints, each with the buffers of all processes."""
     run = arguments.run
-    checkpoints = (run.keep_checkpoints + 1) * (12 * parameters + buffers) if run.checkpoint_every else 0
+    kept = run.keep_checkpoints + 2  # the best one, and the one that is being written
+    checkpoints = kept * (_CHECKPOINT_BYTES * parameters + buffers) if run.checkpoint_every else 0
     return checkpoints + 4 * parameters + 2_000_000 * saes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -61,9 +60,9 @@ def train_together(
     every, saved = arguments.checkpoint_every, first.state.step
     try:
         with progress:
-            while not (stopped := _look_around(first, checkpoints, signals)) and first.state.step < arguments.max_steps:
+            while not (stopped := look_around(first, checkpoints, signals)) and first.state.step < arguments.max_steps:
                 first.guard.step = first.state.step + 1
-                report = _step(trainers, source, arguments)
+                report = take_step(trainers, source, arguments)
                 progress.update()
                 if report is not None:
                     progress.set_postfix(_shown(report))
@@ -72,8 +71,11 @@ def train_together(
         if saved < first.state.step and (every or stopped):
             _save(trainers, source, checkpoints, signals)
         checkpoints.wait()
-        _look_around(first, checkpoints, signals)
+        look_around(first, checkpoints, signals)
     except NonFiniteError as error:
+        if first.group is None:  # the other processes are somewhere else
+            checkpoints.wait()
+            look_around(first, checkpoints, None)
         latest = f"last good checkpoint: {checkpoints.latest or 'none (see --checkpoint_every)'}"
         raise NonFiniteError(f"{error}. {latest[0].upper()}{latest[1:]}") from error
     finally:
@@ -86,12 +88,12 @@ def _save(
 ) -> int:
     """Begin to write a checkpoint, once the one before it is done; returns its step."""
     checkpoints.wait()
-    _look_around(trainers[0], checkpoints, signals)
+    look_around(trainers[0], checkpoints, signals)
     checkpoints.save(trainers, source)
     return trainers[0].state.step
 
 
-def _look_around(trainer: Trainer, checkpoints: Checkpoints, signals: StopSignals | None) -> bool:
+def look_around(trainer: Trainer, checkpoints: Checkpoints, signals: StopSignals | None) -> bool:
     """Learn from all processes how the checkpoint stands that is being written, and whether one is asked to stop."""
     own = (signals is not None and signals.received is not None, checkpoints.writing, checkpoints.failed)
     if trainer.group is not None:
@@ -102,7 +104,7 @@ def _look_around(trainer: Trainer, checkpoints: Checkpoints, signals: StopSignal
     return stop
 
 
-def _step(trainers: Sequence[Trainer], source: BatchSource, arguments: RunArguments) -> dict[str, Any] | None:
+def take_step(trainers: Sequence[Trainer], source: BatchSource, arguments: RunArguments) -> dict[str, Any] | None:
     """One optimiser step of all SAEs; returns the report of the first one if the step is logged."""
     reports: list[dict[str, Any] | None] = []
     for index in range(arguments.gradient_accumulation_steps):
@@ -271,12 +273,15 @@ class Trainer:
         where = f" of {self.name}" if self.name else ""
         kind = _FAULTS[faults.index(True)]
         rows = int((~activations.isfinite()).any(1).sum())
+        weights = None if kind == "activations" else first_not_finite(dict(self.sae.named_parameters()))
         found = None
-        if kind == "activations" and rows:
+        if weights is not None:
+            found = f"the weights{where} were not finite before: {weights}"
+        elif kind == "activations" and rows:
             found = f"NaN or infinity in the activations on {rows} of {len(activations)} tokens"
         elif kind == "feature activations":
             found = f"the feature activations{where} are not finite, or too large to square"
-        elif kind == "loss" and output is not None and not math.isfinite(float(output.loss)):  # type: ignore[arg-type]
+        elif kind == "loss" and output is not None and not bool(output.loss.isfinite()):  # type: ignore[union-attr]
             assert output.losses is not None
             terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
             found = f"the loss{where} is not finite ({terms})"
@@ -314,8 +319,9 @@ class Trainer:
         self.sae.project_decoder_gradient()
         if self.arguments.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.arguments.max_grad_norm)
+        scale = 0.0 if self.scaler is None else self.scaler.get_scale()
         self._adam.step()
-        if self.scaler is not None and self._adam.step_was_skipped and self.scaler.get_scale() <= 1:
+        if self.scaler is not None and self.scaler.get_scale() < scale <= 1:
             # a scale that is too large is nothing to speak of, but this one enlarges nothing
             self.guard.meet("the gradient is not finite", batch.origins, batch.by_layer, _ADVICE)
         self.optimizer.zero_grad()

@@ -121,6 +121,11 @@ def _damaged(folder: Path, damage: str) -> None:
         (folder / "config.json").unlink()
     elif damage == "unreadable config":
         (folder / "config.json").write_text("{")
+    elif damage == "no object":
+        (folder / "config.json").write_text("[]")
+    elif damage == "wrong value":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
     elif damage == "unknown type":
         (folder / "config.json").write_text(json.dumps({"model_type": "abacus"}))
     elif damage == "no weights":
@@ -137,6 +142,8 @@ def _damaged(folder: Path, damage: str) -> None:
     [
         ("config.json", "holds no config.json"),
         ("unreadable config", "cannot load the language model"),
+        ("no object", "cannot load the language model"),
+        ("wrong value", "cannot load the language model"),
         ("unknown type", "abacus"),
         ("no weights", "cannot load the language model"),
         ("truncated weights", "cannot load the language model"),

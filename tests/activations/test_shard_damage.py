@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_selortho import SelOrthoError
+from hf_selortho.activations.report import read_manifest
 from hf_selortho.activations.shard_batches import ShardBatches, held_out_batches, layer_statistics
 from hf_selortho.activations.shard_writing import ShardFolder
 from hf_selortho.activations.shards import HELD_OUT, TRAIN, ActivationStore, ShardError, parse_manifest
@@ -27,7 +28,7 @@ from scripts import cache_activations
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [1, 2]
-SMALL_DISK, LARGE_DISK = "2m", "50m"  # the estimate fits into the small one, the records of the shards beside it do not
+SMALL_DISK = "2m"  # the estimate fits into it, the records of the shards beside it do not
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,66 @@ def test_a_shard_that_does_not_belong_there_is_refused(name, acts) -> None:
     assert f"{name} is not in manifest.json" in refused(acts)
 
 
+@pytest.mark.parametrize("name", ["layer_2/00002.safetensors", "held_out/tokens/00000.safetensors", "manifest.json"])
+def test_links_that_lead_out_of_the_folder_are_refused(name, acts, tmp_path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (acts / name).rename(elsewhere)
+    (acts / name).symlink_to(elsewhere)
+    assert f"{name} is a link or below one that leads out of the folder, to {elsewhere}" in refused(acts)
+    (acts / name).unlink()
+    (acts / name).symlink_to(os.path.relpath(elsewhere, (acts / name).parent))  # with ..
+    assert f"{name} is a link or below one that leads out of the folder, to {elsewhere}" in refused(acts)
+    elsewhere.rename(acts / "kept")
+    (acts / name).unlink()
+    (acts / name).symlink_to(os.path.relpath(acts / "kept", (acts / name).parent))
+    use(ActivationStore(str(acts)))  # it stays inside
+    (acts.parent / "link").symlink_to(acts)
+    use(ActivationStore(str(acts.parent / "link")))  # the user's own choice
+
+
+def test_a_folder_that_is_a_link_out_is_refused(acts, tmp_path) -> None:
+    (acts / "layer_1").rename(tmp_path / "elsewhere")
+    (acts / "layer_1").symlink_to(tmp_path / "elsewhere")
+    assert "layer_1/00000.safetensors is a link or below one that leads out of the folder" in refused(acts)
+
+
+def test_a_link_that_appears_once_the_store_is_open_is_refused(acts, tmp_path) -> None:
+    store = ActivationStore(str(acts))
+    (acts / "tokens" / "00000.safetensors").rename(tmp_path / "elsewhere")
+    (acts / "tokens" / "00000.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ShardError, match=r"tokens/00000.safetensors is a link or below one that leads out"):
+        store.read(store.manifest.shards[0], LAYERS)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_folder_like_any_other(harvested, tmp_path) -> None:
+    snapshot = tmp_path / "datasets--org--acts" / "snapshots" / ("c0ffee" + "0" * 34)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in harvested.rglob("*") if path.is_file())):
+        link = snapshot / path.relative_to(harvested)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    use(ActivationStore(str(snapshot)))
+    read_manifest(snapshot)
+    (snapshot / "manifest.json").unlink()
+    (snapshot / "manifest.json").symlink_to(harvested / "manifest.json")
+    assert "manifest.json is a link or below one that leads out of the folder" in refused(snapshot)
+    with pytest.raises(ShardError, match=r"manifest.json is a link that leads out of the folder"):
+        read_manifest(snapshot)
+
+
+def test_a_manifest_larger_than_any_is_not_read(acts, monkeypatch) -> None:
+    with (acts / "manifest.json").open("r+b") as file:
+        file.truncate((256 << 20) + 1)  # of holes: nothing is written
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path))
+    assert "has 268,435,457 bytes, a manifest at most 268,435,456" in refused(acts)
+    with pytest.raises(ShardError, match="has 268,435,457 bytes, a manifest at most"):
+        read_manifest(acts)
+    assert read == []
+
+
 def test_other_files_harm_nobody(acts) -> None:
     (acts / ".gitattributes").touch()
     (acts / "pictures").mkdir()
@@ -225,6 +286,7 @@ FILE = ("shards", 0, "files", "tokens/00000.safetensors")
         (setting("shards", 1, "rows", to=0), "of 0 rows"),
         (setting("shards", 1, "rows", to=1.5), "of 1.5 rows"),
         (setting("shards", 1, "rows", to=True), "of True rows"),
+        (setting(*FILE, "sha256", to="x"), "shard 0 has a file without a sha256 of 64 hexadecimal digits"),
         (
             setting("shards", 0, "rows", to=10**12),
             "manifest.json is damaged: shard 0 of 1000000000000 rows has a file of fewer",
@@ -403,42 +465,6 @@ def test_any_other_bytes_are_refused_or_mean_the_same(harvested, data) -> None:
         assert "manifest.json" in str(error)
 
 
-class _SmallDisk:
-    """A file system of its own of 2 MB; where none may be mounted, a limit on the size of the files of a process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self.mounted = self._mount(f"size={SMALL_DISK}")
-
-    def _mount(self, options: str) -> bool:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
-        try:
-            return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
-        except FileNotFoundError:
-            return False
-
-    @property
-    def reason(self) -> str:
-        """What a write beyond it says."""
-        return "the disk is full" if self.mounted else "File too large"
-
-    def limit(self) -> None:
-        """What a process on this disk has to call first."""
-        if not self.mounted:
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))  # less than the record of a shard
-
-    def enlarge(self) -> None:
-        if self.mounted:
-            assert self._mount(f"remount,size={LARGE_DISK}")
-
-    def remove(self) -> None:
-        if self.mounted:
-            subprocess.run(["umount", str(self.folder)], capture_output=True, timeout=20, check=True)
-
-
 # the disk had room when the harvest looked; other programs have taken it since
 ROOM_TAKEN_LATER = """
 import runpy, shutil, sys, types
@@ -448,14 +474,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = _SmallDisk(tmp_path / "disk")
-    yield disk
-    disk.remove()
-
-
-def test_a_full_disk_loses_nothing(small_disk, command, harvested, capsys) -> None:
+def test_a_full_disk_loses_nothing(small_disks, command, harvested, capsys) -> None:
+    small_disk = small_disks(SMALL_DISK)
     folder = small_disk.folder / "acts"
     ended = subprocess.run(
         [sys.executable, "-c", ROOM_TAKEN_LATER, *command(folder)],

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from hf_selortho.activations import python_docs as docs
@@ -125,6 +129,12 @@ def test_text_column_is_found_or_the_columns_are_listed(tmp_path: Path) -> None:
         ("blank.jsonl", '{"text": ""}\n{"text": "  "}\n{"text": null}\n', "holds no text"),
         ("null.jsonl", '{"text": null}\n{"text": null}\n', "holds no text"),
         ("broken.json", '{"text": "a', "cannot read the dataset"),
+        ("first.jsonl", 'null\n{"text": "a"}\n', "has a row that is null"),
+        ("second.jsonl", '{"text": "a"}\n  null\n', "has a row that is null"),
+        ("blank.json", '\n\nnull\n{"text": "a"}\n', "has a row that is null"),
+        ("array.json", '[null, {"text": "a"}]', "has a row that is null"),
+        ("nan.json", '[NaN, {"text": "a"}]', "has a row that is null"),
+        ("infinite.json", '[{"text": "a"}, 1e999]', "has a row that is null"),
         ("broken.parquet", "PAR1 not at all", "cannot read the dataset"),
         ("mixed.jsonl", '{"text": "a"}\n{"text": 3}\n', "holds no text"),
         ("picture.png", "PNG", "is of no known kind: expected one of .csv"),
@@ -136,6 +146,30 @@ def test_unusable_file_is_one_line(name: str, content: str, message: str, stream
         open_documents(TextSource(dataset=str(tmp_path / name), streaming=streaming))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "opened"), [("gz", gzip.open), ("bz2", bz2.open), ("xz", lzma.open)])
+def test_compressed_files_are_looked_into(suffix, opened, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.jsonl.{suffix}"
+    with opened(path, "wb") as file:
+        file.write(b'{"text": "First words"}\n{"text": "null"}\n')
+    assert sorted(_everything(open_documents(TextSource(dataset=str(path))))) == ["First words", "null"]
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SelOrthoError, match="cannot read the dataset"):
+        open_documents(TextSource(dataset=str(path)))
+    with opened(path, "wb") as file:
+        file.write(b'null\n{"text": "First words"}\n')
+    with pytest.raises(SelOrthoError, match="has a row that is null"):
+        open_documents(TextSource(dataset=str(path)))
+
+
+def test_bytes_that_are_no_text_are_named_when_they_are_read(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 20] * 500}), tmp_path / "a.parquet", compression="none")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"a" * 20, b"a" * 19 + b"\xff"))
+    with pytest.raises(SelOrthoError, match=r"cannot read the dataset .*a.parquet.*: 'utf-8' codec can't decode"):
+        _everything(open_documents(TextSource(dataset=str(tmp_path / "a.parquet"))))
 
 
 def test_what_does_not_exist_is_named(tmp_path: Path, sample_text_files) -> None:

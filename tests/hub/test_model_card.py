@@ -246,5 +246,28 @@ def test_a_template_of_ones_own(tmp_path):
         render_model_card(settings(), METRICS, RUN, template=template)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("config", {"d_in": 640}),
+        ("config", {**SETTINGS, "d_sae": "wide"}),
+        ("config", {**SETTINGS, "pair_fraction": "some"}),
+        ("metrics", []),
+        ("metrics", {"evaluation": {"fvu": 10**400}}),
+        ("metrics", {"training": {"steps": "many", "tokens": 5}}),
+        ("run", {"arguments": [1]}),
+        ("run", {"wall_seconds": float("nan")}),
+        ("run", {"pictures": 5}),
+        ("twin", 5),
+        ("repo_id", 5),
+        ("license_link", 5),
+    ],
+)
+def test_facts_that_no_training_writes_are_refused(part, value):
+    facts = {"config": settings(), "metrics": METRICS, "run": RUN, "twin": TWIN, part: value}
+    with pytest.raises(SelOrthoError, match="config, metrics or run hold what no training writes"):
+        render_model_card(**facts)
+
+
 def test_the_template_is_found():
     assert default_template().read_text(encoding="utf-8").startswith("---\n{{ card_data }}\n---\n")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
@@ -25,29 +24,6 @@ LEFT_BY_A_RUN = {
     ".lock", "README.md", "config.json", "metrics.json", "metrics.jsonl", "model.safetensors", "pictures", "run.json",
     "timings.jsonl",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-
-
-@pytest.fixture
-def arguments(tiny_lm_dir, sample_text_files, tmp_path):
-    """`arguments(max_steps=3, penalty="none", ...)`: a command line for a run of seconds in `tmp_path/run`."""
-
-    def build(**changes: object) -> list[str]:
-        settings = {
-            "model": tiny_lm_dir("llama"), "lm_dtype": "float32", "layer": 1, "dataset": sample_text_files.csv,
-            "context_length": 32, "d_sae": 64, "pair_fraction": 0.01, "batch_size": 128, "buffer_contexts": 32,
-            "refresh_every": 4, "max_steps": 12, "learning_rate": 1e-3, "logging_steps": 5, "eval_samples": 30,
-            "eval_ce_samples": 8, "output_dir": tmp_path / "run", "cpu": True, **changes,
-        }  # fmt: skip
-        return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
-
-    return build
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -215,35 +191,6 @@ def test_a_checkpoint_of_other_settings(arguments, tmp_path) -> None:
     train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
     with pytest.raises(SelOrthoError, match="made with other settings .l1_coefficient 0.04 -> 0.1; seed 0 -> 3."):
         train.main(arguments(l1_coefficient=0.1, seed=3, resume_from_checkpoint="auto"))
-
-
-def test_a_damaged_checkpoint(arguments, tmp_path) -> None:
-    train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
-    weights = tmp_path / "run" / "checkpoints" / "step_000002" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(SelOrthoError, match=r"model\.safetensors is damaged or incomplete"):
-        train.main(arguments(max_steps=3, resume_from_checkpoint="auto"))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path) -> None:
-    train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
-    weights = tmp_path / "run" / "checkpoints" / "step_000002" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["b_dec"][0] = torch.nan
-    save_file(tensors, weights, metadata={"format": "pt"})
-    expected = "loss is not finite at step 3 .reconstruction nan.* Documents of the batch: .*checkpoint: .*step_000002"
-    with pytest.raises(SelOrthoError, match=expected):
-        train.main(arguments(max_steps=4, resume_from_checkpoint="auto"))
-
-
-def test_activations_that_are_not_finite_name_the_documents(arguments, tiny_lm_dir, tmp_path) -> None:
-    folder = tmp_path / "lm"
-    shutil.copytree(tiny_lm_dir("llama"), folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"][0] = torch.inf
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SelOrthoError, match="NaN or infinity in the activations of .* tokens of documents"):
-        train.main(arguments(model=folder))
 
 
 def test_an_output_folder_in_use(arguments, tmp_path) -> None:

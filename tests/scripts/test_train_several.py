@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
@@ -26,13 +25,6 @@ from hf_selortho.training import dry_run
 from scripts import cache_activations, train
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 def command(settings: dict, changes: dict) -> list[str]:
@@ -144,8 +136,8 @@ def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_pat
         assert [row["step"] for row in rows[1]] == list(range(1, 9))
         assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     if source == "shards":  # three numbers, no activations
-        (saved,) = (tmp_path / "cut" / "checkpoints").glob("step_000006/buffer_0.json")
-        assert set(json.loads(saved.read_text())) == {"seed", "epoch", "cursor", "activations"}
+        (saved,) = (tmp_path / "cut" / "checkpoints").glob("step_000006/process_0.json")
+        assert set(json.loads(saved.read_text())["source"]) == {"seed", "epoch", "cursor", "activations"}
 
 
 class _Replay:

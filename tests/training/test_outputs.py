@@ -49,13 +49,28 @@ def test_json_has_no_nan_and_no_half_files(tmp_path) -> None:
 
 
 def test_log_resumes_at_a_step_without_repeating_or_losing_one(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
+    path, timings = tmp_path / "metrics.jsonl", tmp_path / "timings.jsonl"
+    log = MetricsLog(tmp_path)
     for step in (1, 10, 20, 30):
-        log.add({"step": step, "tokens": step * 5, "fvu": step / 100, "peak_correlation": None})
+        row = {"step": step, "tokens": step * 5, "loss": 2.0 * step, "fvu": step / 100, "peak_correlation": None}
+        log.add(row, {"seconds_per_step": 1.0})
+    before = path.read_bytes()
     path.write_text(path.read_text() + '{"step": 40, "fv')  # the process was killed while writing
-    again = MetricsLog(path, resume_at=20)
-    again.add({"step": 30, "tokens": 150, "fvu": 0.5, "peak_correlation": 0.9})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 10, 20, 30]
-    assert again.mean_of_last(20) == {"fvu": pytest.approx(0.35), "peak_correlation": 0.9}
-    assert MetricsLog(path).rows == [] and path.read_text() == ""
+    again = MetricsLog(tmp_path, resume_at=20)
+    assert before.startswith(path.read_bytes()) and len(again) == 3
+    assert (again.mean_loss(5), again.mean_loss(20), again.mean_loss(99)) == (30, 40, 40)
+    row = {"step": 30, "tokens": 150, "loss": None, "fvu": 0.5, "peak_correlation": 0.9}
+    again.add(row, {"seconds_per_step": 2.0})
+    for file in (path, timings):
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 10, 20, 30]
+    means = {"loss": 40, "fvu": pytest.approx(0.35), "peak_correlation": 0.9, "seconds_per_step": 1.5}
+    assert again.mean_of_last(20) == means
+    assert MetricsLog(tmp_path).rows == [] and path.read_text() == ""
+
+
+def test_the_timings_of_a_step_are_not_among_its_figures(tmp_path) -> None:
+    log = MetricsLog(tmp_path)
+    log.add({"step": 1, "loss": 1.0}, {"seconds_per_step": 0.25})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1.0}
+    assert json.loads((tmp_path / "timings.jsonl").read_text()) == {"step": 1, "seconds_per_step": 0.25}
+    assert log.rows == [{"step": 1, "loss": 1.0, "seconds_per_step": 0.25}]

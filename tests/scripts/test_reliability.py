@@ -1,0 +1,520 @@
+"""What goes wrong in a training run, made to go wrong: damage, full disks, NaN, signals, a second run, tokens."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_selortho import SelOrthoError
+from hf_selortho.activations.shards import ActivationStore
+from hf_selortho.errors import NonFiniteError
+from hf_selortho.training.checkpoint_files import best_checkpoint, prune, verify
+from scripts import cache_activations, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def checkpoints_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rewrite_manifest(folder: Path, name: str) -> None:
+    """Let the manifest of a checkpoint or of shards know what a file holds now."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    data = (folder / name).read_bytes()
+    listed = [content["files"]] if "files" in content else [shard["files"] for shard in content["shards"]]
+    for files in listed:
+        if name in files:
+            files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    path.write_text(json.dumps(content))
+
+
+def start(argv: list[str], script: str = "train.py", **options: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}  # type: ignore[dict-item]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / script), *argv],
+        **{"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[1][-3000:]
+        time.sleep(0.002)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (lambda c: flip(c / "optimizer.safetensors"), r"optimizer\.safetensors is damaged: .*sha256"),
+    "cut": (lambda c: os.truncate(c / "process_0.safetensors", 999), r"process_0\.safetensors is damaged: it has 999 "),
+    "empty": (lambda c: (c / "trainer.json").write_text(""), r"trainer\.json is damaged"),
+    "missing": (lambda c: (c / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+    "added": (lambda c: (c / "notes.json").write_text("{}"), r"notes\.json is not in manifest\.json"),
+    "manifest": (lambda c: (c / "manifest.json").write_text('{"form'), r"manifest\.json is damaged"),
+    "manifest gone": (lambda c: (c / "manifest.json").unlink(), r"manifest\.json is damaged"),
+    "nested": (lambda c: (c / "manifest.json").write_text("[" * 100_000), r"manifest\.json is damaged"),
+    "linked": (
+        lambda c: (shutil.move(c / "config.json", c.parent), (c / "config.json").symlink_to("../config.json")),
+        r"config\.json is a symbolic link",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("stopped")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    damage, arguments, stopped_run, tmp_path, caplog
+) -> None:
+    settings = {"checkpoint_every": 3, "eval_samples": 0}
+    if not (stopped_run / "whole").exists():
+        train.main(arguments(output_dir=stopped_run / "whole", **settings))
+        train.main(arguments(output_dir=stopped_run / "cut", max_steps=6, **settings))
+    shutil.copytree(stopped_run / "cut", tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_000006"
+    make, message = DAMAGES[damage]
+    make(newest)
+    with pytest.raises(SelOrthoError, match="not a checkpoint" if damage == "manifest gone" else message):
+        train.main(arguments(resume_from_checkpoint=newest, output_dir=tmp_path / "other", **settings))
+    with caplog.at_level(logging.INFO, "hf_selortho"):
+        train.main(arguments(resume_from_checkpoint="auto", **settings))
+    assert re.search(f"checkpoint .*step_000006: {message}", caplog.text)
+    assert "going on from the checkpoint before, " in caplog.text and "damaged_step_000006" in caplog.text
+    last = "checkpoints/step_000012"
+    assert contents(tmp_path / "run" / last) == contents(stopped_run / "whole" / last)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (stopped_run / "whole" / "metrics.jsonl").read_bytes()
+    assert checkpoints_of(tmp_path / "run") == ["config.json"] * (damage == "linked") + ["step_000009", "step_000012"]
+
+
+def test_where_all_are_damaged_nothing_is_lost(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=4, checkpoint_every=2, eval_samples=0))
+    for name in checkpoints_of(tmp_path / "run"):
+        flip(tmp_path / "run" / "checkpoints" / name / "trainer.json")
+    before = contents(tmp_path / "run")
+    with pytest.raises(SelOrthoError, match="all checkpoints in .* are damaged: restore one from a copy, or start"):
+        train.main(arguments(resume_from_checkpoint="auto"))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_though_its_hashes_do(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
+    folder = tmp_path / "run" / "checkpoints" / "step_000002"
+    for name, key in (("optimizer.safetensors", "W_dec.exp_avg"), ("process_0.safetensors", "source.order"),
+                      ("state_0.safetensors", "tokens_since_fired")):  # fmt: skip
+        whole = (folder / name).read_bytes()
+        tensors = load_file(folder / name)
+        for change in (lambda t, k: {**t, k: t[k][:5].clone()}, lambda t, k: {n: v for n, v in t.items() if n != k}):
+            save_file(change(tensors, key), folder / name)
+            rewrite_manifest(folder, name)
+            with pytest.raises(SelOrthoError, match="step_000002 does not hold what it should .*from an earlier one"):
+                train.main(arguments(max_steps=3, resume_from_checkpoint="auto"))
+        (folder / name).write_bytes(whole)
+        rewrite_manifest(folder, name)
+    verify(folder)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path) -> None:
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.5}
+    for step, loss in losses.items():
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "trainer.json").write_text(json.dumps({"loss": loss}))
+    for name in ("damaged_step_000040", "damaged_step_000060"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    best = best_checkpoint(tmp_path)
+    assert best is not None and best.name == "step_000020"
+    prune(tmp_path, 2)
+    assert checkpoints_of(tmp_path) == ["damaged_step_000060", "step_000020", "step_000040", "step_000050"]
+
+
+def test_the_loss_of_a_checkpoint_is_the_mean_since_the_one_before(arguments, tmp_path) -> None:
+    train.main(arguments(checkpoint_every=4, keep_checkpoints=9, eval_samples=0))
+    rows = rows_of(tmp_path / "run")
+    for name in checkpoints_of(tmp_path / "run"):
+        content = json.loads((tmp_path / "run" / "checkpoints" / name / "trainer.json").read_text())
+        window = [row["loss"] for row in rows if content["step"] - 4 < row["step"] <= content["step"]]
+        assert len(window) == 4 and content["loss"] == pytest.approx(sum(window) / 4)
+
+
+def test_nothing_is_pickled_and_nothing_unpickled(arguments, tmp_path) -> None:
+    train.main(arguments(checkpoint_every=6))
+    kinds = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".md", ".png"}
+    forbidden = {"pickle", "dill", "joblib", "shelve", "marshal"}
+    for path in [*(ROOT / "hf_selortho").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["UnpicklingError"]:
+                names.append(node.module or "")
+            assert not forbidden & {name.split(".")[0] for name in names}, path
+            if isinstance(node, ast.Call):
+                called, options = ast.unparse(node.func), [ast.unparse(keyword) for keyword in node.keywords]
+                # the benchmark reads activations that other libraries have saved, as tensors and nothing else
+                allowed = path.parent.name == "benchmarking" and "weights_only=True" in options
+                assert called not in ("torch.load", "torch.save") or allowed, f"{path}:{node.lineno}"
+                assert not called.endswith((".save_state", ".load_state")), f"{path}:{node.lineno}"  # of accelerate
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(arguments, tmp_path) -> None:
+    train.main(arguments(checkpoint_every=6))
+    names = ("model.safetensors", "metrics.jsonl", "timings.jsonl")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    kept = contents(tmp_path / "run" / "checkpoints")
+    train.main(arguments(checkpoint_every=6, resume_from_checkpoint="auto"))
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+    assert contents(tmp_path / "run" / "checkpoints") == kept
+
+
+def test_lines_lost_from_the_log_are_noticed(arguments, tmp_path, caplog) -> None:
+    train.main(arguments(max_steps=6, checkpoint_every=3, eval_samples=0))
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[2:]))
+    train.main(arguments(max_steps=7, resume_from_checkpoint="auto", eval_samples=0))
+    assert "metrics.jsonl holds 4 steps up to step 6, 6 were logged: lines of it are lost" in caplog.text
+
+
+def test_a_tracker_is_told_every_step_once(arguments, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"report_to": "tensorboard", "eval_samples": 0, "logging_steps": 1}
+    train.main(arguments(max_steps=7, checkpoint_every=4, **settings))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000007")  # as if it had died after step 7
+    train.main(arguments(resume_from_checkpoint="auto", checkpoint_every=4, **settings))
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "hf_selortho"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("fvu")] == list(range(1, 13))
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+
+
+def test_on_a_full_disk_the_run_goes_on_and_earlier_checkpoints_stay(arguments, small_disks, tmp_path) -> None:
+    settings = {"checkpoint_every": 3, "eval_samples": 0, "cpu_threads": 1, "buffer_contexts": 256}
+    train.main(arguments(output_dir=tmp_path / "whole", **settings))
+    size = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoints" / "step_000012").iterdir())
+    disk = small_disks(f"{int(2.6 * size) // 1024}k")  # two checkpoints, and some of a third
+    run = disk.folder / "run"
+    ended = start(arguments(output_dir=run, **settings), preexec_fn=disk.limit)
+    errors = ended.communicate(timeout=120)[1]
+    assert f"the checkpoint of step {9 if disk.mounted else 3} could not be written: {disk.reason}" in errors
+    assert "The run goes on; its latest checkpoint: " in errors and "Traceback" not in errors
+    if disk.mounted:
+        assert ended.returncode == 0, errors
+        assert checkpoints_of(run) == ["step_000003", "step_000006"]
+        for name in checkpoints_of(run):
+            verify(run / "checkpoints" / name)
+    assert not list(run.rglob("*.tmp"))
+    disk.enlarge()
+    train.main(arguments(output_dir=run, resume_from_checkpoint="auto", **settings))
+    assert contents(run / "checkpoints" / "step_000012") == contents(tmp_path / "whole" / "checkpoints" / "step_000012")
+    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_disk_too_small_for_the_weights_is_one_line(arguments, small_disks, tmp_path) -> None:
+    disk = small_disks("16k")
+    ended = start(arguments(output_dir=disk.folder / "run", eval_samples=0, d_sae=512), preexec_fn=disk.limit)
+    errors = ended.communicate(timeout=120)[1]
+    if not disk.mounted:
+        pytest.skip("no file system can be mounted here")
+    assert ended.returncode == 2 and "Traceback" not in errors
+    assert re.search(r"error: cannot write .*run/\S+: the disk is full; make room there and run the same", errors)
+    assert not (disk.folder / "run" / "model.safetensors").exists() and not list((disk.folder / "run").rglob("*.tmp"))
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def harvest(tiny_lm_dir, sample_text_files, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finite") / "acts"
+    cache_activations.main(
+        [*("--model", str(tiny_lm_dir("llama")), "--lm_dtype", "float32", "--dataset", str(sample_text_files.jsonl)),
+         *("--layers", "1", "--stored_dtype", "float32", "--shard_tokens", "2000", "--context_length", "32"),
+         *("--eval_samples", "20", "--output_dir", str(folder), "--cpu")]
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def shards(harvest, tmp_path) -> Callable[..., Path]:
+    """`shards(row=7, value=nan)`: a copy of a harvest, with the hashes that belong to it, and that row of its first
+    shard changed."""
+
+    def build(row: int | slice, value: float) -> Path:
+        folder = tmp_path / "acts"
+        shutil.copytree(harvest, folder)
+        name = "layer_1/00000.safetensors"
+        tensors = load_file(folder / name)
+        tensors["activations"][row] = value
+        save_file(tensors, folder / name)
+        rewrite_manifest(folder, name)
+        ActivationStore(str(folder))
+        return folder
+
+    return build
+
+
+@pytest.fixture
+def from_shards(arguments) -> Callable[..., list[str]]:
+    text = dict.fromkeys(("model", "lm_dtype", "dataset", "context_length"))
+    return lambda acts, **changes: arguments(**{**text, "activations": acts, "eval_samples": 0, **changes})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite_stop_the_run_and_are_kept(value, shards, from_shards, tmp_path) -> None:
+    acts = shards(7, value)
+    changed = load_file(acts / "tokens" / "00000.safetensors")
+    with pytest.raises(NonFiniteError) as caught:
+        train.main(from_shards(acts, max_steps=200, checkpoint_every=1, logging_steps=1))
+    found = re.search(
+        r"NaN or infinity in the activations on 1 of 128 tokens at step (\d+): the step was not taken\. Documents of "
+        r"the batch: ([\d, .]+); it is in (\S+/debug/step_\d{6}\.safetensors); look at where they come from, or pass "
+        r"--non_finite skip .*Last good checkpoint: (.*)",
+        str(caught.value),
+    )
+    assert found, caught.value
+    step = int(found[1])
+    assert Path(found[3]) == tmp_path / "run" / "debug" / f"step_{step:06d}.safetensors"
+    batch = load_file(found[3])
+    assert set(batch) == {"activations", "token_ids", "document_ids", "positions", "context_ids"}
+    bad = (~batch["activations"].isfinite()).any(1).nonzero()[:, 0]
+    assert len(bad) == 1 and batch["activations"].shape == (128, 32)
+    for name in ("token_ids", "document_ids", "positions"):
+        assert batch[name][bad[0]] == changed[name][7]
+    latest = "none (see --checkpoint_every)" if step == 1 else str(tmp_path / f"run/checkpoints/step_{step - 1:06d}")
+    assert found[4] == latest
+    assert [row["step"] for row in rows_of(tmp_path / "run")][-1:] == ([step - 1] if step > 1 else [])
+
+
+def test_a_batch_that_is_skipped_changes_nothing_and_is_counted(shards, from_shards, tmp_path, caplog) -> None:
+    acts = shards(slice(0, 3), torch.nan)
+    settings = {"non_finite": "skip", "max_steps": 150, "carry_decay": 0.5, "selection_interval": 2, "logging_steps": 1}
+    train.main(from_shards(acts, output_dir=tmp_path / "whole", **settings))
+    skipped = [int(step) for step in re.findall(r"at step (\d+): the step was not taken", caplog.text)]
+    assert skipped and all(f"step_{step:06d}.safetensors" in caplog.text for step in skipped)
+    rows = rows_of(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [step for step in range(1, 151) if step not in skipped]
+    assert rows[-1]["skipped_steps"] == len(skipped)
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    # interrupted and resumed, it skips the same ones and ends with the same weights
+    train.main(from_shards(acts, **{**settings, "max_steps": skipped[0]}, checkpoint_every=500))
+    train.main(from_shards(acts, **settings, resume_from_checkpoint="auto"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert contents(tmp_path / "run")["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+    # one more than allowed stops it
+    with pytest.raises(NonFiniteError, match="batch number 1 that is not finite, more than --max_skipped 0"):
+        train.main(from_shards(acts, **settings, max_skipped=0, output_dir=tmp_path / "other"))
+
+
+def test_of_several_saes_only_the_one_in_trouble_skips(shards, from_shards, tmp_path) -> None:
+    variants = '{"wild": {"l1_coefficient": 1e30}}'
+    train.main(from_shards(shards(0, 0.0), variants=variants, non_finite="skip", max_skipped=12))
+    assert len(rows_of(tmp_path / "run" / "layer_1")) == 12
+    assert rows_of(tmp_path / "run" / "layer_1")[-1]["skipped_steps"] == 0
+    assert rows_of(tmp_path / "run" / "layer_1_wild") == []
+    debug = sorted(path.name for path in (tmp_path / "run" / "debug").iterdir())
+    assert debug == [f"step_{step:06d}.safetensors" for step in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("value", "changes", "message"),
+    [
+        (1e30, {"max_norm_ratio": None}, "the feature activations are not finite, or too large to square at step"),
+        (1e30, {"penalty": "none"}, r"the loss is not finite \(reconstruction inf, l1 .*\) at step"),
+        (0.0, {"l1_coefficient": 1e25}, r"the gradient is not finite: .* at step 1: the step was not taken"),
+    ],
+    ids=["features", "loss", "gradient"],
+)
+def test_where_it_first_appeared_is_said(value, changes, message, shards, from_shards, tmp_path) -> None:
+    with pytest.raises(NonFiniteError, match=message):
+        train.main(from_shards(shards(slice(None), value) if value else shards(0, 0.0), max_steps=300, **changes))
+    assert len(list((tmp_path / "run" / "debug").iterdir())) == 1
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_weights_that_were_not_finite_before_are_named(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=2, checkpoint_every=2, eval_samples=0))
+    folder = tmp_path / "run" / "checkpoints" / "step_000002"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["b_dec"][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite_manifest(folder, "model.safetensors")
+    expected = r"the weights were not finite before: b_dec \(1 of 32 numbers\) at step 3.*checkpoint: .*step_000002"
+    with pytest.raises(NonFiniteError, match=expected):
+        train.main(arguments(max_steps=4, resume_from_checkpoint="auto"))
+
+
+def test_a_language_model_that_gives_infinity(arguments, tiny_lm_dir, tmp_path) -> None:
+    folder = tmp_path / "lm"
+    shutil.copytree(tiny_lm_dir("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = r"NaN or infinity in the activations of .* tokens of documents .*--lm_dtype\), never float16"
+    with pytest.raises(NonFiniteError, match=expected):
+        train.main(arguments(model=folder))
+    with pytest.raises(
+        NonFiniteError, match=f"{expected}|batch number 3 that is not finite, more than --max_skipped 2"
+    ):
+        train.main(arguments(model=folder, non_finite="skip", max_skipped=2, output_dir=tmp_path / "skip"))
+    for run, count in (("run", 1), ("skip", 3)):
+        kept = list((tmp_path / run / "debug").iterdir())
+        assert len(kept) == count
+        assert not load_file(kept[0])["activations"].isfinite().all()
+
+
+def test_a_language_model_that_is_infinite_on_one_word_is_trained_on_without_it(
+    arguments, tiny_lm_dir, tiny_tokenizer, sample_documents, tmp_path
+) -> None:
+    folder = tmp_path / "lm"
+    shutil.copytree(tiny_lm_dir("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    rare = tiny_tokenizer("§", add_special_tokens=False).input_ids
+    for token in rare:
+        tensors["model.embed_tokens.weight"][token] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    texts = tmp_path / "texts.jsonl"
+    documents = [f"{text} §" if number in (5, 77) else text for number, text in enumerate(sample_documents)]
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    settings = {"model": folder, "dataset": texts, "non_finite": "skip", "held_out_fraction": 0}
+    train.main(arguments(**settings, max_steps=60))
+    data = json.loads((tmp_path / "run" / "metrics.json").read_text())["data"]
+    assert data["dropped_non_finite"] >= 1
+    assert len(rows_of(tmp_path / "run")) == 60
+
+
+# --- signals, locks, tokens -------------------------------------------------------------------------------------------
+
+
+def is_training(folder: Path) -> bool:
+    log = folder / "metrics.jsonl"
+    return log.is_file() and log.stat().st_size > 0
+
+
+def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path) -> None:
+    run = tmp_path / "run"
+    # one batch a step that takes minutes: the first Ctrl-C cannot be obeyed before it is over
+    slow = arguments(max_steps=10_000, eval_samples=0, gradient_accumulation_steps=100_000, output_dir=run)
+    process = start(slow)
+    wait_for(lambda: (run / "metrics.jsonl").exists(), process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    errors = process.communicate(timeout=20)[1]
+    assert time.monotonic() - started < 5 and process.returncode == -signal.SIGINT
+    assert re.search(r"Ctrl-C: finishing the step and writing a checkpoint; Ctrl-C or kill -INT \d+ stops", errors)
+
+
+def test_a_run_without_checkpoints_writes_one_when_it_is_stopped(arguments, tmp_path) -> None:
+    run = tmp_path / "run"
+    process = start(arguments(max_steps=100_000, eval_samples=0))
+    wait_for(lambda: is_training(run), process)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    (name,) = checkpoints_of(run)
+    verify(run / "checkpoints" / name)
+    assert f"stopped after step {int(name[5:])}; its checkpoint is written. To go on:\n  python " in errors
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_one_is_not_in_the_way(arguments, tmp_path) -> None:
+    run = tmp_path / "run"
+    endless = arguments(max_steps=100_000, eval_samples=0)
+    first = start(endless)
+    wait_for(lambda: is_training(run), first)
+    for more in (["--overwrite_output_dir"], ["--resume_from_checkpoint", "auto"], []):
+        with pytest.raises(
+            SelOrthoError, match=r"another process is training into .*run at this moment .*\.lock\): wait"
+        ):
+            train.main([*endless, *more])
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    train.main(arguments(eval_samples=0, resume_from_checkpoint="auto"))
+    assert len(rows_of(run)) == 12
+
+
+def test_a_second_harvest_into_the_same_folder_is_refused(tiny_lm_dir, sample_documents, tmp_path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n in range(60) for text in sample_documents)
+    )
+    argv = [*("--model", str(tiny_lm_dir("llama")), "--layers", "1", "--dataset", str(texts), "--shard_tokens", "300"),
+            *("--output_dir", str(tmp_path / "acts"), "--cpu")]  # fmt: skip
+    first = start(argv, "cache_activations.py")
+    wait_for(lambda: any((tmp_path / "acts").glob("tokens/*.safetensors")), first)
+    with pytest.raises(SelOrthoError, match="another process is harvesting into .*acts at this moment"):
+        cache_activations.main(argv)
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    cache_activations.main([*argv, "--max_tokens", "1000", "--overwrite_output_dir"])
+    ActivationStore(str(tmp_path / "acts"))
+
+
+def test_a_mistake_leaves_no_folder_behind(arguments, tmp_path) -> None:
+    with pytest.raises(SelOrthoError, match="layer 9"):
+        train.main(arguments(layer=9, output_dir=tmp_path / "new" / "deep" / "run"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_token_is_left_anywhere(arguments, tmp_path) -> None:
+    token = "hf_" + "Canary7" * 5
+    keys = {name: f"secret-{name}-canary" for name in ("WANDB_API_KEY", "COMET_API_KEY")}
+    environment = {"HF_TOKEN": token, **keys}
+    said = []
+    for changes in (
+        {"checkpoint_every": 6, "report_to": "tensorboard", "preset": None},
+        {"model": f"owner/{token}", "output_dir": tmp_path / "mistake"},
+        {"dataset": f"hub-{token}/texts", "output_dir": tmp_path / "mistake"},
+        {"activations": f"hub:owner/{token}", "model": None, "dataset": None, "output_dir": tmp_path / "mistake"},
+    ):
+        process = start(arguments(**changes), env=environment)
+        said += [*process.communicate(timeout=120), str(process.returncode)]
+    assert said[2::3] == ["0", "2", "2", "2"], said
+    left = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in (*keys.values(), token):
+        assert secret not in "".join(said)
+        for data in left:
+            assert secret.encode() not in data

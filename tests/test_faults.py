@@ -1,0 +1,225 @@
+"""Training runs as processes of their own: killed at random moments, told to stop, and resumed, over and over.
+
+HF_SELORTHO_KILLS=200 pytest -m slow tests/test_faults.py -k killed       runs as many kills as you like
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("HF_SELORTHO_KILLS", 20))
+STOPS = int(os.environ.get("HF_SELORTHO_KILLS", 10))
+STEPS, EVERY = 300, 5
+LAUNCHERS = {
+    1: [sys.executable],
+    2: [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"],
+}
+# everything that remembers something from step to step: thresholds, carried sums, a controller, schedules, spikes
+SETTINGS = {
+    "activation": "batchtopk", "k": 4, "selection_interval": 2, "carry_decay": 0.9, "ortho_budget": "gradient",
+    "warmup_steps": 10, "decay_steps": 20, "d_sae": 64, "pair_fraction": 0.01, "batch_size": 64, "buffer_contexts": 32,
+    "refresh_every": 5, "max_steps": STEPS, "checkpoint_every": EVERY, "learning_rate": 1e-3, "logging_steps": 3,
+    "eval_samples": 8, "eval_ce_samples": 0, "cpu": True, "cpu_threads": 1, "dead_after_tokens": 1000,
+}  # fmt: skip
+
+
+@pytest.fixture
+def command(tiny_lm_dir, sample_text_files, tmp_path) -> Callable[..., list[str]]:
+    """`command(processes, "live" | "shards", folder)`: the command line of a run of some hundred steps in `folder`."""
+    text = {"dataset": sample_text_files.jsonl, "context_length": 32}
+    model = {"model": tiny_lm_dir("llama"), "lm_dtype": "float32"}
+
+    def build(processes: int, source: str, folder: Path) -> list[str]:
+        inputs = {**model, **text, "layer": 1}
+        if source == "shards":
+            acts = tmp_path / "acts"
+            if not acts.exists():
+                harvest = {**model, **text, "layers": 1, "shard_tokens": 1000, "output_dir": acts, "eval_samples": 8}
+                finish(start([sys.executable, "scripts/cache_activations.py", *arguments(harvest), "--cpu"]))
+            inputs = {"activations": acts, "layer": 1}
+        return [*LAUNCHERS[processes], "scripts/train.py", *arguments({**inputs, **SETTINGS, "output_dir": folder})]
+
+    return build
+
+
+def arguments(settings: dict[str, object]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@dataclass
+class Process:
+    """A run with its children, and what they say."""
+
+    popen: subprocess.Popen[bytes]
+    output: Path
+
+    def said(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def everybody(self) -> list[psutil.Process]:
+        try:
+            own = psutil.Process(self.popen.pid)
+            return [own, *own.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait(self, others: list[psutil.Process], seconds: float = 120) -> int:
+        """Exit code, once it and its children are gone."""
+        code = self.popen.wait(seconds)
+        _, alive = psutil.wait_procs(others, timeout=seconds)
+        assert not alive, self.said()[-3000:]
+        return code
+
+
+_number = 0
+
+
+def start(command: list[str], **environment: str) -> Process:
+    global _number
+    _number += 1
+    output = Path(os.environ["HF_DATASETS_CACHE"]).parent / f"output-{_number}.txt"
+    with output.open("wb") as file:
+        popen = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    return Process(popen, output)
+
+
+def finish(process: Process) -> str:
+    """What it has said, once it has ended well."""
+    assert process.wait(process.everybody(), 300) == 0, process.said()[-3000:]
+    return process.said()
+
+
+def left(folder: Path) -> dict[str, str]:
+    """Hashes of what a finished run must leave the same however often it was interrupted: its SAE, its log by step, and
+    the checkpoint of its last step with the optimiser, the counters, the selected pairs and the random numbers."""
+    last = folder / "checkpoints" / f"step_{STEPS:06d}"
+    files = [folder / "model.safetensors", folder / "config.json", folder / "metrics.jsonl", *last.rglob("*.*")]
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.is_file()
+    }
+
+
+def steps_logged(folder: Path) -> int:
+    """The latest step in the log of a run."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return 0
+    return max((int(found[1]) for line in lines if (found := re.match(rb'{"step": (\d+),', line))), default=0)
+
+
+def wait_for(condition: Callable[[], bool], process: Process) -> None:
+    """Return when the condition holds, or the process has ended."""
+    until = time.monotonic() + 120
+    while process.popen.poll() is None and not condition():
+        assert time.monotonic() < until, process.said()[-3000:]
+        time.sleep(0.001)
+
+
+def wait_for_moment(
+    kind: str, target: int, before: int, folder: Path, process: Process, generator: random.Random
+) -> None:
+    """Wait for a moment of a kind, not before the log has come to the target step and beyond what it held before."""
+    if kind == "start":
+        time.sleep(generator.uniform(0.5, 3))
+        return
+    wait_for(lambda: steps_logged(folder) >= max(target, before + 1), process)
+    checkpoints = folder / "checkpoints"
+    complete = set(checkpoints.glob("step_*"))
+    if kind == "writing":  # files are on their way to the disk
+        wait_for(lambda: any(checkpoints.glob(".step_*.tmp/*")), process)
+    elif kind == "written":  # the power goes right after a write
+        wait_for(lambda: bool(set(checkpoints.glob("step_*")) - complete), process)
+    else:
+        time.sleep(generator.uniform(0, 0.15))
+
+
+def all_logged_once(folder: Path) -> None:
+    rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == sorted(set(rows)) and rows[-1] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "source"), [(1, "live"), (2, "shards")])
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(processes, source, command, tmp_path) -> None:
+    finish(start(command(processes, source, tmp_path / "whole")))
+    expected = left(tmp_path / "whole")
+    assert len(expected) > 8
+    folder, generator = tmp_path / "killed", random.Random(processes)
+    resuming = [*command(processes, source, folder), "--resume_from_checkpoint", "auto"]
+    died = []
+    for number in range(KILLS):
+        before, process = steps_logged(folder), start(resuming)
+        kind = ("step", "writing", "step", "written", "start")[number % 5]
+        target = int((number + generator.random()) / KILLS * (STEPS - 10 * EVERY))
+        wait_for_moment(kind, target, before, folder, process, generator)
+        everybody = process.everybody()
+        # as a machine without power: all at once; or one of the run's processes, and the others end by themselves
+        victims = everybody if processes == 1 or number % 2 else everybody[-1:]
+        for victim in victims:
+            try:
+                victim.kill()
+            except psutil.NoSuchProcess:
+                pass
+        died.append(process.wait(everybody))
+    finish(start(resuming))
+    assert sum(code != 0 for code in died) >= KILLS - 1  # they were not done
+    assert left(folder) == expected
+    all_logged_once(folder)
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "source"), [(1, "shards"), (2, "live")])
+def test_told_to_stop_it_says_how_to_go_on_and_does(processes, source, command, tmp_path) -> None:
+    finish(start(command(processes, source, tmp_path / "whole")))
+    folder, generator = tmp_path / "stopped", random.Random(processes)
+    once = command(processes, source, folder)
+    for number in range(STOPS):
+        resuming = ["--resume_from_checkpoint", "auto"] if number else []
+        before, process = steps_logged(folder), start([*once, *resuming])
+        target = int((number + generator.random()) / STOPS * (STEPS - 10 * EVERY)) + 1
+        wait_for_moment("step", target, before, folder, process, generator)
+        everybody = process.everybody()
+        if number % 2:
+            os.killpg(process.popen.pid, signal.SIGINT)  # Ctrl-C reaches all processes of the terminal
+        else:
+            process.popen.terminate()
+        code = process.wait(everybody)
+        if processes == 1:
+            assert code == 128 + (signal.SIGINT if number % 2 else signal.SIGTERM), process.said()[-3000:]
+        said = process.said()
+        found = re.search(r"stopped after step (\d+); its checkpoint is written. To go on:\n  (.*)", said)
+        assert found, said[-3000:]
+        assert max((folder / "checkpoints").glob("step_*")).name == f"step_{int(found[1]):06d}"
+        assert found[2].endswith(" --resume_from_checkpoint auto") and "scripts/train.py" in found[2]
+        assert found[2].startswith(
+            "python " if processes == 1 else "python -m accelerate.commands.launch --quiet --cpu"
+        )
+    finish(start([*once, "--resume_from_checkpoint", "auto"]))
+    assert left(folder) == left(tmp_path / "whole")
+    all_logged_once(folder)
