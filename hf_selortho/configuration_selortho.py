@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError
+from .errors import ConfigError, SelOrthoError
 from .saved_files import CONFIG, LOOKUP, find_file, read_object
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ InputNormalization = Literal["standard", "none"]
 
 
 _LARGEST_INT = 2**63 - 1
+_MOST_UNKNOWN = 100  # settings of a later version, or of the user
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # What transformers declares and never checks. A dtype has a check of its own.
 _INHERITED: dict[str, tuple[type, ...]] = {
@@ -173,13 +174,18 @@ class SelOrthoConfig(PreTrainedConfig):
             kwargs.pop(key, None)
         path = Path(name) if os.path.isfile(name) else find_file(name, CONFIG, lookup)
         if path is None:
-            raise ConfigError(
+            raise SelOrthoError(
                 f"cannot load the SAE {name!r}: it holds no {CONFIG}; expected a folder or repository of one"
             )
         content = read_object(path)
         if (kind := content.get("model_type", cls.model_type)) != cls.model_type:
             raise ConfigError(f"{path} has model_type={_SHORT.repr(kind)}, expected {cls.model_type!r}: this is no SAE")
         return content, kwargs
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """A configuration from a config.json of any name; raises as [`from_dict`] does."""
+        return cls.from_dict(read_object(Path(json_file)))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -192,6 +198,11 @@ class SelOrthoConfig(PreTrainedConfig):
         """
         declared, own = {f.name for f in fields(cls)}, {f.name for f in cls.own_fields()}
         unknown = config_dict.keys() - declared - _UNREAD
+        if len(unknown) > _MOST_UNKNOWN:
+            raise ConfigError(
+                f"{len(unknown)} settings that SelOrthoConfig does not know, such as {_SHORT.repr(min(unknown))}: "
+                "is this the config of an SAE?"
+            )
         cls._refuse_misspelt(unknown)
         if unknown:
             logger.warning("without effect, as SelOrthoConfig does not know them: %s", _SHORT.repr(sorted(unknown)))

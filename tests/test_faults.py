@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("HF_SELORTHO_KILLS", 20))
@@ -223,3 +225,29 @@ def test_told_to_stop_it_says_how_to_go_on_and_does(processes, source, command, 
     finish(start([*once, "--resume_from_checkpoint", "auto"]))
     assert left(folder) == left(tmp_path / "whole")
     all_logged_once(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_about_a_batch_that_is_not_finite(command, tmp_path) -> None:
+    stopping = command(2, "shards", tmp_path / "stopped")
+    shard = tmp_path / "acts" / "layer_1" / "00000.safetensors"  # which only the first process reads
+    tensors = load_file(shard)
+    tensors["activations"][:20] = torch.nan
+    save_file(tensors, shard)
+    manifest = tmp_path / "acts" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    hashed = {"sha256": hashlib.sha256(shard.read_bytes()).hexdigest(), "bytes": shard.stat().st_size}
+    content["shards"][0]["files"]["layer_1/00000.safetensors"] = hashed
+    manifest.write_text(json.dumps(content))
+
+    process = start(stopping)
+    assert process.wait(process.everybody(), 60) != 0
+    assert "NaN or infinity in the activations on" in process.said()
+    assert "another process found that activations are not finite" in process.said()
+    kept = [path.name for path in (tmp_path / "stopped" / "debug").iterdir()]
+    assert len(kept) == 1 and kept[0].endswith("_rank_0.safetensors")
+
+    finish(start([*command(2, "shards", tmp_path / "skipped"), "--non_finite", "skip", "--max_skipped", "40"]))
+    rows = [json.loads(line) for line in (tmp_path / "skipped" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped_steps"] == len(list((tmp_path / "skipped" / "debug").iterdir())) > 0
+    assert rows[-1]["step"] == STEPS

@@ -323,6 +323,7 @@ def test_what_is_no_config_is_refused(load, content, message, saved) -> None:
         ({"is_encoder_decoder": None}, "is_encoder_decoder=None: expected bool"),
         ({"chunk_size_feed_forward": "0"}, "chunk_size_feed_forward='0': expected int"),
         ({"transformers_version": []}, r"transformers_version=\[\]: expected str or None"),
+        ({f"x{number}": 0 for number in range(101)}, "101 settings that SelOrthoConfig does not know, such as 'x0'"),
         ({"d_sae": "x" * 100_000}, "d_sae='x+...x+': expected int"),
         ({"matryoshka_prefixes": [10**30]}, "matryoshka_prefixes=1.*: expected a number below 2"),
         ({"l1_coefficient": 10**400}, "l1_coefficient=1.*0: expected a number below 2"),
