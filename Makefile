@@ -1,13 +1,15 @@
-# make demo   trains the demo preset: real Gemma, no access to the Hub needed
-# make test   every test; make test-fast leaves out those that need the real Gemma
-# make lint   ruff and mypy
+# make demo          trains the demo preset: real Gemma, no access to the Hub needed
+# make test          every test; make test-fast leaves out those that need the real Gemma
+# make test-lowest   the fast tests on the oldest releases that pyproject.toml allows, in a virtual environment of their own
+# make lint          ruff and mypy
 #
 # PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV=... its folder,
-# ARGS="--max_steps 100" goes to scripts/train.py (demo) or to pytest (test, test-fast).
+# ARGS="--max_steps 100" goes to scripts/train.py (demo) or to pytest (test, test-fast, test-lowest).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --quiet: a mistake stays one line, without a traceback of accelerate's own below it.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast test-lowest lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +33,10 @@ test: $(VENV)/.stamp-test
 test-fast: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
 
+# The same rules and stamps, in another folder and with other versions.
+test-lowest:
+	$(MAKE) test-fast VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
+
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +47,7 @@ format: $(VENV)/.stamp-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The stamps are written last, so an installation that broke off is tried again, and one that is done is not repeated
 # until the requirements change. The package is installed in place: a change of its code needs no installation.
@@ -53,13 +59,14 @@ $(VENV)/.stamp-venv:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "make: $(PYTHON) has no module venv or ensurepip: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@test -e $(VENV)/.gitignore || echo '*' >$(VENV)/.gitignore  # as from Python 3.13 on: git and ruff pass over the folder
 	$(PIP) install --quiet "pip>=21.3"
 	@touch $@
 
-$(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+$(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo]"
 	@touch $@
 
-$(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e ".[demo,test]"
+$(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo,test]"
 	@touch $@ $(VENV)/.stamp-demo

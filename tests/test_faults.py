@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("HF_SELORTHO_KILLS", 20))
 STOPS = int(os.environ.get("HF_SELORTHO_KILLS", 10))
-STEPS, EVERY = 300, 5
+STEPS, EVERY = 15 * max(20, KILLS), 5  # so that there is something left to do after each kill
 LAUNCHERS = {
     1: [sys.executable],
     2: [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"],

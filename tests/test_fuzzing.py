@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -467,6 +466,8 @@ def inputs(jobs: list[dict[str, Any]], seed: int, made: dict[str, Target]) -> It
 
 def work(order: dict[str, Any]) -> None:
     """In a process of its own: read the mutated files, and leave report.json in the working directory."""
+    import resource  # Windows has none
+
     faulthandler.enable()
     logging.disable(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -476,7 +477,7 @@ def work(order: dict[str, Any]) -> None:
     for target in made.values():
         for path in target.files:
             target.use(path)
-    before, last, report = _peak_bytes(), "", Report()
+    before, report = _peak_bytes(), Report()
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (space + 8 * GIGABYTE, space + 8 * GIGABYTE))  # a stop before the machine's
     with open("now", "w", buffering=1) as now:
@@ -488,16 +489,17 @@ def work(order: dict[str, Any]) -> None:
             faulthandler.cancel_dump_traceback_later()
             path.write_bytes(original)
             report.outcomes[f"{name} {'refused' if fault == 'refused' else 'read'}"] += 1
-            report.peak_bytes = max(report.peak_bytes, _peak_bytes() - before)
-            if report.peak_bytes > GIGABYTE and not last:
-                fault = last = "takes more than a gigabyte"
+            report.peak_bytes = _peak_bytes() - before
             if fault not in ("", "refused"):
                 report.failures.append(f"{name} {number}: {fault}")
+            if report.peak_bytes > GIGABYTE:
+                report.failures.append(f"{name} {number}: it takes {report.peak_bytes:,} bytes")
+                break
     Path("report.json").write_text(json.dumps(vars(report)))
 
 
 def _fault(target: Target, path: Path) -> str:
-    """ "" if the file can be read, "refused" if the package says so itself, or else what happened."""
+    """What happened; nothing if the file could be read, "refused" if the package said itself why not."""
     try:
         target.use(path)
     except SelOrthoError as error:
@@ -509,6 +511,8 @@ def _fault(target: Target, path: Path) -> str:
 
 
 def _peak_bytes() -> int:
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

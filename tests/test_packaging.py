@@ -11,8 +11,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hf_selortho
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytest_plugins = ["pytester"]  # runs pytest within pytest
 
@@ -107,6 +114,28 @@ def test_version_is_the_same_everywhere() -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.+)$", citation, flags=re.MULTILINE)[1] == hf_selortho.__version__
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def pinned(constraints: str) -> dict[str, str]:
+    """Name to specifier of a constraints file, which names nothing twice."""
+    lines = (ROOT / constraints).read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = {canonicalize_name(requirement.name): str(requirement.specifier) for requirement in requirements}
+    assert len(pins) == len(requirements)
+    return pins
+
+
+def test_the_lowest_versions_are_the_declared_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    bounds: dict[str, str] = {}
+    for requirement in map(Requirement, declared):
+        [bound] = requirement.specifier
+        assert bound.operator in {">=", "=="}, requirement
+        bounds[canonicalize_name(requirement.name)] = f"=={bound.version}"
+    assert len(bounds) == len(declared)
+    # Not the lower bound of torch: only one release is offered as a CPU build everywhere.
+    assert pinned("constraints-lowest.txt") == bounds | {"torch": pinned("constraints.txt")["torch"]}
 
 
 SKIPPING_TESTS = """

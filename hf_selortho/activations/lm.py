@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +102,7 @@ def load_language_model(
         tokenizer = AutoTokenizer.from_pretrained(**where)
         options = {"config": config, "dtype": target_dtype, "output_loading_info": True}
         model, info = _AutoModel.from_pretrained(**where, **options)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise SelOrthoError(
             f'the weights of "{name}" are a pickle of more than tensors, which could run code: choose a model with '
             "safetensors weights"

@@ -347,4 +347,4 @@ def test_two_processes_train_as_one(arguments, tmp_path) -> None:
     rows = rows_of(tmp_path / "run")
     assert rows[-1]["reconstruction"] < rows[0]["reconstruction"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000012"
-    assert {"buffer_0.safetensors", "buffer_1.safetensors"} <= {path.name for path in checkpoint.iterdir()}
+    assert {"process_0.safetensors", "process_1.safetensors"} <= {path.name for path in checkpoint.iterdir()}
