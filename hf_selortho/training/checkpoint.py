@@ -26,6 +26,7 @@ from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import Pairs
 from .checkpoint_files import (
     TRAINER,
+    WEIGHTS,
     DamagedCheckpointError,
     begin_folder,
     checkpoint_path,
@@ -287,7 +288,7 @@ class Checkpoints:
             prefix = f"{trainer.name}/" if trainer.name else ""
             tensors[f"{prefix}state_{self._rank}.safetensors"] = _state_tensors(trainer.state)
             if self.accelerator.is_main_process:
-                tensors[f"{prefix}model.safetensors"] = _copied(trainer.sae.state_dict())
+                tensors[f"{prefix}{WEIGHTS}"] = _copied(trainer.sae.state_dict())
                 tensors[f"{prefix}optimizer.safetensors"] = _copied(trainer.optimizer.tensors())
                 texts[f"{prefix}config.json"] = _config_of(trainer.sae)
         if self.accelerator.is_main_process:

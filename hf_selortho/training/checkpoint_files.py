@@ -4,6 +4,8 @@
         manifest.json              sha256 and size of every other file
         trainer.json               step, settings of the run, what steers it
         process_0.safetensors/json a process's activations, place in its data and random numbers
+        process_0_part_1.safetensors
+                                   and so on: the rest of a file of more than 32 MiB, but for model.safetensors
         model.safetensors, config.json, optimizer.safetensors, state_0.safetensors
                                    of the SAE; where there are several, in a folder of its own for each
 
@@ -16,22 +18,24 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..activations.disk import sha256_of, sync
+from ..activations.disk import let_go, sha256_of, sync
 from ..errors import SelOrthoError
 from .outputs import CHECKPOINTS, as_os_error, holds_unfinished_run, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "hf_selortho.checkpoint", 1
-MANIFEST, TRAINER = "manifest.json", "trainer.json"
+MANIFEST, TRAINER, WEIGHTS = "manifest.json", "trainer.json", "model.safetensors"
+PART_BYTES = 1 << 25
 _NAME = re.compile(r"step_(\d{6,12})")
 _DAMAGED = "damaged_"
 _FILE = re.compile(r"([a-z0-9_-]+/)?[a-z0-9_]+\.(json|safetensors)")
@@ -140,16 +144,23 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file of a checkpoint, in memory of their own: none of them keeps the file open.
+    """The tensors of a file of a checkpoint and of its parts, in memory of their own: none keeps a file open.
 
     Raises:
         DamagedCheckpointError: it cannot be read.
     """
-    try:
-        with safe_open(folder / name, framework="pt") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise _damaged(folder, name, f"cannot be read ({error})") from error
+    pieces: dict[str, list[Tensor]] = {}
+    number = 0
+    while number == 0 or (folder / _part_name(name, number)).exists():
+        part = _part_name(name, number)
+        try:
+            with safe_open(folder / part, framework="pt") as file:
+                for key in file.keys():
+                    pieces.setdefault(key, []).append(file.get_tensor(key))
+        except (OSError, SafetensorError) as error:
+            raise _damaged(folder, part, f"cannot be read ({error})") from error
+        number += 1
+    return {key: torch.cat(found) if len(found) > 1 else found[0].clone() for key, found in pieces.items()}
 
 
 def temporary_path(output_dir: Path, step: int) -> Path:
@@ -177,16 +188,22 @@ def write_part(
     Raises:
         OSError: there is no room, or the folder cannot be written.
     """
-    try:
-        for name, content in tensors.items():
-            save_file(dict(content), temporary / name, metadata={"format": "pt"})
-            sync(temporary / name)
-    except SafetensorError as error:
-        raise as_os_error(error) from error
-    for name, content in texts.items():
-        write_json(temporary / name, content)
-    hashes = {name: _hash(temporary / name) for name in (*tensors, *texts)}
-    write_json(temporary / _part(rank), {name: {"sha256": sha, "bytes": size} for name, (sha, size) in hashes.items()})
+    hashes: dict[str, tuple[str, int]] = {}
+    for name, content in tensors.items():
+        for number, part in enumerate([content] if Path(name).name == WEIGHTS else _parts(content)):
+            path = temporary / _part_name(name, number)
+            try:
+                save_file(dict(part), path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise as_os_error(error) from error
+            sync(path)
+            hashes[path.relative_to(temporary).as_posix()] = _hash(path)
+            let_go(path)
+    for name, text in texts.items():
+        write_json(temporary / name, text)
+        hashes[name] = _hash(temporary / name)
+    notes = {name: {"sha256": sha, "bytes": size} for name, (sha, size) in hashes.items()}
+    write_json(temporary / _notes(rank), notes)
 
 
 def publish(temporary: Path, folder: Path, processes: int) -> None:
@@ -197,8 +214,8 @@ def publish(temporary: Path, folder: Path, processes: int) -> None:
     """
     files: dict[str, Any] = {}
     for rank in range(processes):
-        files |= json.loads((temporary / _part(rank)).read_bytes())
-        (temporary / _part(rank)).unlink()
+        files |= json.loads((temporary / _notes(rank)).read_bytes())
+        (temporary / _notes(rank)).unlink()
     write_json(temporary / MANIFEST, {"format": FORMAT, "version": VERSION, "files": dict(sorted(files.items()))})
     for place in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
         sync(place)
@@ -300,8 +317,33 @@ def _described(measured: tuple[str, int]) -> str:
     return f"{measured[1]} bytes and sha256 {measured[0][:16]}..."
 
 
-def _part(rank: int) -> str:
-    return f"part_{rank}.json"
+def _notes(rank: int) -> str:
+    return f"notes_{rank}.json"
+
+
+def _part_name(name: str, number: int) -> str:
+    path = Path(name)
+    return name if number == 0 else path.with_name(f"{path.stem}_part_{number}{path.suffix}").as_posix()
+
+
+def _parts(content: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Tensors in the same order, large ones cut along their first dimension, in files of about `PART_BYTES`."""
+    part: dict[str, Tensor] = {}
+    held = 0
+    for key, tensor in content.items():
+        for piece in _pieces(tensor):
+            if part and (key in part or held + piece.nbytes > PART_BYTES):
+                yield part
+                part, held = {}, 0
+            part[key] = piece
+            held += piece.nbytes
+    yield part
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    if tensor.nbytes <= PART_BYTES or len(tensor) < 2:
+        return (tensor,)
+    return tensor.split(max(1, PART_BYTES * len(tensor) // tensor.nbytes))
 
 
 def _is_later(path: Path, other: Path) -> bool:
