@@ -1,6 +1,7 @@
 """Training runs as processes of their own: killed at random moments, told to stop, and resumed, over and over.
 
-HF_SELORTHO_KILLS=200 pytest -m slow tests/test_faults.py -k killed       runs as many kills as you like
+As many kills as you like:
+HF_SELORTHO_KILLS=200 pytest -m slow tests/test_faults.py -k killed -o faulthandler_timeout=0
 """
 
 from __future__ import annotations
