@@ -110,7 +110,7 @@ class SelOrthoSAE(PreTrainedModel):
     def __init__(self, config: SelOrthoConfig) -> None:
         super().__init__(config)
         shapes = weight_shapes(config)
-        self.W_enc = nn.Parameter(torch.empty(shapes["W_enc"]))
+        self.W_enc = nn.Parameter(torch.empty(shapes["W_enc"][::-1]).T)  # stored as [`store_by_feature`] has it
         self.b_enc = nn.Parameter(torch.empty(shapes["b_enc"]))
         self.W_dec = nn.Parameter(torch.empty(shapes["W_dec"]))
         self.b_dec = nn.Parameter(torch.empty(shapes["b_dec"]))
@@ -166,6 +166,7 @@ class SelOrthoSAE(PreTrainedModel):
             None, *args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
         )
         model, info = loaded
+        model.store_by_feature()
         model.name_or_path = model.config.name_or_path = name
         return (model, info) if wants_info else model
 
@@ -264,7 +265,11 @@ class SelOrthoSAE(PreTrainedModel):
 
     @torch.no_grad()
     def store_by_feature(self) -> None:
-        """Keep `W_enc` (d_in, d_sae) feature by feature in memory, the order in which its sparse gradient comes out."""
+        """Keep `W_enc` (d_in, d_sae) feature by feature in memory, the order in which its sparse gradient comes out.
+
+        Every SAE is made and loaded like this: matrix products of another memory order round differently on some CPUs,
+        and a saved SAE has to compute what it computed before, bit for bit.
+        """
         self.W_enc.data = self.W_enc.data.T.contiguous().T
 
     @torch.no_grad()

@@ -223,6 +223,10 @@ def damaged(*keys: str, value: Any = None) -> dict[str, Any]:
         (damaged("layers", "8", "max_norm", value=-1), "layers.8.max_norm is -1"),
         (damaged("layers", "8", "norm_quantiles", "0.999"), "layers.8.norm_quantiles.0.999 is missing"),
         (damaged("layers", "8", "norm_histogram", value={"edges": [1, 2], "counts": []}), "layers.8.norm_histogram"),
+        (
+            damaged("layers", "8", "norm_histogram", value={"edges": [1, 10**400], "counts": [3]}),
+            "layers.8.norm_histogram",
+        ),
         (damaged("layers", "8", "sinks_by_position", value={"first": 1}), "layers.8.sinks_by_position"),
         (damaged("layers", "8", "largest_norms", value={}), r"layers.8.largest_norms is \{\}, expected a list"),
         (damaged("layers", "8", "largest_norms", "1", "token"), r"layers.8.largest_norms\[1\].token is missing"),
