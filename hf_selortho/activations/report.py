@@ -25,7 +25,6 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..command_line import run_script
 from ..errors import SelOrthoError
-from ..json_values import is_finite_number
 from ..pictures import BLUE, GREY, STYLE, VERMILION, save_picture
 from .shards import MANIFEST, ActivationStore, manifest_bytes
 
@@ -337,6 +336,12 @@ class _Rule:
     holds: Callable[[Any], bool]
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold: a whole number of JSON may have hundreds of digits."""
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -348,7 +353,7 @@ def _is_histogram(value: Any) -> bool:
     edges, counts = value["edges"], value["counts"]
     return (
         len(edges) == len(counts) + 1
-        and all(is_finite_number(edge) and edge > 0 for edge in edges)
+        and all(_is_number(edge) and edge > 0 for edge in edges)
         and all(left < right for left, right in pairwise(edges))
         and all(map(_is_count, counts))
     )
@@ -366,9 +371,9 @@ _TEXT = _Rule("a text", lambda value: isinstance(value, str))
 _OPTIONAL_TEXT = _Rule("a text or null", lambda value: value is None or isinstance(value, str))
 _FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
 _COUNT = _Rule("a whole number of at least 0", _is_count)
-_SIZE = _Rule("a number of at least 0", lambda value: is_finite_number(value) and value >= 0)
-_LIMIT = _Rule("a number above 0 or null", lambda value: value is None or (is_finite_number(value) and value > 0))
-_VECTOR = _Rule("a list of numbers", lambda value: isinstance(value, list) and all(map(is_finite_number, value)))
+_SIZE = _Rule("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+_LIMIT = _Rule("a number above 0 or null", lambda value: value is None or (_is_number(value) and value > 0))
+_VECTOR = _Rule("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value)))
 _LARGEST = {"norm": _SIZE, "position": _COUNT, "token": _TEXT, "kept": _FLAG}
 _LAYER = {
     "hook_name": _TEXT,

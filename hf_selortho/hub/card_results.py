@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..json_values import is_finite_number
 from .markdown import code, number
 
 _PICTURE = re.compile(r"([\w-][\w.-]*/)*([\w-][\w.-]*)\.png", re.ASCII)
@@ -113,7 +112,7 @@ def penalty_facts(
         "percent": number(100 * config["pair_fraction"], "exact") if config.get("pair_fraction") else None,
         "min_support": number(config["min_support"]) if config.get("min_support") else None,
         "space": "centred (Pearson) correlation" if config.get("correlation") == "pearson" else "cosine",
-        "churn": number(training["pair_churn"], "percent") if is_finite_number(training.get("pair_churn")) else None,
+        "churn": number(training["pair_churn"], "percent") if _known(training.get("pair_churn")) else None,
         "unique": number(measured["unique_features"], "count") if "unique_features" in measured else None,
         "d_sae": number(n),
         "rows": [_row(_BY_KEY[key], measured, other) for key in _COMPARED if key in measured and key in other],
@@ -131,7 +130,11 @@ def picture_facts(pictures: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in (metrics.get("evaluation") or {}).items() if is_finite_number(value)}
+    return {key: value for key, value in (metrics.get("evaluation") or {}).items() if _known(value)}
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _row(metric: Metric, measured: Mapping[str, Any], other: Mapping[str, Any]) -> Row:
@@ -152,5 +155,5 @@ def _shown(metric: Metric, measured: Mapping[str, Any]) -> str:
 def _last_steps(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Means over the last 100 training steps, which the paper reports."""
     training = metrics.get("training") or {}
-    known = [_BY_KEY[key] for key in _TRAINING if is_finite_number(training.get(key))]
+    known = [_BY_KEY[key] for key in _TRAINING if _known(training.get(key))]
     return [(metric.name, number(training[metric.key], metric.kind)) for metric in known]
