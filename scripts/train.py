@@ -130,10 +130,10 @@ class Run:
         if self.checkpoint is not None:
             self.checkpoints.load(self.checkpoint, self.trainers, self.data.source)
         with StopSignals() as signals:
-            done = train_together(self.trainers, self.data.source, run, self.checkpoints, signals)
+            signal = train_together(self.trainers, self.data.source, run, self.checkpoints, signals)
         self.totals = self.data.source.totals()
         self.data.source.release()
-        return None if done else signals.exit_code
+        return None if signal is None else 128 + signal  # as shells have it of a process that a signal has ended
 
     def words_of_a_stop(self, command: str) -> str:
         """What a run that a signal has stopped says last."""

@@ -12,17 +12,21 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.warm_start import WarmStart
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("HF_SELORTHO_KILLS", 20))
@@ -64,15 +68,26 @@ def arguments(settings: dict[str, object]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
+class Run(Protocol):
+    """A run of one or several processes, whose output is in a file."""
+
+    output: Path
+
+    def ended(self) -> bool: ...
+
+
 @dataclass
 class Process:
-    """A run with its children, and what they say."""
+    """A command with its children, and what they say."""
 
     popen: subprocess.Popen[bytes]
     output: Path
 
     def said(self) -> str:
         return self.output.read_text(errors="replace")
+
+    def ended(self) -> bool:
+        return self.popen.poll() is not None
 
     def everybody(self) -> list[psutil.Process]:
         try:
@@ -89,13 +104,43 @@ class Process:
         return code
 
 
+class WarmRun:
+    """A run of processes that have imported everything before they start, as a launcher would start them."""
+
+    def __init__(self, warm: WarmStart, arguments: list[str], processes: int) -> None:
+        self._warm, self.output = warm, new_output()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [{**group, "RANK": str(n), "LOCAL_RANK": str(n)} if processes > 1 else {} for n in range(processes)]
+        self.pids = [warm.start(arguments, self.output, rank) for rank in ranks]
+
+    def ended(self) -> bool:
+        return not any(is_alive(pid) for pid in self.pids)
+
+    def signal(self, number: int, pids: list[int]) -> list[int]:
+        """Send a signal to some of the processes, or what is left of them; the exit codes of all, once all are gone."""
+        for pid in pids:
+            os.kill(pid, number)  # none has been waited for: each id is still that of the process
+        return [self._warm.wait(pid) for pid in self.pids]
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 _number = 0
 
 
-def start(command: list[str], **environment: str) -> Process:
+def new_output() -> Path:
     global _number
     _number += 1
-    output = Path(os.environ["HF_DATASETS_CACHE"]).parent / f"output-{_number}.txt"
+    return Path(os.environ["HF_DATASETS_CACHE"]).parent / f"output-{_number}.txt"
+
+
+def start(command: list[str], **environment: str) -> Process:
+    output = new_output()
     with output.open("wb") as file:
         popen = subprocess.Popen(
             command,
@@ -135,28 +180,23 @@ def steps_logged(folder: Path) -> int:
     return max((int(found[1]) for line in lines if (found := re.match(rb'{"step": (\d+),', line))), default=0)
 
 
-def wait_for(condition: Callable[[], bool], process: Process) -> None:
-    """Return when the condition holds, or the process has ended."""
+def wait_for(condition: Callable[[], bool], run: Run) -> None:
+    """Return when the condition holds, or the run has ended."""
     until = time.monotonic() + 120
-    while process.popen.poll() is None and not condition():
-        assert time.monotonic() < until, process.said()[-3000:]
+    while not run.ended() and not condition():
+        assert time.monotonic() < until, run.output.read_text(errors="replace")[-3000:]
         time.sleep(0.001)
 
 
-def wait_for_moment(
-    kind: str, target: int, before: int, folder: Path, process: Process, generator: random.Random
-) -> None:
+def wait_for_moment(kind: str, target: int, before: int, folder: Path, run: Run, generator: random.Random) -> None:
     """Wait for a moment of a kind, not before the log has come to the target step and beyond what it held before."""
-    if kind == "start":
-        time.sleep(generator.uniform(0.5, 3))
-        return
-    wait_for(lambda: steps_logged(folder) >= max(target, before + 1), process)
+    wait_for(lambda: steps_logged(folder) >= max(target, before + 1), run)
     checkpoints = folder / "checkpoints"
     complete = set(checkpoints.glob("step_*"))
     if kind == "writing":  # files are on their way to the disk
-        wait_for(lambda: any(checkpoints.glob(".step_*.tmp/*")), process)
+        wait_for(lambda: any(checkpoints.glob(".step_*.tmp/*")), run)
     elif kind == "written":  # the power goes right after a write
-        wait_for(lambda: bool(set(checkpoints.glob("step_*")) - complete), process)
+        wait_for(lambda: bool(set(checkpoints.glob("step_*")) - complete), run)
     else:
         time.sleep(generator.uniform(0, 0.15))
 
@@ -175,22 +215,23 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(processes, 
     folder, generator = tmp_path / "killed", random.Random(processes)
     resuming = [*command(processes, source, folder), "--resume_from_checkpoint", "auto"]
     died = []
-    for number in range(KILLS):
-        before, process = steps_logged(folder), start(resuming)
-        kind = ("step", "writing", "step", "written", "start")[number % 5]
-        target = int((number + generator.random()) / KILLS * (STEPS - 10 * EVERY))
-        wait_for_moment(kind, target, before, folder, process, generator)
-        everybody = process.everybody()
-        # as a machine without power: all at once; or one of the run's processes, and the others end by themselves
-        victims = everybody if processes == 1 or number % 2 else everybody[-1:]
-        for victim in victims:
-            try:
-                victim.kill()
-            except psutil.NoSuchProcess:
-                pass
-        died.append(process.wait(everybody))
+    before_a_step = 0.0  # seconds
+    with WarmStart() as warm:
+        for number in range(KILLS):
+            before, run = steps_logged(folder), WarmRun(warm, resuming[len(LAUNCHERS[processes]) + 1 :], processes)
+            kind = ("step", "writing", "step", "written", "start")[number % 5]
+            target = int((number + generator.random()) / KILLS * (STEPS - 10 * EVERY))
+            if kind == "start":
+                time.sleep(generator.uniform(0, before_a_step))
+            else:
+                began = time.monotonic()
+                wait_for(lambda: steps_logged(folder) > before, run)  # noqa: B023  called here and now
+                before_a_step = time.monotonic() - began
+                wait_for_moment(kind, target, before, folder, run, generator)
+            # as a machine without power: all at once; or one of the run's processes, and the others end by themselves
+            died.append(run.signal(signal.SIGKILL, run.pids if number % 2 else run.pids[-1:]))
     finish(start(resuming))
-    assert sum(code != 0 for code in died) >= KILLS - 1  # they were not done
+    assert all(-signal.SIGKILL in codes and 0 not in codes for codes in died), died  # none was done before
     assert left(folder) == expected
     all_logged_once(folder)
     assert not list((folder / "checkpoints").glob(".*"))
@@ -198,34 +239,52 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(processes, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "source"), [(1, "shards"), (2, "live")])
-def test_told_to_stop_it_says_how_to_go_on_and_does(processes, source, command, tmp_path) -> None:
+def test_told_to_stop_it_does_and_ends_as_if_nothing_had_happened(processes, source, command, tmp_path) -> None:
     finish(start(command(processes, source, tmp_path / "whole")))
     folder, generator = tmp_path / "stopped", random.Random(processes)
-    once = command(processes, source, folder)
-    for number in range(STOPS):
-        resuming = ["--resume_from_checkpoint", "auto"] if number else []
-        before, process = steps_logged(folder), start([*once, *resuming])
-        target = int((number + generator.random()) / STOPS * (STEPS - 10 * EVERY)) + 1
-        wait_for_moment("step", target, before, folder, process, generator)
-        everybody = process.everybody()
-        if number % 2:
-            os.killpg(process.popen.pid, signal.SIGINT)  # Ctrl-C reaches all processes of the terminal
-        else:
-            process.popen.terminate()
-        code = process.wait(everybody)
-        if processes == 1:
-            assert code == 128 + (signal.SIGINT if number % 2 else signal.SIGTERM), process.said()[-3000:]
-        said = process.said()
-        found = re.search(r"stopped after step (\d+); its checkpoint is written. To go on:\n  (.*)", said)
-        assert found, said[-3000:]
-        assert max((folder / "checkpoints").glob("step_*")).name == f"step_{int(found[1]):06d}"
-        assert found[2].endswith(" --resume_from_checkpoint auto") and "scripts/train.py" in found[2]
-        assert found[2].startswith(
-            "python " if processes == 1 else "python -m accelerate.commands.launch --quiet --cpu"
-        )
-    finish(start([*once, "--resume_from_checkpoint", "auto"]))
+    resuming = [*command(processes, source, folder), "--resume_from_checkpoint", "auto"]
+    with WarmStart() as warm:
+        for number in range(STOPS):
+            before, run = steps_logged(folder), WarmRun(warm, resuming[len(LAUNCHERS[processes]) + 1 :], processes)
+            target = int((number + generator.random()) / STOPS * (STEPS - 10 * EVERY)) + 1
+            wait_for_moment("step", target, before, folder, run, generator)
+            # all of them, as a cluster does, or one, and all stop after the same step
+            codes = run.signal(signal.SIGTERM, run.pids if number % 2 else run.pids[-1:])
+            said = run.output.read_text(errors="replace")
+            assert codes == [128 + signal.SIGTERM] * processes, said[-3000:]
+            check_words_of_a_stop(said, folder, "python scripts/train.py ")
+    finish(start(resuming))
     assert left(folder) == left(tmp_path / "whole")
     all_logged_once(folder)
+
+
+def check_words_of_a_stop(said: str, folder: Path, command: str) -> None:
+    """That they tell the step of the newest checkpoint, and how to go on."""
+    found = re.search(r"stopped after step (\d+); its checkpoint is written. To go on:\n  (.*)", said)
+    assert found, said[-3000:]
+    assert max((folder / "checkpoints").glob("step_*")).name == f"step_{int(found[1]):06d}"
+    assert found[2].startswith(command) and found[2].endswith(" --resume_from_checkpoint auto")
+    assert "scripts/train.py" in found[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launched_run_is_told_to_stop(number, processes, command, tmp_path) -> None:
+    """The whole command line, launcher included; what it says is what one has to type."""
+    folder = tmp_path / "run"
+    process = start(command(processes, "live", folder))
+    wait_for(lambda: steps_logged(folder) > 0, process)
+    everybody = process.everybody()
+    if number == signal.SIGINT:
+        os.killpg(process.popen.pid, number)  # Ctrl-C reaches all processes of the terminal
+    else:
+        process.popen.terminate()
+    code = process.wait(everybody)
+    if processes == 1:
+        assert code == 128 + number, process.said()[-3000:]
+    launcher = "python " if processes == 1 else "python -m accelerate.commands.launch --quiet --cpu"
+    check_words_of_a_stop(process.said(), folder, launcher)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from .outputs import MetricsLog
 from .penalty import PenaltySchedule, steer
 from .revival import resample_dead
 from .state import Controller, TrainState, learning_rate_at, pair_churn, step_report
-from .stop_signals import StopSignals
+from .stop_signals import STOPPING, StopSignals
 
 LAST_STEPS = 100  # the paper averages its training metrics over the last 100 steps; all of them are logged
 _ADVICE = "try a lower --learning_rate"
@@ -39,10 +39,13 @@ def train_together(
     arguments: RunArguments,
     checkpoints: Checkpoints,
     signals: StopSignals | None = None,
-) -> bool:
-    """Train SAEs on the same batches, each step one after the other, to `max_steps`; False if a signal came before.
+) -> int | None:
+    """Train SAEs on the same batches, each step one after the other, to `max_steps`.
 
-    Whichever it is, the last step is in a checkpoint if the run writes any, and so it is when a signal ends the run.
+    The last step is in a checkpoint if the run writes any, and whenever a signal ends the run.
+
+    Returns:
+        The signal that one of the processes has received, and that ended the run before; None if none did.
 
     Raises:
         NonFiniteError: names the step, where it first appeared, the documents and the last checkpoint.
@@ -80,7 +83,7 @@ def train_together(
         raise NonFiniteError(f"{error}. {latest[0].upper()}{latest[1:]}") from error
     finally:
         checkpoints.close()
-    return not stopped
+    return stopped
 
 
 def _save(
@@ -93,15 +96,16 @@ def _save(
     return trainers[0].state.step
 
 
-def look_around(trainer: Trainer, checkpoints: Checkpoints, signals: StopSignals | None) -> bool:
-    """Learn from all processes how the checkpoint stands that is being written, and whether one is asked to stop."""
-    own = (signals is not None and signals.received is not None, checkpoints.writing, checkpoints.failed)
+def look_around(trainer: Trainer, checkpoints: Checkpoints, signals: StopSignals | None) -> int | None:
+    """Learn from all processes how the checkpoint stands that is being written, and which signal asks to stop."""
+    received = None if signals is None else signals.received
+    own = (*(received == number for number in STOPPING), checkpoints.writing, checkpoints.failed)
     if trainer.group is not None:
         found = trainer.group.sum(torch.tensor(own, dtype=torch.int32, device=trainer.accelerator.device))
         own = tuple(count > 0 for count in found.tolist())
-    stop, writing, failed = own
+    *asked, writing, failed = own
     checkpoints.settle(writing, failed)
-    return stop
+    return next((number for number, one in zip(STOPPING, asked, strict=True) if one), None)
 
 
 def take_step(trainers: Sequence[Trainer], source: BatchSource, arguments: RunArguments) -> dict[str, Any] | None:

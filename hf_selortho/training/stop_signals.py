@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+STOPPING = tuple(int(number) for number in _NAMES)
 
 
 class StopSignals:
@@ -30,12 +31,6 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    @property
-    def exit_code(self) -> int:
-        """As shells give it to a process that a signal has ended."""
-        assert self.received is not None
-        return 128 + self.received
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
