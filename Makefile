@@ -4,14 +4,19 @@
 # make lint          ruff and mypy
 #
 # PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV=... its folder,
+# JOBS=4 runs as many tests side by side (2), JOBS=0 one after the other;
 # ARGS="--max_steps 100" goes to scripts/train.py (demo) or to pytest (test, test-fast, test-lowest).
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 ARGS ?=
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The order is that of tests/conftest.py, and what it groups stays together.
+PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 # What `accelerate launch` would otherwise guess, with a warning for each; plain `accelerate launch scripts/train.py` does the same.
 # --quiet: a mistake stays one line, without a traceback of accelerate's own below it.
@@ -28,10 +33,10 @@ demo: $(VENV)/.stamp-demo
 	$(LAUNCH) scripts/train.py --preset demo $(or $(ARGS),--overwrite_output_dir)
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -m "" --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -m "" $(PARALLEL) --durations=25 $(ARGS)
 
 test-fast: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest --durations=10 $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
 # The same rules and stamps, in another folder and with other versions.
 test-lowest:

@@ -28,6 +28,19 @@ os.environ.pop("HF_TOKEN", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests start processes
 os.environ["MPLBACKEND"] = "Agg"
 
+
+def _take_a_share_of_the_cores() -> None:
+    """Under `pytest -n`, each worker and what it starts keeps to cores of its own: threads of many that wait for one
+    another on the same cores are slower than one."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        number = int(worker.removeprefix("gw"))
+        os.sched_setaffinity(0, cores[number::workers] or [cores[number % len(cores)]])
+
+
+_take_a_share_of_the_cores()
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -48,9 +61,11 @@ if TYPE_CHECKING:
     from hf_selortho.activations.lm import LanguageModel
 
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(4, os.cpu_count() or 1))  # on models this small, more threads only wait for one another
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # on models this small, more only wait for one another
 
 FIXTURES_OF_THE_REAL_MODEL = {"embedded_lm"}
+# Under `pytest -n`, the tests of a file stay together, since they share fixtures, but for those of these files.
+FILES_THAT_MAY_BE_DIVIDED = {"test_faults.py", "test_fuzzing.py", "test_data_parallel.py", "test_cache_killed.py"}
 
 
 def pytest_unconfigure() -> None:
@@ -59,10 +74,19 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own `-m` deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that needs the real Gemma is slow, whether or not its author remembered to say so."""
+    """A test that needs the real Gemma is slow, whether or not its author remembered to say so; slow ones come first,
+    so that under `pytest -n` no worker begins with one when the others are done."""
+    slow_files = set()
     for item in items:
         if FIXTURES_OF_THE_REAL_MODEL & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow"):
+            slow_files.add(item.path)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: (item.path not in slow_files, item.path.name != "test_fuzzing.py"))
+        for item in items:
+            name = item.nodeid if item.path.name in FILES_THAT_MAY_BE_DIVIDED else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
