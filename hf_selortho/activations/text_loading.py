@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import itertools
 import json
-import lzma
 import math
 import re
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
@@ -20,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
+from hf_selortho.activations.compressed import BROKEN, open_file, refuse_bomb
 from hf_selortho.activations.fingerprint import fingerprint
 from hf_selortho.activations.hub_access import LOOKUP_ERRORS, one_line, resolve_commit, unreachable
 from hf_selortho.errors import SelOrthoError
@@ -33,12 +29,11 @@ READ_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     TypeError,
     StopIteration,
-    *(EOFError, lzma.LZMAError, zlib.error),  # of compressed files
+    *BROKEN,
 )
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PEEK = 100  # lines of a stream that are looked at
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -59,6 +54,8 @@ def load_texts(
         files = _local_files(path)
         arguments = _local_arguments(path, files)
         for file in files:
+            if not streaming:  # else it never is on the disk as a whole
+                refuse_bomb(file)
             _refuse_null_rows(file, _PEEK if streaming else None)
         commit = None
         if revision is not None:
@@ -148,7 +145,7 @@ def _refuse_null_rows(path: Path, lines: int | None) -> None:
     if _format(path) != "json":
         return
     try:
-        with cast(BinaryIO, _OPENERS.get(path.suffix.lower(), open)(path, "rb")) as file:
+        with open_file(path) as file:
             start = file.read(8).removeprefix(b"\xef\xbb\xbf")
             file.seek(0)
             is_null = _has_null(file.read()) if start.startswith(b"[") else _is_null_line(file, lines)

@@ -7,12 +7,14 @@ import lzma
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hf_selortho.activations import compressed
 from hf_selortho.activations import python_docs as docs
 from hf_selortho.activations.texts import Documents, TextSource, open_documents
 from hf_selortho.errors import SelOrthoError
@@ -162,6 +164,23 @@ def test_compressed_files_are_looked_into(suffix, opened, tmp_path: Path) -> Non
         file.write(b'null\n{"text": "First words"}\n')
     with pytest.raises(SelOrthoError, match="has a row that is null"):
         open_documents(TextSource(dataset=str(path)))
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_a_compressed_file_that_would_fill_the_disk_is_refused(suffix, pack, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compressed, "HARMLESS_BYTES", 50 << 20)
+    piece = b'{"text": "' + b"0" * (10 << 20) + b'"}\n'
+    (tmp_path / f"large.jsonl.{suffix}").write_bytes(pack(piece) * 4)  # one after the other is a file of all of them
+    documents = open_documents(TextSource(dataset=str(tmp_path / f"large.jsonl.{suffix}")))
+    assert len(_everything(documents)) == 4
+    (tmp_path / f"bomb.jsonl.{suffix}").write_bytes(pack(piece) * 6)
+    tracemalloc.start()
+    with pytest.raises(
+        SelOrthoError, match=r"bomb.jsonl.\w+\" has [\d,]+ bytes and holds more than 52,428,800: no text"
+    ):
+        open_documents(TextSource(dataset=str(tmp_path / f"bomb.jsonl.{suffix}")))
+    assert tracemalloc.get_traced_memory()[1] < 25 << 20
+    tracemalloc.stop()
 
 
 def test_bytes_that_are_no_text_are_named_when_they_are_read(tmp_path: Path) -> None:
