@@ -62,6 +62,15 @@ def launch_command(script: str, argv: Sequence[str] | None = None) -> str:
     return without_secrets(shlex.join(_without_resuming(command)))
 
 
+def say(words: str) -> None:
+    """Write to standard error, which may be gone: the first Ctrl-C ends the `tee` of `... 2>&1 | tee log` as well."""
+    try:
+        sys.stderr.write(words)
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # or the end of the process would fail on what is left to write
+
+
 def without_secrets(text: str) -> str:
     """The text without access tokens: those in the environment, and whatever looks like one of the Hub."""
     for name in _SECRETS:

@@ -28,7 +28,7 @@ from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.buffer import ActivationStatistics
 from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.shards import ActivationStore
-from hf_selortho.command_line import launch_command, run_script, start_cpu_processes, use_all_cores
+from hf_selortho.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.report import MemberReport, metrics_table, summary_table, write_report, write_summary
 from hf_selortho.memory_use import available_memory, memory_now, peak_memory
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             exit_code = run.train()
         accelerator.end_training()
         if exit_code is not None:
-            sys.stderr.write(run.words_of_a_stop(command) if accelerator.is_main_process else "")
+            if accelerator.is_main_process:
+                say(run.words_of_a_stop(command))
             sys.exit(exit_code)
         if accelerator.is_main_process:
             run.report(command)
@@ -114,11 +115,16 @@ class Run:
         guard = NonFiniteGuard(self.output, run.non_finite, run.max_skipped, rank, processes)
         self.data = open_data(self.arguments, self.store, self.members, accelerator)
         self.data.watch(guard)
+        self.checkpoints.inputs = self.data.identity()
+        if self.checkpoint is not None:
+            self.checkpoints.check_inputs(self.checkpoint)
         self.saes = make_saes(self.members, self.data, self.checkpoints, self.checkpoint, accelerator)
 
         # only now is it known that the run can start, and an earlier one may be replaced
         if accelerator.is_main_process:
-            prepare_output_folder(self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+            prepare_output_folder(
+                self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming, since=self.started
+            )
             if self.resuming:
                 set_later_aside(self.checkpoint)
         accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from .checkpoint_files import (
     temporary_path,
     write_part,
 )
+from .outputs import jsonable
 from .state import TrainState, new_carried
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 # Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
 _FREE_ARGUMENTS = {
     "output_dir", "overwrite_output_dir", "report_to", "checkpoint_every", "keep_checkpoints", "resume_from_checkpoint",
-    "eval_samples", "eval_ce_samples", "cpu", "cpu_threads", "dry_run", "logging_steps",
+    "eval_samples", "eval_ce_samples", "cpu", "cpu_threads", "dry_run", "logging_steps", "non_finite", "max_skipped",
 }  # fmt: skip
 
 
@@ -86,12 +87,14 @@ class Checkpoints:
         keep: newest checkpoints that are kept, beside the best one.
     """
 
+    inputs: Mapping[str, Any] = {}  # what else has to be the same for the same activations; the run sets it
+
     def __init__(
         self, accelerator: Accelerator, output_dir: Path, arguments: dict[str, Any], every: int = 0, keep: int = 2
     ) -> None:
         self.accelerator, self.output_dir = accelerator, output_dir
-        # what `accelerate launch` was given counts too
-        self.arguments = {**arguments, "mixed_precision": accelerator.mixed_precision}
+        # what `accelerate launch` was given counts too; as JSON has it, where infinity is null
+        self.arguments = jsonable({**arguments, "mixed_precision": accelerator.mixed_precision})
         self.every, self.keep = every, keep
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -194,8 +197,8 @@ class Checkpoints:
             raise
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise DamagedCheckpointError(
-                f"checkpoint {folder} does not hold what it should ({type(error).__name__}: {error}); resume from an "
-                "earlier one"
+                f"checkpoint {folder} does not hold what it should ({type(error).__name__}: {error}), though its "
+                "hashes are right: move it away to resume from an earlier one"
             ) from error
         for trainer in trainers:
             trainer.resumed()
@@ -234,10 +237,7 @@ class Checkpoints:
             if getattr(sae.config, name) != getattr(expected, name)
         ]
         if differing:
-            raise SelOrthoError(
-                f"checkpoint {folder} was made on other activations ({'; '.join(differing)}); pin the revisions, or "
-                "start a new run in another --output_dir"
-            )
+            raise _other_activations(folder, differing, "pin the revisions")
         for tensor in (*sae.parameters(), *sae.buffers()):
             tensor.data = tensor.data.clone()  # out of the file, which may go
         return sae
@@ -268,6 +268,21 @@ class Checkpoints:
                 "start a new run in another --output_dir"
             )
         return trainer["step"]
+
+    def check_inputs(self, folder: Path) -> None:
+        """Compare the `inputs` of a checkpoint with those of the run.
+
+        Raises:
+            SelOrthoError: the texts, the shards or the language model's dtype are others by now (names them).
+        """
+        saved = read_json(folder, TRAINER).get("inputs", {})
+        differing = [
+            f"{name} {saved.get(name)!r} -> {value!r}"
+            for name, value in self.inputs.items()
+            if saved.get(name) != value
+        ]
+        if differing:
+            raise _other_activations(folder, differing, "restore what was there")
 
     @property
     def _rank(self) -> int:
@@ -305,8 +320,16 @@ class Checkpoints:
             "loss": sum(known) / len(known) if known else None,  # by which the best one is known
             "processes": self.accelerator.num_processes,
             "saes": {trainer.name: _steering(trainer) for trainer in trainers},
+            "inputs": dict(self.inputs),
             "arguments": {key: value for key, value in self.arguments.items() if key not in _FREE_ARGUMENTS},
         }
+
+
+def _other_activations(folder: Path, differing: Sequence[str], remedy: str) -> SelOrthoError:
+    return SelOrthoError(
+        f"checkpoint {folder} was made on other activations ({'; '.join(differing)}); {remedy}, or start a new run in "
+        "another --output_dir"
+    )
 
 
 def _steering(trainer: Trainer) -> dict[str, Any]:

@@ -97,10 +97,13 @@ def find_checkpoint(wanted: str | None, output_dir: str | Path) -> Path | None:
         raise SelOrthoError(
             f"{folder} is not a checkpoint (it has no {MANIFEST}); checkpoints of this run: {available}"
         )
-    later = [path for path in list_checkpoints(output) if _is_later(path, folder)]
+    if is_checkpoint_of(folder, output) and not _NAME.fullmatch(folder.resolve().name):
+        raise SelOrthoError(f"{folder} has not the name of a checkpoint, step_N: give it that, or move it elsewhere")
+    later = [path for path in list_checkpoints(output) if _is_later(path, folder) and _is_intact(path)]
     if later:
         raise SelOrthoError(
-            f"{later[-1]} is later than {folder}: resume from it, or go on from the earlier one in another --output_dir"
+            f"{later[-1]} is later than {folder}: resume from it, move it away, or go on from the earlier one in "
+            "another --output_dir"
         )
     verify(folder)
     return folder
@@ -189,6 +192,23 @@ def write_part(
         OSError: there is no room, or the folder cannot be written.
     """
     hashes: dict[str, tuple[str, int]] = {}
+    try:
+        _write_part(temporary, tensors, texts, hashes)
+        notes = {name: {"sha256": sha, "bytes": size} for name, (sha, size) in hashes.items()}
+        write_json(temporary / _notes(rank), notes)
+    except (OSError, SelOrthoError):
+        for path in temporary.rglob("*"):  # room for what the run writes until somebody looks
+            if path.is_file():
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _write_part(
+    temporary: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, Any],
+    hashes: dict[str, tuple[str, int]],
+) -> None:
     for name, content in tensors.items():
         for number, part in enumerate([content] if Path(name).name == WEIGHTS else _parts(content)):
             path = temporary / _part_name(name, number)
@@ -202,8 +222,6 @@ def write_part(
     for name, text in texts.items():
         write_json(temporary / name, text)
         hashes[name] = _hash(temporary / name)
-    notes = {name: {"sha256": sha, "bytes": size} for name, (sha, size) in hashes.items()}
-    write_json(temporary / _notes(rank), notes)
 
 
 def publish(temporary: Path, folder: Path, processes: int) -> None:
@@ -267,12 +285,18 @@ def best_checkpoint(output_dir: Path) -> Path | None:
     return min(losses, key=lambda folder: losses[folder]) if losses else None
 
 
+def _is_intact(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedCheckpointError as error:
+        logger.warning("%s", error)
+        return False
+    return True
+
+
 def _newest_intact(found: Sequence[Path]) -> Path:
     for folder in reversed(found):
-        try:
-            verify(folder)
-        except DamagedCheckpointError as error:
-            logger.warning("%s", error)
+        if not _is_intact(folder):
             continue
         if folder != found[-1]:
             logger.warning("going on from the checkpoint before, %s", folder)

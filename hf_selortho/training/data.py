@@ -57,6 +57,10 @@ class TrainingData(ABC):
         """Fields of the SAE's configuration that say where its activations come from."""
 
     @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What, besides the fields of `provenance`, has to be the same for the same activations."""
+
+    @abstractmethod
     def watch(self, guard: NonFiniteGuard) -> None:
         """Let the guard decide about activations that are not finite."""
 
@@ -105,6 +109,10 @@ class LiveData(TrainingData):
             "min_tokens": data.min_tokens,
             "held_out_fraction": data.held_out_fraction,
         }
+
+    def identity(self) -> dict[str, Any]:
+        dtype = str(self.lm.model.dtype).removeprefix("torch.")
+        return {"texts": self.documents.fingerprint, "lm_dtype": dtype}
 
     def watch(self, guard: NonFiniteGuard) -> None:
         self.capture.on_non_finite = guard.meet_activations
@@ -210,6 +218,9 @@ class ShardData(TrainingData):
 
     def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
         return held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out))
+
+    def identity(self) -> dict[str, Any]:
+        return {"activations": self.store.manifest.sha256}
 
     def watch(self, guard: NonFiniteGuard) -> None:
         """Nothing is computed here: what the shards hold meets the guard in the training step."""

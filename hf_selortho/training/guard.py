@@ -43,6 +43,18 @@ class NonFiniteGuard:
         self.folder, self.policy, self.limit = folder, policy, limit
         self._suffix = f"_rank_{rank}" if processes > 1 else ""
         self.skipped = 0
+        self._counted_at = 0  # the latest step of which a batch was counted
+        self._latest: TokenOrigins | None = None  # of the latest batch that was kept
+        self._places: dict[tuple[int, ...], str] = {}  # where, by the layers of its activations
+
+    def meet_in_step(
+        self, fault: str, origins: TokenOrigins | None, activations: Mapping[int, Tensor], advice: str
+    ) -> None:
+        """[`meet`] for a batch of the step on its way, which each of several SAEs may meet: it counts once."""
+        if self._counted_at == self.step:
+            self.skipped -= 1
+        self._counted_at = self.step
+        self.meet(fault, origins, activations, advice)
 
     def meet(self, fault: str, origins: TokenOrigins | None, activations: Mapping[int, Tensor], advice: str) -> None:
         """Keep a batch that was not finite; returns if the run goes on without it.
@@ -75,15 +87,23 @@ class NonFiniteGuard:
         self.meet(str(error), error.origins, error.by_layer, error.advice)
 
     def keep(self, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
-        """Write a batch down; says where, or why not."""
-        step = self.step
+        """Write a batch down, once for each layer; says where, or why not."""
         if self.folder is None:
             return ""
+        if self._latest is not origins:
+            self._latest, self._places = origins, {}
+        layers = tuple(activations)
+        if layers not in self._places:
+            self._places[layers] = self._write(self.folder / DEBUG, fault, origins, activations)
+        return self._places[layers]
+
+    def _write(self, folder: Path, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
+        step = self.step
         single = len(activations) == 1
         tensors = {name: getattr(origins, name).cpu().contiguous() for name in ORIGIN_NAMES}
         for layer, rows in activations.items():
             tensors["activations" if single else f"activations.{layer}"] = rows.detach().cpu().contiguous()
-        folder, number = self.folder / DEBUG, 1
+        number = 1
         path = folder / f"step_{step:06d}{self._suffix}.safetensors"
         while path.exists():
             number += 1

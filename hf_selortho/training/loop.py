@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..activations.buffer import ActivationBatch, BatchSource
 from ..activations.capture import only
 from ..batch_group import BatchGroup
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from .arguments import RunArguments
 from .checkpoint import Checkpoints
@@ -62,28 +62,45 @@ def train_together(
     )
     every, saved = arguments.checkpoint_every, first.state.step
     try:
-        with progress:
-            while not (stopped := look_around(first, checkpoints, signals)) and first.state.step < arguments.max_steps:
-                first.guard.step = first.state.step + 1
-                report = take_step(trainers, source, arguments)
-                progress.update()
-                if report is not None:
-                    progress.set_postfix(_shown(report))
-                if every and first.state.step % every == 0:
-                    saved = _save(trainers, source, checkpoints, signals)
+        while not (stopped := look_around(first, checkpoints, signals)) and first.state.step < arguments.max_steps:
+            first.guard.step = first.state.step + 1
+            report = take_step(trainers, source, arguments)
+            _show(progress, report)
+            if every and first.state.step % every == 0:
+                saved = _save(trainers, source, checkpoints, signals)
+        _close(progress)
         if saved < first.state.step and (every or stopped):
-            _save(trainers, source, checkpoints, signals)
+            saved = _save(trainers, source, checkpoints, signals)
+        checkpoints.wait()
+        if not stopped and (stopped := look_around(first, checkpoints, signals)) and saved < first.state.step:
+            _save(trainers, source, checkpoints, signals)  # the signal came after the last step
         checkpoints.wait()
         look_around(first, checkpoints, signals)
-    except NonFiniteError as error:
-        if first.group is None:  # the other processes are somewhere else
+    except SelOrthoError as error:
+        if first.group is None:  # else the other processes are somewhere else
             checkpoints.wait()
             look_around(first, checkpoints, None)
+        if not isinstance(error, NonFiniteError):
+            raise
         latest = f"last good checkpoint: {checkpoints.latest or 'none (see --checkpoint_every)'}"
         raise NonFiniteError(f"{error}. {latest[0].upper()}{latest[1:]}") from error
     finally:
+        _close(progress)
         checkpoints.close()
     return stopped
+
+
+def _show(progress: tqdm, report: dict[str, Any] | None) -> None:
+    """One step more. A screen that is gone, as with a pipe whose reader has ended, is no reason to stop."""
+    with suppress(OSError):
+        progress.update()
+        if report is not None:
+            progress.set_postfix(_shown(report))
+
+
+def _close(progress: tqdm) -> None:
+    with suppress(OSError):
+        progress.close()
 
 
 def _save(
@@ -293,11 +310,11 @@ class Trainer:
             gradients = {name: parameter.grad for name, parameter in self.sae.named_parameters()}
             found = f"the gradient{where} is not finite: {first_not_finite(gradients) or 'its norm'}"
         if found is None:
-            self.guard.meet(f"another process found that {kind} are not finite{where}", None, {}, _ADVICE)
+            self.guard.meet_in_step(f"another process found that {kind} are not finite{where}", None, {}, _ADVICE)
         else:
             layer = self.sae.config.layer or 0
             advice = "look at where they come from" if kind == "activations" else _ADVICE
-            self.guard.meet(found, batch.origins, {layer: activations}, advice)
+            self.guard.meet_in_step(found, batch.origins, {layer: activations}, advice)
 
     def _revive(self, activations: Tensor, output: SelOrthoOutput) -> None:
         """Resample the dead features of a ReLU SAE, at its steps."""
@@ -327,7 +344,7 @@ class Trainer:
         self._adam.step()
         if self.scaler is not None and self.scaler.get_scale() < scale <= 1:
             # a scale that is too large is nothing to speak of, but this one enlarges nothing
-            self.guard.meet("the gradient is not finite", batch.origins, batch.by_layer, _ADVICE)
+            self.guard.meet_in_step("the gradient is not finite", batch.origins, batch.by_layer, _ADVICE)
         self.optimizer.zero_grad()
         self.sae.normalize_decoder()
         if not all(bool(is_finite(weights)) for weights in self.sae.parameters()):

@@ -50,6 +50,8 @@ class SAEOptimizer:
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of [`tensors`]; raises KeyError if one is missing, ValueError if it has another shape."""
+        if not tensors:  # it had taken no step, as when all batches were skipped
+            return
         parameters = self.adam.param_groups[0]["params"]
         for (name, weight), parameter in zip(self.sae.named_parameters(), parameters, strict=True):
             saved = {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..activations.disk import LOCK, reason, replace_file, sync
+from ..activations.disk import LOCK, is_full, reason, replace_file, sync
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 
@@ -24,11 +27,27 @@ METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "
 TIMINGS_LOG = "timings.jsonl"
 PICTURES, CHECKPOINTS, TRACKERS, DEBUG = "pictures", "checkpoints", "trackers", "debug"
 _SAVING = ".saving.tmp"
-_OWN_FILES = (METRICS_LOG, TIMINGS_LOG, METRICS, RUN, CARD, "config.json", "model.safetensors")
-_OWN_FOLDERS = (PICTURES, CHECKPOINTS, TRACKERS, DEBUG, _SAVING)
+_ATTEMPTS = 5  # to write a line on a full disk, a second apart
+_REPLACED = ".replaced.tmp"  # checkpoints on their way out
+_OWN_FOLDERS = (PICTURES, TRACKERS, _SAVING)
+_OWN_FILES = (
+    CARD,
+    "config.json",
+    "model.safetensors",
+    METRICS,
+    TIMINGS_LOG,
+    METRICS_LOG,
+    RUN,
+)  # the last ones tell a run
+# what these folders, which others may have too, hold of ours
+_ENTRIES = {
+    CHECKPOINTS: re.compile(r"(damaged_)?step_\d{6,12}|\.step_\d{6,12}\.tmp"),
+    DEBUG: re.compile(r"\.?step_\d{6,12}\w*\.safetensors(\.tmp)?"),
+    TRACKERS: re.compile(r"hf_selortho"),
+}
 _MEMBER = re.compile(r"layer_\d+(_[a-z0-9-]+)?")  # folder of one of several SAEs
 _LOGS = (METRICS_LOG, TIMINGS_LOG)
-_UNFINISHED = {LOCK, *_LOGS, *(f".{name}.tmp" for name in _LOGS), CHECKPOINTS, TRACKERS, DEBUG}
+_UNFINISHED = {LOCK, *_LOGS, *(f".{name}.tmp" for name in _LOGS), CHECKPOINTS, TRACKERS, DEBUG, _REPLACED}
 _LIBRARIES = (
     "hf_selortho", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "safetensors",
     "tokenizers", "numpy",
@@ -69,11 +88,19 @@ def holds_unfinished_run(folder: Path) -> bool:
     """Whether the folder is what a run leaves that died before its first checkpoint (or is empty or missing)."""
     if not folder.is_dir():
         return True
-    names = {entry.name for entry in folder.iterdir()}
-    members = {name for name in names if _MEMBER.fullmatch(name)}
-    return names - members <= _UNFINISHED and all(
-        {entry.name for entry in (folder / name).iterdir()} <= _UNFINISHED for name in members
-    )
+    members = [path for path in folder.iterdir() if _MEMBER.fullmatch(path.name) and path.is_dir()]
+    return _holds_only_ours(folder, members) and all(_holds_only_ours(member, []) for member in members)
+
+
+def _holds_only_ours(folder: Path, members: list[Path]) -> bool:
+    """Whether all that is in a folder, but for the folders of SAEs, may be what a run leaves before it is finished."""
+    rest = {path for path in folder.iterdir() if path not in members}
+    inside = ((entry.name, own) for name, own in _ENTRIES.items() for entry in _entries(folder / name))
+    return {path.name for path in rest} <= _UNFINISHED and all(own.fullmatch(name) for name, own in inside)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _holds_run(folder: Path) -> bool:
@@ -82,8 +109,12 @@ def _holds_run(folder: Path) -> bool:
     return any((place / name).is_file() for place in (folder, *members) for name in (RUN, METRICS_LOG))
 
 
-def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> None:
+def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool, since: float = math.inf) -> None:
     """Create the output folder, or remove an earlier run's files if `overwrite`; nobody else's are ever removed.
+
+    Args:
+        folder, overwrite, resuming: as for [`check_output_folder`], which has been asked.
+        since: seconds of the epoch; batches that were kept in `debug/` since then are of this run, and stay.
 
     Raises:
         SelOrthoError: the folder cannot be created.
@@ -91,7 +122,7 @@ def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> N
     if overwrite and not resuming:
         members = [path for path in folder.glob("layer_*") if _MEMBER.fullmatch(path.name)]
         for place in (folder, *members):
-            _remove_run(place)
+            _remove_run(place, since)
         for path in members:
             if not any(path.iterdir()):
                 path.rmdir()
@@ -103,11 +134,25 @@ def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> N
         ) from None
 
 
-def _remove_run(folder: Path) -> None:
-    for name in _OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
+def _remove_run(folder: Path, since: float) -> None:
+    """In an order in which what is left by a kill is still known as a run, and never resumed."""
+    replaced = folder / _REPLACED
+    shutil.rmtree(replaced, ignore_errors=True)
+    for path in _entries(folder / CHECKPOINTS):
+        if _ENTRIES[CHECKPOINTS].fullmatch(path.name):
+            replaced.mkdir(exist_ok=True)
+            path.rename(replaced / path.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for path in _entries(folder / DEBUG):
+        if _ENTRIES[DEBUG].fullmatch(path.name) and path.stat().st_mtime < since:
+            path.unlink()
+    for name in (CHECKPOINTS, DEBUG):
+        with suppress(OSError):  # something of somebody else is in it, or of this run
+            (folder / name).rmdir()
     for name in _OWN_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,7 +169,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """[`write_text`] of JSON; NaN and infinity become null."""
-    write_text(path, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
 
 
 def cannot_write(path: Path, error: OSError) -> SelOrthoError:
@@ -205,8 +250,7 @@ class MetricsLog:
         for name, row in rows.items():
             self._files[name].append(row)
             try:
-                with (self.folder / name).open("ab") as file:
-                    file.write(_line(row).encode())
+                _append(self.folder / name, _line(row).encode())
             except OSError as error:
                 raise cannot_write(self.folder / name, error) from error
 
@@ -238,6 +282,22 @@ class MetricsLog:
             if values and key not in ("step", "tokens"):
                 means[key] = sum(values) / len(values)
         return means
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line whole or not at all. On a full disk, wait a little: a checkpoint that finds no room goes again."""
+    for attempt in range(_ATTEMPTS):
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) == len(line):
+                    return
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # there was room for some of it
+            except OSError as error:
+                file.truncate(end)
+                if not is_full(error) or attempt == _ATTEMPTS - 1:
+                    raise
+        time.sleep(1)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -284,15 +344,15 @@ def _processor_name() -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_jsonable(row), allow_nan=False) + "\n"
+    return json.dumps(jsonable(row), allow_nan=False) + "\n"
 
 
-def _jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: what could not be measured becomes null."""
+def jsonable(value: Any) -> Any:
+    """A value as JSON has it, without NaN and infinity: what could not be measured becomes null, a tuple a list."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -40,4 +41,5 @@ class StopSignals:
                 f"\n{_NAMES[signal.Signals(number)]}: finishing the step and writing a checkpoint; "
                 f"Ctrl-C or kill -INT {os.getpid()} stops at once\n"
             )
-            os.write(2, words.encode())  # sys.stderr may be in the middle of a line of somebody else
+            with suppress(OSError):  # nobody may be listening any more
+                os.write(2, words.encode())  # sys.stderr may be in the middle of a line of somebody else

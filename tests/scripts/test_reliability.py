@@ -150,6 +150,64 @@ def test_a_checkpoint_that_does_not_fit_is_refused_though_its_hashes_do(argument
     verify(folder)
 
 
+def test_a_checkpoint_that_does_not_fit_can_be_moved_away(arguments, tmp_path) -> None:
+    train.main(arguments(max_steps=4, checkpoint_every=2, eval_samples=0))
+    newest = tmp_path / "run" / "checkpoints" / "step_000004"
+    save_file({}, newest / "process_0.safetensors")
+    rewrite_manifest(newest, "process_0.safetensors")
+    with pytest.raises(SelOrthoError, match="move it away to resume from an earlier one"):
+        train.main(arguments(resume_from_checkpoint="auto"))
+    before = newest.with_name("step_000002")
+    with pytest.raises(SelOrthoError, match="step_000004 is later than .*step_000002: resume from it, move it away"):
+        train.main(arguments(resume_from_checkpoint=before))
+    shutil.move(newest, tmp_path)
+    train.main(arguments(resume_from_checkpoint="auto", eval_samples=0))
+    assert len(rows_of(tmp_path / "run")) == 12
+
+
+def test_an_earlier_checkpoint_may_be_named_where_the_later_one_is_damaged(arguments, tmp_path, caplog) -> None:
+    train.main(arguments(max_steps=4, checkpoint_every=2, eval_samples=0))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step_000002", checkpoints / "best")
+    with pytest.raises(SelOrthoError, match="best has not the name of a checkpoint, step_N: give it that, or move it"):
+        train.main(arguments(resume_from_checkpoint=checkpoints / "best"))
+    flip(checkpoints / "step_000004" / "trainer.json")
+    train.main(arguments(resume_from_checkpoint=checkpoints / "step_000002", eval_samples=0))
+    assert "trainer.json is damaged" in caplog.text and len(rows_of(tmp_path / "run")) == 12
+
+
+def test_other_texts_or_activations_are_noticed_before_anything_is_replaced(
+    arguments, sample_documents, harvest, from_shards, tmp_path
+) -> None:
+    texts, settings = tmp_path / "texts.jsonl", {"max_steps": 2, "checkpoint_every": 2, "eval_samples": 0}
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample_documents))
+    train.main(arguments(dataset=texts, **settings))
+    with texts.open("a") as file:
+        file.write('{"text": "One more document, which was not there before."}\n')
+    with pytest.raises(SelOrthoError, match=r"made on other activations \(texts '\w{64}' -> '\w{64}'\); restore what"):
+        train.main(arguments(dataset=texts, max_steps=4, resume_from_checkpoint="auto"))
+
+    acts = tmp_path / "acts"
+    shutil.copytree(harvest, acts)
+    train.main(from_shards(acts, output_dir=tmp_path / "first", **settings))
+    train.main(from_shards(acts, output_dir=tmp_path / "second", **settings))
+    manifest = json.loads((acts / "manifest.json").read_text())
+    (acts / "manifest.json").write_text(json.dumps(manifest, indent=3))  # other bytes, as of another harvest
+    before = contents(tmp_path / "second")
+    checkpoint = tmp_path / "first" / "checkpoints" / "step_000002"
+    argv = from_shards(acts, output_dir=tmp_path / "second", resume_from_checkpoint=checkpoint)
+    with pytest.raises(SelOrthoError, match="made on other activations .activations"):
+        train.main([*argv, "--overwrite_output_dir"])
+    assert contents(tmp_path / "second") == before
+
+
+def test_settings_without_a_limit_are_the_same_in_the_checkpoint(arguments, tmp_path) -> None:
+    without = {"loss_spike_factor": "inf", "max_grad_norm": "inf", "eval_samples": 0}
+    train.main(arguments(max_steps=2, checkpoint_every=2, **without))
+    train.main(arguments(resume_from_checkpoint="auto", **without))
+    assert len(rows_of(tmp_path / "run")) == 12
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path) -> None:
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.5}
     for step, loss in losses.items():
@@ -337,6 +395,13 @@ def test_a_batch_that_is_skipped_changes_nothing_and_is_counted(shards, from_sha
     train.main(from_shards(acts, **settings, resume_from_checkpoint="auto"))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert contents(tmp_path / "run")["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+    # stopped at the first one, it is resumed as its last words say
+    stopping = from_shards(acts, **{**settings, "non_finite": "stop"}, checkpoint_every=1, output_dir=tmp_path / "stop")
+    with pytest.raises(NonFiniteError, match="or pass --non_finite skip to leave such batches out"):
+        train.main(stopping)
+    go_on = {"output_dir": tmp_path / "stop", "resume_from_checkpoint": "auto"}
+    train.main(from_shards(acts, **settings, **go_on))
+    assert (tmp_path / "stop" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     # one more than allowed stops it
     with pytest.raises(NonFiniteError, match="batch number 1 that is not finite, more than --max_skipped 0"):
         train.main(from_shards(acts, **settings, max_skipped=0, output_dir=tmp_path / "other"))
@@ -344,7 +409,10 @@ def test_a_batch_that_is_skipped_changes_nothing_and_is_counted(shards, from_sha
 
 def test_of_several_saes_only_the_one_in_trouble_skips(shards, from_shards, tmp_path) -> None:
     variants = '{"wild": {"l1_coefficient": 1e30}}'
-    train.main(from_shards(shards(0, 0.0), variants=variants, non_finite="skip", max_skipped=12))
+    acts = shards(0, 0.0)
+    settings = {"variants": variants, "non_finite": "skip", "max_skipped": 12}
+    train.main(from_shards(acts, **settings, max_steps=5, checkpoint_every=5))
+    train.main(from_shards(acts, **settings, resume_from_checkpoint="auto"))  # of an optimiser without a step, too
     assert len(rows_of(tmp_path / "run" / "layer_1")) == 12
     assert rows_of(tmp_path / "run" / "layer_1")[-1]["skipped_steps"] == 0
     assert rows_of(tmp_path / "run" / "layer_1_wild") == []
@@ -442,6 +510,22 @@ def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path) -> None:
     errors = process.communicate(timeout=20)[1]
     assert time.monotonic() - started < 5 and process.returncode == -signal.SIGINT
     assert re.search(r"Ctrl-C: finishing the step and writing a checkpoint; Ctrl-C or kill -INT \d+ stops", errors)
+
+
+def test_a_screen_that_is_gone_does_not_keep_it_from_stopping_well(arguments, tmp_path) -> None:
+    """As with `train.py 2>&1 | tee log`, whose `tee` ends by the same Ctrl-C."""
+    run = tmp_path / "run"
+    process = start(arguments(max_steps=100_000, eval_samples=0, output_dir=run))
+    wait_for(lambda: is_training(run), process)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    time.sleep(1)  # the progress bar has nowhere to go
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    (name,) = checkpoints_of(run)
+    verify(run / "checkpoints" / name)
 
 
 def test_a_run_without_checkpoints_writes_one_when_it_is_stopped(arguments, tmp_path) -> None:

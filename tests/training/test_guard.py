@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import statistics
 
 import pytest
@@ -18,8 +19,9 @@ from hf_selortho.activations.buffer import ActivationBatch
 from hf_selortho.activations.capture import TokenOrigins
 from hf_selortho.errors import NonFiniteError
 from hf_selortho.training.arguments import RunArguments
+from hf_selortho.training.checkpoint import Checkpoints
 from hf_selortho.training.guard import SPIKE_WINDOW, LossSpikes, NonFiniteGuard, first_not_finite, is_finite
-from hf_selortho.training.loop import Trainer
+from hf_selortho.training.loop import Trainer, train_together
 
 D_IN, TOKENS = 16, 64
 
@@ -136,6 +138,56 @@ def test_batches_of_one_step_do_not_replace_each_other(tmp_path) -> None:
         guard.meet("it", None, {}, "do this")
     names = ["step_000007_rank_1.safetensors", "step_000007_rank_1_2.safetensors", "step_000007_rank_1_3.safetensors"]
     assert sorted(path.name for path in (tmp_path / "debug").iterdir()) == names
+
+
+def test_a_batch_that_several_saes_meet_counts_once_and_is_kept_once_for_each_layer(tmp_path) -> None:
+    guard = NonFiniteGuard(tmp_path, "skip", limit=2)
+    for step in (1, 2):
+        guard.step, batch = step, batch_of(step)
+        for layer in (3, 3, 8, 3):
+            guard.meet_in_step("it", batch.origins, {layer: batch.by_layer[0]}, "do this")
+    assert guard.skipped == 2
+    names = [
+        "step_000001.safetensors",
+        "step_000001_2.safetensors",
+        "step_000002.safetensors",
+        "step_000002_2.safetensors",
+    ]
+    assert sorted(path.name for path in (tmp_path / "debug").iterdir()) == names
+    guard.step = 3
+    with pytest.raises(NonFiniteError, match="batch number 3 .*more than --max_skipped 2"):
+        guard.meet_in_step("it", None, {}, "do this")
+
+
+class Batches:
+    """The least that a source of batches is."""
+
+    def next_batch(self) -> ActivationBatch:
+        return batch_of(0)
+
+    def state_dict(self):
+        return {}, {}
+
+    def hold(self, reader: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_signal_after_the_last_step_stops_before_the_evaluation(every, accelerator, tmp_path) -> None:
+    trainer = make_trainer(accelerator)
+    arguments = dataclasses.replace(trainer.arguments, max_steps=3, checkpoint_every=every)
+    checkpoints = Checkpoints(accelerator, tmp_path, {}, every)
+    looks = []
+
+    class Late:
+        @property
+        def received(self) -> int | None:
+            looks.append(trainer.state.step)
+            return signal.SIGTERM if looks.count(3) > 1 else None  # the loop has seen that it is done
+
+    assert train_together([trainer], Batches(), arguments, checkpoints, Late()) == signal.SIGTERM
+    assert checkpoints.latest is not None and checkpoints.latest.name == "step_000003"
+    assert train_together([trainer], Batches(), arguments, Checkpoints(accelerator, tmp_path, {}), None) is None
 
 
 @pytest.mark.parametrize("value", [0.0, 3e38, torch.inf, -torch.inf, torch.nan])

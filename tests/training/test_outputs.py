@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 
 import pytest
 
@@ -29,6 +31,63 @@ def test_overwriting_removes_a_run_and_nothing_else(tmp_path) -> None:
         "data/x.csv",
         "thesis.tex",
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/epoch_3.bin", "debug/notes.txt", "trackers/mine/x", "layer_3/debug/a.log"]
+)
+def test_folders_of_others_with_the_same_names_are_no_run(name, tmp_path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(SelOrthoError, match="holds no run of this script, so nothing in it is overwritten"):
+        check_output_folder(tmp_path, overwrite=True, resuming=False)
+    (tmp_path / "metrics.jsonl").write_text("")  # of a run that somebody has put beside it
+    if not name.startswith("trackers"):
+        prepare_output_folder(
+            check_output_folder(tmp_path, overwrite=True, resuming=False), overwrite=True, resuming=False
+        )
+        assert (tmp_path / name).read_text() == "years of work" and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_an_interrupted_run_leaves_can_be_overwritten(tmp_path) -> None:
+    for name in (".lock", "checkpoints/.step_000010.tmp/x.json", "debug/step_000001_rank_1_2.safetensors",
+                 "trackers/hf_selortho/events", "layer_3/.metrics.jsonl.tmp"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    check_output_folder(tmp_path, overwrite=True, resuming=False)
+    prepare_output_folder(tmp_path, overwrite=True, resuming=False)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock", ".metrics.jsonl.tmp"]
+
+
+def test_batches_kept_by_the_run_itself_are_not_removed(tmp_path) -> None:
+    (tmp_path / "debug").mkdir()
+    for number in (1, 2):
+        (tmp_path / "debug" / f"step_00000{number}.safetensors").write_text("x")
+    os.utime(tmp_path / "debug" / "step_000001.safetensors", (1000, 1000))
+    (tmp_path / "metrics.jsonl").write_text("")
+    prepare_output_folder(tmp_path, overwrite=True, resuming=False, since=2000)
+    assert [path.name for path in (tmp_path / "debug").iterdir()] == ["step_000002.safetensors"]
+
+
+def test_a_row_waits_for_a_checkpoint_that_finds_no_room_to_go_again(small_disks) -> None:
+    disk = small_disks("64k")
+    if not disk.mounted:
+        pytest.skip("no file system may be mounted here")
+    log = MetricsLog(disk.folder)
+    filler = disk.folder / "filler"
+    row = {"loss": 1.0, "note": "x" * 3000}
+    log.add({"step": 1, **row}, {})
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(b"x" * 1000)
+    with pytest.raises(SelOrthoError, match="the disk is full; make room there"):
+        for step in range(2, 9):
+            log.add({"step": step, **row}, {})
+    lines = (disk.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, len(lines) + 1)]
+    threading.Timer(1.5, filler.unlink).start()
+    log.add({"step": 9, **row}, {})
+    assert json.loads((disk.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 9
 
 
 def test_a_file_in_the_way(tmp_path) -> None:
