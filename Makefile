@@ -15,8 +15,8 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# The order is that of tests/conftest.py, and what it groups stays together.
-PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+# The tests of a file stay together, since they share fixtures; the order of the files is that of tests/conftest.py.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What `accelerate launch` would otherwise guess, with a warning for each; plain `accelerate launch scripts/train.py` does the same.
 # --quiet: a mistake stays one line, without a traceback of accelerate's own below it.

@@ -64,8 +64,7 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(4, torch.get_num_threads()))  # on models this small, more only wait for one another
 
 FIXTURES_OF_THE_REAL_MODEL = {"embedded_lm"}
-# Under `pytest -n`, the tests of a file stay together, since they share fixtures, but for those of these files.
-FILES_THAT_MAY_BE_DIVIDED = {"test_faults.py", "test_fuzzing.py", "test_data_parallel.py", "test_cache_killed.py"}
+LONGEST_FILES = {"test_fuzzing.py", "test_faults.py"}
 
 
 def pytest_unconfigure() -> None:
@@ -74,8 +73,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own `-m` deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that needs the real Gemma is slow, whether or not its author remembered to say so; slow ones come first,
-    so that under `pytest -n` no worker begins with one when the others are done."""
+    """A test that needs the real Gemma is slow, whether or not its author remembered to say so; files with slow ones
+    come first, so that under `pytest -n` no worker begins with one when the others are done."""
     slow_files = set()
     for item in items:
         if FIXTURES_OF_THE_REAL_MODEL & set(getattr(item, "fixturenames", ())):
@@ -83,10 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow"):
             slow_files.add(item.path)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: (item.path not in slow_files, item.path.name != "test_fuzzing.py"))
-        for item in items:
-            name = item.nodeid if item.path.name in FILES_THAT_MAY_BE_DIVIDED else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(name))
+        items.sort(key=lambda item: (item.path.name not in LONGEST_FILES, item.path not in slow_files))
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -166,6 +166,15 @@ def test_compressed_files_are_looked_into(suffix, opened, tmp_path: Path) -> Non
         open_documents(TextSource(dataset=str(path)))
 
 
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.csv.bz2", "texts.txt"])
+def test_a_compressed_file_with_the_name_of_another_is_refused(name, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "First words"}\n'))
+    with pytest.raises(
+        SelOrthoError, match=r"is compressed \(\.gz\), but its name does not end so: name it as what it is"
+    ):
+        open_documents(TextSource(dataset=str(tmp_path / name)))
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
 def test_a_compressed_file_that_would_fill_the_disk_is_refused(suffix, pack, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(compressed, "HARMLESS_BYTES", 50 << 20)
