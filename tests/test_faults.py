@@ -107,14 +107,15 @@ class Process:
 class WarmRun:
     """A run of processes that have imported everything before they start, as a launcher would start them."""
 
-    def __init__(self, warm: WarmStart, arguments: list[str], processes: int) -> None:
+    def __init__(self, warm: WarmStart, command: list[str], processes: int) -> None:
         self._warm, self.output = warm, new_output()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks = [{**group, "RANK": str(n), "LOCAL_RANK": str(n)} if processes > 1 else {} for n in range(processes)]
-        self.pids = [warm.start(arguments, self.output, rank) for rank in ranks]
+        given = command[command.index("scripts/train.py") + 1 :]  # without the launcher
+        self.pids = [warm.start(given, self.output, rank) for rank in ranks]
 
     def ended(self) -> bool:
         return not any(is_alive(pid) for pid in self.pids)
@@ -218,7 +219,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(processes, 
     before_a_step = 0.0  # seconds
     with WarmStart() as warm:
         for number in range(KILLS):
-            before, run = steps_logged(folder), WarmRun(warm, resuming[len(LAUNCHERS[processes]) + 1 :], processes)
+            before, run = steps_logged(folder), WarmRun(warm, resuming, processes)
             kind = ("step", "writing", "step", "written", "start")[number % 5]
             target = int((number + generator.random()) / KILLS * (STEPS - 10 * EVERY))
             if kind == "start":
@@ -247,7 +248,7 @@ def test_told_to_stop_it_does_and_ends_as_if_nothing_had_happened(processes, sou
     resuming = [*command(processes, source, folder), "--resume_from_checkpoint", "auto"]
     with WarmStart() as warm:
         for number in range(STOPS):
-            before, run = steps_logged(folder), WarmRun(warm, resuming[len(LAUNCHERS[processes]) + 1 :], processes)
+            before, run = steps_logged(folder), WarmRun(warm, resuming, processes)
             target = int((number + generator.random()) / STOPS * (STEPS - 10 * EVERY)) + 1
             wait_for_moment("step", target, before, folder, run, generator)
             # all of them, as a cluster does, or one, and all stop after the same step

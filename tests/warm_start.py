@@ -74,7 +74,8 @@ def serve() -> None:
 
 def _become_run(order: dict[str, Any]) -> None:
     os.setsid()
-    nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # that of all processes of the run
     for target, source in enumerate((nothing, output, output)):
         os.dup2(source, target)
     os.environ.update(order["environment"])

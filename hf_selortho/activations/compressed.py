@@ -14,9 +14,7 @@ from ..errors import SelOrthoError
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BROKEN: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what a damaged one raises
-LARGEST_RATIO = (
-    250  # of text, English or not, some 3 to 30; a file of zeros reaches 1,000 with gzip and more with others
-)
+LARGEST_RATIO = 250  # texts have 3 to 30; a file of zeros 1,000 with gzip, and more with the others
 HARMLESS_BYTES = 1 << 30
 _BLOCK = 1 << 20
 # `datasets` unpacks whatever begins like this, whatever it is called

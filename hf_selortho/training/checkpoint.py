@@ -231,12 +231,9 @@ class Checkpoints:
             sae = SelOrthoSAE.from_pretrained(folder, dtype=torch.float32)
         except OSError as error:
             raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
-        differing = [
-            f"{name} {getattr(sae.config, name)!r} -> {getattr(expected, name)!r}"
-            for name in ("d_in", "lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision")
-            if getattr(sae.config, name) != getattr(expected, name)
-        ]
-        if differing:
+        names = ("d_in", "lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision")
+        wanted = {name: getattr(expected, name) for name in names}
+        if differing := _changes(sae.config.own_settings(), wanted):
             raise _other_activations(folder, differing, "pin the revisions")
         for tensor in (*sae.parameters(), *sae.buffers()):
             tensor.data = tensor.data.clone()  # out of the file, which may go
@@ -255,11 +252,7 @@ class Checkpoints:
             saved, free = {"saes": saved.get("saes")}, {*self.arguments} - {"saes"}
         if not self.arguments.get("decay_steps") and not 0 < self.arguments.get("warmup_steps", 0) < 1:
             free.add("max_steps")  # else it decides the learning rate
-        differing = [
-            f"{key} {saved.get(key)!r} -> {value!r}"
-            for key, value in self.arguments.items()
-            if key not in free and saved.get(key) != value
-        ]
+        differing = _changes(saved, {key: value for key, value in self.arguments.items() if key not in free})
         if trainer["processes"] != self.accelerator.num_processes:
             differing.append(f"processes {trainer['processes']} -> {self.accelerator.num_processes}")
         if differing:
@@ -275,13 +268,7 @@ class Checkpoints:
         Raises:
             SelOrthoError: the texts, the shards or the language model's dtype are others by now (names them).
         """
-        saved = read_json(folder, TRAINER).get("inputs", {})
-        differing = [
-            f"{name} {saved.get(name)!r} -> {value!r}"
-            for name, value in self.inputs.items()
-            if saved.get(name) != value
-        ]
-        if differing:
+        if differing := _changes(read_json(folder, TRAINER).get("inputs", {}), self.inputs):
             raise _other_activations(folder, differing, "restore what was there")
 
     @property
@@ -323,6 +310,11 @@ class Checkpoints:
             "inputs": dict(self.inputs),
             "arguments": {key: value for key, value in self.arguments.items() if key not in _FREE_ARGUMENTS},
         }
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is other now than it was saved, each in words."""
+    return [f"{key} {saved.get(key)!r} -> {value!r}" for key, value in now.items() if saved.get(key) != value]
 
 
 def _other_activations(folder: Path, differing: Sequence[str], remedy: str) -> SelOrthoError:

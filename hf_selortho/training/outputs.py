@@ -30,15 +30,8 @@ _SAVING = ".saving.tmp"
 _ATTEMPTS = 5  # to write a line on a full disk, a second apart
 _REPLACED = ".replaced.tmp"  # checkpoints on their way out
 _OWN_FOLDERS = (PICTURES, TRACKERS, _SAVING)
-_OWN_FILES = (
-    CARD,
-    "config.json",
-    "model.safetensors",
-    METRICS,
-    TIMINGS_LOG,
-    METRICS_LOG,
-    RUN,
-)  # the last ones tell a run
+# in the order in which they are removed: by the last two a run is known
+_OWN_FILES = (CARD, "config.json", "model.safetensors", METRICS, TIMINGS_LOG, METRICS_LOG, RUN)
 # what these folders, which others may have too, hold of ours
 _ENTRIES = {
     CHECKPOINTS: re.compile(r"(damaged_)?step_\d{6,12}|\.step_\d{6,12}\.tmp"),
@@ -47,7 +40,7 @@ _ENTRIES = {
 }
 _MEMBER = re.compile(r"layer_\d+(_[a-z0-9-]+)?")  # folder of one of several SAEs
 _LOGS = (METRICS_LOG, TIMINGS_LOG)
-_UNFINISHED = {LOCK, *_LOGS, *(f".{name}.tmp" for name in _LOGS), CHECKPOINTS, TRACKERS, DEBUG, _REPLACED}
+_UNFINISHED = {LOCK, *_LOGS, *(f".{name}.tmp" for name in _LOGS), *_ENTRIES, _REPLACED}
 _LIBRARIES = (
     "hf_selortho", "torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub", "safetensors",
     "tokenizers", "numpy",
