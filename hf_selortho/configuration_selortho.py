@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError, SelOrthoError
-from .saved_files import CONFIG, LOOKUP, find_file, read_object
+from .errors import ConfigError
+from .saved_files import CONFIG, LOOKUP, find_file, no_such_sae, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -170,13 +170,11 @@ class SelOrthoConfig(PreTrainedConfig):
         """
         name = os.fspath(pretrained_model_name_or_path)
         lookup = {key: kwargs.pop(key) for key in LOOKUP if key in kwargs}
-        for key in ("_from_auto", "_from_pipeline", "gguf_file", "trust_remote_code"):
+        for key in ("_from_auto", "_from_pipeline", "gguf_file", "trust_remote_code", "code_revision"):
             kwargs.pop(key, None)
         path = Path(name) if os.path.isfile(name) else find_file(name, CONFIG, lookup)
         if path is None:
-            raise SelOrthoError(
-                f"cannot load the SAE {name!r}: it holds no {CONFIG}; expected a folder or repository of one"
-            )
+            raise no_such_sae(name, lookup)
         content = read_object(path)
         if (kind := content.get("model_type", cls.model_type)) != cls.model_type:
             raise ConfigError(f"{path} has model_type={_SHORT.repr(kind)}, expected {cls.model_type!r}: this is no SAE")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -58,6 +59,19 @@ class PenaltyPlan:
     coefficient: float | None = None  # in place of the config's ortho_coefficient, when it is steered
     seed: int = 0  # of the chunks of ortsae
     select: Callable[[Tensor | ActiveFeatures], Pairs] | None = None  # in place of the model's own selection
+
+
+def _package_module(name: str, method: str) -> Any:
+    """A module of the layers above, for a method that users look for here.
+
+    By name and at the call: this file also lives on the Hub, without the package.
+    """
+    try:
+        return importlib.import_module(f"hf_selortho.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "hf_selortho":
+            raise
+        raise SelOrthoError(f"SelOrthoSAE.{method} needs the package: pip install hf_selortho") from error
 
 
 def weight_shapes(config: SelOrthoConfig) -> dict[str, tuple[int, ...]]:
@@ -169,6 +183,32 @@ class SelOrthoSAE(PreTrainedModel):
         model.store_by_feature()
         model.name_or_path = model.config.name_or_path = name
         return (model, info) if wants_info else model
+
+    def capture(self, texts: Sequence[str], lm: Any = None) -> Any:
+        """Tokens and feature activations of each text, read as in training: language model, hook, contexts, BOS.
+
+        Args:
+            texts: any strings.
+            lm: another language model than the one of the training, loaded or by name.
+
+        Returns:
+            A list of `hf_selortho.features.TokenFeatures`.
+
+        Raises:
+            SelOrthoError: as `hf_selortho.features.FeatureCapture`, or this class has been copied out of its package.
+        """
+        return _package_module("features", "capture").FeatureCapture(self, lm).capture(texts)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Publish the SAE: weights, config, model card and an export for SAELens, in one commit.
+
+        Takes the arguments of `hf_selortho.hub.push.push_sae` and returns what that does. Evaluation, pictures and the
+        facts of the training are in the folder of the run: `hf_selortho.hub.push.push_run` publishes them too.
+
+        Raises:
+            SelOrthoError: the Hub does not let it, or this class has been copied out of its package.
+        """
+        return _package_module("hub.push", "push_to_hub").push_sae(self, repo_id, **kwargs)
 
     @torch.no_grad()
     def set_input_statistics(self, mean: Tensor, scale: float) -> None:

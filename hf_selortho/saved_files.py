@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
 
 from .errors import ConfigError, SelOrthoError
+from .hub_access import LOOKUP_ERRORS, hub_error, unreachable
+from .repository_contents import contents_in_words, listed
 from .safe_paths import snapshot_of, target_outside
 
 CONFIG = "config.json"
@@ -21,6 +25,7 @@ LOOKUP = ("cache_dir", "force_download", "local_files_only", "proxies", "revisio
 _LARGEST_JSON = _LARGEST_HEADER = 1 << 20  # bytes; an SAE's have a few thousand
 _DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
 _SHOWN = 5  # names in a message
+_HASHES = {64: hashlib.sha256, 40: hashlib.sha1}  # by the number of hexadecimal digits
 
 
 def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
@@ -32,7 +37,8 @@ def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
         lookup: those arguments of `from_pretrained` that say where to look ([`LOOKUP`]).
 
     Raises:
-        SelOrthoError: the repository is unknown or unreachable, or the file is a link that leads out of the folder.
+        SelOrthoError: the repository or its revision is unknown, gives no access or cannot be reached, or the file is a
+            link that leads out of the folder, or its bytes are not those of the Hub.
     """
     if os.path.isdir(name):
         path = Path(name, lookup.get("subfolder") or "", file)
@@ -40,12 +46,19 @@ def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
             return None
         if outside := target_outside(Path(name), path):
             raise SelOrthoError(f"{path} leads out of {name}, to {outside}: put the file itself into the folder")
+        check_download(path)
         return path
+    where = {key: value for key, value in lookup.items() if key != "proxies"}  # a setting of the client by now
     try:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **lookup)
-    except OSError as error:
-        raise SelOrthoError(f"cannot load the SAE {name!r}: {_brief(error)}") from error
-    return None if found is None else Path(found)
+        path = Path(hf_hub_download(name, file, **where))
+    except LocalEntryNotFoundError as error:
+        raise unreachable("SAE", name, local_only=bool(lookup.get("local_files_only"))) from error
+    except EntryNotFoundError:
+        return None
+    except LOOKUP_ERRORS as error:
+        raise hub_error(error, "SAE", name, lookup.get("revision"), lookup.get("token")) from error
+    check_download(path)
+    return path
 
 
 def at_one_commit(name: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +118,31 @@ def read_weights(
         return {key: file.get_tensor(key) for file in files.values() for key in file.keys()}
 
 
+def check_download(path: Path) -> None:
+    """Compare a file of huggingface_hub's cache with the hash under which the Hub keeps it.
+
+    The cache calls a file what the Hub has named as its hash: sha256 of the bytes for large files, such as weights, and
+    git's sha1 for small ones. huggingface_hub compares sizes alone. Files of other folders pass.
+
+    Raises:
+        SelOrthoError: the bytes are others.
+    """
+    target = path.resolve()
+    if snapshot_of(path) is None or target.parent.name != "blobs" or len(target.name) not in _HASHES:
+        return
+    digest = _HASHES[len(target.name)]()
+    if digest.name == "sha1":
+        digest.update(f"blob {target.stat().st_size}\0".encode())
+    with target.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    if digest.hexdigest() != target.name:
+        raise SelOrthoError(
+            f"{path} was damaged on its way or on this disk: its {digest.name} is {digest.hexdigest()[:12]}..., the "
+            f"Hub's is {target.name[:12]}...; load it again with force_download=True"
+        )
+
+
 def _weight_files(name: str, lookup: Mapping[str, Any], variant: str | None) -> list[Path]:
     infix = f".{variant}" if variant else ""
     single, index = f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"
@@ -113,8 +151,20 @@ def _weight_files(name: str, lookup: Mapping[str, Any], variant: str | None) -> 
     if path := find_file(name, index, lookup):
         return [_part(name, part, path, lookup) for part in _parts(path)]
     raise SelOrthoError(
-        f"cannot load the SAE {name!r}: it holds no {single}; other formats, such as pytorch_model.bin, can run code "
-        "when they are loaded and are never read: save the SAE with save_pretrained"
+        f"cannot load the SAE {name!r}: it holds no {in_subfolder(single, lookup)}; other formats, such as "
+        "pytorch_model.bin, can run code when they are loaded and are never read: save the SAE with save_pretrained"
+    )
+
+
+def in_subfolder(file: str, lookup: Mapping[str, Any]) -> str:
+    """Path of a file from the top of its repository."""
+    return f"{folder}/{file}" if (folder := lookup.get("subfolder")) else file
+
+
+def no_such_sae(name: str, lookup: Mapping[str, Any]) -> SelOrthoError:
+    """The error for a folder or repository without the config of an SAE; it says what is there instead."""
+    return SelOrthoError(
+        f"cannot load the SAE {name!r}: it holds no {in_subfolder(CONFIG, lookup)}; {contents_in_words(name, lookup)}"
     )
 
 
@@ -168,7 +218,7 @@ def _check_tensors(name: str, files: Mapping[Path, Any], shapes: Mapping[str, tu
     missing, unexpected = shapes.keys() - found.keys(), found.keys() - shapes.keys()
     if missing or unexpected:
         faults = {"missing": missing, "unexpected": unexpected}
-        said = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
+        said = "; ".join(f"{kind}: {listed(names, _SHOWN)}" for kind, names in faults.items() if names)
         raise SelOrthoError(f"{name} does not hold the weights of a SelOrthoSAE ({said}): is it another kind of model?")
 
 
@@ -176,9 +226,3 @@ def _brief(error: Exception) -> str:
     """The message of an exception on one line, without the whole file that it may quote."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(name[:100] for name in shown[:_SHOWN]) + more

@@ -30,7 +30,8 @@ from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.shards import ActivationStore
 from hf_selortho.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
-from hf_selortho.hub.report import MemberReport, metrics_table, summary_table, write_report, write_summary
+from hf_selortho.hub.report import metrics_table, summary_table, write_report, write_summary
+from hf_selortho.hub.summary import SaeReport
 from hf_selortho.memory_use import available_memory, memory_now, peak_memory
 from hf_selortho.process_watch import ProcessWatch
 from hf_selortho.training.arguments import RunArguments, TrainingArguments, parse_arguments, sae_config
@@ -168,9 +169,7 @@ class Run:
         reports = self._write_reports(evaluations, info)
         sys.stdout.write(closing_words(self.output, reports, info))
 
-    def _write_reports(
-        self, evaluations: list[Evaluation] | list[None], run_info: dict[str, Any]
-    ) -> list[MemberReport]:
+    def _write_reports(self, evaluations: list[Evaluation] | list[None], run_info: dict[str, Any]) -> list[SaeReport]:
         """Write what the run has to say of each SAE, and of all of them together where there are several.
 
         Args:
@@ -187,13 +186,14 @@ class Run:
                     "steps": trainer.state.step,
                     "tokens": trainer.state.tokens,
                 },
+                "training_start": trainer.log.mean_of_first(LAST_STEPS),
                 "data": {**self.totals, "held_out_fraction": self.arguments.data.held_out_fraction},
             }
-            folder = self.output / member.name
-            info = {**run_info, "arguments": {**member.arguments.flat(), "output_dir": str(folder)}}
+            info = {**run_info, "arguments": {**member.arguments.flat(), "output_dir": str(self.output / member.name)}}
             arrays = evaluation.arrays if evaluation else {}
-            write_report(folder, trainer.sae.config, metrics, info, trainer.log.rows, arrays)
-            reports.append(MemberReport(member.name, member.layer, member.variant, trainer.sae.config, metrics))
+            reports.append(
+                write_report(self.output, member.name, trainer.sae.config, metrics, info, trainer.log.rows, arrays)
+            )
         if self.members[0].name:
             write_summary(self.output, reports, {**run_info, "arguments": self.arguments.flat()})
         return reports
@@ -380,7 +380,7 @@ def evaluate(
     )
 
 
-def closing_words(output: Path, reports: list[MemberReport], run_info: dict[str, Any]) -> str:
+def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, Any]) -> str:
     """The last lines on the screen: a table of the metrics, and what to type next."""
     several = bool(reports[0].name)
     folder = str(output / reports[0].name)

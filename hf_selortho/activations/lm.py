@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hf_selortho.activations.embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 from hf_selortho.activations.fingerprint import fingerprint
-from hf_selortho.activations.hub_access import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from hf_selortho.errors import SelOrthoError
+from hf_selortho.hub_access import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 
 _AutoModel: Any = AutoModelForCausalLM  # its type hints do not know output_loading_info
 # The last three: values in its files that transformers does not expect.

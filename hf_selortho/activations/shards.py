@@ -26,9 +26,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import SelOrthoError
+from ..hub_access import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from ..safe_paths import target_outside
 from .capture import ORIGIN_NAMES, TokenOrigins
-from .hub_access import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from .tokens import Context
 
 FORMAT, FORMAT_VERSION = "hf_selortho.activations", 1

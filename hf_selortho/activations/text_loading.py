@@ -17,8 +17,8 @@ from pyarrow import ArrowException
 
 from hf_selortho.activations.compressed import BROKEN, open_file, refuse_bomb
 from hf_selortho.activations.fingerprint import fingerprint
-from hf_selortho.activations.hub_access import LOOKUP_ERRORS, one_line, resolve_commit, unreachable
 from hf_selortho.errors import SelOrthoError
+from hf_selortho.hub_access import LOOKUP_ERRORS, one_line, resolve_commit, unreachable
 
 # What `datasets` raises for a missing, damaged or unexpected file. StopIteration: a json file without a row.
 READ_ERRORS: tuple[type[Exception], ...] = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .markdown import cell, code, duration, fence, literal, mask_tokens, number, one_line
@@ -15,6 +15,7 @@ from .markdown import cell, code, duration, fence, literal, mask_tokens, number,
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
+SAELENS_FOLDER = "saelens"  # of the export, beside the SAE
 EMBEDDED_MODEL = "gemma-3-270m"
 EMBEDDED_ORIGIN = "google/gemma-3-270m"  # the embedded model is a 4-bit copy of it
 
@@ -36,40 +37,65 @@ def base_model(config: Mapping[str, Any]) -> str | None:
     return hub_id(config.get("lm_name"), config.get("lm_revision"))
 
 
-def model_facts(config: Mapping[str, Any], repo_id: str | None) -> dict[str, Any]:
-    """From the configuration: what the SAE is."""
+def model_facts(config: Mapping[str, Any], repo_id: str | None, layers: Sequence[int | None]) -> dict[str, Any]:
+    """What the SAE is, or what several SAEs have in common.
+
+    Args:
+        config: the settings that all of them share.
+        repo_id: where on the Hub they will be.
+        layers: the different layers that they read.
+    """
     lm = config.get("lm_name")
+    known = [number(layer) for layer in layers if layer is not None]
     return {
         "title": code(repo_id.split("/")[-1]) if repo_id else None,
         "lm": code(lm) if lm else None,
         "embedded_origin": EMBEDDED_ORIGIN if lm == EMBEDDED_MODEL else None,
-        "layer": number(config["layer"]) if config.get("layer") is not None else None,
+        "layer": known[0] if len(layers) == len(known) == 1 else None,
+        "layers": f"{', '.join(known[:-1])} and {known[-1]}" if len(layers) == len(known) > 1 else None,
         "hook": code(config["hook_name"]) if config.get("hook_name") else None,
-        "d_in": number(config["d_in"]),
-        "d_sae": number(config["d_sae"]),
+        "d_in": number(config["d_in"]) if config.get("d_in") else None,
+        "d_sae": number(config["d_sae"]) if config.get("d_sae") else None,
         "k": number(config["k"]) if config.get("k") else None,
         "under_gemma_terms": re.search(r"gemma(?![-_]?[4-9])", str(lm).lower()) is not None,
     }
 
 
-def usage_facts(config: Mapping[str, Any], run: Mapping[str, Any], repo_id: str | None) -> dict[str, Any]:
-    """For the code snippet, as Python literals: where the SAE is, and which language model at which revision."""
+def usage_facts(
+    config: Mapping[str, Any], run: Mapping[str, Any], repo_id: str | None, folder: str, saelens: bool
+) -> dict[str, Any]:
+    """For the code snippets, as Python literals: where the SAE is, and what is read of which language model.
+
+    Args:
+        folder: of the SAE within the repository or the run; "" if it is at the top.
+        saelens: whether the repository has an export for SAELens.
+    """
     place = repo_id or (run.get("arguments") or {}).get("output_dir") or "."
+    readable = bool(config.get("lm_name")) and config.get("layer") is not None
     return {
         "sae": literal(str(place)),
-        "lm": literal(str(config["lm_name"])) if config.get("lm_name") else None,
-        "revision": literal(str(config["lm_revision"])) if config.get("lm_revision") else None,
+        "subfolder": literal(folder) if folder else None,
+        "reads": one_line(f"{config['lm_name']} up to layer {config['layer']}") if readable else None,
         "package": "hf_selortho[demo]" if config.get("lm_name") == EMBEDDED_MODEL else "hf_selortho",
-        "prepend_bos": bool(config.get("prepend_bos", True)),
+        "d_in": int(config["d_in"]),
+        "published": repo_id is not None,
+        "saelens": literal(f"{folder}/{SAELENS_FOLDER}" if folder else SAELENS_FOLDER) if saelens else None,
     }
 
 
-def training_facts(config: Mapping[str, Any], metrics: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+def training_facts(
+    config: Mapping[str, Any], metrics: Mapping[str, Any], run: Mapping[str, Any], layers: Sequence[int | None] = ()
+) -> dict[str, Any]:
     """How the SAE came about: a table of facts, the command, every argument, the versions of the libraries."""
     command = one_line(run["command"]) if run.get("command") else None
     versions = run.get("versions") or {}
     arguments = mask_tokens(json.dumps(run["arguments"], indent=2)) if run.get("arguments") else None
-    rows = [*_source_rows(config), *_amount_rows(config, metrics), *_loss_rows(config), *_run_rows(run, metrics)]
+    rows = [
+        *_source_rows(config, layers),
+        *_amount_rows(config, metrics),
+        *_loss_rows(config),
+        *_run_rows(run, metrics),
+    ]
     return {
         "rows": rows,
         "command": command,
@@ -83,12 +109,15 @@ def _at(revision: Any) -> str:
     return f" at revision {cell(revision)}" if revision else ""
 
 
-def _source_rows(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _source_rows(config: Mapping[str, Any], layers: Sequence[int | None]) -> Iterator[tuple[str, str]]:
     if config.get("lm_name"):
         yield "Language model", cell(config["lm_name"]) + _at(config.get("lm_revision"))
     if config.get("layer") is not None:
         hook = f", the output of {cell(config['hook_name'])}" if config.get("hook_name") else ""
         yield "Activations", f"residual stream after decoder layer {number(config['layer'])} (counted from 0){hook}"
+    elif len(layers) > 1 and None not in layers:
+        after = ", ".join(number(layer) for layer in layers if layer is not None)
+        yield "Activations", f"residual stream after the decoder layers {after} (counted from 0), an SAE each"
     if config.get("dataset"):
         split = f", split {cell(config['dataset_split'])}" if config.get("dataset_split") else ""
         yield "Text", cell(config["dataset"]) + split + _at(config.get("dataset_revision"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,52 +71,69 @@ _CAPTIONS = {
 
 
 class Row(NamedTuple):
-    """Values of a metric as text; `twin` and `change` are empty where there is no twin."""
+    """Values of a metric as text, empty where there is none."""
 
     name: str
     value: str
+    seeds: str  # mean and standard deviation over the seeds
     twin: str
-    change: str
+    twin_seeds: str
+    change: str  # from the twin, of the means where there are several seeds
     meaning: str
 
 
-def evaluation_facts(metrics: Mapping[str, Any], twin: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The held-out evaluation, beside that of the twin trained without penalty where there is one."""
-    measured, other = _evaluation(metrics), _evaluation(twin or {})
+class Measured(NamedTuple):
+    """The metrics of an SAE, and of whatever stands beside it."""
+
+    metrics: Mapping[str, Any]  # content of metrics.json
+    twin: Mapping[str, Any] | None = None  # the same run with ortho_coefficient = 0
+    seeds: Sequence[Mapping[str, Any]] = ()  # the same run with other seeds
+    twin_seeds: Sequence[Mapping[str, Any]] = ()  # their twins
+
+
+def evaluation_facts(beside: Measured) -> dict[str, Any]:
+    """The held-out evaluation, beside those of other seeds and of the twins trained without penalty."""
+    metrics = beside.metrics
+    measured, other = _evaluation(metrics), _evaluation(beside.twin or {})
     counts = {
         key: number(measured[key], "count")
         for key in ("samples", "tokens", "ce_samples", "ce_tokens")
         if key in measured
     }
     return {
-        "rows": [_row(m, measured, other) for m in METRICS if m.key in measured],
+        "rows": [_row(m, beside) for m in METRICS if m.key in measured],
         "has_twin": any(m.key in other for m in METRICS),
+        **_seed_counts(beside),
+        "dead": _shown(_BY_KEY["dead_features"], measured) if measured.get("dead_features") else None,
         **{key: counts.get(key) for key in ("samples", "tokens", "ce_samples", "ce_tokens")},
         "last_steps": _last_steps(metrics),
         "headline": {key: number(measured[key], kind) for key, kind in _HEADLINE.items() if key in measured},
     }
 
 
-def penalty_facts(
-    config: Mapping[str, Any], metrics: Mapping[str, Any], twin: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def penalty_facts(config: Mapping[str, Any], beside: Measured) -> dict[str, Any]:
     """What the penalty acted on, and what it changed against the twin."""
-    measured, other = _evaluation(metrics), _evaluation(twin or {})
-    training = metrics.get("training") or {}
-    n = config["d_sae"]
-    active = config.get("penalty") in ("selective", "full") and config.get("ortho_coefficient", 0) > 0
-    pairs = n * (n - 1) // 2
+    metrics = beside.metrics
+    measured, other = _evaluation(metrics), _evaluation(beside.twin or {})
+    training, start = metrics.get("training") or {}, metrics.get("training_start") or {}
+    n = config.get("d_sae")
+    active = config.get("penalty") in ("selective", "full", "ortsae") and config.get("ortho_coefficient", 0) > 0
+    pairs = n * (n - 1) // 2 if n else None
+    share = config.get("pair_fraction")
     return {
         "kind": config["penalty"] if active else "none" if config.get("penalty") else None,
-        "pairs": number(pairs),
-        "wanted": number(math.ceil(config["pair_fraction"] * pairs)) if config.get("pair_fraction") else None,
-        "percent": number(100 * config["pair_fraction"], "exact") if config.get("pair_fraction") else None,
+        "pairs": number(pairs) if pairs else None,
+        "wanted": number(math.ceil(share * pairs)) if share and pairs else None,
+        "percent": number(100 * share, "exact") if share else None,
         "min_support": number(config["min_support"]) if config.get("min_support") else None,
         "space": "centred (Pearson) correlation" if config.get("correlation") == "pearson" else "cosine",
         "churn": number(training["pair_churn"], "percent") if _known(training.get("pair_churn")) else None,
+        "before": number(start["top_correlation"]) if _known(start.get("top_correlation")) else None,
+        "after": number(training["top_correlation"]) if _known(training.get("top_correlation")) else None,
         "unique": number(measured["unique_features"], "count") if "unique_features" in measured else None,
-        "d_sae": number(n),
-        "rows": [_row(_BY_KEY[key], measured, other) for key in _COMPARED if key in measured and key in other],
+        "d_sae": number(n) if n else None,
+        "rows": [_row(_BY_KEY[key], beside) for key in _COMPARED if key in measured and key in other],
+        **_seed_counts(beside),
     }
 
 
@@ -137,10 +155,34 @@ def _known(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _row(metric: Metric, measured: Mapping[str, Any], other: Mapping[str, Any]) -> Row:
-    value, before = measured[metric.key], other.get(metric.key)
-    change = f"{100 * (value / before - 1):+.1f}%" if before else ""
-    return Row(metric.name, _shown(metric, measured), _shown(metric, other), change, metric.meaning)
+def _seed_counts(beside: Measured) -> dict[str, int]:
+    """How many seeds the means are over, this SAE's included; 0 where there is only the one."""
+    return {
+        "seeds": 1 + len(beside.seeds) if beside.seeds else 0,
+        "twin_seeds": 1 + len(beside.twin_seeds) if beside.twin and beside.twin_seeds else 0,
+    }
+
+
+def _row(metric: Metric, beside: Measured) -> Row:
+    own = _values(metric, beside.metrics, beside.seeds)
+    others = _values(metric, beside.twin, beside.twin_seeds)
+    after, before = statistics.fmean(own), statistics.fmean(others) if others else 0
+    change = f"{100 * (after / before - 1):+.1f}%" if before else ""
+    value, twin = (_shown(metric, _evaluation(metrics or {})) for metrics in (beside.metrics, beside.twin))
+    return Row(metric.name, value, _spread(metric, own), twin, _spread(metric, others), change, metric.meaning)
+
+
+def _values(metric: Metric, first: Mapping[str, Any] | None, seeds: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The metric of an SAE and of the same with other seeds; none where the SAE itself has none."""
+    measured = [_evaluation(metrics or {}).get(metric.key) for metrics in (first, *seeds)]
+    return [] if measured[0] is None else [value for value in measured if value is not None]
+
+
+def _spread(metric: Metric, values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return ""
+    kind = "" if metric.kind == "count" else metric.kind  # a mean of numbers of features is no whole number
+    return f"{number(statistics.fmean(values), kind)} ± {number(statistics.stdev(values), kind)}"
 
 
 def _shown(metric: Metric, measured: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,25 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import SelOrthoError
 from .card_facts import base_model, hub_id, is_commit, model_facts, training_facts, usage_facts
-from .card_results import METRICS, evaluation_facts, penalty_facts, picture_facts
+from .card_results import METRICS, Measured, evaluation_facts, penalty_facts, picture_facts
 from .markdown import code, one_line
+from .summary import SaeReport, summary_rows, without_twins
 
 TEMPLATE_NAME = "model_card_template.md"
 _TAGS = ["sparse-autoencoder", "sae", "interpretability", "mechanistic-interpretability", "selective-orthogonality"]
 
 # What a value of another type or size raises on its way into the card.
 _FACT_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """What only the publisher of an SAE knows."""
+
+    repo_id: str | None = None  # where on the Hub the SAE will be; None: the card is for a folder on this machine
+    license: str | None = None  # of the *weights*, in the Hub's spelling ("apache-2.0", "gemma", "other")
+    license_link: str | None = None  # its text, where it is not one of the Hub's list
+    saelens: bool = False  # whether the repository has an export for SAELens
 
 
 def render_model_card(
@@ -34,6 +46,8 @@ def render_model_card(
     license: str | None = None,
     license_link: str | None = None,
     template: str | os.PathLike[str] | None = None,
+    seeds: Sequence[Mapping[str, Any]] = (),
+    twin_seeds: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
     """Render the card of an SAE. What is unknown is left out.
 
@@ -47,66 +61,79 @@ def render_model_card(
             Only their publisher can grant one, so there is no default: without it the card says that none is stated.
         license_link: text of the licence, where it is not one of the Hub's list.
         template: path of another Jinja template.
+        seeds, twin_seeds: metrics of the same run and of its twin with other seeds; means and spread are shown.
 
     Raises:
         SelOrthoError: the template cannot be read or rendered, or the facts are not those that a training writes.
     """
+    try:
+        sae = SaeReport("", config, Measured(metrics, twin, seeds, twin_seeds), run.get("pictures") or ())
+    except _FACT_ERRORS as error:
+        raise _wrong_facts(error) from error
+    return render_card([sae], run, Publisher(repo_id, license, license_link), template)
+
+
+def render_card(
+    saes: Sequence[SaeReport],
+    run: Mapping[str, Any],
+    publisher: Publisher = Publisher(),
+    template: str | os.PathLike[str] | None = None,
+) -> ModelCard:
+    """Render one card for one or several SAEs of a run; see [`render_model_card`]."""
     path = Path(template) if template is not None else default_template()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SelOrthoError(f"cannot read the model card template {path} ({error}): pass another template") from error
     try:
-        data = card_data(config, metrics, repo_id, license, license_link)
-        context = card_context(config, metrics, run, repo_id, twin, license, license_link)
-        card = ModelCard.from_template(data, template_str=text, **context)
+        data = card_data(saes, publisher)
+        card = ModelCard.from_template(data, template_str=text, **card_context(saes, run, publisher))
     except _template_errors() as error:
         raise SelOrthoError(f"the model card template {path} does not render ({error}): correct it") from error
     except _FACT_ERRORS as error:
-        raise SelOrthoError(
-            f"config, metrics or run hold what no training writes ({type(error).__name__}: {one_line(error)[:300]}): "
-            "take config.json, metrics.json and run.json from the folder of the run"
-        ) from error
+        raise _wrong_facts(error) from error
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
     return card
 
 
-def card_context(
-    config: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    run: Mapping[str, Any],
-    repo_id: str | None = None,
-    twin: Mapping[str, Any] | None = None,
-    license: str | None = None,
-    license_link: str | None = None,
-) -> dict[str, Any]:
+def card_context(saes: Sequence[SaeReport], run: Mapping[str, Any], publisher: Publisher) -> dict[str, Any]:
     """What the template is given, by who knows it: the config, the run, the evaluation, the publisher.
 
-    Strings are safe Markdown already; a template puts them where it likes.
+    "saes" has what differs between several SAEs, twins left out; "evaluation", "penalty" and "pictures" are those of
+    the first. Strings are safe Markdown already; a template puts them where it likes.
     """
+    shown = without_twins(saes)
+    first, common = shown[0], _common([sae.config for sae in shown])
+    of_each = [
+        {
+            "name": code(sae.name) if sae.name else None,
+            "evaluation": evaluation_facts(sae.measured),
+            "penalty": penalty_facts(sae.config, sae.measured),
+            "pictures": picture_facts(sae.pictures),
+        }
+        for sae in shown
+    ]
+    layers = list(dict.fromkeys(sae.config.get("layer") for sae in shown))
     return {
-        "model": model_facts(config, repo_id),
-        "usage": usage_facts(config, run, repo_id),
-        "training": training_facts(config, metrics, run),
-        "evaluation": evaluation_facts(metrics, twin),
-        "penalty": penalty_facts(config, metrics, twin),
-        "pictures": picture_facts(run.get("pictures") or []),
-        "dataset_name": code(config["dataset"]) if config.get("dataset") else None,
-        "license_name": code(license) if license else None,
-        "license_url": _web_link(license_link),
+        **of_each[0],
+        "saes": of_each,
+        "summary": summary_rows(saes) if len(saes) > 1 else [],
+        "folders": [code(sae.name) for sae in saes],
+        "model": model_facts(common, publisher.repo_id, layers),
+        "usage": usage_facts(first.config, run, publisher.repo_id, first.name, publisher.saelens),
+        "training": training_facts(common, first.metrics, run, layers),
+        "dataset_name": code(common["dataset"]) if common.get("dataset") else None,
+        "license_name": code(publisher.license) if publisher.license else None,
+        "license_url": _web_link(publisher.license_link),
     }
 
 
-def card_data(
-    config: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    repo_id: str | None = None,
-    license: str | None = None,
-    license_link: str | None = None,
-) -> ModelCardData:
+def card_data(saes: Sequence[SaeReport], publisher: Publisher) -> ModelCardData:
     """The card's YAML block. Datasets and base models are named only if they are repositories of the Hub."""
-    lm, dataset = base_model(config), hub_id(config.get("dataset"), config.get("dataset_revision"))
-    results = _eval_results(config, metrics)
+    common = _common([sae.config for sae in saes])
+    lm, dataset = base_model(common), hub_id(common.get("dataset"), common.get("dataset_revision"))
+    results = [result for sae in saes for result in _eval_results(sae)]
+    name = one_line(publisher.repo_id or "sparse-autoencoder").split("/")[-1]
     return ModelCardData(
         library_name="hf_selortho",
         base_model=lm,
@@ -114,10 +141,11 @@ def card_data(
         # knows (finetune, adapter, quantized, merge), "adapter" is the one that leaves the base model as it is.
         base_model_relation="adapter" if lm else None,
         datasets=[dataset] if dataset else None,
-        license=one_line(license) if license else None,
-        license_link=_web_link(license_link),
+        license=one_line(publisher.license) if publisher.license else None,
+        license_link=_web_link(publisher.license_link),
+        pipeline_tag="feature-extraction",  # of the Hub's tasks, the one whose output are vectors of features
         tags=_TAGS,
-        model_name=one_line(repo_id or "sparse-autoencoder").split("/")[-1] if results else None,
+        model_name=name if results else None,
         eval_results=results or None,
     )
 
@@ -128,8 +156,15 @@ def default_template() -> Path:
     return beside if beside.is_file() else Path(__file__).parents[2] / TEMPLATE_NAME
 
 
-def _eval_results(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[EvalResult]:
-    evaluation = metrics.get("evaluation") or {}
+def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that all of them share."""
+    first, *others = configs
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def _eval_results(sae: SaeReport) -> list[EvalResult]:
+    """The metrics of the SAE that is published, not the means over other seeds."""
+    config, evaluation = sae.config, sae.metrics.get("evaluation") or {}
     dataset = one_line(config.get("dataset") or "held-out text")
     revision = config.get("dataset_revision")
     return [
@@ -142,12 +177,19 @@ def _eval_results(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list
             dataset_split=one_line(config["dataset_split"]) if config.get("dataset_split") else None,
             dataset_revision=revision if is_commit(revision) else None,
             metric_type=metric.key,
-            metric_name=metric.name,
+            metric_name=f"{metric.name} ({one_line(sae.name)})" if sae.name else metric.name,
             metric_value=evaluation[metric.key],
         )
         for metric in METRICS
         if evaluation.get(metric.key) is not None
     ]
+
+
+def _wrong_facts(error: Exception) -> SelOrthoError:
+    return SelOrthoError(
+        f"config, metrics or run hold what no training writes ({type(error).__name__}: {one_line(error)[:300]}): "
+        "take config.json, metrics.json and run.json from the folder of the run"
+    )
 
 
 def _web_link(link: str | None) -> str | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from ..evaluation.plots import (
     plot_training_curves,
 )
 from ..training.outputs import CARD, METRICS, PICTURES, RUN, write_json, write_text
-from .model_card import render_model_card
+from .card_results import Measured
+from .model_card import render_card, render_model_card
+from .summary import SaeReport, beside_twins, summary_rows
 
 # Metric, its name on the screen, its format.
 _TABLE = [
@@ -39,96 +40,54 @@ _TABLE = [
 ]
 
 
-# Columns of the table of several SAEs: metric, its heading, its format.
-_SUMMARY = [
-    ("fvu", "FVU", ".4f"),
-    ("l0", "L0", ".1f"),
-    ("top_correlation", "top corr.", ".3f"),
-    ("peak_correlation", "peak corr.", ".3f"),
-    ("mean_correlation", "mean corr.", ".3f"),
-    ("max_decoder_cosine", "decoder cos.", ".3f"),
-    ("unique_features", "in pairs", ".0f"),
-    ("active_features", "active", ".0f"),
-    ("dead_features", "dead", ".0f"),
-    ("loss_recovered", "loss rec.", ".4f"),
-]
-
-
-@dataclass(frozen=True)
-class MemberReport:
-    """One of several SAEs of a run, and what was measured of it."""
-
-    name: str
-    layer: int
-    variant: str | None
-    config: SelOrthoConfig
-    metrics: dict[str, Any]
-
-    def figure(self, key: str) -> float | None:
-        """A figure of the evaluation on held-out text, or else of the end of the training."""
-        measured = self.metrics["evaluation"] or self.metrics["training"]
-        return measured.get(key)
-
-
-def summary_rows(reports: Sequence[MemberReport]) -> list[list[str]]:
-    """The SAEs of a run side by side, headings first; where there are several layers, their mean by variant too."""
-    keys = [row for row in _SUMMARY if any(report.figure(row[0]) is not None for report in reports)]
-    rows = [["layer", "variant", *(heading for _, heading, _ in keys)]]
-    for report in reports:
-        figures = [report.figure(key) for key, _, _ in keys]
-        rows.append([str(report.layer), report.variant or "-", *_formatted(figures, keys)])
-    if len({report.layer for report in reports}) > 1:
-        for variant in dict.fromkeys(report.variant for report in reports):
-            of_variant = [report for report in reports if report.variant == variant]
-            figures = [_mean([report.figure(key) for report in of_variant]) for key, _, _ in keys]
-            rows.append(["mean", variant or "-", *_formatted(figures, keys)])
-    return rows
-
-
-def summary_table(reports: Sequence[MemberReport]) -> str:
+def summary_table(saes: Sequence[SaeReport]) -> str:
     """[`summary_rows`] as aligned text."""
-    rows = summary_rows(reports)
+    rows = summary_rows(saes)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    measured = reports[0].metrics["evaluation"]
+    measured = saes[0].metrics["evaluation"]
     title = f"held-out evaluation, {measured['samples']} contexts" if measured else "training, mean of its last steps"
     return "\n".join([title, *lines])
 
 
-def write_summary(folder: Path, reports: Sequence[MemberReport], run: dict[str, Any]) -> None:
+def write_summary(folder: Path, saes: Sequence[SaeReport], run: dict[str, Any]) -> None:
     """Write metrics.json, run.json and README.md of a run of several SAEs, beside their folders."""
     content = {
         "schema_version": 1,
-        "saes": {
-            report.name: {"layer": report.layer, "variant": report.variant, **report.metrics} for report in reports
-        },
+        "saes": {sae.name: {"layer": sae.layer, "variant": sae.variant, **sae.metrics} for sae in saes},
     }
     write_json(folder / METRICS, content)
     write_json(folder / RUN, run)
-    head, *rows = summary_rows(reports)
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    names = ", ".join(f"[{report.name}]({report.name}/README.md)" for report in reports)
-    write_text(
-        folder / CARD,
-        "# SAEs of one run\n\nTrained side by side on the same batches; a variant has the settings of the SAE of its "
-        f"layer but for what its name says, a twin no penalty.\n\n{chr(10).join(lines)}\n\nCards: {names}.\n",
-    )
+    write_text(folder / CARD, str(render_card(beside_twins(saes), run)))
 
 
 def write_report(
-    folder: Path,
+    run_folder: Path,
+    name: str,
     config: SelOrthoConfig,
     metrics: dict[str, Any],
     run: dict[str, Any],
     log_rows: list[dict[str, Any]],
     arrays: dict[str, np.ndarray],
-) -> None:
-    """Write everything but the weights into the folder of a run."""
-    run = {**run, "pictures": [str(path.relative_to(folder)) for path in draw_pictures(folder, log_rows, arrays)]}
+) -> SaeReport:
+    """Write everything but the weights into the folder of an SAE.
+
+    Args:
+        run_folder: of the run.
+        name: of the SAE's folder within it; "" if it is the only one.
+        config, metrics, run: what the files of these names say.
+        log_rows: figures by step.
+        arrays: what the evaluation has for pictures.
+    """
+    folder = run_folder / name
+    drawn = draw_pictures(folder, log_rows, arrays)
+    run = {**run, "pictures": [path.relative_to(folder).as_posix() for path in drawn]}
     write_json(folder / METRICS, metrics)
     write_json(folder / RUN, run)
     card = render_model_card(config.own_settings(), metrics, run)
     write_text(folder / CARD, str(card))
+    pictures = [path.relative_to(run_folder).as_posix() for path in drawn]
+    return SaeReport(name, config.own_settings(), Measured(metrics), pictures)
 
 
 def draw_pictures(folder: Path, log_rows: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[Path]:
@@ -147,7 +106,7 @@ def draw_pictures(folder: Path, log_rows: list[dict[str, Any]], arrays: dict[str
     return drawn
 
 
-def metrics_table(metrics: dict[str, Any]) -> str:
+def metrics_table(metrics: Mapping[str, Any]) -> str:
     """The evaluation as an aligned table; the training's own figures where there was no evaluation."""
     measured = metrics["evaluation"]
     title = f"held-out evaluation, {measured['samples']} contexts, {measured['tokens']} tokens" if measured else ""
@@ -157,13 +116,3 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     rows = [(label, format(measured[key], spec)) for key, label, spec in _TABLE if measured.get(key) is not None]
     width = max(len(label) for label, _ in rows)
     return "\n".join([title, *(f"  {label:<{width}}  {value:>12}" for label, value in rows)])
-
-
-def _formatted(figures: Sequence[float | None], keys: Sequence[tuple[str, str, str]]) -> list[str]:
-    pairs = zip(figures, keys, strict=True)
-    return ["-" if figure is None else format(figure, spec) for figure, (_, _, spec) in pairs]
-
-
-def _mean(figures: Sequence[float | None]) -> float | None:
-    known = [figure for figure in figures if figure is not None]
-    return sum(known) / len(known) if known and len(known) == len(figures) else None

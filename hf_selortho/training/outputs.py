@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -266,15 +266,20 @@ class MetricsLog:
     def mean_of_last(self, steps: int) -> dict[str, float]:
         """Mean of every number over the rows of the last `steps` steps (the paper averages over the last 100)."""
         rows = self.rows
-        if not rows:
-            return {}
-        recent = [row for row in rows if row["step"] > rows[-1]["step"] - steps]
-        means = {}
-        for key in recent[-1]:
-            values = [row[key] for row in recent if isinstance(row.get(key), (int, float))]
-            if values and key not in ("step", "tokens"):
-                means[key] = sum(values) / len(values)
-        return means
+        return _means([row for row in rows if row["step"] > rows[-1]["step"] - steps])
+
+    def mean_of_first(self, steps: int) -> dict[str, float]:
+        """The same over the first `steps` steps, without timings."""
+        return _means([row for row in self._files[METRICS_LOG] if row["step"] <= steps])
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    means = {}
+    for key in rows[-1] if rows else ():
+        values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+        if values and key not in ("step", "tokens"):
+            means[key] = sum(values) / len(values)
+    return means
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub
 
-from hf_selortho.errors import SelOrthoError
+from .errors import SelOrthoError
 
 logger = logging.getLogger(__name__)
+
+Kind: TypeAlias = Literal["model", "dataset", "SAE"]  # what is looked for; an SAE is in a repository of models
+_SHOWN = 10  # branches or tags in a message
 
 # What looking something up on the Hub may raise. Connection errors are no OSErrors, but share a parent with
 # HfHubHTTPError: the error of the HTTP library below, which differs between the versions of huggingface_hub.
@@ -52,7 +55,7 @@ def resolve_commit(
 
 def hub_error(
     error: Exception,
-    kind: Literal["model", "dataset"],
+    kind: Kind,
     name: str,
     revision: str | None = None,
     token: str | None = None,
@@ -77,7 +80,8 @@ def hub_error(
             f'{kind} "{name}" is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN'
         )
     if isinstance(error, hub.RevisionNotFoundError):
-        return SelOrthoError(f'{kind} "{name}" has no revision "{revision}": choose a branch, tag or commit of {page}')
+        offered = _revisions(kind, name, token) or f"choose a branch, tag or commit of {page}"
+        return SelOrthoError(f'{kind} "{name}" has no revision "{revision}": {offered}')
     if isinstance(error, hub.RepositoryNotFoundError):
         return SelOrthoError(
             f'unknown {kind} "{name}": neither on the Hub nor a local path; check the spelling, or, if it is private, '
@@ -94,11 +98,28 @@ def hub_error(
     return unreachable(kind, name)
 
 
-def unreachable(kind: str, name: str) -> SelOrthoError:
-    """The error for "no network, and not in the local cache"."""
+def unreachable(kind: Kind, name: str, local_only: bool = False) -> SelOrthoError:
+    """The error for "no network, and not in the local cache"; `local_only`: the caller wanted no network."""
     offline = constants.HF_HUB_OFFLINE
     why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the Hub cannot be reached"
+    if local_only and not offline:
+        return SelOrthoError(
+            f'{kind} "{name}" is not in the local cache, where alone it was looked for: load it once without '
+            "local_files_only=True"
+        )
+    other = "" if kind == "SAE" else ", or use `--preset demo`, which needs no Hub"
     return SelOrthoError(
-        f'{kind} "{name}" is not in the local cache and {why}: check the connection and the spelling, or use '
-        "`--preset demo`, which needs no Hub"
+        f'{kind} "{name}" is no local path, is not in the local cache, and {why}: check the connection and the '
+        f"spelling{other}"
     )
+
+
+def _revisions(kind: Kind, name: str, token: str | None) -> str | None:
+    """The branches and tags of a repository, in words; None where the Hub does not tell."""
+    try:
+        refs = HfApi(token=token).list_repo_refs(name, repo_type="dataset" if kind == "dataset" else "model")
+    except LOOKUP_ERRORS:
+        return None
+    branches, tags = ([ref.name for ref in group][:_SHOWN] for group in (refs.branches, refs.tags))
+    of_tags = f"; tags: {', '.join(tags)}" if tags else ""
+    return f"choose a commit or one of its branches: {', '.join(branches)}{of_tags}"

@@ -1,0 +1,185 @@
+"""A text, its tokens, and what fires on each: with the language model, layer and contexts of the SAE's training."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations.capture import ActivationCapture, length_batches
+from ..activations.lm import LanguageModel, load_language_model
+from ..activations.tokens import Context, Cutter, pad_batch
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+
+logger = logging.getLogger(__name__)
+
+
+class FiringFeature(NamedTuple):
+    """A feature that fires on a token."""
+
+    feature: int
+    activation: float
+
+
+@dataclass(frozen=True)
+class TokenFeatures:
+    """The tokens of a text, in the order in which the language model reads them, and the features that fire on each.
+
+    A text of more tokens than the SAE's contexts have is read in several contexts, each with a BOS of its own.
+    """
+
+    text: str
+    token_ids: Tensor  # (tokens,) int64
+    tokens: list[str]  # each as the tokenizer writes it
+    positions: Tensor  # (tokens,) int64, place in the context, BOS being 0
+    trained_on: Tensor  # (tokens,) bool; False: BOS, another special token or a sink, on which the SAE says nothing
+    feature_acts: Tensor  # (tokens, d_sae), on the CPU
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def top(self, k: int = 5) -> list[list[FiringFeature]]:
+        """For each token, its at most `k` strongest features, the strongest first; none where nothing can be said."""
+        values, features = self.feature_acts.topk(min(k, self.feature_acts.shape[1]), dim=1)
+        values = values.where(self.trained_on[:, None], 0)
+        return [
+            [FiringFeature(f, v) for f, v in zip(row_f, row_v, strict=True) if v > 0]
+            for row_f, row_v in zip(features.tolist(), values.tolist(), strict=True)
+        ]
+
+    def strongest(self, k: int = 10) -> list[FiringFeature]:
+        """The at most `k` features with the largest activation on any token, the strongest first."""
+        peaks = self.feature_acts.where(self.trained_on[:, None], 0).amax(0)  # (d_sae,)
+        values, features = peaks.topk(min(k, len(peaks)))
+        return [FiringFeature(f, v) for f, v in zip(features.tolist(), values.tolist(), strict=True) if v > 0]
+
+    def on(self, feature: int) -> Tensor:
+        """Activations (tokens,) of a feature."""
+        return self.feature_acts[:, feature]
+
+
+class FeatureCapture:
+    """From texts to feature activations, as the SAE was trained: hook, contexts, BOS.
+
+    Args:
+        sae: a trained SAE.
+        lm: the language model, loaded or by name; default: the one of the training, at the very commit.
+        token: access token of the Hub; without it, the stored one or HF_TOKEN.
+
+    Raises:
+        SelOrthoError: the SAE does not say which language model and layer it reads, or the model cannot be loaded.
+    """
+
+    def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
+        config = sae.config
+        if config.layer is None:
+            raise SelOrthoError(
+                "layer=None in the SAE's config: it does not say which activations it reads; use sae.encode on yours"
+            )
+        if lm is None and config.lm_name is None:
+            raise SelOrthoError(
+                "lm_name=None in the SAE's config: pass the language model, as in lm='google/gemma-2-2b'"
+            )
+        if not isinstance(lm, LanguageModel):
+            name, revision = (config.lm_name, config.lm_revision) if lm is None else (lm, None)
+            lm = _language_model(str(name), revision, str(sae.device), token)
+        warn_of_other_lm(config, lm)
+        if lm.d_model != config.d_in:
+            raise SelOrthoError(
+                f'the residual stream of "{lm.name}" is {lm.d_model} wide, the SAE reads d_in={config.d_in}: '
+                f"take the language model of its training{f', {config.lm_name}' if config.lm_name else ''}"
+            )
+        self.sae, self.lm = sae, lm
+        self._capture = ActivationCapture(lm, config.layer, config.max_norm)
+        self._cutter = Cutter(
+            lm.tokenizer, context_length=config.context_length, prepend_bos=config.prepend_bos, min_tokens=1
+        )
+
+    @torch.inference_mode()
+    def capture(self, texts: Sequence[str]) -> list[TokenFeatures]:
+        """Tokens and feature activations of each text.
+
+        Raises:
+            SelOrthoError: a text holds no token.
+        """
+        contexts = self._cutter.cut(list(enumerate(texts)))
+        empty = set(range(len(texts))) - {context.document_id for context in contexts}
+        if empty:
+            raise SelOrthoError(f"text {min(empty)} of {len(texts)} holds no token: {texts[min(empty)][:80]!r}")
+        places = {id(context): number for number, context in enumerate(contexts)}
+        read: dict[int, tuple[Tensor, Tensor]] = {}
+        for batch in length_batches(contexts, self._capture.batch_tokens):
+            for context, part in zip(batch, self._read(batch), strict=True):
+                read[places[id(context)]] = part
+        parts: list[list[tuple[Context, Tensor, Tensor]]] = [[] for _ in texts]
+        for number, context in enumerate(contexts):
+            parts[context.document_id].append((context, *read[number]))
+        return [self._joined(text, own) for text, own in zip(texts, parts, strict=True)]
+
+    def _read(self, contexts: Sequence[Context]) -> list[tuple[Tensor, Tensor]]:
+        """Of each context which tokens (t,) the SAE was trained on, and the feature activations (t, d_sae)."""
+        input_ids, mask = pad_batch(contexts, self.lm.tokenizer.pad_token_id or 0)
+        hidden = self._capture.hidden_states(input_ids, mask)  # (b, t, d_in)
+        kept = self._capture.keep_mask(input_ids, mask, hidden).cpu()
+        feature_acts = self.sae.encode(hidden.to(self.sae.device)).float().cpu()
+        return [
+            (kept[row, : len(c.input_ids)], feature_acts[row, : len(c.input_ids)]) for row, c in enumerate(contexts)
+        ]
+
+    def _joined(self, text: str, parts: Sequence[tuple[Context, Tensor, Tensor]]) -> TokenFeatures:
+        ids = [token for context, _, _ in parts for token in context.input_ids]
+        return TokenFeatures(
+            text=text,
+            token_ids=torch.tensor(ids, dtype=torch.int64),
+            tokens=[self._spelling(token) for token in ids],
+            positions=torch.cat([torch.arange(len(context.input_ids)) for context, _, _ in parts]),
+            trained_on=torch.cat([kept for _, kept, _ in parts]),
+            feature_acts=torch.cat([acts for _, _, acts in parts]),
+        )
+
+    def _spelling(self, token_id: int) -> str:
+        decoded = str(self.lm.tokenizer.decode([token_id]))
+        if decoded and "\ufffd" not in decoded:
+            return decoded
+        return str(self.lm.tokenizer.convert_ids_to_tokens(token_id))  # a piece of a character
+
+
+def inspect(
+    sae: SelOrthoSAE, text: str, lm: LanguageModel | str | None = None, token: str | None = None
+) -> TokenFeatures:
+    """The tokens of one text and the features that fire on them; the arguments and errors of [`FeatureCapture`].
+
+    The language model stays in memory for the next call.
+    """
+    return FeatureCapture(sae, lm, token).capture([text])[0]
+
+
+def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:
+    """Warn, with both names, if a language model or its commit is not the one that the SAE was trained on."""
+    trained = (config.lm_name, config.lm_revision)
+    if config.lm_name is None or trained == (lm.name, lm.revision):
+        return
+    if config.lm_name == lm.name and config.lm_revision is None:
+        return
+    logger.warning(
+        "this SAE was trained on %s, and is used on %s: features may mean something else there, and its figures do not "
+        "hold",
+        _named(*trained),
+        _named(lm.name, lm.revision),
+    )
+
+
+def _named(name: str | None, revision: str | None) -> str:
+    return f'"{name}"' + (f" at {revision}" if revision else "")
+
+
+@functools.lru_cache(maxsize=1)
+def _language_model(name: str, revision: str | None, device: str, token: str | None) -> LanguageModel:
+    return load_language_model(name, revision, device=device, token=token)
