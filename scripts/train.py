@@ -30,11 +30,15 @@ from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.shards import ActivationStore
 from hf_selortho.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
+from hf_selortho.hub.model_card import Publisher
+from hf_selortho.hub.push import push_run
 from hf_selortho.hub.report import metrics_table, summary_table, write_report, write_summary
+from hf_selortho.hub.repository import Repository, check_repo_id
+from hf_selortho.hub.run_folder import read_run, with_others
 from hf_selortho.hub.summary import SaeReport
 from hf_selortho.memory_use import available_memory, memory_now, peak_memory
 from hf_selortho.process_watch import ProcessWatch
-from hf_selortho.training.arguments import RunArguments, TrainingArguments, parse_arguments, sae_config
+from hf_selortho.training.arguments import HubArguments, RunArguments, TrainingArguments, parse_arguments, sae_config
 from hf_selortho.training.checkpoint import Checkpoints, agreed_checkpoint
 from hf_selortho.training.checkpoint_files import is_checkpoint_of, set_later_aside, step_of
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
@@ -68,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         with ProcessWatch(resume_hint(arguments.run)):
             if accelerator.is_main_process:
+                check_publishing(arguments.hub)
                 stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
             accelerator.wait_for_everyone()
             run = Run(arguments, accelerator)
@@ -79,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(exit_code)
         if accelerator.is_main_process:
             run.report(command)
+            if arguments.hub.push_to_hub:
+                publish(run.output, arguments.hub)
 
 
 class Run:
@@ -197,6 +204,31 @@ class Run:
         if self.members[0].name:
             write_summary(self.output, reports, {**run_info, "arguments": self.arguments.flat()})
         return reports
+
+
+def check_publishing(hub: HubArguments) -> None:
+    """Raise a SelOrthoError if it is plain before the training that what comes of it cannot be published."""
+    if hub.push_to_hub:
+        check_repo_id(str(hub.hub_model_id))
+        Repository(str(hub.hub_model_id), "model", hub.hub_revision, None).check_account()
+
+
+def publish(output: Path, hub: HubArguments) -> None:
+    """Push the finished run.
+
+    Raises:
+        SelOrthoError: the Hub does not let it; the run in its folder is complete.
+    """
+    repo_id = str(hub.hub_model_id)
+    try:
+        run = with_others(read_run(output), None, [])
+        publisher = Publisher(repo_id, hub.hub_license, saelens=True)
+        private, revision = hub.hub_private or None, hub.hub_revision
+        pushed = push_run(run, repo_id, publisher=publisher, private=private, revision=revision)
+    except SelOrthoError as error:
+        again = f"python scripts/push_to_hub.py {shlex.quote(str(output))} --repo_id {repo_id}"
+        raise SelOrthoError(f"{error}. The run in {output} is complete; to publish it: {again}") from error
+    sys.stdout.write(f"{pushed.in_words}\n")
 
 
 def resume_hint(run: RunArguments) -> str:

@@ -164,6 +164,17 @@ class EvaluationArguments:
     eval_ce_samples: int = argument(64, "Of these, contexts on which the language model's own loss is measured.")
 
 
+@dataclass
+class HubArguments:
+    """Publishing at the end of the run, with the access token of `hf auth login` or HF_TOKEN."""
+
+    push_to_hub: bool = argument(False, "Publish the SAEs at the end of the run, as scripts/push_to_hub.py does.")
+    hub_model_id: str | None = argument(None, "Repository to publish in, owner/name; needed with --push_to_hub.")
+    hub_private: bool = argument(False, "Make a new repository private.")
+    hub_revision: str | None = argument(None, "Branch to push to; it is created if there is none.")
+    hub_license: str | None = argument(None, "Licence of the weights, in the Hub's spelling.")
+
+
 @dataclass(frozen=True)
 class TrainingArguments:
     """All arguments of a run, by group."""
@@ -173,11 +184,12 @@ class TrainingArguments:
     data: DataArguments
     run: RunArguments
     evaluation: EvaluationArguments
+    hub: HubArguments = field(default_factory=HubArguments)
     preset: str | None = None
     given: frozenset[str] = frozenset()  # names on the command line itself
 
     def flat(self) -> dict[str, Any]:
-        """Every argument by name, in the order of the help text."""
+        """Every argument by name, in the order of the help text, but for those of publishing: they train nothing."""
         groups = (self.model, self.sae, self.data, self.run, self.evaluation)
         return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
 
@@ -219,16 +231,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
         SelOrthoError: an unknown preset, or a value that is not allowed. Unknown arguments exit with code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups: list[Any] = [ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments]
+    groups: list[Any] = [ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments, HubArguments]
     parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("--preset", help=f"Named settings to start from: {', '.join(list_presets())}, or a .json file.")
     parser.set_defaults(**_known(preset_defaults(argv), groups, str(_preset_of(argv))))
-    model, sae, data, run, evaluation, rest, unknown = parser.parse_args_into_dataclasses(
+    model, sae, data, run, evaluation, publishing, rest, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True
     )
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    arguments = TrainingArguments(model, sae, data, run, evaluation, rest.preset, _given(argv))
+    arguments = TrainingArguments(model, sae, data, run, evaluation, publishing, rest.preset, _given(argv))
     _check(arguments)
     return arguments
 
@@ -295,6 +307,11 @@ def _check(arguments: TrainingArguments) -> None:
             f"--warmup_steps {run.warmup_steps} and --decay_steps {run.decay_steps} exceed --max_steps {run.max_steps}"
         )
     check_sae(arguments.sae)
+    if arguments.hub.push_to_hub != bool(arguments.hub.hub_model_id):
+        raise SelOrthoError(
+            f"--push_to_hub {arguments.hub.push_to_hub} with --hub_model_id {arguments.hub.hub_model_id}: publishing "
+            "needs both, as in --push_to_hub --hub_model_id org/name"
+        )
 
 
 def check_values(rules: Sequence[Rule], **groups: Any) -> None:

@@ -1,0 +1,176 @@
+"""A repository of the Hub as somebody sees it who wants to write to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import errors as hub
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+
+from ..activations.disk import sha256_of
+from ..errors import SelOrthoError
+from ..hub_access import LOOKUP_ERRORS, one_line
+from ..saved_files import CONFIG, read_object
+
+RepoKind: TypeAlias = Literal["model", "dataset", "space"]
+T = TypeVar("T")
+
+SIGNATURE = "Pushed by hf_selortho"  # in the message of a commit: by it our own are known again
+_LOOKED_BACK = 200  # commits in which the last of ours is looked for
+# What a request may raise. RuntimeError: the client's own word for an upload that failed, whose cause it carries.
+REQUEST_ERRORS: tuple[type[Exception], ...] = (*LOOKUP_ERRORS, RuntimeError)
+
+
+class Repository:
+    """A repository of the Hub at a branch, with errors a person can act on."""
+
+    def __init__(self, repo_id: str, kind: RepoKind, revision: str | None, token: str | None) -> None:
+        self.api = HfApi(token=token)
+        self.repo_id, self.kind, self.revision, self.token = repo_id, kind, revision, token
+
+    def check_account(self) -> None:
+        """Raise a SelOrthoError unless the access token is one of the owner, or of a member of that organisation."""
+        account = self.ask(self.api.whoami)
+        owner, names = self.repo_id.split("/")[0], [account.get("name"), *(o.get("name") for o in account["orgs"])]
+        if owner not in names:
+            raise SelOrthoError(
+                f"your access token is that of {names[0]}, who does not belong to {owner!r}: choose another owner for "
+                f"{self.repo_id}, or run `hf auth login` or set HF_TOKEN"
+            )
+
+    def create(self, private: bool | None, create_pr: bool, **options: Any) -> None:
+        """Make sure that the repository and its branch exist."""
+        if not self._exists():
+            arguments = {"private": private, "repo_type": self.kind, "exist_ok": True, **options}
+            self.ask(lambda: self.api.create_repo(self.repo_id, **arguments))
+        if self.revision and self.revision != "main" and not create_pr:
+            branch: dict[str, Any] = {"repo_type": self.kind, "exist_ok": True}
+            self.ask(lambda: self.api.create_branch(self.repo_id, branch=str(self.revision), **branch))
+
+    def _exists(self) -> bool:
+        try:
+            self.ask(lambda: self.api.repo_info(self.repo_id, repo_type=self.kind))
+        except SelOrthoError as error:
+            if isinstance(error.__cause__, hub.RepositoryNotFoundError):
+                return False
+            raise
+        return True
+
+    def head(self) -> str:
+        """Commit of the branch."""
+        info = self.ask(lambda: self.api.repo_info(self.repo_id, revision=self.revision, repo_type=self.kind))
+        return str(info.sha)
+
+    def files(self, commit: str) -> dict[str, str]:
+        """Hash of every file: sha256 of large ones, git's sha1 of the others."""
+        tree = self.ask(
+            lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit, repo_type=self.kind))
+        )
+        return {
+            entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
+            for entry in tree
+            if isinstance(entry, RepoFile)
+        }
+
+    def since(self, head: str) -> tuple[str | None, bool]:
+        """The last commit up to `head` that this package has made, and True; else the first one there is, and False."""
+        commits = self.ask(lambda: self.api.list_repo_commits(self.repo_id, revision=head, repo_type=self.kind))
+        for commit in commits[:_LOOKED_BACK]:
+            if SIGNATURE in f"{commit.title}\n{commit.message}":
+                return commit.commit_id, True
+        return (commits[-1].commit_id if commits else None), False
+
+    def same_proposal(self, title: str, files: Mapping[str, Path]) -> str | None:
+        """Address of an open pull request of this title that holds these very files."""
+        proposals = self.ask(
+            lambda: list(
+                self.api.get_repo_discussions(
+                    self.repo_id, repo_type=self.kind, discussion_type="pull_request", discussion_status="open"
+                )
+            )
+        )
+        for proposal in proposals:
+            if proposal.title != title:
+                continue
+            there = self.files(f"refs/pr/{proposal.num}")
+            if all(there.get(name) == content_hash(path, len(there.get(name, ""))) for name, path in files.items()):
+                return str(proposal.url)
+        return None
+
+    def config(self, commit: str, name: str = CONFIG) -> dict[str, Any]:
+        """A JSON file of the repository."""
+        options: dict[str, Any] = {"revision": commit, "repo_type": self.kind, "token": self.token}
+        return read_object(Path(self.ask(lambda: hf_hub_download(self.repo_id, name, **options))))
+
+    def url_of(self, commit: str) -> str:
+        """Address of a commit."""
+        prefix = "" if self.kind == "model" else f"{self.kind}s/"
+        return f"{self.api.endpoint}/{prefix}{self.repo_id}/commit/{commit}"
+
+    def ask(self, request: Callable[[], T]) -> T:
+        """The answer to a request.
+
+        Raises:
+            SelOrthoError: there is none, or it is no.
+        """
+        try:
+            return request()
+        except REQUEST_ERRORS as error:
+            raise self.refusal(error) from error
+
+    def refusal(self, error: Exception) -> SelOrthoError:
+        """What the Hub has said, and what to do about it."""
+        error = cause_of(error)
+        status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
+        if status == 401:
+            return SelOrthoError(
+                f"the Hub does not accept your access token, or there is none, for {self.repo_id}: run `hf auth login` "
+                "or set HF_TOKEN to a token that may write"
+            )
+        if status == 403:
+            return SelOrthoError(
+                f"your access token may not write to {self.repo_id}: take one with the permission to write there, or "
+                f"another --repo_id, or propose the change with --create_pr ({one_line(error)})"
+            )
+        if isinstance(error, hub.RevisionNotFoundError):
+            return SelOrthoError(f"{self.repo_id} has no revision {self.revision!r}: name a branch of it")
+        if status == 404:
+            return SelOrthoError(
+                f"there is no repository {self.repo_id} that your access token can see: check the spelling, and that "
+                "its owner exists and has given you access"
+            )
+        if status is not None and 400 <= status < 500 and status != 429:
+            return SelOrthoError(f"the Hub refuses {self.repo_id} (HTTP status {status}): {one_line(error)}")
+        return SelOrthoError(
+            f"the Hub cannot be reached for {self.repo_id} ({one_line(error)}): run the same command again later; "
+            "large files that have arrived are not sent again"
+        )
+
+
+def cause_of(error: Exception) -> Exception:
+    """What made an upload fail."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a SelOrthoError unless it is an id of the Hub, "owner/name"."""
+    try:
+        validate_repo_id(repo_id)
+    except hub.HFValidationError as error:
+        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12 ({error})") from error
+    if repo_id.count("/") != 1:
+        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12")
+
+
+def content_hash(path: Path, digits: int) -> str:
+    """Hash of a file as the Hub has it: sha256 if it has 64 digits, else git's sha1."""
+    if digits == 64:
+        return sha256_of(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

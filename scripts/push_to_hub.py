@@ -1,0 +1,113 @@
+"""Publish the SAEs of a run on the Hugging Face Hub: weights, model card, metrics, pictures, an export for SAELens.
+
+python scripts/push_to_hub.py runs/demo --repo_id org/gemma-3-270m-l8 --dry_run
+python scripts/push_to_hub.py runs/layers --repo_id org/gemma2b --private --license gemma
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_selortho.command_line import run_script
+from hf_selortho.hub.model_card import Publisher
+from hf_selortho.hub.publication import Publication, publish_run, sizes
+from hf_selortho.hub.push import check_repo_id, push_publication
+from hf_selortho.hub.run_folder import FinishedRun, read_run, with_others
+from hf_selortho.training.arguments import OneLineParser, argument
+
+logger = logging.getLogger("hf_selortho.push_to_hub")
+
+
+@dataclass
+class PushArguments:
+    """Where to, and what beside the weights. The access token is that of `hf auth login`, or HF_TOKEN."""
+
+    repo_id: str = argument(None, "Repository of the Hub, owner/name; it is created if there is none.")
+    private: bool = argument(False, "Make a new repository private.")
+    revision: str | None = argument(None, "Branch to push to; it is created if there is none.")
+    create_pr: bool = argument(False, "Propose the change as a pull request instead of making it.")
+    overwrite: bool = argument(False, "Replace files that somebody else has changed on the Hub since the last push.")
+    include_index: bool = argument(False, "Take the feature index along, where one was built.")
+    license: str | None = argument(None, "Licence of the weights, in the Hub's spelling: apache-2.0, gemma, other, ...")
+    license_link: str | None = argument(None, "Address of its text, where it is not one of the Hub's list.")
+    twin: str | None = argument(None, "Run without the penalty to compare with; default: the folder RUN-twin.")
+    seeds: list[str] = argument([], "The same run with other seeds: the card shows means and spread.")
+    template: str | None = argument(None, "Another template of the model card.")
+    saelens: bool = argument(True, "Add an export that SAELens loads, which doubles the size.")
+    commit_message: str | None = argument(None, "Title of the commit.")
+    dry_run: bool = argument(False, "List the files and print the card; nothing is sent.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the run, assemble what is published, send it."""
+    groups: list[Any] = [PushArguments]
+    parser = OneLineParser(groups, allow_abbrev=False)
+    parser.add_argument("run", help="Folder of the run.")
+    arguments, rest, unknown = parser.parse_args_into_dataclasses(
+        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if not arguments.repo_id:
+        parser.error("--repo_id is missing: the repository to publish in, owner/name")
+    check_repo_id(arguments.repo_id)
+    twin = Path(arguments.twin) if arguments.twin else None
+    run = with_others(read_run(Path(rest.run)), twin, [Path(folder) for folder in arguments.seeds])
+    with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
+        publication = assemble(run, Path(folder), arguments)
+        if arguments.dry_run:
+            sys.stdout.write(listing(publication, arguments.repo_id))
+        else:
+            push(publication, arguments)
+
+
+def assemble(run: FinishedRun, folder: Path, arguments: PushArguments) -> Publication:
+    """What is published, in a folder of its own."""
+    publisher = Publisher(arguments.repo_id, arguments.license, arguments.license_link, arguments.saelens)
+    return publish_run(run, folder, publisher, arguments.template, arguments.include_index)
+
+
+def push(publication: Publication, arguments: PushArguments) -> None:
+    """Send it, and say what has come of it."""
+    total = sum(size for _, size in sizes(publication))
+    logger.info("%d files, %.1f MB, to %s", len(publication.files()), total / 1e6, arguments.repo_id)
+    pushed = push_publication(
+        publication,
+        arguments.repo_id,
+        private=arguments.private or None,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        overwrite=arguments.overwrite,
+        commit_message=arguments.commit_message,
+    )
+    if pushed.left:
+        logger.info("not part of this run, and left as they are: %s", ", ".join(pushed.left))
+    sys.stdout.write(f"{pushed.in_words}\n")
+    if not arguments.create_pr:
+        sys.stdout.write(next_steps(publication, arguments))
+
+
+def next_steps(publication: Publication, arguments: PushArguments) -> str:
+    """How to load what was published."""
+    folders = sorted({str(file.parent) for file in publication.files() if file.name == "config.json"})
+    extra = "" if "." in folders else f", subfolder={folders[0]!r}"
+    revision = f", revision={arguments.revision!r}" if arguments.revision else ""
+    return f"load it with: SelOrthoSAE.from_pretrained({arguments.repo_id!r}{extra}{revision})\n"
+
+
+def listing(publication: Publication, repo_id: str) -> str:
+    """The files with their sizes, and the card."""
+    rows = list(sizes(publication))
+    lines = [f"{size:>14,}  {name}" for name, size in rows]
+    total = f"{sum(size for _, size in rows):>14,}  bytes in {len(rows)} files, for {repo_id}; nothing was sent"
+    return "\n".join([*lines, total, "", "README.md:", "", str(publication.card)])
+
+
+if __name__ == "__main__":
+    run_script(main)
