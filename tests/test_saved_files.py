@@ -166,7 +166,7 @@ def test_only_safetensors_are_read(saved) -> None:
     assert message in refused(saved)
     (saved / "config.json").unlink()
     assert "it holds no config.json" in refused(saved)
-    assert "cannot load the SAE" in refused(saved / "nowhere")
+    assert "no such local path" in refused(saved / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

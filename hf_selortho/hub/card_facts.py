@@ -78,6 +78,7 @@ def usage_facts(
         "reads": one_line(f"{config['lm_name']} up to layer {config['layer']}") if readable else None,
         "package": "hf_selortho[demo]" if config.get("lm_name") == EMBEDDED_MODEL else "hf_selortho",
         "d_in": int(config["d_in"]),
+        "d_sae": int(config["d_sae"]),
         "published": repo_id is not None,
         "saelens": literal(f"{folder}/{SAELENS_FOLDER}" if folder else SAELENS_FOLDER) if saelens else None,
     }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from statistics import mean, stdev
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
 from hf_selortho.activations.lm import load_language_model
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.hub.model_card import default_template, render_model_card
+from hf_selortho.hub.card_results import Measured
+from hf_selortho.hub.model_card import Publisher, default_template, render_card, render_model_card
+from hf_selortho.hub.summary import SaeReport, beside_twins
 
 HOSTILE = "a: b\n---\n<img src=x onerror=alert(1)> | `x` ```\n# H [l](javascript:alert(1)) {{ 7 * 7 }} {% raw %}"
 SETTINGS = {
@@ -69,7 +73,8 @@ def assert_well_formed(card: ModelCard) -> None:
     prose = without_code(card.text)
     lines = [line for line in prose.split("\n") if line]
     for line, following in zip(lines, [*lines[1:], "# end"], strict=True):
-        assert not (line.startswith("#") and following.startswith("#")), f"empty section: {line}"
+        depths = [len(text) - len(text.lstrip("#")) for text in (line, following)]
+        assert not (0 < depths[1] <= depths[0]), f"empty section: {line}"
         assert not line.endswith(" ")
     tables = re.findall(r"(?:^\|.*\|\n)+", prose, flags=re.MULTILINE)
     for table in tables:
@@ -93,7 +98,35 @@ CARDS = {
     "topk": lambda: render_model_card(settings(activation="topk", k=32), METRICS, RUN),
     "nothing known": lambda: render_model_card({"d_in": 640, "d_sae": 1280}, {}, {}),
     "hostile": lambda: hostile_card(),
+    "three seeds with twin": lambda: render_model_card(
+        settings(),
+        METRICS,
+        RUN,
+        "org/gemma2b-l12",
+        twin=TWIN,
+        seeds=[evaluated(fvu=0.1041), evaluated(fvu=0.1021, dead_features=4)],
+        twin_seeds=[evaluated(TWIN, fvu=0.1002), evaluated(TWIN, fvu=0.1022)],
+    ),
+    "three seeds": lambda: render_model_card(settings(), METRICS, RUN, seeds=[evaluated(fvu=0.1041), evaluated()]),
+    "three layers": lambda: card_of_layers(5, 12, 19),
+    "three layers, no metrics": lambda: render_card(
+        [SaeReport(f"layer_{layer}", settings(layer=layer), Measured({})) for layer in (5, 12, 19)], {}
+    ),
 }
+
+
+def evaluated(metrics: dict = METRICS, **changes) -> dict:
+    return {**metrics, "evaluation": {**metrics["evaluation"], **changes}}
+
+
+def card_of_layers(*layers: int) -> ModelCard:
+    saes = []
+    for layer in layers:
+        config = settings(layer=layer, hook_name=f"model.layers.{layer}")
+        pictures = [f"layer_{layer}/pictures/training_curves.png"]
+        saes.append(SaeReport(f"layer_{layer}", config, Measured(evaluated(fvu=layer / 100)), pictures))
+        saes.append(SaeReport(f"layer_{layer}_twin", {**config, "ortho_coefficient": 0.0}, Measured(TWIN)))
+    return render_card(beside_twins(saes), RUN, Publisher("org/gemma2b", saelens=True))
 
 
 def hostile_card() -> ModelCard:
@@ -119,6 +152,54 @@ def hostile_card() -> ModelCard:
 @pytest.mark.parametrize("name", CARDS)
 def test_every_card_is_well_formed(name):
     assert_well_formed(CARDS[name]())
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_metadata_is_what_the_hub_takes(name):
+    data = yaml.safe_load(str(CARDS[name]()).split("---\n")[1])
+    assert data["library_name"] == "hf_selortho" and data["pipeline_tag"] == "feature-extraction"
+    assert all(isinstance(tag, str) for tag in data["tags"])
+    for repository in (data.get("base_model"), *data.get("datasets", [])):
+        assert repository is None or re.fullmatch(r"[\w.-]+/[\w.-]+", repository)
+    for entry in data.get("model-index", []):
+        assert entry["name"] and isinstance(entry["name"], str)
+        for result in entry["results"]:
+            assert result["task"]["type"] and result["dataset"]["name"]
+            assert re.fullmatch(r"[\w./-]+", result["dataset"]["type"])
+            metrics = result["metrics"]
+            assert metrics and all(isinstance(metric["value"], int | float) and metric["type"] for metric in metrics)
+            named = [(metric["type"], metric["name"]) for metric in metrics]
+            assert len(set(named)) == len(named)
+
+
+def test_seeds_are_shown_as_mean_and_spread():
+    text = CARDS["three seeds with twin"]().text
+    own, twins = [0.10299, 0.1041, 0.1021], [0.1012, 0.1002, 0.1022]
+    shown = [f"{mean(values):.4f} ± {stdev(values):.6f}" for values in (own, twins)]
+    assert f"| FVU | 0.1030 | {shown[0]} | 0.1012 | {shown[1]} |" in text
+    assert f"| FVU | {shown[1]} | {shown[0]} | {100 * (mean(own) / mean(twins) - 1):+.1f}% |" in text
+    assert "| Dead features | 1 (0.1%) | 2.000 ± 1.732 |" in text
+    assert "over 3 seeds" in text and "One run each" not in text
+    alone = CARDS["three seeds"]().text
+    assert "| FVU | 0.1030 | 0.1034 ± " in alone and "No twin" in alone
+    index = {r.metric_type: r.metric_value for r in CARDS["three seeds with twin"]().data.eval_results}
+    assert index["fvu"] == EVALUATION["fvu"]  # that of the weights themselves
+
+
+def test_one_card_speaks_of_all_layers():
+    card = CARDS["three layers"]()
+    text = card.text
+    assert text.startswith("\n# `gemma2b`\n") and "3 sparse autoencoders" in text
+    assert "decoder layers 5, 12 and 19" in text and "None" not in text
+    for layer in (5, 12, 19):
+        assert f"### Evaluation of `layer_{layer}`\n" in text and f"### What it did to `layer_{layer}`\n" in text
+        assert re.search(rf"^\| `layer_{layer}` \| {layer} \| - \| {layer / 100:.4f} ", text, flags=re.MULTILINE)
+        assert re.search(rf"^\| `layer_{layer}_twin` \| {layer} \| twin \| 0.1012 ", text, flags=re.MULTILINE)
+        assert f"](layer_{layer}/pictures/training_curves.png)" in text
+    assert "Evaluation of `layer_5_twin`" not in text
+    assert 'subfolder="layer_5"' in text and '"layer_5/saelens"' in text
+    values = {r.metric_name: r.metric_value for r in card.data.eval_results if r.metric_type == "fvu"}
+    assert values["FVU (layer_12)"] == 0.12 and values["FVU (layer_12_twin)"] == 0.1012
 
 
 def test_metadata_of_a_hub_run():
@@ -182,7 +263,7 @@ def test_the_embedded_model_is_named_as_what_it_is_and_under_whose_terms():
 
 def test_the_licence_is_the_publishers_to_state():
     assert CARDS["no twin"]().data.license is None
-    assert "has not stated a licence for its weights" in CARDS["no twin"]().text
+    assert "has not stated a licence for the weights" in CARDS["no twin"]().text
     assert "published under `apache-2.0`" in CARDS["full"]().text
     linked = render_model_card(settings(), METRICS, RUN, license="other", license_link="https://example.org/licence")
     assert "[`other`](https://example.org/licence)" in linked.text
@@ -205,7 +286,9 @@ def test_hostile_names_stay_text():
     assert "![" not in card.text  # none of the pictures is a plain relative path
     headings = [line for line in prose.splitlines() if line.startswith("#")]
     assert headings[0] == "# CODE" and all(heading.startswith("## ") for heading in headings[1:])
-    assert set(ModelCard(str(card)).data.to_dict()) == {"library_name", "license", "tags", "model-index"}
+    assert set(ModelCard(str(card)).data.to_dict()) == {
+        *("library_name", "license", "pipeline_tag", "tags", "model-index")
+    }
 
 
 def test_access_tokens_do_not_reach_the_card():
@@ -227,11 +310,13 @@ def test_the_snippet_runs_as_pasted(arch, prepend_bos, tiny_lm_dir, tmp_path, ca
     names: dict = {}
     exec(compile(snippet, "snippet", "exec"), names)
     printed = capsys.readouterr().out.strip().splitlines()
-    assert len(printed) == len(names["ids"]) - prepend_bos > 5
-    assert all(line.count(":") >= 5 for line in printed)
+    text = names["text"]
+    assert len(printed) == len(text.token_ids) > 5
+    assert [line.count(":") >= 5 for line in printed] == [not prepend_bos, *[True] * (len(printed) - 1)]
+    lm = load_language_model(str(folder))
     with torch.no_grad():
-        hidden = names["lm"].model(names["input_ids"], output_hidden_states=True).hidden_states[3][0]
-        assert torch.allclose(names["features"], names["sae"].encode(hidden), atol=1e-5)
+        hidden = lm.model(text.token_ids[None], output_hidden_states=True).hidden_states[3][0]
+        assert torch.allclose(text.feature_acts, names["sae"].encode(hidden), atol=1e-5)
 
 
 def test_a_template_of_ones_own(tmp_path):
