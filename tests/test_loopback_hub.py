@@ -1,0 +1,159 @@
+"""The loopback Hub, as the real client sees it: what other tests rely on."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.hub_client import HubClient
+from tests.loopback_hub import PAGE, PART, Fault, LoopbackHub
+
+SETUP = """
+import os, pathlib, hashlib
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import errors
+api = HfApi()
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
+        yield client
+
+
+def test_upload_listing_and_download(hub, client, tmp_path) -> None:
+    large = bytes(range(256)) * (2 * PART // 256 + 1000)  # three parts
+    (tmp_path / "large.bin").write_bytes(large)
+    (tmp_path / "sub").mkdir()
+    for number in range(2 * PAGE):
+        (tmp_path / f"sub/{number}.txt").write_text(f"number {number}")
+    code = f"""
+api.create_repo("acme/up")
+info = api.upload_folder(repo_id="acme/up", folder_path={str(tmp_path)!r}, commit_message="files")
+print(info.oid)
+print(sorted(api.list_repo_files("acme/up"))[:2], len(api.list_repo_files("acme/up")))
+place = pathlib.Path(snapshot_download("acme/up"))
+print(hashlib.sha256((place / "large.bin").read_bytes()).hexdigest(), (place / "sub/7.txt").read_text())
+print([c.title for c in api.list_repo_commits("acme/up")], api.model_info("acme/up").sha)
+print(os.path.basename(os.path.realpath(place / "large.bin")))
+"""
+    lines = client.run(SETUP + code).splitlines()
+    head = hub.commits("acme/up")[0]
+    digest = head.files["large.bin"].sha256
+    assert lines == [
+        head.oid,
+        f"['.gitattributes', 'large.bin'] {2 + 2 * PAGE}",
+        f"{digest} number 7",
+        f"['files', 'initial commit'] {head.oid}",
+        digest,
+    ]
+    assert hub.files("acme/up")["large.bin"] == large
+    assert len(hub.asked("PUT", r"/part/")) == 3
+
+
+def test_branches_tags_and_revisions(hub, client) -> None:
+    first = hub.commit("acme/refs", {"a.txt": b"one"})
+    hub.tag("acme/refs", "v1")
+    hub.commit("acme/refs", {"a.txt": b"two"})
+    code = f"""
+api.create_branch("acme/refs", branch="dev", revision={first!r})
+refs = api.list_repo_refs("acme/refs")
+print([r.name for r in refs.branches], [r.name for r in refs.tags])
+for revision in ("main", "dev", "v1", {first!r}):
+    print(pathlib.Path(hf_hub_download("acme/refs", "a.txt", revision=revision)).read_text())
+for revision, file in (("v9", "a.txt"), ("main", "b.txt")):
+    try:
+        hf_hub_download("acme/refs", file, revision=revision)
+    except errors.HfHubHTTPError as error:
+        print(type(error).__name__)
+"""
+    expected = ["['main', 'dev'] ['v1']", "two", "one", "one", "one"]
+    assert client.run(SETUP + code).splitlines() == [*expected, "RevisionNotFoundError", "RemoteEntryNotFoundError"]
+
+
+def test_parents_deletions_and_proposals(hub, client) -> None:
+    first = hub.commit("acme/parents", {"a.txt": b"one", "b.txt": b"one"})
+    code = f"""
+add = lambda text: [CommitOperationAdd("a.txt", text)]
+api.create_commit("acme/parents", [*add(b"two"), CommitOperationDelete("b.txt")], commit_message="m", parent_commit={first!r})
+try:
+    api.create_commit("acme/parents", add(b"three"), commit_message="m", parent_commit={first!r})
+except errors.HfHubHTTPError as error:
+    print(error.response.status_code)
+pr = api.create_commit("acme/parents", add(b"four"), commit_message="better", create_pr=True)
+print(pr.pr_revision, [(d.num, d.title) for d in api.get_repo_discussions("acme/parents")])
+print(pathlib.Path(hf_hub_download("acme/parents", "a.txt", revision="refs/pr/1")).read_text())
+same = api.create_commit("acme/parents", add(b"two"), commit_message="again")
+print(same.oid == api.model_info("acme/parents").sha)
+"""
+    assert client.run(SETUP + code).splitlines() == ["412", "refs/pr/1 [(1, 'better')]", "four", "True"]
+    assert hub.files("acme/parents") == {".gitattributes": hub.files("acme/parents")[".gitattributes"], "a.txt": b"two"}
+    assert len(hub.commits("acme/parents")) == 3
+
+
+def test_who_may_do_what(hub, client) -> None:
+    hub.create_repo("acme/private", private=True)
+    hub.create_repo("acme/gated", gated=True)
+    hub.commit("acme/gated", {"a.txt": b"one"})
+    hub.create_repo("else/where")
+    code = f"""
+def tried(call):
+    try:
+        return call()
+    except errors.HfHubHTTPError as error:
+        return type(error).__name__, error.response.status_code
+
+reader, wrong = {hub.read_token!r}, "hf_" + "x" * 34
+print(api.whoami()["name"], tried(lambda: api.whoami(token=wrong)))
+print(tried(lambda: api.model_info("acme/private", token=False)), api.model_info("acme/private").private)
+print(tried(lambda: hf_hub_download("acme/gated", "a.txt", token=reader)))
+print(tried(lambda: api.model_info("acme/none")))
+print(tried(lambda: api.create_repo("acme/new", token=reader)), tried(lambda: api.create_repo("else/new")))
+op = [CommitOperationAdd("a.txt", b"x")]
+print(tried(lambda: api.create_commit("else/where", op, commit_message="m")))
+print(api.create_repo("acme/private", exist_ok=True).repo_id)
+"""
+    assert client.run(SETUP + code).splitlines() == [
+        "acme ('HfHubHTTPError', 401)",
+        "('RepositoryNotFoundError', 401) True",
+        "('GatedRepoError', 403)",
+        "('RepositoryNotFoundError', 404)",
+        "('HfHubHTTPError', 403) ('HfHubHTTPError', 403)",
+        "('HfHubHTTPError', 403)",
+        "acme/private",
+    ]
+
+
+def test_faults(hub, client, tmp_path) -> None:
+    content = bytes(range(256)) * 100_000  # 25 MB
+    hub.commit("acme/faults", {"large.bin": content, "small.txt": b"12345"})
+    hub.inject(
+        Fault("GET", "faults/resolve/.*large.bin", cut_after=15_000_000),
+        Fault("GET", "faults/resolve/.*small.txt", damage=lambda body: b"x" + body[1:]),
+        Fault("HEAD", "faults/resolve/.*small.txt", status=503, times=2),
+        Fault("POST", "faults/commit", lose_answer=True),
+    )
+    code = """
+print(hashlib.sha256(pathlib.Path(hf_hub_download("acme/faults", "large.bin")).read_bytes()).hexdigest())
+for attempt in range(3):
+    try:
+        print(pathlib.Path(hf_hub_download("acme/faults", "small.txt")).read_text())
+        break
+    except errors.LocalEntryNotFoundError as error:
+        print(error.__cause__.response.status_code)
+try:
+    api.create_commit("acme/faults", [CommitOperationAdd("small.txt", b"new")], commit_message="lost")
+except Exception as error:
+    print(type(error).__name__)
+"""
+    lines = client.run(SETUP + code).splitlines()
+    assert lines[0] == hub.commits("acme/faults")[1].files["large.bin"].sha256
+    assert any(r.range for r in hub.asked("GET", "faults/resolve/.*large.bin"))  # it went on where it was cut off
+    assert lines[-2:] == ["x2345", "RemoteProtocolError"]
+    assert hub.commits("acme/faults")[0].title == "lost"
