@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,9 @@ def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
     return path
 
 
-def at_one_commit(name: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
+def at_one_commit(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> dict[str, Any]:
     """`lookup` with the commit that its revision stands for now, so that all files are those of the same commit."""
-    config = find_file(name, CONFIG, lookup)
+    config = find_file(name, file, lookup)
     snapshot = None if config is None or os.path.isdir(name) else snapshot_of(config)
     return dict(lookup) if snapshot is None else {**lookup, "revision": snapshot.name}
 
@@ -105,9 +105,23 @@ def read_weights(
     Raises:
         SelOrthoError: there is no such file, it is damaged, or holds other names, shapes or dtypes than expected.
     """
+    return read_tensors(name, _weight_files(name, lookup, variant), shapes)
+
+
+def read_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of safetensors files on the CPU, once all of them are known to be what they should.
+
+    Args:
+        name: of the SAE, for messages.
+        paths: the files, which hold each tensor once.
+        shapes: of every tensor, by name.
+
+    Raises:
+        SelOrthoError: a file is damaged, or the tensors have other names, shapes or dtypes than expected.
+    """
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
-        for path in _weight_files(name, lookup, variant):
+        for path in paths:
             try:
                 _check_header_length(path)
                 files[path] = stack.enter_context(safe_open(path, framework="pt"))

@@ -1,0 +1,62 @@
+"""Which language model and layer: the names of TransformerLens, and those of the Hub."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# The names that TransformerLens gives to models whose id on the Hub it does not use itself.
+_ORIGINS = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-small": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "gelu-1l": "NeelNanda/GELU_1L512W_C4_Code",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+}
+# Others are called like the last part of their id.
+_OWNERS = (
+    (re.compile(r"gemma-.+"), "google"),
+    (re.compile(r"pythia-.+"), "EleutherAI"),
+    (re.compile(r"qwen.+", re.IGNORECASE), "Qwen"),
+    (re.compile(r"(meta-)?llama-.+", re.IGNORECASE), "meta-llama"),
+)
+_LENS_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|mid|post)")
+_LAYER = re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d{1,4})")
+
+
+def hub_name(model: Any) -> str | None:
+    """Id on the Hub of a model of TransformerLens; what looks like an id stays as it is."""
+    if not isinstance(model, str) or not model:
+        return None
+    if "/" in model:
+        return model
+    owner = next((owner for pattern, owner in _OWNERS if pattern.fullmatch(model)), None)
+    return _ORIGINS.get(model) or (f"{owner}/{model}" if owner else model)
+
+
+def lens_name(model: str) -> str:
+    """What TransformerLens calls a model of the Hub."""
+    for name, origin in _ORIGINS.items():
+        if origin == model:
+            return name
+    owner, _, name = model.partition("/")
+    known = any(owner == theirs and pattern.fullmatch(name) for pattern, theirs in _OWNERS)
+    return name if known else model
+
+
+def lens_hook(layer: int) -> str:
+    """The hook after a decoder layer."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def layer_of(hook: Any) -> int | None:
+    """The decoder layer after which a hook of TransformerLens, or a module of transformers, reads; None for others."""
+    if not isinstance(hook, str):
+        return None
+    if found := _LENS_HOOK.fullmatch(hook):
+        number, place = int(found[1]), found[2]
+        return number if place == "post" else number - 1 if place == "pre" and number > 0 else None
+    found = _LAYER.fullmatch(hook)
+    return int(found[1]) if found else None

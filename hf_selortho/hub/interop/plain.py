@@ -1,0 +1,112 @@
+"""What all formats have in common: the tensors of an SAE of raw activations, and where it reads them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...configuration_selortho import SelOrthoConfig
+from ...errors import SelOrthoError
+from ...modeling_selortho import SelOrthoSAE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlainSae:
+    r"""An SAE without normalisation of its input.
+
+        h  = act((x - shift) W_enc + b_enc)
+        x^ = h W_dec + b_dec
+
+    where `act` is relu; with `k`, relu of the k largest; with `threshold`, z where z > threshold and z > 0.
+    """
+
+    W_enc: Tensor  # (d_in, d_sae)
+    b_enc: Tensor  # (d_sae,)
+    W_dec: Tensor  # (d_sae, d_in)
+    b_dec: Tensor  # (d_in,)
+    shift: Tensor  # (d_in,), b_dec or zeros
+    threshold: Tensor | None = None  # (d_sae,)
+    k: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # settings of SelOrthoConfig that are known
+
+    def to_model(self, name: str) -> SelOrthoSAE:
+        """The SAE as ours, in float32; encode and decode compute the same, but for rounding.
+
+        Args:
+            name: where it comes from, for messages.
+
+        Raises:
+            SelOrthoError: a tensor holds NaN or infinity, or `k` is not possible.
+        """
+        for key in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+            tensor = getattr(self, key)
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise SelOrthoError(f"{name}: {key} holds NaN or infinity: download it again, or choose another SAE")
+        d_in, d_sae = self.W_enc.shape
+        kind = "topk" if self.k is not None else "relu" if self.threshold is None else "jumprelu"
+        settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": kind, **self.facts}
+        sae = SelOrthoSAE(SelOrthoConfig(d_in=d_in, d_sae=d_sae, k=self.k, **settings))
+        with torch.no_grad():
+            sae.input_mean.copy_(self.shift)  # ours is added to the output again: that is what b_dec does there
+            sae.W_enc.copy_(self.W_enc)
+            sae.b_enc.copy_(self.b_enc)
+            sae.W_dec.copy_(self.W_dec)
+            sae.b_dec.copy_(self.b_dec.double() - self.shift.double())
+            if (
+                self.threshold is not None
+            ):  # below zero, relu leaves nothing anyway; log 0 is minus infinity, exp of it 0
+                sae.log_threshold.copy_(self.threshold.clamp(min=0).double().log())
+        if sae.config.layer is None:
+            logger.warning(
+                "%s does not say that it reads the output of a decoder layer: encode and decode work on activations of "
+                "yours; what needs the language model does not",
+                name,
+            )
+        return sae.eval()
+
+    @staticmethod
+    @torch.no_grad()
+    def of(sae: SelOrthoSAE) -> PlainSae:
+        """Ours, with the input normalisation folded into the weights, in float32.
+
+        With m = input_mean and s = input_scale: W_enc / s, b_enc + b_dec W_enc, W_dec s and b_dec s + m, which is
+        subtracted from the input first. So large means cancel before the product, and no digits are lost.
+        """
+        m, s = sae.input_mean.double(), sae.input_scale.double()
+        W_enc, b_dec = sae.W_enc.double(), sae.b_dec.double()
+        bias = (b_dec * s + m).float()
+        config, threshold = sae.config, None
+        if config.activation == "batchtopk":
+            threshold = sae.threshold.float().expand(W_enc.shape[1]).contiguous()
+        elif config.activation == "jumprelu":
+            threshold = sae.log_threshold.float().exp()
+        return PlainSae(
+            W_enc=(W_enc / s).float().contiguous(),
+            b_enc=(sae.b_enc.double() + b_dec @ W_enc).float(),
+            W_dec=(sae.W_dec.double() * s).float().contiguous(),
+            b_dec=bias,
+            shift=bias,
+            threshold=threshold,
+            k=config.k if config.activation == "topk" else None,
+        )
+
+
+def weight_shapes(d_in: Any, d_sae: Any, threshold: bool, name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a PlainSae by their usual names.
+
+    Raises:
+        SelOrthoError: a width is not a positive whole number.
+    """
+    for key, value in (("d_in", d_in), ("d_sae", d_sae)):
+        if type(value) is not int or not 1 <= value < 1 << 40:
+            raise SelOrthoError(f"{name}: {key}={value!r:.50}, expected a positive whole number: is this an SAE?")
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,)}
+    shapes |= {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    return shapes | ({"threshold": (d_sae,)} if threshold else {})

@@ -1,0 +1,168 @@
+"""The format of SAELens: cfg.json and sae_weights.safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...activations.disk import reason
+from ...errors import SelOrthoError
+from ...modeling_selortho import SelOrthoSAE
+from ...saved_files import find_file, read_object, read_tensors
+from ...training.outputs import as_os_error, jsonable
+from .places import hub_name, layer_of, lens_hook, lens_name
+from .plain import PlainSae, weight_shapes
+
+CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+VERSION = "6.54.0"  # of SAELens, whose format this is
+_ARCHITECTURES = ("standard", "topk", "jumprelu")
+
+
+def write_saelens(
+    sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | None = None, frequency: Tensor | None = None
+) -> None:
+    """Write an SAE so that `sae_lens.SAE.load_from_disk` and `SAE.from_pretrained` load it, and compute the same.
+
+    relu becomes "standard", topk "topk", batchtopk and jumprelu "jumprelu". The input normalisation is folded into the
+    weights.
+
+    Args:
+        sae: the SAE.
+        folder: new or empty.
+        metadata: further entries for the metadata, such as "l0".
+        frequency: share of the tokens on which each feature fires (d_sae,), for sparsity.safetensors.
+
+    Raises:
+        SelOrthoError: there is no room, or the folder cannot be written; it is then not there.
+    """
+    plain = PlainSae.of(sae)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
+    if plain.threshold is not None:
+        tensors["threshold"] = plain.threshold
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary / WEIGHTS)
+        if frequency is not None:
+            save_file({"sparsity": (frequency.float() + 1e-10).log10().cpu()}, temporary / SPARSITY)
+        content = json.dumps(jsonable(_config(sae, plain, metadata or {})), indent=2) + "\n"
+        (temporary / CONFIG).write_text(content, encoding="utf-8")
+        temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        said = reason(as_os_error(error))
+        raise SelOrthoError(f"cannot write {folder}: {said}; make room, or choose another folder") from error
+
+
+def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    config = sae.config
+    kind = "topk" if plain.k is not None else "standard" if plain.threshold is None else "jumprelu"
+    known = {
+        "sae_lens_version": VERSION,
+        "model_name": lens_name(config.lm_name) if config.lm_name else None,
+        "hf_model_name": config.lm_name,
+        "hf_model_revision": config.lm_revision,
+        "hook_name": None if config.layer is None else lens_hook(config.layer),
+        "hf_hook_name": config.hook_name,
+        "context_size": config.context_length,
+        "prepend_bos": config.prepend_bos,
+        "exclude_special_tokens": True,
+        "dataset_path": config.dataset,
+        **metadata,
+    }
+    return {
+        "architecture": kind,
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {key: value for key, value in known.items() if value is not None},
+        **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
+    }
+
+
+def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
+    """An SAE that SAELens has saved, of the kinds that are encoder, activation function and decoder.
+
+    Raises:
+        SelOrthoError: it is of another kind, its files are damaged, or do not fit one another.
+    """
+    path = find_file(name, CONFIG, lookup)
+    weights = find_file(name, WEIGHTS, lookup)
+    if path is None or weights is None:
+        raise SelOrthoError(f"{name} lacks {CONFIG if path is None else WEIGHTS}: expected both, as SAELens saves them")
+    content = read_object(path)
+    metadata = content.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else content  # before version 6 all was in one
+    kind, k = _kind(content, str(path))
+    shapes = weight_shapes(content.get("d_in"), content.get("d_sae"), kind == "jumprelu", name)
+    tensors = {key: tensor.float() for key, tensor in read_tensors(name, [weights], shapes).items()}
+    if kind == "topk" and content.get("rescale_acts_by_decoder_norm"):
+        norms = tensors["W_dec"].norm(dim=1)
+        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms, tensors["b_enc"] * norms
+        tensors["W_dec"] = tensors["W_dec"] / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
+    subtracts = content.get("apply_b_dec_to_input", True)
+    shift = tensors["b_dec"] if subtracts else torch.zeros_like(tensors["b_dec"])
+    return PlainSae(**tensors, shift=shift, k=k, facts=_facts(metadata))
+
+
+def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
+    """Architecture and k.
+
+    Raises:
+        SelOrthoError: there is more to it than encoder, activation function and decoder.
+    """
+    kind = content.get("architecture", "standard")
+    function = content.get("activation_fn") or content.get("activation_fn_str") or "relu"  # before version 6
+    k = content.get("k")
+    if kind == "standard" and function == "topk":
+        arguments = content.get("activation_fn_kwargs")
+        kind, k = "topk", arguments.get("k") if isinstance(arguments, dict) else None
+    if kind not in _ARCHITECTURES or function not in ("relu", "topk"):
+        said = kind if kind not in _ARCHITECTURES else f"activation function {function}"
+        raise SelOrthoError(f"{path}: {said!r:.80} of SAELens is not read; expected {', '.join(_ARCHITECTURES)}")
+    for key, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
+        value = content.get(key) or plain
+        if value != plain:
+            raise SelOrthoError(
+                f"{path}: {key}={value!r:.80} is not read, as it is no part of the weights; fold it into them with "
+                f"SAELens and save the SAE again with {key}={plain!r}"
+            )
+    if content.get("finetuning_scaling_factor"):
+        raise SelOrthoError(f"{path}: finetuning_scaling_factor is not read; save the SAE again with SAELens 6")
+    if kind == "topk" and (type(k) is not int or k < 1):
+        raise SelOrthoError(f"{path}: k={k!r:.50}, expected the number of active features per token")
+    return kind, k if kind == "topk" else None
+
+
+def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What we know of its training, in our terms; whatever is of another type than expected is left out."""
+    name, hook = metadata.get("model_name"), metadata.get("hook_name") or metadata.get("hook_point")
+    revision, dataset = metadata.get("hf_model_revision"), metadata.get("dataset_path")
+    original, module = metadata.get("hf_model_name"), metadata.get("hf_hook_name")
+    context, bos = metadata.get("context_size"), metadata.get("prepend_bos")
+    layer = layer_of(hook)
+    found = {
+        "lm_name": original if isinstance(original, str) else hub_name(name),
+        "lm_revision": revision if isinstance(revision, str) else None,
+        "layer": layer,
+        "hook_name": module if isinstance(module, str) else hook if isinstance(hook, str) else None,
+        "dataset": dataset if isinstance(dataset, str) else None,
+    }
+    if type(context) is int and 2 <= context < 1 << 31:
+        found["context_length"] = context
+    if isinstance(bos, bool):
+        found["prepend_bos"] = bos
+    return found

@@ -1,0 +1,53 @@
+"""The format of sparsify: cfg.json and sae.safetensors, a folder for each hook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import SelOrthoError
+from ...saved_files import find_file, read_object, read_tensors
+from .places import layer_of
+from .plain import PlainSae, weight_shapes
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+
+
+def read_sparsify(name: str, lookup: Mapping[str, Any]) -> PlainSae:
+    """An SAE of sparsify with its activation function topk.
+
+    Raises:
+        SelOrthoError: it is a transcoder or of another kind, its files are damaged, or do not fit one another.
+    """
+    path = find_file(name, CONFIG, lookup)
+    weights = find_file(name, WEIGHTS, lookup)
+    if path is None or weights is None:
+        raise SelOrthoError(
+            f"{name} lacks {CONFIG if path is None else WEIGHTS}: expected both, as sparsify saves them"
+        )
+    content = read_object(path)
+    for key in ("transcode", "skip_connection"):
+        if content.get(key):
+            raise SelOrthoError(f"{path}: {key}={content[key]!r:.50} is not read: this is a transcoder, not an SAE")
+    if content.get("activation", "topk") != "topk":
+        raise SelOrthoError(f"{path}: activation={content['activation']!r:.50} is not read; expected 'topk'")
+    d_in, k, factor = content.get("d_in"), content.get("k"), content.get("expansion_factor", 32)
+    d_sae = content.get("num_latents") or (d_in * factor if type(d_in) is type(factor) is int else None)
+    if type(k) is not int or k < 1:
+        raise SelOrthoError(f"{path}: k={k!r:.50}, expected the number of active features per token")
+    shapes = weight_shapes(d_in, d_sae, False, name)
+    shapes = {"encoder.weight": shapes["W_dec"], "encoder.bias": shapes["b_enc"], **shapes}
+    del shapes["W_enc"], shapes["b_enc"]
+    tensors = {key: tensor.float() for key, tensor in read_tensors(name, [weights], shapes).items()}
+    hook = Path(str(lookup.get("subfolder") or name)).name  # the folder is called like the module
+    layer = layer_of(hook)
+    return PlainSae(
+        W_enc=tensors["encoder.weight"].T,
+        b_enc=tensors["encoder.bias"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        shift=tensors["b_dec"],
+        k=k,
+        facts={} if layer is None else {"layer": layer, "hook_name": hook},
+    )
