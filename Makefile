@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+EXTRAS := demo,test,interop
 ARGS ?=
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
@@ -38,9 +39,9 @@ test: $(VENV)/.stamp-test
 test-fast: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
-# The same rules and stamps, in another folder and with other versions.
+# The same rules and stamps, in another folder and with other versions, and without the libraries of others.
 test-lowest:
-	$(MAKE) test-fast VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) test-fast VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=demo,test
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check .
@@ -73,5 +74,5 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
-	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo,test]"
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@ $(VENV)/.stamp-demo

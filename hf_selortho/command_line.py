@@ -192,7 +192,8 @@ class _Discreet(logging.Formatter):
 
 def _exit_with(error: SelOrthoError) -> NoReturn:
     line = without_secrets(" ".join(str(error).split()))
-    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {line}\n")
+    program = sys.argv[0].removesuffix(f"{os.sep}__main__.py")  # python -m of a package
+    sys.stderr.write(f"{os.path.basename(program)}: error: {line}\n")
     sys.exit(2)
 
 

@@ -196,6 +196,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys) -> None:
         ((tmp_path / "own", tmp_path / "new", "--to", "pickle"), "invalid choice: 'pickle'"),
         ((tmp_path / "own", tmp_path / "new", "--to", "saelens", "--from", "sparsify"), "lacks cfg.json"),
     ]
+    capsys.readouterr()
     for arguments, message in cases:
         with pytest.raises(SystemExit) as caught:
             run_script(lambda arguments=arguments: main(["convert", *map(str, arguments)]))
