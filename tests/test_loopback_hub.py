@@ -81,7 +81,8 @@ def test_parents_deletions_and_proposals(hub, client) -> None:
     first = hub.commit("acme/parents", {"a.txt": b"one", "b.txt": b"one"})
     code = f"""
 add = lambda text: [CommitOperationAdd("a.txt", text)]
-api.create_commit("acme/parents", [*add(b"two"), CommitOperationDelete("b.txt")], commit_message="m", parent_commit={first!r})
+both = [*add(b"two"), CommitOperationDelete("b.txt")]
+api.create_commit("acme/parents", both, commit_message="m", parent_commit={first!r})
 try:
     api.create_commit("acme/parents", add(b"three"), commit_message="m", parent_commit={first!r})
 except errors.HfHubHTTPError as error:

@@ -148,7 +148,11 @@ def picture_facts(pictures: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in (metrics.get("evaluation") or {}).items() if _known(value)}
+    found = metrics.get("evaluation") or {}
+    wrong = [key for key in _BY_KEY.keys() & found.keys() if not isinstance(found[key], int | float | None)]
+    if wrong:
+        raise TypeError(f"{min(wrong)} is {found[min(wrong)]!r:.50}")
+    return {key: value for key, value in found.items() if _known(value)}
 
 
 def _known(value: Any) -> bool:

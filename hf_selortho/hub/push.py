@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import CommitInfo, CommitOperationAdd
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub import errors as hub
 
 from .. import __version__
@@ -54,6 +54,13 @@ class Pushed:
         if not self.changed:
             return f"{self.repo_id} has all of this already: nothing was sent ({self.url})"
         return f"{len(self.changed)} files sent to {self.repo_id}, in one commit: {self.url}"
+
+
+class _Made(NamedTuple):
+    """A commit, or a pull request, of which no commit is known."""
+
+    url: str
+    commit: str | None
 
 
 def push_run(
@@ -148,18 +155,18 @@ def push_folder(
     title = commit_message or MESSAGE
     if create_pr and (earlier := place.same_proposal(title, {name: files[name] for name in files})):
         return Pushed(repo_id, earlier, None, (), left)
-    info = _commit(place, {name: files[name] for name in changed}, title, head, create_pr)
-    return Pushed(repo_id, info.pr_url or info.commit_url, None if create_pr else info.oid, tuple(changed), left)
+    made = _commit(place, {name: files[name] for name in changed}, title, head, create_pr)
+    return Pushed(repo_id, made.url, made.commit, tuple(changed), left)
 
 
-def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str, create_pr: bool) -> CommitInfo:
+def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str, create_pr: bool) -> _Made:
     """Send the files as one commit on top of `head`; if its answer is lost, look whether it was made."""
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
     for attempt in range(_ATTEMPTS):
         try:
             with warnings.catch_warnings():  # a feature index is parquet, and belongs beside its SAE
                 warnings.filterwarnings("ignore", message=".*commit a data file.*")
-                return place.api.create_commit(
+                info = place.api.create_commit(
                     place.repo_id,
                     operations,
                     commit_message=title,
@@ -169,6 +176,7 @@ def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str,
                     create_pr=create_pr,
                     parent_commit=head,
                 )
+            return _Made(str(info.pr_url), None) if create_pr else _Made(str(info.commit_url), info.oid)
         except REQUEST_ERRORS as failure:
             error = cause_of(failure)
             if made := _made_nevertheless(place, files, title, head, create_pr, error):
@@ -183,7 +191,7 @@ def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str,
 
 def _made_nevertheless(
     place: Repository, files: Mapping[str, Path], title: str, head: str, create_pr: bool, error: Exception
-) -> CommitInfo | None:
+) -> _Made | None:
     """The commit, if the Hub has made it although an error came back.
 
     Raises:
@@ -194,7 +202,7 @@ def _made_nevertheless(
     try:
         if create_pr:
             url = place.same_proposal(title, files)
-            return None if url is None else _info(place, url, title, head, pr_url=url)
+            return None if url is None else _Made(url, None)
         now = place.head()
         if now == head:
             return None
@@ -202,15 +210,11 @@ def _made_nevertheless(
     except SelOrthoError:
         return None
     if all(there.get(name) == content_hash(path, len(there.get(name, ""))) for name, path in files.items()):
-        return _info(place, place.url_of(now), title, now)
+        return _Made(place.url_of(now), now)
     raise SelOrthoError(
         f"somebody else has pushed to {place.repo_id} at the same time ({now[:12]} came after {head[:12]}), so nothing "
         "was pushed: look at that commit, then run the same command again"
     ) from error
-
-
-def _info(place: Repository, url: str, title: str, oid: str, pr_url: str | None = None) -> CommitInfo:
-    return CommitInfo(commit_url=url, commit_message=title, commit_description="", oid=oid, pr_url=pr_url)
 
 
 def _is_passing(error: Exception) -> bool:

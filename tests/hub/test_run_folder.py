@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.hub.run_folder import read_run, with_others
-
-
-def save(folder: Path, seed: int = 0, fvu: float = 0.1, **settings) -> Path:
-    """An SAE as a training leaves it."""
-    config = SelOrthoConfig(**{"d_in": 8, "d_sae": 16, "layer": 2, "lm_name": "org/lm", **settings})
-    SelOrthoSAE(config).save_pretrained(folder)
-    (folder / "metrics.json").write_text(json.dumps({"schema_version": 1, "evaluation": {"fvu": fvu}}))
-    (folder / "run.json").write_text(json.dumps({"arguments": {"seed": seed}, "pictures": ["pictures/b.png"]}))
-    (folder / "pictures").mkdir()
-    for name in ("a.png", "b.png"):
-        (folder / "pictures" / name).write_bytes(b"png")
-    return folder
+from tests.finished_run import save_run
 
 
 def fvus(run) -> list:
@@ -35,9 +21,9 @@ def fvus(run) -> list:
 
 
 def test_a_run_of_one_sae(tmp_path) -> None:
-    run = read_run(save(tmp_path / "x"))
+    run = read_run(save_run(tmp_path / "x"))
     (sae,) = run.saes
-    assert (sae.name, sae.layer, sae.metrics["evaluation"]) == ("", 2, {"fvu": 0.1})
+    assert (sae.name, sae.layer, sae.metrics["evaluation"]["fvu"]) == ("", 2, 0.1)
     assert sae.pictures == ["pictures/b.png", "pictures/a.png"]  # first what the training has drawn
     assert run.place(sae) == tmp_path / "x" and run.run["arguments"]["seed"] == 0
     assert fvus(with_others(run, None, [])) == [0.1, None, [], []]
@@ -51,8 +37,8 @@ def test_a_checkpoint_is_a_run_without_metrics(tmp_path) -> None:
 
 def test_a_run_of_several_saes_in_the_order_of_their_layers(tmp_path) -> None:
     for layer in (12, 5):
-        save(tmp_path / f"layer_{layer}", layer=layer, fvu=layer / 100)
-        save(tmp_path / f"layer_{layer}_twin", layer=layer, fvu=layer / 200, ortho_coefficient=0.0)
+        save_run(tmp_path / f"layer_{layer}", layer=layer, fvu=layer / 100)
+        save_run(tmp_path / f"layer_{layer}_twin", layer=layer, fvu=layer / 200, ortho_coefficient=0.0)
     saes = {sae.name: sae for sae in read_run(tmp_path).saes}
     assert list(saes) == ["layer_5", "layer_5_twin", "layer_12", "layer_12_twin"]
     assert saes["layer_12"].measured.twin == saes["layer_12_twin"].metrics
@@ -63,27 +49,27 @@ def test_a_run_of_several_saes_in_the_order_of_their_layers(tmp_path) -> None:
 
 
 def test_the_twin_beside_the_folder_is_found_and_an_impostor_is_not(tmp_path) -> None:
-    run = read_run(save(tmp_path / "x"))
-    twin = save(tmp_path / "x-twin", fvu=0.09, ortho_coefficient=0.0, min_support=2)
+    run = read_run(save_run(tmp_path / "x"))
+    twin = save_run(tmp_path / "x-twin", fvu=0.09, ortho_coefficient=0.0, min_support=2)
     assert fvus(with_others(run, None, [])) == [0.1, 0.09, [], []]
     assert fvus(with_others(run, twin, [])) == [0.1, 0.09, [], []]
-    other = save(tmp_path / "y", d_sae=32, ortho_coefficient=0.0)
+    other = save_run(tmp_path / "y", d_sae=32, ortho_coefficient=0.0)
     with pytest.raises(SelOrthoError, match="without the penalty: d_sae is 32 and not 16"):
         with_others(run, other, [])
     with pytest.raises(SelOrthoError, match=r"its ortho_coefficient is 0\.1"):
-        with_others(run, save(tmp_path / "z"), [])
+        with_others(run, save_run(tmp_path / "z"), [])
     other.rename(tmp_path / "z-twin")
     assert fvus(with_others(read_run(tmp_path / "z"), None, [])) == [0.1, None, [], []]
 
 
 def test_seeds_and_their_twins(tmp_path) -> None:
-    folders = [save(tmp_path / f"s{seed}", seed, fvu=0.1 + seed, max_norm=9.0 + seed) for seed in range(3)]
+    folders = [save_run(tmp_path / f"s{seed}", seed, fvu=0.1 + seed, max_norm=9.0 + seed) for seed in range(3)]
     run = read_run(folders[0])
     assert fvus(with_others(run, None, folders[1:])) == [0.1, None, [1.1, 2.1], []]
     for seed in (0, 1):
-        save(tmp_path / f"s{seed}-twin", seed, fvu=0.05 + seed, penalty="none")
+        save_run(tmp_path / f"s{seed}-twin", seed, fvu=0.05 + seed, penalty="none")
     assert fvus(with_others(run, None, folders[1:])) == [0.1, 0.05, [1.1, 2.1], []]  # not of every seed
-    save(tmp_path / "s2-twin", 2, fvu=2.05, penalty="none")
+    save_run(tmp_path / "s2-twin", 2, fvu=2.05, penalty="none")
     assert fvus(with_others(run, None, folders[1:])) == [0.1, 0.05, [1.1, 2.1], [1.05, 2.05]]
 
 
@@ -95,14 +81,14 @@ def test_seeds_and_their_twins(tmp_path) -> None:
     ],
 )
 def test_what_is_no_other_seed_is_refused(seed, settings, message, tmp_path) -> None:
-    run = read_run(save(tmp_path / "x"))
+    run = read_run(save_run(tmp_path / "x"))
     with pytest.raises(SelOrthoError, match=message):
-        with_others(run, None, [save(tmp_path / "y", seed, **settings)])
+        with_others(run, None, [save_run(tmp_path / "y", seed, **settings)])
 
 
 def test_a_run_of_other_layers_is_no_other_seed(tmp_path) -> None:
-    save(tmp_path / "x/layer_2")
-    save(tmp_path / "y/layer_3", seed=1, layer=3)
+    save_run(tmp_path / "x/layer_2")
+    save_run(tmp_path / "y/layer_3", seed=1, layer=3)
     with pytest.raises(SelOrthoError, match="has no SAE layer_2"):
         with_others(read_run(tmp_path / "x"), None, [tmp_path / "y"])
 
@@ -112,7 +98,7 @@ def test_what_is_no_run_is_refused(tmp_path) -> None:
         read_run(tmp_path / "nowhere")
     with pytest.raises(SelOrthoError, match="holds no config.json"):
         read_run(tmp_path)
-    save(tmp_path / "x/deep/sae")
+    save_run(tmp_path / "x/deep/sae")
     with pytest.raises(SelOrthoError, match=r"SAEs in sub-folders: deep/sae; choose one"):
         read_run(tmp_path / "x")
     (tmp_path / "x/deep/sae/metrics.json").write_text("[1]")
@@ -121,7 +107,7 @@ def test_what_is_no_run_is_refused(tmp_path) -> None:
 
 
 def test_links_that_lead_out_of_the_run_are_refused(tmp_path) -> None:
-    folder = save(tmp_path / "x")
+    folder = save_run(tmp_path / "x")
     (tmp_path / "secret.png").write_bytes(b"secret")
     (folder / "pictures/c.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(SelOrthoError, match="leads out of"):
