@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .errors import ConfigError
-from .saved_files import CONFIG, LOOKUP, find_file, no_such_sae, read_object
+from .saved_files import CONFIG, LOOKUP, find_file, no_such_sae, read_object, within_reach
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class SelOrthoConfig(PreTrainedConfig):
         lookup = {key: kwargs.pop(key) for key in LOOKUP if key in kwargs}
         for key in ("_from_auto", "_from_pipeline", "gguf_file", "trust_remote_code", "code_revision"):
             kwargs.pop(key, None)
-        path = Path(name) if os.path.isfile(name) else find_file(name, CONFIG, lookup)
+        path = Path(name) if os.path.isfile(name) else find_file(name, CONFIG, within_reach(name, lookup))
         if path is None:
             raise no_such_sae(name, lookup)
         content = read_object(path)

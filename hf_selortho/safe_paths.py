@@ -8,6 +8,11 @@ from pathlib import Path
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def is_commit(revision: object) -> bool:
+    """Whether a revision is a commit of the Hub, neither a branch or tag nor the fingerprint of something local."""
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
+
+
 def snapshot_of(path: Path) -> Path | None:
     """The folder snapshots/<commit> of huggingface_hub's cache that a path is in; None if it is in none."""
     places = (path, *path.parents)

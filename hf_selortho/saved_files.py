@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ConfigError, SelOrthoError
-from .hub_access import LOOKUP_ERRORS, hub_error, unreachable
+from .hub_access import LOOKUP_ERRORS, hub_error, patiently, resolve_commit, unreachable
 from .repository_contents import contents_in_words, listed
-from .safe_paths import snapshot_of, target_outside
+from .safe_paths import is_commit, snapshot_of, target_outside
 
 CONFIG = "config.json"
 LOOKUP = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -50,8 +50,10 @@ def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
         return path
     where = {key: value for key, value in lookup.items() if key != "proxies"}  # a setting of the client by now
     try:
-        path = Path(hf_hub_download(name, file, **where))
+        path = Path(patiently(lambda: hf_hub_download(name, file, **where)))
     except LocalEntryNotFoundError as error:
+        if _cached(name, file, lookup) is _CACHED_NO_EXIST:
+            return None
         raise unreachable("SAE", name, local_only=bool(lookup.get("local_files_only"))) from error
     except EntryNotFoundError:
         return None
@@ -63,9 +65,38 @@ def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
 
 def at_one_commit(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> dict[str, Any]:
     """`lookup` with the commit that its revision stands for now, so that all files are those of the same commit."""
+    lookup = within_reach(name, lookup, file)
     config = find_file(name, file, lookup)
     snapshot = None if config is None or os.path.isdir(name) else snapshot_of(config)
     return dict(lookup) if snapshot is None else {**lookup, "revision": snapshot.name}
+
+
+def within_reach(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> dict[str, Any]:
+    """`lookup`, for the local cache alone if the Hub does not answer: its client would go on trying for half a minute.
+
+    Raises:
+        SelOrthoError: the Hub answers that there is no such repository or revision, or it is needed and does not.
+    """
+    found = dict(lookup)
+    if os.path.isdir(name) or lookup.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return found
+    revision, token = lookup.get("revision"), lookup.get("token")
+    known = isinstance(_cached(name, file, lookup), str)
+    if known and is_commit(revision):  # it will never change
+        return found
+    if resolve_commit("SAE", name, revision, token) is None:
+        if not known:
+            raise unreachable("SAE", name)
+        found["local_files_only"] = True
+    return found
+
+
+def _cached(name: str, file: str, lookup: Mapping[str, Any]) -> Any:
+    """Path of a file in the local cache, or _CACHED_NO_EXIST if the cache knows that there is none; else None."""
+    try:
+        return try_to_load_from_cache(name, in_subfolder(file, lookup), lookup.get("cache_dir"), lookup.get("revision"))
+    except ValueError:  # an ill-formed id
+        return None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.parts: dict[str, dict[int, bytes]] = {}  # of large uploads under way
         self.lock = threading.RLock()
+        self.stopped = False
 
     def __enter__(self) -> LoopbackHub:
         hub = self
@@ -101,7 +102,8 @@ class LoopbackHub:
         self.stop()
 
     def stop(self) -> None:
-        """Nobody answers any more."""
+        """Nobody answers any more, on connections that are open either."""
+        self.stopped = True
         self._server.shutdown()
         self._server.server_close()
 
@@ -190,6 +192,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._received = 0
+        if self.hub.stopped:
+            self.close_connection = True
+            return
         fault = self._fault()
         if fault and fault.before:
             fault.before()

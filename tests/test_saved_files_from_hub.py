@@ -1,115 +1,21 @@
-"""SAEs of the Hub, as a real HTTP server answers for it: checked as those of a folder are, and of one commit."""
+"""SAEs of the Hub, over real HTTP: checked as those of a folder are, all files of one commit, every byte compared."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
+from hf_selortho.hub.interop import write_saelens
+from tests.hub_client import HubClient
+from tests.loopback_hub import Fault, LoopbackHub
 
-# In a process of its own, as the Hugging Face libraries read HF_ENDPOINT once, when they are imported.
-CLIENT = """
-import hashlib, http.server, json, os, sys, threading
-from pathlib import Path
-from urllib.parse import unquote, urlparse
-
-ROOT, CACHE, SECRET = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-COMMITS = {"main": "a" * 40, "v2": "b" * 40, "later": "c" * 40}
-requests, moving = [], False
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    # /api/models/OWNER/NAME[/revision/REV], /OWNER/NAME/resolve/REV/FILE; a folder for every repository and branch
-    def log_message(self, *args):
-        pass
-
-    def reply(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        words = [unquote(word) for word in urlparse(self.path).path.strip("/").split("/")]
-        is_page = words[:2] == ["api", "models"]
-        words = words[2:] if is_page else words
-        repository, revision, file = "/".join(words[:2]), (words[3:4] or ["main"])[0], "/".join(words[4:])
-        requests.append(f"{revision} {file}")
-        if moving and revision == "main" and file == "model.safetensors":
-            revision = "later"  # somebody has pushed since config.json was asked for
-        branch = next((name for name, commit in COMMITS.items() if revision in (name, commit)), "")
-        if repository == "acme/private" and self.headers.get("Authorization") != f"Bearer {SECRET}":
-            self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        elif not (ROOT / repository).is_dir():
-            self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        elif not (ROOT / repository / branch).is_dir() or not branch:
-            self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
-        elif is_page:
-            page = {"id": repository, "sha": COMMITS[branch], "gated": False, "siblings": [], "tags": []}
-            self.reply(200, json.dumps(page).encode(), Content_Type="application/json")
-        elif not (path := ROOT / repository / branch / file).is_file():
-            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMITS[branch])
-        else:
-            body = path.read_bytes()
-            self.reply(200, body, X_Repo_Commit=COMMITS[branch], ETag=f'"{hashlib.sha256(body).hexdigest()}"')
-
-    do_HEAD = do_POST = do_GET
-
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-
-from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-
-found = {}
-
-
-def attempt(key, name, **options):
-    requests.clear()
-    try:
-        sae = SelOrthoSAE.from_pretrained(name, **{"cache_dir": CACHE, **options})
-        found[key] = [sae.config.layer, sae.config.name_or_path, float(sae.input_scale), requests[:]]
-    except SelOrthoError as error:
-        chain, here = "", error
-        while here is not None:
-            chain, here = f"{chain} {here}", here.__cause__ or here.__context__
-        found[key] = ["refused", str(error), SECRET in chain, requests[:]]
-
-
-attempt("plain", "acme/sae")
-attempt("cached", "acme/sae", local_files_only=True)
-attempt("revision", "acme/sae", revision="v2")
-attempt("commit", "acme/sae", revision="b" * 40)
-attempt("subfolder", "acme/sae", subfolder="layer_3")
-attempt("parts", "acme/parts")
-attempt("parts cached", "acme/parts", local_files_only=True)
-attempt("private", "acme/private", token=SECRET)
-attempt("private without token", "acme/private", token=False, cache_dir=CACHE + "-2")
-attempt("private with another token", "acme/private", token=SECRET + "x", cache_dir=CACHE + "-2")
-attempt("too wide", "acme/wide")
-attempt("pickle", "acme/pickle", token=SECRET)
-attempt("index that leads out", "acme/out")
-attempt("another model", "acme/llama", token=SECRET)
-attempt("unknown", "acme/nothing", token=SECRET)
-attempt("unknown revision", "acme/sae", revision="v3", token=SECRET)
-attempt("no id", "a/b/c/d", token=SECRET)
-moving = True
-attempt("while somebody pushes", "acme/moving", cache_dir=CACHE + "-3")
-server.shutdown()
-server.server_close()
-attempt("nobody answers, cached", "acme/sae", local_files_only=True)
-attempt("nobody answers", "acme/parts", cache_dir=CACHE + "-4", local_files_only=True)
-snapshot = next(Path(CACHE, "models--acme--sae", "snapshots", "a" * 40).glob("config.json")).parent
-attempt("snapshot as a folder", str(snapshot))
-print(json.dumps(found))
-"""
+SECRET = LoopbackHub.token
+IMPORTS = "from hf_selortho import SelOrthoConfig, SelOrthoSAE\n"
 
 
 def save(folder: Path, layer: int, **options) -> SelOrthoSAE:
@@ -124,59 +30,222 @@ def change(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_saes_of_the_hub(tmp_path) -> None:
-    hub, secret = tmp_path / "hub" / "acme", "hf_" + "aB3" * 11
-    save(hub / "sae" / "main", 1)
-    save(hub / "sae" / "v2", 2)
-    save(hub / "sae" / "main" / "layer_3", 3)
-    save(hub / "parts" / "main", 4, max_shard_size="1KB")
-    save(hub / "private" / "main", 5)
-    save(hub / "moving" / "main", 6)
-    save(hub / "moving" / "later", 7)
-    for name in ("wide", "pickle", "out", "llama"):
-        save(hub / name / "main", 8, max_shard_size="1KB" if name == "out" else "1GB")
-    change(hub / "wide" / "main" / "config.json", d_sae=10**9)
-    change(hub / "llama" / "main" / "config.json", model_type="llama")
-    change(
-        hub / "out" / "main" / "model.safetensors.index.json", weight_map={"W_enc": "../../sae/main/model.safetensors"}
-    )
-    (hub / "pickle" / "main" / "model.safetensors").rename(hub / "pickle" / "main" / "pytorch_model.bin")
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saes")
+    with LoopbackHub() as hub:
+        commit = hub.upload("acme/sae", save_all(folder / "sae", 2))
+        hub.tag("acme/sae", "v2", commit)
+        hub.commit("acme/sae", files_of(save_all(folder / "dev", 9)), branch="dev")
+        hub.upload("acme/sae", save_all(folder / "newer", 1))
+        save(folder / "layers/layer_3", 3)
+        save(folder / "layers/layer_12", 12)
+        write_saelens(save(folder / "own", 3), folder / "lens/blocks.3/lens")
+        save(folder / "parts", 4, max_shard_size="1KB")
+        for name in ("wide", "pickle", "out", "llama", "moving"):
+            save(folder / name, 8, max_shard_size="1KB" if name == "out" else "1GB")
+        change(folder / "wide/config.json", d_sae=10**9)
+        change(folder / "llama/config.json", model_type="llama")
+        index = {"W_enc": "../../sae/main/model.safetensors"}
+        change(folder / "out/model.safetensors.index.json", weight_map=index)
+        (folder / "pickle/model.safetensors").rename(folder / "pickle/pytorch_model.bin")
+        for name in ("layers", "lens", "parts", "wide", "pickle", "out", "llama", "moving"):
+            hub.upload(f"acme/{name}", folder / name)
+        hub.create_repo("acme/private", private=True)
+        hub.upload("acme/private", save_all(folder / "private", 5))
+        hub.create_repo("acme/gated", gated=True)
+        hub.upload("acme/gated", folder / "private")
+        hub.commit("acme/text", {"README.md": b"words", "data.csv": b"a,b"})
+        yield hub
 
-    online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT, hub.parent, tmp_path / "cache", secret],
-        env={**online, "HF_HUB_DISABLE_XET": "1"},
-        **{"capture_output": True, "text": True, "timeout": 200, "check": False},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
 
-    loaded = {"plain": 1, "cached": 1, "revision": 2, "commit": 2, "subfolder": 3, "parts": 4, "parts cached": 4}
-    loaded |= {"private": 5, "while somebody pushes": 6, "nobody answers, cached": 1, "snapshot as a folder": 1}
-    for key, layer in loaded.items():
-        assert found[key][0] == found[key][2] == layer, (key, found[key])
-    assert found["plain"][1] == "acme/sae" and found["parts"][1] == "acme/parts"
-    assert found["cached"][3] == [] and found["parts cached"][3] == []
-    commit = "a" * 40
-    assert f"{commit} model.safetensors" in found["plain"][3]
-    assert "main model.safetensors" not in found["while somebody pushes"][3]
+def save_all(folder: Path, layer: int) -> Path:
+    save(folder, layer)
+    return folder
 
-    refused = {
-        "private without token": "cannot load the SAE 'acme/private': acme/private is not a local folder",
-        "private with another token": "cannot load the SAE 'acme/private'",
-        "too wide": "W_dec has the shape (30, 12), d_in and d_sae of the config give (1000000000, 12)",
-        "pickle": "cannot load the SAE 'acme/pickle': it holds no model.safetensors; other formats",
-        "index that leads out": "names '../../sae/main/model.safetensors': expected safetensors files beside it",
-        "another model": "model_type='llama', expected 'selortho_sae'",
-        "unknown": "cannot load the SAE 'acme/nothing': acme/nothing is not a local folder",
-        "unknown revision": "cannot load the SAE 'acme/sae': v3 is not a valid git identifier",
-        "no id": "cannot load the SAE 'a/b/c/d'",
-        "nobody answers": "cannot load the SAE 'acme/parts'",
-    }
-    for key, message in refused.items():
-        assert found[key][0] == "refused" and message in found[key][1], (key, found[key])
-        assert "\n" not in found[key][1] and not found[key][2]  # no token, in the causes either
-    assert found.keys() == loaded.keys() | refused.keys()
-    assert not any("model" in request for request in found["another model"][3])  # no weights of whatever it is
-    written = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    assert secret.encode() not in written
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
+        client.run("from hf_selortho import hub_access\nhub_access._PAUSE = 0.05  # seconds between attempts\n")
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _fresh(hub):
+    hub.requests.clear()
+    yield
+    hub.faults.clear()
+
+
+def load(client: HubClient, call: str) -> list:
+    """Layer, name and scale of what is loaded by `from_pretrained(...)` with these arguments."""
+    shown = "print([sae.config.layer, sae.config.name_or_path, float(sae.input_scale)])"
+    return json.loads(client.run(f"{IMPORTS}sae = SelOrthoSAE.from_pretrained({call})\n{shown}").replace("'", '"'))
+
+
+def refusal(client: HubClient, call: str) -> str:
+    """The one line in which it is refused; no access token is in it or in its causes."""
+    code = f"""{IMPORTS}
+from hf_selortho import SelOrthoError
+try:
+    SelOrthoSAE.from_pretrained({call})
+except SelOrthoError as error:
+    chain, here = "", error
+    while here is not None:
+        chain, here = f"{{chain}} {{here}}", here.__cause__ or here.__context__
+    print({SECRET!r} in chain)
+    print(error)
+"""
+    secret, said, *more = client.run(code).splitlines()
+    assert secret == "False" and more == []
+    return said
+
+
+@pytest.mark.parametrize(
+    ("call", "layer"),
+    [
+        ("'acme/sae'", 1),
+        ("'acme/sae', revision='dev'", 9),
+        ("'acme/sae', revision='v2'", 2),
+        ("'acme/sae', revision=COMMIT", 2),
+        ("'acme/layers', subfolder='layer_12'", 12),
+        ("'acme/parts'", 4),
+        (f"'acme/private', token={SECRET!r}", 5),
+        ("'acme/private'", 5),  # with HF_TOKEN
+        ("'acme/gated'", 5),
+    ],
+)
+def test_every_way_of_naming_one(call, layer, hub, client) -> None:
+    commit = hub.storage.repos["model", "acme/sae"].refs["refs/tags/v2"]
+    found = load(client, call.replace("COMMIT", repr(commit)))
+    assert found == [layer, call.split("'")[1], layer]
+
+
+def test_after_one_download_nothing_is_asked(hub, client) -> None:
+    for call, layer in (("'acme/sae'", 1), ("'acme/parts'", 4)):
+        load(client, call)
+        hub.requests.clear()
+        assert load(client, f"{call}, local_files_only=True")[0] == layer and hub.requests == []
+        offline = "from huggingface_hub import constants\nconstants.HF_HUB_OFFLINE = {}\n"
+        client.run(offline.format(True))
+        try:
+            assert load(client, call)[0] == layer and hub.requests == []
+        finally:
+            client.run(offline.format(False))
+
+
+def test_nobody_answers(tmp_path, hub) -> None:
+    with LoopbackHub() as other:
+        other.storage = hub.storage
+        with HubClient(other.environment(tmp_path / "home")) as client:
+            assert load(client, "'acme/sae'")[0] == 1
+            other.stop()
+            assert load(client, "'acme/sae'")[0] == 1
+            assert "is not in the local cache and the Hub cannot be reached" in refusal(client, "'acme/layers'")
+            snapshot = next((tmp_path / "home/hub/models--acme--sae/snapshots").iterdir())
+            assert load(client, repr(str(snapshot)))[0] == 1
+
+
+def test_a_cache_of_ones_own(hub, client, tmp_path) -> None:
+    call = f"'acme/private', cache_dir={str(tmp_path)!r}, token={SECRET!r}"
+    assert load(client, call)[0] == 5 and (tmp_path / "models--acme--private").is_dir()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert SECRET.encode() not in written
+
+
+def test_the_config_comes_without_the_weights(hub, client, tmp_path) -> None:
+    code = f"""
+from transformers import AutoConfig
+from hf_selortho import SelOrthoConfig
+for kind in (SelOrthoConfig, AutoConfig):
+    config = kind.from_pretrained("acme/layers", subfolder="layer_3", cache_dir={str(tmp_path)!r})
+    print(type(config).__name__, config.layer)
+"""
+    assert client.run(code) == "SelOrthoConfig 3\n" * 2
+    assert not hub.asked("GET", "safetensors")
+
+
+def test_all_files_are_those_of_one_commit(hub, client, tmp_path) -> None:
+    newer = save_all(tmp_path / "newer", 7)
+    push = lambda: hub.upload("acme/moving", newer)  # noqa: E731  somebody pushes once the config has been asked for
+    hub.inject(Fault("HEAD", "moving/resolve/.*/model.safetensors", before=push))
+    assert load(client, f"'acme/moving', cache_dir={str(tmp_path)!r}") == [8, "acme/moving", 8]
+    assert load(client, f"'acme/moving', cache_dir={str(tmp_path)!r}") == [7, "acme/moving", 7]
+
+
+def test_a_broken_download_goes_on(hub, client, tmp_path) -> None:
+    large = SelOrthoSAE(SelOrthoConfig(d_in=64, d_sae=50_000, layer=1))  # 25 MB
+    large.save_pretrained(tmp_path / "large")
+    hub.upload("acme/large", tmp_path / "large")
+    hub.inject(Fault("GET", "large/resolve/.*safetensors", cut_after=12_000_000))
+    assert load(client, f"'acme/large', cache_dir={str(tmp_path / 'cache')!r}")[0] == 1
+    assert [bool(r.range) for r in hub.asked("GET", "large/resolve/.*safetensors")][-1]
+
+
+def test_what_was_damaged_on_the_way_is_not_loaded(hub, client, tmp_path) -> None:
+    def flip(body: bytes) -> bytes:
+        return body[:-5] + bytes([body[-5] ^ 1]) + body[-4:]
+
+    call = f"'acme/sae', cache_dir={str(tmp_path)!r}"
+    hub.inject(Fault("GET", "sae/resolve/.*safetensors", damage=flip))
+    said = refusal(client, call)
+    assert "model.safetensors was damaged on its way" in said and "force_download=True" in said
+    assert "was damaged" in refusal(client, call)  # from the cache, too
+    assert load(client, f"{call}, force_download=True")[0] == 1
+    assert load(client, call)[0] == 1
+    shutil.rmtree(tmp_path / "models--acme--sae")
+    hub.inject(Fault("GET", "sae/resolve/.*config.json", damage=lambda body: body.replace(b"1", b"2", 1)))
+    assert "config.json was damaged on its way" in refusal(client, call)
+
+
+def test_a_server_that_is_busy_is_waited_for_or_named(hub, client, tmp_path) -> None:
+    hub.inject(Fault("GET", "models/acme/parts", status=503, times=99))
+    said = refusal(client, f"'acme/parts', cache_dir={str(tmp_path)!r}")
+    assert "the Hub cannot be reached" in said and len(hub.asked("GET", "models/acme/parts")) == 4
+    hub.faults.clear()
+    call = f"'acme/sae', cache_dir={str(tmp_path)!r}"
+    hub.inject(Fault("GET", "sae/resolve/.*safetensors", status=503, times=2))
+    assert load(client, call)[0] == 1
+    hub.inject(Fault("GET", "sae/resolve/.*config", status=429, headers={"Retry-After": "1"}))
+    assert load(client, f"{call}, force_download=True")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("'acme/private', token=False", "unknown SAE \"acme/private\": .* if it is private, run `hf auth login`"),
+        (f"'acme/private', token={SECRET[:-1] + 'x'!r}", "with HTTP status 401: check your token"),
+        ("'acme/gated', token=False", "SAE \"acme/gated\" is gated: accept its terms at"),
+        (f"'acme/gated', token={LoopbackHub.read_token!r}", "is gated and your token has no access to it"),
+        ("'acme/wide'", r"has the shape \(30, 12\), d_in and d_sae of the config give \(1000000000, 12\)"),
+        ("'acme/pickle'", "cannot load the SAE 'acme/pickle': it holds no model.safetensors; other formats"),
+        ("'acme/out'", "names '../../sae/main/model.safetensors': expected safetensors files beside it"),
+        ("'acme/llama'", "model_type='llama', expected 'selortho_sae'"),
+        ("'acme/nothing'", "unknown SAE \"acme/nothing\": neither on the Hub nor a local path"),
+        ("'acme/sae', revision='v3'", "has no revision \"v3\": .* branches: main, dev; tags: v2"),
+        ("'a/b/c/d'", "no such local path, and not an id of the Hub"),
+        ("'acme/layers'", "no config.json; it has SAEs in sub-folders: layer_12, layer_3; .* subfolder='layer_12'"),
+        ("'acme/layers', subfolder='layer_4'", "no layer_4/config.json; it has SAEs in sub-folders: layer_12, layer_3"),
+        ("'acme/sae', subfolder='layer_4'", "its SAE is at the top: leave the sub-folder out"),
+        ("'acme/lens'", "it has files of SAELens in blocks.3/lens: .*load_sae reads those"),
+        ("'acme/text'", r"it holds .gitattributes, README.md, data.csv"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_and_what_is_there_instead(call, message, hub, client, tmp_path) -> None:
+    said = refusal(client, f"{call}, cache_dir={str(tmp_path)!r}")
+    assert re.search(message, said), said
+    if "llama" in call:
+        assert not hub.asked("GET", "safetensors")  # no weights of whatever it is
+
+
+def test_the_formats_of_others_are_loaded_from_the_hub(hub, client) -> None:
+    code = """
+from hf_selortho.hub.interop import load_sae
+print(load_sae("acme/lens", subfolder="blocks.3/lens").config.layer, load_sae("acme/sae", revision="v2").config.layer)
+"""
+    assert client.run(code) == "3 2\n"

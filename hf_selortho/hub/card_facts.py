@@ -10,19 +10,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..safe_paths import is_commit
 from .markdown import cell, code, duration, fence, literal, mask_tokens, number, one_line
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 SAELENS_FOLDER = "saelens"  # of the export, beside the SAE
 EMBEDDED_MODEL = "gemma-3-270m"
 EMBEDDED_ORIGIN = "google/gemma-3-270m"  # the embedded model is a 4-bit copy of it
-
-
-def is_commit(revision: Any) -> bool:
-    """Whether a revision is a commit of the Hub, not the fingerprint of something local."""
-    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def hub_id(name: Any, revision: Any) -> str | None:

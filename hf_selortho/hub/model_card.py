@@ -15,7 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import SelOrthoError
-from .card_facts import base_model, hub_id, is_commit, model_facts, training_facts, usage_facts
+from ..safe_paths import is_commit
+from .card_facts import base_model, hub_id, model_facts, training_facts, usage_facts
 from .card_results import METRICS, Measured, evaluation_facts, penalty_facts, picture_facts
 from .markdown import code, one_line
 from .summary import SaeReport, summary_rows, without_twins

@@ -17,7 +17,7 @@ from huggingface_hub import errors as hub
 
 from .. import __version__
 from ..errors import SelOrthoError
-from ..hub_access import one_line
+from ..hub_access import ATTEMPTS, one_line, pause, pause_of_busy
 from ..modeling_selortho import SelOrthoSAE
 from ..repository_contents import listed
 from ..saved_files import CONFIG
@@ -29,9 +29,6 @@ from .run_folder import FinishedRun
 logger = logging.getLogger(__name__)
 
 MESSAGE = "Upload SAE with hf_selortho"
-_ATTEMPTS = 4  # to commit, while the Hub does not answer
-_PAUSE = 2.0  # seconds before the second of them; each further one waits twice as long
-_LONGEST_PAUSE = 60.0
 _NOT_OURS = {".gitattributes"}  # the Hub writes it
 
 
@@ -162,7 +159,7 @@ def push_folder(
 def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str, create_pr: bool) -> _Made:
     """Send the files as one commit on top of `head`; if its answer is lost, look whether it was made."""
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         try:
             with warnings.catch_warnings():  # a feature index is parquet, and belongs beside its SAE
                 warnings.filterwarnings("ignore", message=".*commit a data file.*")
@@ -181,11 +178,11 @@ def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str,
             error = cause_of(failure)
             if made := _made_nevertheless(place, files, title, head, create_pr, error):
                 return made
-            if attempt == _ATTEMPTS - 1 or not _is_passing(error):
+            seconds = _pause(error, attempt)
+            if attempt == ATTEMPTS - 1 or seconds is None:
                 raise place.refusal(error) from error
-            pause = _pause(error, attempt)
-            logger.info("the Hub does not answer (%s); again in %.0f s", one_line(error), pause)
-            time.sleep(pause)
+            logger.info("the Hub does not answer (%s); again in %.0f s", one_line(error), seconds)
+            time.sleep(seconds)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -217,17 +214,11 @@ def _made_nevertheless(
     ) from error
 
 
-def _is_passing(error: Exception) -> bool:
-    """Whether it may be different in a while."""
-    if isinstance(error, hub.HfHubHTTPError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return not isinstance(error, ValueError)
-
-
-def _pause(error: Exception, attempt: int) -> float:
-    """Seconds until the next attempt: what the Hub asks for, or ever more."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, hub.HfHubHTTPError) else ""
-    return min(float(asked) if asked.isdecimal() else _PAUSE * 2**attempt, _LONGEST_PAUSE)
+def _pause(error: Exception, attempt: int) -> float | None:
+    """Seconds until the next attempt; None where none will do better."""
+    if isinstance(error, hub.HfHubHTTPError | ValueError):
+        return pause_of_busy(error, attempt)
+    return pause(attempt)  # the connection
 
 
 def _refuse_others_changes(place: Repository, head: str, there: Mapping[str, str], changed: Sequence[str]) -> None:

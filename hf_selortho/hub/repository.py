@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..activations.disk import sha256_of
 from ..errors import SelOrthoError
-from ..hub_access import LOOKUP_ERRORS, one_line
+from ..hub_access import LOOKUP_ERRORS, one_line, patiently
 from ..saved_files import CONFIG, read_object
 
 RepoKind: TypeAlias = Literal["model", "dataset", "space"]
@@ -119,7 +119,7 @@ class Repository:
             SelOrthoError: there is none, or it is no.
         """
         try:
-            return request()
+            return patiently(request)
         except REQUEST_ERRORS as error:
             raise self.refusal(error) from error
 
