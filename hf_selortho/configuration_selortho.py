@@ -206,7 +206,13 @@ class SelOrthoConfig(PreTrainedConfig):
             logger.warning("without effect, as SelOrthoConfig does not know them: %s", _SHORT.repr(sorted(unknown)))
         taken = {key: value for key, value in config_dict.items() if key in declared}
         overrides = {key: kwargs.pop(key) for key in own & kwargs.keys()}
-        return super().from_dict({**taken, **overrides}, **kwargs)
+        made: Any = super().from_dict({**taken, **overrides}, **kwargs)
+        source = config_dict.get("auto_map")
+        if cls.__module__.startswith("transformers_modules.") and isinstance(source, dict):
+            # this class is itself a repository's code, which the user trusts: AutoModel looks here for the model's
+            config = made[0] if isinstance(made, tuple) else made
+            config.auto_map = {str(key): str(value) for key, value in source.items()}
+        return made
 
     @classmethod
     def own_fields(cls) -> list[Field]:

@@ -161,13 +161,22 @@ class LoopbackHub:
         return kept | ({"HF_TOKEN": token} if token else {})
 
     def run(
-        self, what: str | Sequence[str], home: Path, token: str | None = WRITE, python: str = sys.executable
+        self, what: str | Sequence[str], home: Path, token: str | None = WRITE, bare_python: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Python code, or a script with its arguments, in a client's process of its own."""
+        """Python code, or a script with its arguments, in a client's process of its own.
+
+        Args:
+            bare_python: of an environment without our package, which is then not to be found on other ways either.
+        """
+        python = bare_python or sys.executable
         command = [python, "-c", what] if isinstance(what, str) else [python, *what]
         environment = self.environment(home, token)
+        home.mkdir(parents=True, exist_ok=True)
+        if bare_python:
+            del environment["PYTHONPATH"]
+        place = home if bare_python else ROOT
         return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
 
 

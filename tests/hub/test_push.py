@@ -275,6 +275,46 @@ def make_infinite(run: Path) -> None:
     sae.save_pretrained(run)
 
 
+@pytest.fixture
+def training(tiny_lm_dir, sample_text_files, tmp_path) -> list[str]:
+    """Arguments of a training of seconds."""
+    settings = {
+        "model": tiny_lm_dir("llama"), "lm_dtype": "float32", "layer": 1, "dataset": sample_text_files.csv, "d_sae": 64,
+        "context_length": 32, "batch_size": 128, "buffer_contexts": 32, "refresh_every": 4, "max_steps": 3,
+        "eval_samples": 8, "eval_ce_samples": 2, "output_dir": tmp_path / "run", "cpu": True, "push_to_hub": True,
+    }  # fmt: skip
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def test_a_training_publishes_at_its_end(hub, client, training, tmp_path) -> None:
+    done = client.script("train", *training, "--hub_model_id", "org/trained", "--hub_license", "mit")
+    assert done.code == 0 and "sent to org/trained, in one commit" in done.out, done.err[-2000:]
+    files = hub.files("org/trained")
+    assert files["model.safetensors"] == (tmp_path / "run/model.safetensors").read_bytes()
+    assert b"license: mit" in files["README.md"] and len(own_commits(hub, "org/trained")) == 1
+    assert "has all of this already" in push(client, tmp_path / "run", "org/trained", "--license", "mit")
+
+
+def test_a_training_that_cannot_be_published_is_not_lost(hub, client, training, tmp_path) -> None:
+    client.run(f"import os\nos.environ['HF_TOKEN'] = {hub.read_token!r}")
+    try:
+        done = client.script("train", *training, "--hub_model_id", "org/refused")
+    finally:
+        client.run(f"import os\nos.environ['HF_TOKEN'] = {hub.token!r}")
+    last = done.err.strip().splitlines()[-1]
+    assert done.code == 2 and "may not write to org/refused" in last
+    assert f"python scripts/push_to_hub.py {tmp_path / 'run'} --repo_id org/refused" in last
+    assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.d_sae == 64
+
+
+def test_before_a_training_it_is_asked_whether_it_can_be_published(hub, client, training, tmp_path) -> None:
+    for repo, message in (("else/where", "who does not belong to 'else'"), ("x", "expected owner/name")):
+        done = client.script("train", *training, "--hub_model_id", repo)
+        assert done.code == 2 and message in done.err.splitlines()[-1] and not (tmp_path / "run").exists()
+    done = client.script("train", *training)
+    assert done.code == 2 and "--push_to_hub --hub_model_id org/name" in done.err
+
+
 def test_mistakes_on_the_command_line(hub, client, tmp_path) -> None:
     run = save_run(tmp_path / "run")
     for repo in ("acme", "a b/c", "acme/x/y", "../x"):
