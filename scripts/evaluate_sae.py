@@ -1,4 +1,4 @@
-"""Evaluate a trained SAE on held-out text of its dataset, or of another one.
+"""Evaluate a trained SAE, of ours or of SAELens, sparsify or Gemma Scope, on held-out text of its dataset or another.
 
 python scripts/evaluate_sae.py runs/demo
 python scripts/evaluate_sae.py org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
+from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.activations.lm import load_language_model
 from hf_selortho.activations.texts import TextSource, open_documents
 from hf_selortho.activations.tokens import held_out_contexts
 from hf_selortho.command_line import run_script
 from hf_selortho.evaluation.evaluator import evaluate_sae
+from hf_selortho.features import warn_of_other_lm
+from hf_selortho.hub.interop import load_sae
 from hf_selortho.hub.report import metrics_table
 from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.training.outputs import write_json
@@ -83,13 +85,9 @@ def check(arguments: EvaluateArguments) -> None:
 def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     """Metrics of the SAE by name."""
     device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
-    try:
-        sae = SelOrthoSAE.from_pretrained(
-            name, revision=arguments.revision or "main", subfolder=arguments.subfolder or ""
-        )
-    except (OSError, ValueError) as error:
-        raise SelOrthoError(f"cannot load the SAE {name!r}: {error}") from error
-    sae = sae.to(device).eval()
+    lookup = {key: getattr(arguments, key) for key in ("revision", "subfolder") if getattr(arguments, key)}
+    sae: Any = load_sae(name, **lookup)
+    sae = sae.to(device)
     config = sae.config
     documents = open_documents(text_source(config, arguments))
     same_model = arguments.model is None
@@ -99,6 +97,7 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
         dtype=arguments.lm_dtype,
         device=device,
     )
+    warn_of_other_lm(config, lm)
     capture = ActivationCapture(lm, required(config.layer, "a layer in the SAE's config"), config.max_norm)
     contexts = held_out_contexts(
         documents,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.activations.tokens import Context, pad_batch
+from hf_selortho.hub.interop import write_saelens
 from scripts import evaluate_sae, train
 
 ROOT = Path(__file__).parents[2]
@@ -269,6 +270,25 @@ def test_evaluating_it_again_gives_the_same_figures(arguments, tmp_path, capsys)
     assert again == pytest.approx(json.loads((run / "metrics.json").read_text())["evaluation"], rel=1e-5)
 
 
+def test_an_sae_of_another_library_is_evaluated_likewise(arguments, tmp_path, caplog) -> None:
+    train.main(arguments())
+    write_saelens(SelOrthoSAE.from_pretrained(tmp_path / "run"), tmp_path / "lens")
+    sizes = ["--lm_dtype", "float32", "--batch_size", "128", "--eval_samples", "30", "--eval_ce_samples", "8", "--cpu"]
+    evaluate_sae.main([str(tmp_path / "lens"), *sizes, "--output", str(tmp_path / "lens.json")])
+    theirs = json.loads((tmp_path / "lens.json").read_text())["evaluation"]
+    ours = json.loads((tmp_path / "run/metrics.json").read_text())["evaluation"]
+    for key in ("fvu", "l0", "ce_reconstruction", "ce_clean", "tokens", "dead_features", "max_decoder_cosine"):
+        assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
+
+
+def test_evaluating_on_another_language_model_warns(arguments, tmp_path, tiny_lm_dir, caplog) -> None:
+    train.main(arguments())
+    other = str(tiny_lm_dir("gemma3"))
+    sizes = ["--lm_dtype", "float32", "--eval_samples", "8", "--eval_ce_samples", "2", "--cpu"]
+    evaluate_sae.main([str(tmp_path / "run"), *sizes, "--model", other])
+    assert [m for m in caplog.messages if other in m and str(tiny_lm_dir("llama")) in m]
+
+
 def test_too_little_text_to_hold_out_is_known_before_training(arguments, tmp_path) -> None:
     text = tmp_path / "two.txt"
     text.write_text("One document of a few words for the model.\n\nAnother document of a few words for it.\n")
@@ -287,7 +307,7 @@ def test_contexts_longer_than_the_models_window(arguments) -> None:
     [
         (["--batch_size", "0"], "--batch_size 0: expected at least 1"),
         (["--output", "/nonexistent/x.json"], "there is no folder /nonexistent"),
-        ([], "cannot load the SAE"),
+        ([], "no such local path"),
     ],
 )
 def test_bad_arguments_of_the_evaluation(argv, message, tmp_path) -> None:
