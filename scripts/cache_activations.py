@@ -34,7 +34,7 @@ from hf_selortho.activations.statistics import LayerStatistics
 from hf_selortho.activations.texts import Documents, open_documents
 from hf_selortho.activations.tokens import Context, ContextStream, count_tokens, estimate_tokens, held_out_contexts
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
-from hf_selortho.hub.markdown import code
+from hf_selortho.hub.dataset_card import render_shards_card
 from hf_selortho.memory_use import existing_folder, free_disk, peak_memory
 from hf_selortho.process_watch import ProcessWatch
 from hf_selortho.training.arguments import ModelArguments, TextArguments
@@ -156,7 +156,7 @@ class Harvest:
     def finish(self) -> dict[str, Any]:
         """Write manifest and card, once all processes are done; returns the manifest."""
         manifest = assemble_manifest(self.folder, self.capture, self.plan, self.settings, library_versions())
-        self.folder.finish(manifest, dataset_card(manifest))
+        self.folder.finish(manifest, str(render_shards_card(manifest)))
         return manifest
 
     def _tokens(self) -> float:
@@ -242,38 +242,6 @@ def make_plan(
         "shard_tokens": arguments.shard_tokens,
         "processes": processes,
     }
-
-
-def dataset_card(manifest: dict[str, Any]) -> str:
-    """README.md of the folder: metadata for the Hub, what the activations are, how to use them."""
-    model, text, contexts = manifest["model"], manifest["text"], manifest["contexts"]
-    dropped = manifest["counts"]
-    layers = " ".join(map(str, manifest["harvested_layers"]))
-    return f"""---
-tags:
-- activations
-- sparse-autoencoder
-- hf_selortho
----
-
-# Activations of a language model
-
-Residual-stream activations of {code(model["name"])} at revision {code(model["revision"])}, after decoder layers
-{layers} (counted from 0), on {code(text["dataset"])}, split {code(text["split"])}: {manifest["rows"]:,} tokens for
-training from {dropped["contexts"]:,} contexts of up to {contexts["context_length"]} tokens, and
-{manifest["held_out_counts"]["rows"]:,} tokens of documents held out from training, as {manifest["stored_dtype"]}.
-
-Left out: {dropped["dropped_special"]:,} special tokens such as BOS and {dropped["dropped_sinks"]:,} sink tokens. Where
-the numbers come from, their statistics and the sha256 of every file are in `manifest.json`.
-
-```bash
-accelerate launch scripts/train.py --activations FOLDER --layers {layers} --output_dir runs/sae
-python -m hf_selortho.activations.report FOLDER --output norms.png
-```
-
-`FOLDER` is this folder, or `hub:owner/name` for a repository of the Hub. The terms of the language model and of the
-text apply.
-"""
 
 
 def closing_words(folder: Path, manifest: dict[str, Any], speed: Speed, processes: int, memory: int) -> str:

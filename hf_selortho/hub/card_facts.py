@@ -32,6 +32,11 @@ def base_model(config: Mapping[str, Any]) -> str | None:
     return hub_id(config.get("lm_name"), config.get("lm_revision"))
 
 
+def under_gemma_terms(lm: str) -> bool:
+    """Whether a language model is, by its name, one of those that come under the Gemma Terms of Use."""
+    return re.search(r"gemma(?![-_]?[4-9])", lm.lower()) is not None
+
+
 def model_facts(config: Mapping[str, Any], repo_id: str | None, layers: Sequence[int | None]) -> dict[str, Any]:
     """What the SAE is, or what several SAEs have in common.
 
@@ -52,7 +57,7 @@ def model_facts(config: Mapping[str, Any], repo_id: str | None, layers: Sequence
         "d_in": number(config["d_in"]) if config.get("d_in") else None,
         "d_sae": number(config["d_sae"]) if config.get("d_sae") else None,
         "k": number(config["k"]) if config.get("k") else None,
-        "under_gemma_terms": re.search(r"gemma(?![-_]?[4-9])", str(lm).lower()) is not None,
+        "under_gemma_terms": under_gemma_terms(str(lm)),
     }
 
 

@@ -70,7 +70,7 @@ def render_model_card(
     try:
         sae = SaeReport("", config, Measured(metrics, twin, seeds, twin_seeds), run.get("pictures") or ())
     except _FACT_ERRORS as error:
-        raise _wrong_facts(error) from error
+        raise wrong_facts(error) from error
     return render_card([sae], run, Publisher(repo_id, license, license_link), template)
 
 
@@ -92,7 +92,7 @@ def render_card(
     except _template_errors() as error:
         raise SelOrthoError(f"the model card template {path} does not render ({error}): correct it") from error
     except _FACT_ERRORS as error:
-        raise _wrong_facts(error) from error
+        raise wrong_facts(error) from error
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
     return card
 
@@ -186,11 +186,15 @@ def _eval_results(sae: SaeReport) -> list[EvalResult]:
     ]
 
 
-def _wrong_facts(error: Exception) -> SelOrthoError:
-    return SelOrthoError(
-        f"config, metrics or run hold what no training writes ({type(error).__name__}: {one_line(error)[:300]}): "
-        "take config.json, metrics.json and run.json from the folder of the run"
-    )
+def wrong_facts(
+    error: Exception,
+    what: str = "config, metrics or run hold",
+    maker: str = "training",
+    remedy: str = "config.json, metrics.json and run.json from the folder of the run",
+) -> SelOrthoError:
+    """The error for facts of other types than those that our own code writes down."""
+    said = f"{type(error).__name__}: {one_line(error)[:300]}"
+    return SelOrthoError(f"{what} what no {maker} writes ({said}): take {remedy}")
 
 
 def _web_link(link: str | None) -> str | None:

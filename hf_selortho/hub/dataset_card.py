@@ -1,0 +1,191 @@
+"""Cards of datasets: shards of activations, and examples of features. Same rules as the model card's facts.
+
+Every foreign string is made safe; what is unknown is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from .card_facts import EMBEDDED_MODEL, EMBEDDED_ORIGIN, hub_id, under_gemma_terms
+from .markdown import cell, code, literal, number, one_line
+from .model_card import wrong_facts
+
+_FOLDER = Path(__file__).parent
+# The Hub's words for how many rows a dataset has.
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+_LARGER = (
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+    (10**10, "1B<n<10B"),
+    (10**11, "10B<n<100B"),
+    (10**12, "100B<n<1T"),
+)
+_FACT_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def render_shards_card(
+    manifest: Mapping[str, Any], repo_id: str | None = None, license: str | None = None
+) -> DatasetCard:
+    """Card of a folder of activations.
+
+    Args:
+        manifest: content of its manifest.json.
+        repo_id: where on the Hub it will be; the commands of the card read it from there, else from FOLDER.
+        license: of the activations, in the Hub's spelling; only their publisher can grant one.
+
+    Raises:
+        SelOrthoError: the manifest is none that a harvest writes.
+    """
+    try:
+        model, text = manifest["model"], manifest["text"]
+        data = _data(
+            f"Activations of {model['name']}",
+            ["activations", "sparse-autoencoder"],
+            manifest["rows"] + manifest["held_out_counts"]["rows"],
+            [hub_id(text["dataset"], text.get("revision"))],
+            license,
+        )
+        context = _shards_context(manifest, repo_id, license)
+    except _FACT_ERRORS as error:
+        raise wrong_facts(error, "the manifest holds", "harvest", "manifest.json from the folder") from error
+    return _render(data, "shards_card_template.md", context)
+
+
+def _shards_context(manifest: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
+    model, text, contexts = manifest["model"], manifest["text"], manifest["contexts"]
+    counts, held_out, layers = manifest["counts"], manifest["held_out_counts"], manifest["harvested_layers"]
+    widths = {number(layer["d_in"]) for layer in manifest["layers"].values() if layer.get("d_in")}
+    rows = [
+        ("Language model", cell(model["name"]) + _at(model.get("revision"))),
+        ("Layers", ", ".join(map(number, layers)) + ", the residual stream after each, counted from 0"),
+        ("Width", widths.pop() if len(widths) == 1 else None),
+        ("Stored as", cell(manifest["stored_dtype"]) + f", computed in {cell(model['dtype'])}"),
+        ("Text", cell(text["dataset"]) + _at(text.get("revision"))),
+        ("Split", cell(text["split"]) if text.get("split") else None),
+        (
+            "Tokens for training",
+            f"{number(manifest['rows'], 'count')} of {number(counts['contexts'], 'count')} contexts",
+        ),
+        ("Tokens held out", number(held_out["rows"], "count")),
+        ("Contexts", f"up to {number(contexts['context_length'])} tokens{_bos(contexts)}"),
+        ("Special tokens left out", number(counts["dropped_special"], "count")),
+        ("Sink tokens left out", number(counts["dropped_sinks"], "count") + _limit(manifest.get("max_norm_ratio"))),
+        (
+            "Ends of documents left out",
+            f"{number(counts['dropped_tails'], 'count')}, shorter than {number(contexts['min_tokens'])} tokens",
+        ),
+    ]
+    return {
+        "lm": code(model["name"]),
+        "text": code(text["dataset"]),
+        "rows": [(name, value) for name, value in rows if value],
+        "layers": " ".join(str(int(layer)) for layer in layers),
+        "place": f"hub:{one_line(repo_id)}" if repo_id else "FOLDER",
+        "literal": literal(f"hub:{repo_id}" if repo_id else "FOLDER"),
+        "published": repo_id is not None,
+        **_terms(str(model["name"]), license),
+    }
+
+
+def render_examples_card(
+    facts: Mapping[str, Any],
+    columns: Sequence[tuple[str, str, str]],
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> DatasetCard:
+    """Card of a dataset of feature examples: what each feature of an SAE fires on.
+
+    Args:
+        facts: "sae" (name or id), "sae_revision", "lm_name", "dataset", "dataset_revision", "tokens" (looked at),
+            "features" (rows), "contexts_per_feature"; only "sae" and "features" are needed.
+        columns: name, type and meaning of each column.
+        repo_id, license: as in [`render_shards_card`].
+
+    Raises:
+        SelOrthoError: the facts are of other types.
+    """
+    try:
+        data = _data(
+            f"Features of {facts['sae']}",
+            ["sparse-autoencoder", "feature-examples", "interpretability"],
+            facts["features"],
+            [hub_id(facts.get("dataset"), facts.get("dataset_revision"))],
+            license,
+        )
+        rows = [
+            ("SAE", cell(facts["sae"]) + _at(facts.get("sae_revision"))),
+            ("Language model", cell(facts["lm_name"]) if facts.get("lm_name") else None),
+            ("Text", cell(facts["dataset"]) + _at(facts.get("dataset_revision")) if facts.get("dataset") else None),
+            ("Tokens looked at", number(facts["tokens"], "count") if facts.get("tokens") else None),
+            ("Features", number(facts["features"], "count")),
+            ("Contexts per feature", _at_most(facts.get("contexts_per_feature"))),
+        ]
+        context = {
+            "sae": code(facts["sae"]),
+            "rows": [(name, value) for name, value in rows if value],
+            "columns": [(cell(name), cell(kind), _in_cell(meaning)) for name, kind, meaning in columns],
+            "literal": literal(repo_id) if repo_id else None,
+            **_terms(str(facts.get("lm_name") or ""), license),
+        }
+    except _FACT_ERRORS as error:
+        raise wrong_facts(error, "the facts hold", "feature index", "them from the index") from error
+    return _render(data, "examples_card_template.md", context)
+
+
+def size_category(rows: int) -> str:
+    """The Hub's word for a number of rows."""
+    return next(
+        (name for limit, name in (*_SIZES, *_LARGER) if rows < limit), "n>1T" if rows >= 10**12 else "100B<n<1T"
+    )
+
+
+def _data(name: str, tags: list[str], rows: int, sources: Sequence[str | None], license: str | None) -> DatasetCardData:
+    known = [source for source in sources if source]
+    return DatasetCardData(
+        pretty_name=one_line(name),
+        tags=[*tags, "hf_selortho"],
+        size_categories=[size_category(rows)],
+        source_datasets=known or None,
+        license=one_line(license) if license else None,
+    )
+
+
+def _render(data: DatasetCardData, template: str, context: Mapping[str, Any]) -> DatasetCard:
+    text = (_FOLDER / template).read_text(encoding="utf-8")
+    card = DatasetCard.from_template(data, template_str=text, **context)
+    card.text = card.text.rstrip() + "\n"
+    return card
+
+
+def _terms(lm: str, license: str | None) -> dict[str, Any]:
+    return {
+        "license_name": code(license) if license else None,
+        "under_gemma_terms": under_gemma_terms(lm),
+        "embedded_origin": EMBEDDED_ORIGIN if lm == EMBEDDED_MODEL else None,
+    }
+
+
+def _in_cell(words: str) -> str:
+    """Words of our own, which a bare pipe would end."""
+    return one_line(words).replace("|", "\\|")
+
+
+def _at(revision: Any) -> str:
+    return f" at revision {cell(revision)}" if revision else ""
+
+
+def _at_most(count: Any) -> str | None:
+    return f"at most {number(count)}" if count else None
+
+
+def _bos(contexts: Mapping[str, Any]) -> str:
+    return ", starting with BOS, whose activation is left out" if contexts.get("prepend_bos") else ", without BOS"
+
+
+def _limit(ratio: Any) -> str:
+    return f", of a norm above {number(ratio, 'exact')} times the median" if ratio else ""

@@ -1,0 +1,144 @@
+"""Cards of datasets: of activations as a harvest describes them, of feature examples; complete, partial, hostile."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import DatasetCard
+
+from hf_selortho.activations.shards import ActivationStore
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.hub.dataset_card import render_examples_card, render_shards_card, size_category
+from tests.loopback_hub import LoopbackHub
+
+HOSTILE = "a: b\n---\n<img src=x onerror=alert(1)> | `x` ```\n# H [l](javascript:alert(1)) {{ 7 * 7 }} {% raw %}"
+MANIFEST = {
+    "model": {"name": "google/gemma-2-2b", "revision": "c" * 40, "dtype": "bfloat16"},
+    "text": {"dataset": "fancyzhx/ag_news", "revision": "d" * 40, "split": "train"},
+    "contexts": {"context_length": 128, "prepend_bos": True, "min_tokens": 8},
+    "harvested_layers": [5, 12],
+    "layers": {"5": {"d_in": 2304}, "12": {"d_in": 2304}},
+    "stored_dtype": "bfloat16",
+    "max_norm_ratio": 4.0,
+    "rows": 1_234_567,
+    "counts": {"contexts": 9876, "dropped_special": 9876, "dropped_sinks": 12, "dropped_tails": 3},
+    "held_out_counts": {"rows": 45_678},
+}
+FACTS = {
+    "sae": "org/gemma2b-l12", "sae_revision": "e" * 40, "lm_name": "google/gemma-2-2b", "dataset": "fancyzhx/ag_news",
+    "dataset_revision": "d" * 40, "tokens": 2_000_000, "features": 16_384, "contexts_per_feature": 40,
+}  # fmt: skip
+COLUMNS = [("feature", "int32", "its number"), ("frequency", "float32", "share of tokens on which it fires")]
+
+
+def hostile_manifest() -> dict:
+    changed = json.loads(json.dumps(MANIFEST))
+    changed["model"] |= {"name": HOSTILE, "revision": HOSTILE, "dtype": HOSTILE}
+    changed["text"] |= {"dataset": HOSTILE, "revision": HOSTILE, "split": HOSTILE}
+    return changed | {"stored_dtype": HOSTILE}
+
+
+CARDS = {
+    "shards": lambda: render_shards_card(MANIFEST, "org/acts", "cc-by-4.0"),
+    "shards in a folder": lambda: render_shards_card(MANIFEST),
+    "shards of local text": lambda: render_shards_card(
+        {**MANIFEST, "text": {"dataset": "/data/x.csv", "revision": None, "split": None}, "max_norm_ratio": None}
+    ),
+    "hostile shards": lambda: render_shards_card(hostile_manifest(), HOSTILE, HOSTILE),
+    "examples": lambda: render_examples_card(FACTS, COLUMNS, "org/features", "apache-2.0"),
+    "examples, little known": lambda: render_examples_card({"sae": "runs/x", "features": 9}, []),
+    "hostile examples": lambda: render_examples_card(
+        {**FACTS, "sae": HOSTILE, "lm_name": HOSTILE, "dataset": HOSTILE}, [(HOSTILE, HOSTILE, "x")], HOSTILE, HOSTILE
+    ),
+}
+
+
+def without_code(markdown: str) -> str:
+    markdown = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)", "CODE", markdown)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_card_is_well_formed(name) -> None:
+    card = CARDS[name]()
+    text = str(card)
+    assert text == str(DatasetCard(text)) and "\n\n\n" not in text and text.endswith("\n")
+    assert not re.search(r"\b(None|nan|Undefined)\b", text)
+    prose = without_code(card.text)
+    lines = [line for line in prose.split("\n") if line]
+    for line, following in zip(lines, [*lines[1:], "# end"], strict=True):
+        assert not (line.startswith("#") and following.startswith("#")), f"empty section: {line}"
+    for table in re.findall(r"(?:^\|.*\|\n)+", prose, flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+    for trace in ("<img", "javascript:", "onerror", "7 * 7", "[l]"):
+        assert trace not in prose
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert "hf_selortho" in data["tags"] and re.fullmatch(r"n<1K|\d+[KMBT]?<n<\d+[KMBT]", data["size_categories"][0])
+
+
+def test_what_the_card_of_shards_says() -> None:
+    card = CARDS["shards"]()
+    assert card.data.source_datasets == ["fancyzhx/ag_news"] and card.data.license == "cc-by-4.0"
+    assert card.data.size_categories == ["1M<n<10M"]
+    for part in (
+        "| Tokens for training | 1,234,567 of 9,876 contexts |",
+        "| Width | 2,304 |",
+        "hub:org/acts --layers 5 12",
+    ):
+        assert part in card.text
+    assert "norm above 4 times the median" in card.text and "Gemma Terms of Use" in card.text
+    local = CARDS["shards of local text"]()
+    assert (
+        local.data.source_datasets is None and "times the median" not in local.text and "has not stated" in local.text
+    )
+
+
+def test_what_the_card_of_examples_says() -> None:
+    card = CARDS["examples"]()
+    assert "| `frequency` | `float32` | share of tokens on which it fires |" in card.text
+    assert 'load_dataset("org/features", split="train")' in card.text and card.data.size_categories == ["10K<n<100K"]
+    assert "## Columns" not in CARDS["examples, little known"]().text
+
+
+@pytest.mark.parametrize(
+    ("rows", "word"), [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**9, "1B<n<10B"), (10**12, "n>1T")]
+)
+def test_size_categories(rows, word) -> None:
+    assert size_category(rows) == word
+
+
+@pytest.mark.parametrize("wrong", [{}, {**MANIFEST, "rows": "many"}, {**MANIFEST, "model": []}])
+def test_what_no_harvest_writes_is_refused(wrong) -> None:
+    with pytest.raises(SelOrthoError, match="the manifest holds what no harvest writes"):
+        render_shards_card(wrong)
+    with pytest.raises(SelOrthoError, match="what no feature index writes"):
+        render_examples_card({"sae": "x", "features": "many"}, [])
+
+
+def test_a_harvest_writes_the_card_and_its_folder_is_a_repository(tiny_lm_dir, sample_text_files, tmp_path) -> None:
+    folder = tmp_path / "acts"
+    settings = {
+        "model": tiny_lm_dir("llama"), "dataset": sample_text_files.csv, "context_length": 32, "max_tokens": 2000,
+        "eval_samples": 5, "output_dir": folder,
+    }  # fmt: skip
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "scripts/cache_activations.py", *arguments, "--layers", "1", "--cpu"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    card = (folder / "README.md").read_text()
+    store = ActivationStore(str(folder))
+    assert f"| Tokens for training | {store.manifest.rows:,} of " in card
+    snippet = re.search(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)[1]
+    with LoopbackHub() as hub:
+        hub.upload("acme/acts", folder, kind="dataset")  # with a .gitattributes, as the Hub adds it
+        published = str(render_shards_card(store.manifest.content, "acme/acts"))
+        snippet = re.search(r"^```python\n(.*?)^```$", published, flags=re.MULTILINE | re.DOTALL)[1]
+        ran = hub.run(snippet, tmp_path / "home")
+        assert ran.stdout == f"{store.manifest.rows} (1,)\n", ran.stderr[-2000:]
