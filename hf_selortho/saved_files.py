@@ -71,8 +71,13 @@ def at_one_commit(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> d
     return dict(lookup) if snapshot is None else {**lookup, "revision": snapshot.name}
 
 
-def within_reach(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> dict[str, Any]:
+def within_reach(name: str, lookup: Mapping[str, Any], file: str | Sequence[str] = CONFIG) -> dict[str, Any]:
     """`lookup`, for the local cache alone if the Hub does not answer: its client would go on trying for half a minute.
+
+    Args:
+        name: the folder or the repository.
+        lookup: see [`find_file`].
+        file: which has to be in the cache then, or files of which one has to be.
 
     Raises:
         SelOrthoError: the Hub answers that there is no such repository or revision, or it is needed and does not.
@@ -81,7 +86,8 @@ def within_reach(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> di
     if os.path.isdir(name) or lookup.get("local_files_only") or constants.HF_HUB_OFFLINE:
         return found
     revision, token = lookup.get("revision"), lookup.get("token")
-    known = isinstance(_cached(name, file, lookup), str)
+    files = (file,) if isinstance(file, str) else file
+    known = any(isinstance(_cached(name, one, lookup), str) for one in files)
     if known and is_commit(revision):  # it will never change
         return found
     if resolve_commit("SAE", name, revision, token) is None:

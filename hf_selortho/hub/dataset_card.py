@@ -17,8 +17,12 @@ from .model_card import wrong_facts
 
 _FOLDER = Path(__file__).parent
 # The Hub's words for how many rows a dataset has.
-_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-_LARGER = (
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
     (10**8, "10M<n<100M"),
     (10**9, "100M<n<1B"),
     (10**10, "1B<n<10B"),
@@ -139,9 +143,7 @@ def render_examples_card(
 
 def size_category(rows: int) -> str:
     """The Hub's word for a number of rows."""
-    return next(
-        (name for limit, name in (*_SIZES, *_LARGER) if rows < limit), "n>1T" if rows >= 10**12 else "100B<n<1T"
-    )
+    return next((name for limit, name in _SIZES if rows < limit), "n>1T")
 
 
 def _data(name: str, tags: list[str], rows: int, sources: Sequence[str | None], license: str | None) -> DatasetCardData:

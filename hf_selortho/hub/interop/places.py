@@ -16,14 +16,18 @@ _ORIGINS = {
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
 }
 # Others are called like the last part of their id.
-_OWNERS = (
+_SHORT = (
     (re.compile(r"gemma-.+"), "google"),
     (re.compile(r"pythia-.+"), "EleutherAI"),
-    (re.compile(r"qwen.+", re.IGNORECASE), "Qwen"),
-    (re.compile(r"(meta-)?llama-.+", re.IGNORECASE), "meta-llama"),
+    (re.compile(r"qwen(?!-1_8b).+", re.IGNORECASE), "Qwen"),
+)
+# TransformerLens wants these ids whole, but people leave the owner out.
+_WHOLE = (
+    (re.compile(r"Llama-2-\d+b(-chat)?"), "meta-llama/{}-hf"),
+    (re.compile(r"(meta-)?llama-[23][.-].+", re.IGNORECASE), "meta-llama/{}"),
 )
 _LENS_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|mid|post)")
-_LAYER = re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d{1,4})")
+_LAYER = re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d{1,4})(?:\.output)?")
 
 
 def hub_name(model: Any) -> str | None:
@@ -32,8 +36,10 @@ def hub_name(model: Any) -> str | None:
         return None
     if "/" in model:
         return model
-    owner = next((owner for pattern, owner in _OWNERS if pattern.fullmatch(model)), None)
-    return _ORIGINS.get(model) or (f"{owner}/{model}" if owner else model)
+    if model in _ORIGINS:
+        return _ORIGINS[model]
+    patterns = (*((pattern, f"{owner}/{{}}") for pattern, owner in _SHORT), *_WHOLE)
+    return next((form.format(model) for pattern, form in patterns if pattern.fullmatch(model)), model)
 
 
 def lens_name(model: str) -> str:
@@ -42,7 +48,7 @@ def lens_name(model: str) -> str:
         if origin == model:
             return name
     owner, _, name = model.partition("/")
-    known = any(owner == theirs and pattern.fullmatch(name) for pattern, theirs in _OWNERS)
+    known = any(owner == theirs and pattern.fullmatch(name) for pattern, theirs in _SHORT)
     return name if known else model
 
 

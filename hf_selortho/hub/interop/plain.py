@@ -35,6 +35,7 @@ class PlainSae:
     threshold: Tensor | None = None  # (d_sae,)
     k: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # settings of SelOrthoConfig that are known
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # all that its library says of it, as it is in the file
 
     def to_model(self, name: str) -> SelOrthoSAE:
         """The SAE as ours, in float32; encode and decode compute the same, but for rounding.
@@ -59,9 +60,8 @@ class PlainSae:
             sae.b_enc.copy_(self.b_enc)
             sae.W_dec.copy_(self.W_dec)
             sae.b_dec.copy_(self.b_dec.double() - self.shift.double())
-            if (
-                self.threshold is not None
-            ):  # below zero, relu leaves nothing anyway; log 0 is minus infinity, exp of it 0
+            if self.threshold is not None:
+                # below zero, relu leaves nothing anyway; log 0 is minus infinity, exp of it 0
                 sae.log_threshold.copy_(self.threshold.clamp(min=0).double().log())
         if sae.config.layer is None:
             logger.warning(

@@ -3,64 +3,84 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...activations.disk import reason
-from ...errors import SelOrthoError
+from ...errors import NonFiniteError, SelOrthoError
 from ...modeling_selortho import SelOrthoSAE
 from ...saved_files import find_file, read_object, read_tensors
-from ...training.outputs import as_os_error, jsonable
+from ...training.outputs import jsonable
+from .folders import check_target, whole_folder
 from .places import hub_name, layer_of, lens_hook, lens_name
 from .plain import PlainSae, weight_shapes
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+FILES = {CONFIG, WEIGHTS, SPARSITY}
 VERSION = "6.54.0"  # of SAELens, whose format this is
 _ARCHITECTURES = ("standard", "topk", "jumprelu")
 
 
 def write_saelens(
-    sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | None = None, frequency: Tensor | None = None
-) -> None:
+    sae: SelOrthoSAE,
+    folder: Path,
+    metadata: Mapping[str, Any] | None = None,
+    frequency: Tensor | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
     """Write an SAE so that `sae_lens.SAE.load_from_disk` and `SAE.from_pretrained` load it, and compute the same.
 
     relu becomes "standard", topk "topk", batchtopk and jumprelu "jumprelu". The input normalisation is folded into the
-    weights.
+    weights, in float64; what is written is float32.
 
     Args:
         sae: the SAE.
         folder: new or empty.
         metadata: further entries for the metadata, such as "l0".
-        frequency: share of the tokens on which each feature fires (d_sae,), for sparsity.safetensors.
+        frequency: share of the tokens on which each feature fires (d_sae,), for sparsity.safetensors: its log10.
+        overwrite: replace an earlier export in the folder.
+
+    Returns:
+        The files: weights, config and, with `frequency`, sparsity.
 
     Raises:
-        SelOrthoError: there is no room, or the folder cannot be written; it is then not there.
+        SelOrthoError: there is no room, the folder cannot be written or holds something else, a weight is not finite,
+            or `frequency` is not one share for each feature. Nothing is left in the folder then, nothing in it changed.
     """
+    check_target(folder, FILES if overwrite else None)
     plain = PlainSae.of(sae)
-    temporary = folder.with_name(f".{folder.name}.tmp")
     tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
     if plain.threshold is not None:
         tensors["threshold"] = plain.threshold
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{key} of this SAE holds NaN or infinity: export an earlier checkpoint of it")
+    content = json.dumps(jsonable(_config(sae, plain, metadata or {})), indent=2) + "\n"
+    names = [WEIGHTS, CONFIG] if frequency is None else [WEIGHTS, CONFIG, SPARSITY]
+    with whole_folder(folder, overwrite) as temporary:
         save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary / WEIGHTS)
         if frequency is not None:
-            save_file({"sparsity": (frequency.float() + 1e-10).log10().cpu()}, temporary / SPARSITY)
-        content = json.dumps(jsonable(_config(sae, plain, metadata or {})), indent=2) + "\n"
+            save_file({"sparsity": _log_frequency(frequency, len(plain.b_enc))}, temporary / SPARSITY)
         (temporary / CONFIG).write_text(content, encoding="utf-8")
-        temporary.replace(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        said = reason(as_os_error(error))
-        raise SelOrthoError(f"cannot write {folder}: {said}; make room, or choose another folder") from error
+    return [folder / name for name in names]
+
+
+def _log_frequency(frequency: Tensor, d_sae: int) -> Tensor:
+    """log10 of the shares (d_sae,), with 1e-10 for none.
+
+    Raises:
+        SelOrthoError: they are not one number in [0, 1] for each feature.
+    """
+    if tuple(frequency.shape) != (d_sae,) or not ((frequency >= 0) & (frequency <= 1)).all():
+        raise SelOrthoError(
+            f"frequency of shape {tuple(frequency.shape)}: expected a share of the tokens, from 0 to 1, for each of "
+            f"d_sae={d_sae} features"
+        )
+    return (frequency.detach().float() + 1e-10).log10().cpu().contiguous()
 
 
 def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,12 +130,13 @@ def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
     shapes = weight_shapes(content.get("d_in"), content.get("d_sae"), kind == "jumprelu", name)
     tensors = {key: tensor.float() for key, tensor in read_tensors(name, [weights], shapes).items()}
     if kind == "topk" and content.get("rescale_acts_by_decoder_norm"):
-        norms = tensors["W_dec"].norm(dim=1)
-        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms, tensors["b_enc"] * norms
-        tensors["W_dec"] = tensors["W_dec"] / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
+        norms = tensors["W_dec"].double().norm(dim=1)
+        tensors["W_enc"] = (tensors["W_enc"] * norms).float()
+        tensors["b_enc"] = (tensors["b_enc"] * norms).float()
+        tensors["W_dec"] = (tensors["W_dec"] / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).float()
     subtracts = content.get("apply_b_dec_to_input", True)
     shift = tensors["b_dec"] if subtracts else torch.zeros_like(tensors["b_dec"])
-    return PlainSae(**tensors, shift=shift, k=k, facts=_facts(metadata))
+    return PlainSae(**tensors, shift=shift, k=k, facts=_facts(metadata), metadata=metadata)
 
 
 def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
@@ -126,15 +147,16 @@ def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
     """
     kind = content.get("architecture", "standard")
     function = content.get("activation_fn") or content.get("activation_fn_str") or "relu"  # before version 6
-    k = content.get("k")
-    if kind == "standard" and function == "topk":
-        arguments = content.get("activation_fn_kwargs")
-        kind, k = "topk", arguments.get("k") if isinstance(arguments, dict) else None
+    k, arguments = content.get("k"), content.get("activation_fn_kwargs")
+    if kind == "topk" or (kind == "standard" and function == "topk"):
+        kind, k = "topk", arguments.get("k", k) if isinstance(arguments, dict) else k
     if kind not in _ARCHITECTURES or function not in ("relu", "topk"):
         said = kind if kind not in _ARCHITECTURES else f"activation function {function}"
         raise SelOrthoError(f"{path}: {said!r:.80} of SAELens is not read; expected {', '.join(_ARCHITECTURES)}")
+    hook = content.get("hook_name") or content.get("hook_point")  # before version 6; it decides if nothing else does
+    of_hook = "hook_z" if isinstance(hook, str) and "hook_z" in hook else "none"
     for key, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        value = content.get(key) or plain
+        value = content.get(key) or (of_hook if key == "reshape_activations" else plain)
         if value != plain:
             raise SelOrthoError(
                 f"{path}: {key}={value!r:.80} is not read, as it is no part of the weights; fold it into them with "
@@ -153,7 +175,9 @@ def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
     revision, dataset = metadata.get("hf_model_revision"), metadata.get("dataset_path")
     original, module = metadata.get("hf_model_name"), metadata.get("hf_hook_name")
     context, bos = metadata.get("context_size"), metadata.get("prepend_bos")
-    layer = layer_of(hook)
+    if isinstance(module, str):
+        module = module.removesuffix(".output")
+    layer = layer_of(hook if isinstance(hook, str) else module)
     found = {
         "lm_name": original if isinstance(original, str) else hub_name(name),
         "lm_revision": revision if isinstance(revision, str) else None,

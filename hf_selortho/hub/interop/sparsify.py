@@ -15,7 +15,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def read_sparsify(name: str, lookup: Mapping[str, Any]) -> PlainSae:
-    """An SAE of sparsify with its activation function topk.
+    """An SAE of sparsify with its activation function topk; `multi_topk` and `normalize_decoder` act in training only.
 
     Raises:
         SelOrthoError: it is a transcoder or of another kind, its files are damaged, or do not fit one another.
@@ -29,7 +29,13 @@ def read_sparsify(name: str, lookup: Mapping[str, Any]) -> PlainSae:
     content = read_object(path)
     for key in ("transcode", "skip_connection"):
         if content.get(key):
-            raise SelOrthoError(f"{path}: {key}={content[key]!r:.50} is not read: this is a transcoder, not an SAE")
+            raise SelOrthoError(
+                f"{path}: {key}={content[key]!r:.50} is not read: this is a transcoder; choose an SAE, trained without"
+            )
+    if content.get("signed"):  # before version 1
+        raise SelOrthoError(
+            f"{path}: signed={content['signed']!r:.50} is not read: features of ours are never negative"
+        )
     if content.get("activation", "topk") != "topk":
         raise SelOrthoError(f"{path}: activation={content['activation']!r:.50} is not read; expected 'topk'")
     d_in, k, factor = content.get("d_in"), content.get("k"), content.get("expansion_factor", 32)
@@ -50,4 +56,5 @@ def read_sparsify(name: str, lookup: Mapping[str, Any]) -> PlainSae:
         shift=tensors["b_dec"],
         k=k,
         facts={} if layer is None else {"layer": layer, "hook_name": hook},
+        metadata=content,
     )

@@ -1,0 +1,73 @@
+"""From one format to another, as a folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...errors import SelOrthoError
+from ...saved_files import CONFIG, find_file, read_object
+from ...training.outputs import METRICS, RUN, save_sae, write_json
+from .folders import check_target, whole_folder
+from .load import Loaded, read_sae
+from .saelens import FILES, write_saelens
+
+TARGETS = ("saelens", "selortho")
+_OWN_FILES = {CONFIG, "model.safetensors", RUN}
+
+
+def convert(
+    source: str, target: Path, to: str, format: str = "auto", overwrite: bool = False, **lookup: Any
+) -> list[Path]:
+    """Read an SAE in one format and write it in another.
+
+    Args:
+        source: folder or Hub id of the SAE.
+        target: a new or empty folder.
+        to: "saelens" or "selortho"; with the latter, run.json says what the SAE was converted from.
+        format: that of the source, one of `load.FORMATS`, or "auto".
+        overwrite: replace an SAE of an earlier conversion in the target; a folder with anything else stays.
+        lookup: revision, subfolder, ... as for `load.load_sae`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        SelOrthoError: the SAE cannot be read, or the target cannot be written; it is then as it was.
+    """
+    if to not in TARGETS:
+        raise SelOrthoError(f"format {to!r} is not written: expected {' or '.join(TARGETS)}")
+    place = Path(source, lookup.get("subfolder") or "")
+    if overwrite and place.is_dir() and target.is_dir() and os.path.samefile(place, target):
+        raise SelOrthoError(f"{target} is the SAE to convert: choose another folder")
+    check_target(target, FILES | _OWN_FILES if overwrite else None)
+    loaded = read_sae(source, format, lookup)
+    if to == "selortho":
+        return _write_own(loaded, source, target, overwrite, lookup)
+    with whole_folder(target, overwrite) as temporary:
+        files = write_saelens(loaded.sae, temporary, _metadata(source, lookup))
+    return [target / file.name for file in files]
+
+
+def _write_own(loaded: Loaded, source: str, target: Path, overwrite: bool, lookup: Mapping[str, Any]) -> list[Path]:
+    origin: dict[str, Any] = {"format": loaded.format, "name": source, "revision": loaded.revision}
+    origin |= {"subfolder": lookup.get("subfolder"), "metadata": dict(loaded.metadata)}
+    with whole_folder(target, overwrite) as temporary:
+        save_sae(loaded.sae, temporary)
+        write_json(temporary / RUN, {"converted_from": origin})
+        names = sorted(path.name for path in temporary.iterdir())
+    return [target / name for name in names]
+
+
+def _metadata(source: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
+    """The measured L0, where the SAE has been evaluated at the end of its training."""
+    with suppress(SelOrthoError):  # it does without
+        path = find_file(source, METRICS, lookup)
+        evaluation = read_object(path).get("evaluation") if path else None
+        l0 = evaluation.get("l0") if isinstance(evaluation, dict) else None
+        if isinstance(l0, float):
+            return {"l0": l0}
+    return {}

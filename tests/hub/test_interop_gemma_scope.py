@@ -1,0 +1,182 @@
+"""The format of Gemma Scope: an archive that a stranger has made, and what its name says."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_selortho import SelOrthoError, SelOrthoSAE
+from hf_selortho.hub.interop import load_gemma_scope, load_sae
+from hf_selortho.hub.interop.gemma_scope import _facts
+
+
+def arrays(dtype: str = "<f4") -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = {"W_enc": (8, 16), "W_dec": (16, 8), "b_enc": (16,), "b_dec": (8,), "threshold": (16,)}
+    return {name: np.abs(random.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def members(dtype: str = "<f4") -> dict[str, bytes]:
+    files = {}
+    for name, array in arrays(dtype).items():
+        file = io.BytesIO()
+        np.save(file, array)
+        files[f"{name}.npy"] = file.getvalue()
+    return files
+
+
+def save(folder: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / "params.npz", "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return folder
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
+@torch.no_grad()
+def test_every_kind_of_number_and_a_saved_copy(dtype, compression, tmp_path) -> None:
+    sae = load_gemma_scope(save(tmp_path / "scope", members(dtype), compression))
+    assert sae.W_enc.dtype == torch.float32 and not sae.training
+    expected = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays(dtype).items()}
+    x = torch.randn(50, 8)
+    z = x @ expected["W_enc"] + expected["b_enc"]
+    h = torch.where(z > expected["threshold"], z, 0)
+    torch.testing.assert_close(sae.encode(x), h, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sae.decode(h), h @ expected["W_dec"] + expected["b_dec"], atol=1e-5, rtol=1e-5)
+    sae.save_pretrained(tmp_path / "own")
+    own = SelOrthoSAE.from_pretrained(tmp_path / "own")
+    assert torch.equal(own.encode(x), sae.encode(x)) and torch.equal(own.decode(h), sae.decode(h))
+
+
+@torch.no_grad()
+def test_arrays_in_the_order_of_fortran(tmp_path) -> None:
+    files, file = members(), io.BytesIO()
+    np.save(file, np.asfortranarray(arrays()["W_enc"]))
+    sae = load_sae(save(tmp_path, {**files, "W_enc.npy": file.getvalue()}))
+    assert torch.equal(sae.W_enc, torch.from_numpy(arrays()["W_enc"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "subfolder", "facts"),
+    [
+        ("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71", ("google/gemma-2-2b", 20)),
+        ("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71/", ("google/gemma-2-2b", 20)),
+        ("google/gemma-scope-9b-it-res", "layer_9/width_131k/average_l0_22", ("google/gemma-2-9b-it", 9)),
+        ("google/gemma-scope-9b-pt-res-canonical", "layer_9/width_16k/canonical", ("google/gemma-2-9b", 9)),
+        ("google/gemma-scope-2b-pt-mlp", "layer_20/width_16k/average_l0_71", ("google/gemma-2-2b", None)),
+        ("google/gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6", ("google/gemma-2-2b", None)),
+        ("google/gemma-scope-2b-pt-resolution", "layer_20/width_16k/average_l0_71", (None, 20)),
+        ("saes/gemma-scope-27b-pt-att/layer_2/width_16k/average_l0_9", None, ("google/gemma-2-27b", None)),
+        (
+            "models--google--gemma-scope-2b-pt-res/snapshots/x/layer_2/width_1m/average_l0_9",
+            None,
+            ("google/gemma-2-2b", 2),
+        ),
+        ("my/saes", None, (None, None)),
+    ],
+)
+def test_language_model_and_layer_by_name(name, subfolder, facts) -> None:
+    found = _facts(name, {"subfolder": subfolder})
+    assert (found.get("lm_name"), found.get("layer")) == facts
+    assert found.get("hook_name") == (None if facts[1] is None else f"model.layers.{facts[1]}")
+
+
+def test_a_transcoder_is_named(tmp_path) -> None:
+    folder = save(tmp_path / "gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_8", members())
+    with pytest.raises(SelOrthoError, match="is a transcoder, which is not read"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"W_enc.npy": b""}, "is damaged"),
+        ({"W_enc.npy": b"\x80\x04N."}, "is damaged"),  # a pickle
+        ({"W_enc.npy": None, "W_enc": b"x"}, "is damaged"),
+        ({"W_enc.npy": None, "../W_enc.npy": b"x"}, r"holds \.\./W_enc, W_dec"),
+        ({"x\ny": b""}, "expected W_dec, W_enc"),
+    ],
+)
+def test_what_is_no_array_is_refused(changes, message, tmp_path) -> None:
+    files = {name: data for name, data in {**members(), **changes}.items() if data is not None}
+    with pytest.raises(SelOrthoError, match=message):
+        load_gemma_scope(save(tmp_path, files))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_no_damage_ends_in_another_error(compression, tmp_path) -> None:
+    whole = (save(tmp_path, members(), compression) / "params.npz").read_bytes()
+    draw, refused = random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        (tmp_path / "params.npz").write_bytes(data[: draw.choice([len(data), draw.randrange(len(data))])])
+        try:
+            load_gemma_scope(tmp_path)
+        except SelOrthoError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 1000
+    assert refused > 100
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def claim(path: Path, name: str, size: int) -> None:
+    """Let the directory of an archive say that a member has `size` bytes, compressed and not."""
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(name.encode()))
+    struct.pack_into("<LL", data, entry + 20, size, size)
+    path.write_bytes(data)
+
+
+def test_an_archive_that_claims_more_than_the_file_has_takes_no_memory(tmp_path) -> None:
+    rows = 1 << 14
+    files = members() | {"W_enc.npy": header_of((rows, 1 << 15)), "W_dec.npy": header_of((1 << 15, rows))}
+    folder = save(tmp_path, files)
+    for name in ("W_enc.npy", "W_dec.npy"):
+        claim(folder / "params.npz", name, len(files[name]) + 4 * (rows << 15))  # 2 GB each, as their shapes say
+    with pytest.raises(SelOrthoError, match="claim more bytes than the file has"):
+        load_gemma_scope(folder)
+
+
+LIMITED = """
+import resource, sys
+from hf_selortho import SelOrthoError
+from hf_selortho.hub.interop import load_gemma_scope
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load_gemma_scope(sys.argv[1])
+except SelOrthoError as error:
+    assert "would unpack to" in str(error), error
+else:
+    raise AssertionError("it was loaded")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_bomb_is_not_unpacked(tmp_path) -> None:
+    zeros = {"W_enc.npy": header_of((4096, 16384)), "W_dec.npy": header_of((16384, 4096))}
+    files = members() | {name: header + bytes(4 * 4096 * 16384) for name, header in zeros.items()}
+    folder = save(tmp_path, files, zipfile.ZIP_DEFLATED)
+    assert (folder / "params.npz").stat().st_size < 1 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(folder)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 << (20 if sys.platform == "darwin" else 10)  # of its 512 MB; macOS counts in bytes
