@@ -57,3 +57,16 @@ class BatchGroup:
         cols = torch.cat(self.gather(active.cols.int()))
         values = torch.cat(self.gather(active.values))
         return ActiveFeatures(row_offsets(counts), cols.long(), values, active.n)
+
+
+_kept: list[Any] = []  # process groups that were destroyed
+
+
+def keep_process_group() -> None:
+    """Let the process group stay in memory when it is destroyed, until the interpreter ends; call it before that.
+
+    Otherwise a `DistributedDataParallel` may be its last owner, whose end waits for the threads of the group without
+    letting go of Python's lock, while one of them waits for that lock (gloo, torch 2.13): the process hangs.
+    """
+    if dist.is_available() and dist.is_initialized():
+        _kept.append(dist.group.WORLD)

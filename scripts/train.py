@@ -28,6 +28,7 @@ from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.buffer import ActivationStatistics
 from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.shards import ActivationStore
+from hf_selortho.batch_group import keep_process_group
 from hf_selortho.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.model_card import Publisher
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.wait_for_everyone()
             run = Run(arguments, accelerator)
             exit_code = run.train()
+        keep_process_group()
         accelerator.end_training()
         if exit_code is not None:
             if accelerator.is_main_process:

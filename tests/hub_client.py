@@ -14,6 +14,7 @@ import io
 import json
 import os
 import runpy
+import select
 import subprocess
 import sys
 import traceback
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds for one answer
 
 
 class Answer(NamedTuple):
@@ -68,6 +70,9 @@ class HubClient:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            self._process.kill()
+            raise AssertionError(f"no answer within {PATIENCE} s to {order}")
         line = self._process.stdout.readline()
         assert line, "the client's process has ended"
         return Answer(**json.loads(line))
