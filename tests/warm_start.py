@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,14 +46,27 @@ class WarmStart:
         """Process id of a new run."""
         return self._ask({"start": arguments, "environment": environment or {}, "output": str(output)})["pid"]
 
-    def wait(self, pid: int) -> int:
-        """Exit code of a run, as subprocess has it, once the run has ended."""
-        return self._ask({"wait": pid})["code"]
+    def wait(self, pid: int, seconds: float = 300) -> int:
+        """Exit code of a run, as subprocess has it, once the run has ended; one that does not end is killed."""
+        self._tell({"wait": pid})
+        hangs = not select.select([self._server.stdout], [], [], seconds)[0]
+        if hangs:
+            os.kill(pid, signal.SIGKILL)
+        code = self._answer()["code"]
+        assert not hangs, f"process {pid} did not end within {seconds:.0f} s"
+        return code
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        assert self._server.stdin is not None and self._server.stdout is not None
+        self._tell(order)
+        return self._answer()
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._server.stdout is not None
         return json.loads(self._server.stdout.readline())
 
 

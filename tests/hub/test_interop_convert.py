@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,26 @@ def test_a_subfolder(own, tmp_path) -> None:
     write_saelens(load_sae(own), tmp_path / "repo/blocks.3/lens")
     convert(str(tmp_path / "repo"), tmp_path / "new", "selortho", subfolder="blocks.3/lens")
     assert json.loads((tmp_path / "new/run.json").read_text())["converted_from"]["subfolder"] == "blocks.3/lens"
+
+
+def test_conversion_in_a_process_of_its_own(own, tmp_path) -> None:
+    command = [sys.executable, "-m", "hf_selortho.hub.interop", "convert", str(own), str(tmp_path / "deep/lens")]
+    done = subprocess.run([*command, "--to", "saelens"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "SAE.load_from_disk(" in done.stdout, done.stderr
+    x = torch.randn(9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(load_sae(tmp_path / "deep/lens").encode(x), load_sae(own).encode(x))
+    done = subprocess.run([*command, "--to", "saelens"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not empty" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "own"]
+
+
+def test_the_folder_of_several_is_said_to_be_one(own, tmp_path, capsys) -> None:
+    assert "SAEs in sub-folders: own" in refusal(capsys, tmp_path, tmp_path / "new", "--to", "saelens")
+
+
+def test_unknown_formats_and_arguments(own) -> None:
+    with pytest.raises(SelOrthoError, match="format 'pickle': expected auto or one of selortho, saelens"):
+        load_sae(own, "pickle")
+    with pytest.raises(SelOrthoError, match="dtype says nothing"):
+        load_sae(own, dtype="float32")

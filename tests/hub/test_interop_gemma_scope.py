@@ -25,9 +25,9 @@ def arrays(dtype: str = "<f4") -> dict[str, np.ndarray]:
     return {name: np.abs(random.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
 
 
-def members(dtype: str = "<f4") -> dict[str, bytes]:
+def members(dtype: str = "<f4", **changes: np.ndarray) -> dict[str, bytes]:
     files = {}
-    for name, array in arrays(dtype).items():
+    for name, array in {**arrays(dtype), **changes}.items():
         file = io.BytesIO()
         np.save(file, array)
         files[f"{name}.npy"] = file.getvalue()
@@ -42,11 +42,18 @@ def save(folder: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_S
     return folder
 
 
+def header_of(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
 @torch.no_grad()
 def test_every_kind_of_number_and_a_saved_copy(dtype, compression, tmp_path) -> None:
-    sae = load_gemma_scope(save(tmp_path / "scope", members(dtype), compression))
+    sae = load_gemma_scope(save(tmp_path / "layer_20/width_16k/average_l0_71", members(dtype), compression))
+    assert (sae.config.layer, sae.config.hook_name, sae.config.activation) == (20, "model.layers.20", "jumprelu")
     assert sae.W_enc.dtype == torch.float32 and not sae.training
     expected = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays(dtype).items()}
     x = torch.randn(50, 8)
@@ -98,9 +105,37 @@ def test_a_transcoder_is_named(tmp_path) -> None:
         load_sae(folder)
 
 
+@torch.no_grad()
+def test_thresholds_of_zero_and_below_are_those_of_relu(tmp_path) -> None:
+    threshold = np.concatenate([np.zeros(8), -np.ones(8)]).astype(np.float32)
+    sae = load_sae(save(tmp_path / "x", members(threshold=threshold)))
+    sae.save_pretrained(tmp_path / "own")
+    x = torch.randn(50, 8)
+    for model in (sae, SelOrthoSAE.from_pretrained(tmp_path / "own")):
+        torch.testing.assert_close(model.encode(x), torch.relu(x @ sae.W_enc + sae.b_enc), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"more": np.zeros(3)}, "holds W_dec, W_enc, b_dec, b_enc, more"),
+        ({"b_enc": np.zeros(15, np.float32)}, r"b_enc has the shape \(15,\), the others give \(16,\)"),
+        ({"W_enc": np.zeros(8, np.float32)}, "d_sae=0, expected a positive"),
+        ({"b_enc": np.array([object()] * 16)}, "is damaged"),
+        ({"b_enc": np.zeros(16, np.int32)}, "b_enc of int32"),
+        ({"b_enc": np.full(16, np.nan, np.float32)}, "b_enc holds NaN or infinity"),
+    ],
+)
+def test_what_is_no_sae_of_gemma_scope_is_named(changes, message, tmp_path) -> None:
+    with pytest.raises(SelOrthoError, match=message):
+        load_sae(save(tmp_path, members(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threshold.npy": None}, "expected W_dec, W_enc, b_dec, b_enc, threshold"),
+        ({"W_enc.npy": header_of((1 << 20, 1 << 20))}, "it is damaged"),
         ({"W_enc.npy": b""}, "is damaged"),
         ({"W_enc.npy": b"\x80\x04N."}, "is damaged"),  # a pickle
         ({"W_enc.npy": None, "W_enc": b"x"}, "is damaged"),
@@ -129,12 +164,9 @@ def test_no_damage_ends_in_another_error(compression, tmp_path) -> None:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 1000
     assert refused > 100
-
-
-def header_of(shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return header.getvalue()
+    (tmp_path / "params.npz").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(SelOrthoError, match="no file of arrays"):
+        load_sae(tmp_path)
 
 
 def claim(path: Path, name: str, size: int) -> None:

@@ -1,4 +1,4 @@
-"""The format of sparsify: what test_interop_others.py leaves open."""
+"""The format of sparsify, as the library itself writes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_selortho import SelOrthoError
+from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.hub.interop import load_sparsify
 
 
@@ -34,7 +34,13 @@ def change(folder: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"expansion_factor": 3}, {"num_latents": 50, "multi_topk": True}, {"normalize_decoder": False}]
+    "settings",
+    [
+        {"num_latents": 48},
+        {"expansion_factor": 3},
+        {"num_latents": 50, "multi_topk": True},
+        {"normalize_decoder": False},
+    ],
 )
 @torch.no_grad()
 def test_large_means_and_every_way_to_say_how_many_features(sparsify, settings, tmp_path) -> None:
@@ -48,6 +54,8 @@ def test_large_means_and_every_way_to_say_how_many_features(sparsify, settings, 
     torch.testing.assert_close(h / scale, dense / scale, atol=1e-5, rtol=0)
     decoded = theirs.decode(out.top_acts, out.top_indices)
     torch.testing.assert_close(sae.decode(h), decoded, atol=1e-5 * decoded.abs().max().item(), rtol=0)
+    sae.save_pretrained(tmp_path / "own")
+    assert torch.equal(SelOrthoSAE.from_pretrained(tmp_path / "own").encode(x), h)
 
 
 def test_half_precision_becomes_float32(sparsify, tmp_path) -> None:
@@ -63,7 +71,8 @@ def test_half_precision_becomes_float32(sparsify, tmp_path) -> None:
 )
 def test_the_layer_is_that_of_the_folder(sparsify, folder, layer, tmp_path, caplog) -> None:
     save(sparsify, tmp_path / folder)
-    assert load_sparsify(tmp_path, subfolder=folder).config.layer == layer
+    config = load_sparsify(tmp_path, subfolder=folder).config
+    assert (config.layer, config.hook_name) == (layer, None if layer is None else folder)
     assert ("does not say that it reads the output of a decoder layer" in caplog.text) == (layer is None)
 
 
@@ -74,7 +83,13 @@ def test_the_layer_is_that_of_the_folder(sparsify, folder, layer, tmp_path, capl
         ({"k": True}, "k=True, expected the number"),
         ({"k": 10**6}, "k=1000000: expected at most d_sae"),
         ({"d_in": 10**30}, "expected a positive whole number"),
+        ({"k": None}, "k=None, expected the number"),
+        ({"num_latents": 10**9}, "has the shape"),
+        ({"num_latents": 0, "expansion_factor": "x"}, "d_sae=None, expected a positive"),
+        ({"d_in": None}, "d_in=None, expected a positive"),
         ({"transcode": "\0"}, "is not read: this is a transcoder"),
+        ({"skip_connection": True}, "skip_connection=True is not read"),
+        ({"activation": "groupmax"}, "activation='groupmax' is not read"),
     ],
 )
 def test_configs_are_not_believed(sparsify, changes, message, tmp_path) -> None:
