@@ -192,9 +192,16 @@ class _Discreet(logging.Formatter):
 
 def _exit_with(error: SelOrthoError) -> NoReturn:
     line = without_secrets(" ".join(str(error).split()))
-    program = sys.argv[0].removesuffix(f"{os.sep}__main__.py")  # python -m of a package
-    sys.stderr.write(f"{os.path.basename(program)}: error: {line}\n")
+    sys.stderr.write(f"{_program()}: error: {line}\n")
     sys.exit(2)
+
+
+def _program() -> str:
+    """The program as users type it: a script's name, or `python -m` and that of a module."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None and module.origin == sys.argv[0]:
+        return f"python -m {module.name.removesuffix('.__main__')}"
+    return os.path.basename(sys.argv[0])
 
 
 def _set_up_logging() -> None:

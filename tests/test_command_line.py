@@ -107,6 +107,17 @@ def test_exit_codes(what, code, tmp_path) -> None:
     assert ("Traceback" in result.stderr) == (what == "bug")
 
 
+@pytest.mark.parametrize(
+    ("file", "module"), [("tool.py", "tool"), ("kit/__main__.py", "kit"), ("kit/tool.py", "kit.tool")]
+)
+def test_a_module_calls_itself_what_users_type(file, module, tmp_path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(SCRIPT)
+    command = [sys.executable, "-m", module, "mistake"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stderr.startswith(f"python -m {module}: error: layer 99") and result.returncode == 2
+
+
 TOKEN = "hf_" + "aB3" * 11
 
 
