@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
-EXTRAS := demo,test,interop
+EXTRAS := demo,test,interop,space
 ARGS ?=
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin

@@ -55,6 +55,7 @@ from hf_selortho.training.outputs import (
     prepare_output_folder,
     save_sae,
 )
+from hf_selortho.training.pair_history import PairHistory
 from hf_selortho.training.penalty import full_penalty_notice, make_controller
 from hf_selortho.training.state import Controller
 from hf_selortho.training.stop_signals import StopSignals
@@ -332,12 +333,13 @@ def dry_run(
 def make_trainer(
     member: Member, sae: SelOrthoSAE, accelerator: Accelerator, output: Path, resume_at: int, guard: NonFiniteGuard
 ) -> Trainer:
-    """The trainer of one SAE; the main process keeps its log."""
-    log = None
+    """The trainer of one SAE; the main process keeps its log and the history of its pairs."""
+    log, history, run, folder = None, None, member.arguments.run, output / member.name
     if accelerator.is_main_process:
-        (output / member.name).mkdir(exist_ok=True)
-        log = MetricsLog(output / member.name, resume_at=resume_at)
-    return Trainer(accelerator, sae, member.arguments.run, log, make_member_controller(member), member.name, guard)
+        folder.mkdir(exist_ok=True)
+        log = MetricsLog(folder, resume_at=resume_at)
+        history = PairHistory(folder, sae.config, run.max_steps, resume_at=resume_at)
+    return Trainer(accelerator, sae, run, log, make_member_controller(member), member.name, guard, history)
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:

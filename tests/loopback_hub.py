@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = 5  # entries of a page of a listing: few, so that clients have to ask for the next
 PART = 6 * 1024 * 1024  # bytes of a part of a large upload
 WRITE, READ, OWNERS = "hf_" + "w" * 34, "hf_" + "r" * 34, ("acme", "org")
+SDKS = ("gradio", "docker", "static")  # of a Space
 _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -53,6 +54,7 @@ class Request(NamedTuple):
     token: str | None
     range: str | None
     received: int  # bytes of its body
+    sent: int = 0  # bytes of the body of the answer
 
 
 @dataclass
@@ -107,8 +109,10 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def create_repo(self, name: str, kind: str = "model", private: bool = False, gated: bool = False) -> None:
-        self.storage.create(name, kind, private, gated)
+    def create_repo(
+        self, name: str, kind: str = "model", private: bool = False, gated: bool = False, sdk: str | None = None
+    ) -> None:
+        self.storage.create(name, kind, private, gated, sdk)
 
     def commit(
         self,
@@ -152,6 +156,10 @@ class LoopbackHub:
     def asked(self, method: str, path: str) -> list[Request]:
         """Requests of a method whose path matches."""
         return [r for r in self.requests if r.method == method and re.search(path, r.path)]
+
+    def served(self, name: str) -> list[Request]:
+        """Downloads of a file, or of parts of it: `range` is what was asked for, `sent` the bytes of the answer."""
+        return [r for r in self.asked("GET", rf"/resolve/[^/]+/{re.escape(name)}(\?|$)") if r.status in (200, 206)]
 
     def environment(self, home: Path, token: str | None = WRITE) -> dict[str, str]:
         """Of a client: this Hub, a home of its own, nothing of the tests' offline mode."""
@@ -255,16 +263,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _answer(self, status: int, body: bytes, headers: Mapping[str, str], cut_after: int | None = None) -> None:
-        self._note(status)
+        sent = b"" if self.command == "HEAD" else body[:cut_after]
+        self._note(status, len(sent))
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         if "Content-Length" not in headers:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        self.wfile.write(body if cut_after is None else body[:cut_after])
+        self.wfile.write(sent)
         if cut_after is not None:
             self.wfile.flush()
             self.close_connection = True
@@ -273,9 +280,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._note(None)
         self.close_connection = True
 
-    def _note(self, status: int | None) -> None:
+    def _note(self, status: int | None, sent: int = 0) -> None:
         token, asked = self._token(), self.headers.get("Range")
-        self.hub.requests.append(Request(self.command, self.path, status, token, asked, self._received))
+        self.hub.requests.append(Request(self.command, self.path, status, token, asked, self._received, sent))
 
     def _token(self) -> str | None:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
@@ -345,7 +352,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if action in ("info", "revision"):
             files = [{"rfilename": path} for path in sorted(commit.files)]
             about = {"id": repo.name, "sha": commit.oid, "private": repo.private, "siblings": files, "tags": []}
-            return {**about, "gated": "manual" if repo.gated else False}
+            of_space = {"sdk": repo.sdk} if repo.kind == "space" else {}
+            return {**about, **of_space, "gated": "manual" if repo.gated else False}
         raise Refused(404, message=f"no such page: {self.path}")
 
     def _repo(self, kind: str, words: Sequence[str], reads: bool = False, writes: bool = False) -> Repo:
@@ -374,8 +382,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{'' if kind == 'model' else f'{kind}s/'}{name}"
         if (kind, name) in self.hub.storage.repos:
             raise Refused(409, message="You already created this repo", url=url)
+        sdk = asked.get("sdk")
+        if kind == "space" and sdk not in SDKS:
+            raise Refused(400, message=f"sdk must be one of {', '.join(SDKS)}")
         private = asked.get("private") or asked.get("visibility") == "private"
-        self.hub.storage.create(name, kind, private=bool(private))
+        self.hub.storage.create(name, kind, private=bool(private), sdk=sdk)
         return _json({"url": url, "name": name, "id": name})
 
     def _validate(self, content: str) -> tuple[int, bytes, dict[str, str]]:
@@ -515,14 +526,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise refused
         content = self.hub.storage.read(file)
         headers |= {"ETag": f'"{file.etag}"', "X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.size)}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None:
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
+        if asked is None or not (asked[1] or asked[2]):
             if self.command == "HEAD":
                 headers["Content-Length"] = str(file.size)
             return 200, content, headers
-        start, end = int(asked[1]), min(int(asked[2] or file.size - 1), file.size - 1)
-        if start >= file.size:
-            raise Refused(416, message="Range not satisfiable")
+        last = int(asked[2]) if asked[1] and asked[2] else file.size - 1
+        start = int(asked[1]) if asked[1] else max(0, file.size - int(asked[2]))  # "-500": the last 500 bytes
+        end = min(last, file.size - 1)
+        if start >= file.size or start > end:
+            refused = Refused(416, message="Range not satisfiable")
+            refused.headers["Content-Range"] = f"bytes */{file.size}"
+            raise refused
         headers["Content-Range"] = f"bytes {start}-{end}/{file.size}"
         return 206, content[start : end + 1], headers
 

@@ -45,6 +45,7 @@ class Repo:
     kind: str
     private: bool = False
     gated: bool = False
+    sdk: str | None = None  # of a space
     refs: dict[str, str] = field(default_factory=dict)  # refs/heads/main, refs/tags/v1, refs/pr/1 -> commit
     commits: dict[str, Commit] = field(default_factory=dict)
     proposals: dict[int, str] = field(default_factory=dict)  # number -> title
@@ -72,10 +73,16 @@ class Storage:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # by git's sha1, of large files by sha256
 
-    def create(self, name: str, kind: str = "model", private: bool = False, gated: bool = False) -> Repo:
-        """A new repository with one commit, as the Hub makes it."""
-        repo = self.repos[kind, name] = Repo(name, kind, private, gated)
-        first = self.make_commit(repo, "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"}, None)
+    def create(
+        self, name: str, kind: str = "model", private: bool = False, gated: bool = False, sdk: str | None = None
+    ) -> Repo:
+        """A new repository with one commit, as the Hub makes it: that of a space says which SDK it is for."""
+        repo = self.repos[kind, name] = Repo(name, kind, private, gated, sdk)
+        files = {".gitattributes": b"*.safetensors filter=lfs\n"}
+        if kind == "space":
+            title = name.split("/")[-1]
+            files["README.md"] = f"---\ntitle: {title}\nemoji: 🏃\nsdk: {sdk}\npinned: false\n---\n".encode()
+        first = self.make_commit(repo, "initial commit", files, None)
         repo.refs["refs/heads/main"] = first.oid
         return repo
 

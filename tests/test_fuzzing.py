@@ -46,17 +46,19 @@ from hf_selortho.activations.shard_batches import layer_statistics
 from hf_selortho.activations.shards import HELD_OUT, TRAIN, ActivationStore
 from hf_selortho.activations.texts import TextSource, open_documents
 from hf_selortho.hub.model_card import render_model_card
+from hf_selortho.pair_history import PAIR_HISTORY, read_pair_history, snapshot_bytes, snapshot_name
 from scripts import cache_activations
 
 ROOT = Path(__file__).parents[1]
 SECONDS, GIGABYTE = 5, 1 << 30  # that one input may take; that a process may take on top
 # How many inputs of each kind the long test reads, 100,000 in all: more where one takes little time.
 COUNTS = {
-    "manifest": 37_000,
+    "manifest": 33_000,
     "config": 23_000,
     "weights": 13_000,
     "index": 8_000,
     "shard": 8_000,
+    "pairs": 4_000,
     "card": 2_500,
     "parquet": 5_000,
     "text": 3_500,
@@ -320,6 +322,7 @@ def targets() -> dict[str, Target]:
     sae = SelOrthoSAE(SelOrthoConfig(d_in=8, d_sae=24, activation="batchtopk", k=3, lm_name="org/lm", layer=1))
     sae.save_pretrained("sae")
     sae.save_pretrained("parts", max_shard_size="1KB")
+    _write_pairs(Path("sae"))
     Path("card.json").write_text(json.dumps(_card_facts(sae.config)))
     folder = Path("acts")
     shards = [folder / "tokens/00000.safetensors", folder / "layer_0/00001.safetensors"]
@@ -329,10 +332,19 @@ def targets() -> dict[str, Target]:
         "weights": Target([Path("sae/model.safetensors")], lambda path: _use_sae(path.parent)),
         "index": Target([Path("parts/model.safetensors.index.json")], lambda path: _use_sae(path.parent)),
         "shard": Target([*shards, folder / "held_out/tokens/00000.safetensors"], _use_shard),
+        "pairs": Target(sorted(Path("sae", PAIR_HISTORY).iterdir()), lambda path: _use_pairs(path.parents[1])),
         "card": Target([Path("card.json")], _use_card),
         "parquet": Target(sorted(Path("texts").glob("*.parquet")), _use_texts),
         "text": Target([path for path in sorted(Path("texts").iterdir()) if path.suffix != ".parquet"], _use_texts),
     }
+
+
+def _write_pairs(folder: Path) -> None:
+    (folder / PAIR_HISTORY).mkdir()
+    i = torch.arange(20)
+    for step in (1, 41):
+        data = snapshot_bytes(step, i, i + 2, torch.linspace(-1, -0.1, 20))
+        (folder / PAIR_HISTORY / snapshot_name(step)).write_bytes(data)
 
 
 def _write_texts(texts: list[str]) -> None:
@@ -423,6 +435,13 @@ def _use_sae(folder: Path) -> None:
     sae = SelOrthoSAE.from_pretrained(folder)
     assert sae.config.d_in is not None
     sae.eval()(torch.zeros(2, sae.config.d_in))
+
+
+def _use_pairs(folder: Path) -> None:
+    for snapshot in read_pair_history(folder, d_sae=24):
+        assert bool(
+            (snapshot.j < 24).all() and (snapshot.i < snapshot.j).all() and snapshot.correlation.isfinite().all()
+        )
 
 
 def _use_card(path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
+
 import pytest
 
 from tests.hub_client import HubClient
@@ -158,3 +161,76 @@ except Exception as error:
     assert any(r.range for r in hub.asked("GET", "faults/resolve/.*large.bin"))  # it went on where it was cut off
     assert lines[-2:] == ["x2345", "RemoteProtocolError"]
     assert hub.commits("acme/faults")[0].title == "lost"
+
+
+def test_spaces(hub, client, tmp_path) -> None:
+    (tmp_path / "app.py").write_text("print(1)")
+    code = f"""
+import urllib.request
+space = dict(repo_id="acme/space", repo_type="space")
+try:
+    api.create_repo(**space)
+except ValueError as error:  # the client's word
+    print(type(error).__name__)
+print(api.create_repo(**space, space_sdk="gradio"))
+first = api.space_info("acme/space")
+print(first.sdk, first.private, [s.rfilename for s in first.siblings])
+api.upload_folder(**space, folder_path={str(tmp_path)!r})
+place = pathlib.Path(snapshot_download(**space, local_dir={str(tmp_path / "down")!r}))
+print(sorted(p.name for p in place.iterdir() if p.is_file()), (place / "app.py").read_text())
+url = "{hub.url}/spaces/acme/space/resolve/main/app.py"
+print(urllib.request.urlopen(url).read().decode())
+for other in ("model", "dataset"):
+    print(api.repo_exists("acme/space", repo_type=other))
+print(api.create_repo("org/private", repo_type="space", space_sdk="gradio", private=True).repo_id)
+print(api.space_info("org/private").private)
+"""
+    assert client.run(SETUP + code).splitlines() == [
+        "ValueError",
+        f"{hub.url}/spaces/acme/space",
+        "gradio False ['.gitattributes', 'README.md']",
+        "['.gitattributes', 'README.md', 'app.py'] print(1)",
+        "print(1)",
+        "False",
+        "False",
+        "org/private",
+        "True",
+    ]
+    assert hub.commits("acme/space", kind="space")[0].title == "Upload folder using huggingface_hub"
+
+
+def test_ranges_are_answered_and_counted(hub, client) -> None:
+    content = bytes(range(256)) * 8192  # 2 MB
+    hub.commit("acme/ranges", {"one.parquet": content, "sub/two.txt": b"0123456789"})
+    code = """
+from huggingface_hub import HfFileSystem
+with HfFileSystem().open("acme/ranges/one.parquet", "rb", cache_type="none") as file:
+    file.seek(256_000)
+    print(file.read(512) == bytes(range(256)) * 2)
+    file.seek(-8, 2)
+    print(file.read())
+"""
+    assert client.run(SETUP + code).splitlines() == ["True", str(content[-8:])]
+    served = hub.served("one.parquet")
+    assert [(r.range, r.status, r.sent) for r in served] == [
+        ("bytes=256000-256511", 206, 512),
+        (f"bytes={len(content) - 8}-{len(content) - 1}", 206, 8),
+    ]
+    ranges = {
+        "bytes=2-4": (206, b"234", "bytes 2-4/10"),
+        "bytes=7-": (206, b"789", "bytes 7-9/10"),
+        "bytes=-3": (206, b"789", "bytes 7-9/10"),
+        "bytes=-30": (206, b"0123456789", "bytes 0-9/10"),
+        "bytes=8-99": (206, b"89", "bytes 8-9/10"),
+        "bytes=10-": (416, None, "bytes */10"),
+        "bytes=5-4": (416, None, "bytes */10"),
+        "lines=1-2": (200, b"0123456789", None),
+    }
+    for asked, (status, body, said) in ranges.items():
+        request = urllib.request.Request(f"{hub.url}/acme/ranges/resolve/main/sub/two.txt", headers={"Range": asked})
+        try:
+            answer = urllib.request.urlopen(request)
+            assert (answer.status, answer.read(), answer.headers["Content-Range"]) == (status, body, said), asked
+        except urllib.error.HTTPError as error:
+            assert (error.code, error.headers["Content-Range"]) == (status, said), asked
+    assert sum(r.sent for r in hub.served("sub/two.txt")) == 3 + 3 + 3 + 10 + 2 + 10

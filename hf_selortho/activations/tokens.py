@@ -242,19 +242,37 @@ def held_out_contexts(
     Raises:
         SelOrthoError: there is none.
     """
+    stream = stream_held_out_contexts(
+        documents, tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens
+    )
+    contexts = list(itertools.islice(stream, limit))
+    if len(contexts) < limit:
+        logger.warning('"%s" gives %d held-out contexts, %d were asked for', documents.name, len(contexts), limit)
+    return contexts
+
+
+def stream_held_out_contexts(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int = 128,
+    prepend_bos: bool = True,
+    min_tokens: int = 8,
+) -> Iterator[Context]:
+    """All contexts of the documents that training never sees, in an order that is always the same.
+
+    Raises:
+        SelOrthoError: there is none.
+    """
     cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
-    contexts: list[Context] = []
     stream = iter(documents.held_out())
-    while len(contexts) < limit and (batch := list(itertools.islice(stream, _CHUNK_DOCUMENTS))):
-        contexts += cutter.cut(batch)
-    if not contexts:
+    while batch := list(itertools.islice(stream, _CHUNK_DOCUMENTS)):
+        yield from cutter.cut(batch)
+    if not cutter.counts["contexts"]:
         raise SelOrthoError(
             f'"{documents.name}" gives no held-out context: {cutter.counts["documents"]} documents are held out, none '
             f"with {min_tokens} tokens or more; give more texts or a larger held-out fraction"
         )
-    if len(contexts) < limit:
-        logger.warning('"%s" gives %d held-out contexts, %d were asked for', documents.name, len(contexts), limit)
-    return contexts[:limit]
 
 
 def pad_batch(contexts: Iterable[Context], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,3 +281,11 @@ def pad_batch(contexts: Iterable[Context], pad_id: int) -> tuple[torch.Tensor, t
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (b, t)
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (b, t)
     return input_ids, attention_mask
+
+
+def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as text; one that is a piece of a character, as the tokenizer's vocabulary writes it."""
+    decoded = str(tokenizer.decode([token_id]))
+    if decoded and "\ufffd" not in decoded:
+        return decoded
+    return str(tokenizer.convert_ids_to_tokens(token_id))

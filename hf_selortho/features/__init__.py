@@ -1,5 +1,23 @@
 """What the features of a trained SAE do, for a person to look at."""
 
+from .index import FeatureIndex
+from .records import FeatureRecord, PairRecord
+from .sampling import Sampling
+from .steering import Generation, Steer, Steering
+from .token_effects import token_effects
 from .token_features import FeatureCapture, TokenFeatures, inspect, warn_of_other_lm
 
-__all__ = ["FeatureCapture", "TokenFeatures", "inspect", "warn_of_other_lm"]
+__all__ = [
+    "FeatureCapture",
+    "FeatureIndex",
+    "FeatureRecord",
+    "Generation",
+    "PairRecord",
+    "Sampling",
+    "Steer",
+    "Steering",
+    "TokenFeatures",
+    "inspect",
+    "token_effects",
+    "warn_of_other_lm",
+]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..activations.capture import ActivationCapture, length_batches
 from ..activations.lm import LanguageModel, load_language_model
-from ..activations.tokens import Context, Cutter, pad_batch
+from ..activations.tokens import Context, Cutter, pad_batch, spelling
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
@@ -138,17 +138,11 @@ class FeatureCapture:
         return TokenFeatures(
             text=text,
             token_ids=torch.tensor(ids, dtype=torch.int64),
-            tokens=[self._spelling(token) for token in ids],
+            tokens=[spelling(self.lm.tokenizer, token) for token in ids],
             positions=torch.cat([torch.arange(len(context.input_ids)) for context, _, _ in parts]),
             trained_on=torch.cat([kept for _, kept, _ in parts]),
             feature_acts=torch.cat([acts for _, _, acts in parts]),
         )
-
-    def _spelling(self, token_id: int) -> str:
-        decoded = str(self.lm.tokenizer.decode([token_id]))
-        if decoded and "\ufffd" not in decoded:
-            return decoded
-        return str(self.lm.tokenizer.convert_ids_to_tokens(token_id))  # a piece of a character
 
 
 def inspect(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import RepoCard
 
 from ..command_line import without_secrets
 from ..errors import SelOrthoError
@@ -35,7 +35,7 @@ class Publication:
     """A folder as it will be in the repository."""
 
     folder: Path
-    card: ModelCard
+    card: RepoCard
 
     def files(self) -> list[Path]:
         """Paths within the folder, in order."""

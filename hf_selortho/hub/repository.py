@@ -133,9 +133,10 @@ class Repository:
                 "or set HF_TOKEN to a token that may write"
             )
         if status == 403:
+            option = "--space" if self.kind == "space" else "--repo_id"
             return SelOrthoError(
                 f"your access token may not write to {self.repo_id}: take one with the permission to write there, or "
-                f"another --repo_id, or propose the change with --create_pr ({one_line(error)})"
+                f"another {option}, or propose the change with --create_pr ({one_line(error)})"
             )
         if isinstance(error, hub.RevisionNotFoundError):
             return SelOrthoError(f"{self.repo_id} has no revision {self.revision!r}: name a branch of it")

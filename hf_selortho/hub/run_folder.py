@@ -13,7 +13,7 @@ from ..safe_paths import target_outside
 from ..saved_files import CONFIG, no_such_sae, read_object
 from ..training.outputs import METRICS, PICTURES, RUN
 from .card_results import Measured
-from .summary import SaeReport, beside_twins
+from .summary import TWIN, SaeReport, beside_twins
 
 WEIGHTS = "model.safetensors"
 # What tells one SAE of a comparison from its twin without the penalty.
@@ -49,7 +49,7 @@ def read_run(folder: Path) -> FinishedRun:
     """
     if not folder.is_dir():
         raise SelOrthoError(f"{folder} is no folder: expected that of a run, such as runs/demo")
-    names = [""] if _holds_sae(folder) else sorted(_sub_folders(folder), key=_by_layer)
+    names = [""] if holds_sae(folder) else sorted(_sub_folders(folder), key=_by_layer)
     if not names:
         raise no_such_sae(str(folder), {})
     saes = [_read_sae(folder, name) for name in names]
@@ -77,6 +77,20 @@ def with_others(run: FinishedRun, twin: Path | None, seeds: Sequence[Path]) -> F
     return FinishedRun(run.folder, tuple(_beside_seeds(sae, run, others) for sae in run.saes), run.run)
 
 
+def twin_beside(folder: Path) -> Path | None:
+    """The folder of an SAE's twin: beside it, called like it with "_twin" or "-twin" behind; None if there is none.
+
+    It is no twin if more than the penalty tells their configs apart.
+    """
+    for ending in (TWIN, "-twin"):
+        beside = folder.with_name(f"{folder.name}{ending}")
+        if holds_sae(beside):
+            config, twin = (SelOrthoConfig.from_json_file(place / CONFIG) for place in (folder, beside))
+            if _no_twin(config.own_settings(), twin.own_settings()) is None:
+                return beside
+    return None
+
+
 def _beside_seeds(sae: SaeReport, run: FinishedRun, others: Sequence[FinishedRun]) -> SaeReport:
     same = [next((o for o in other.saes if o.name == sae.name), None) for other in others]
     for other, found in zip(others, same, strict=True):
@@ -95,7 +109,7 @@ def _beside_own_twin(run: FinishedRun, twin: Path | None) -> FinishedRun:
             raise SelOrthoError(f"--twin {twin}: {run.folder} has several SAEs, whose twins are those that it trained")
         return run
     beside = run.folder.with_name(f"{run.folder.name}-twin")
-    if twin is None and not _holds_sae(beside):
+    if twin is None and not holds_sae(beside):
         return run
     other, (sae,) = read_run(twin or beside), run.saes
     unlike = "it has several SAEs" if other.saes[0].name else _no_twin(sae.config, other.saes[0].config)
@@ -149,12 +163,13 @@ def _content(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _holds_sae(folder: Path) -> bool:
+def holds_sae(folder: Path) -> bool:
+    """Whether an SAE of this package is saved there."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def _sub_folders(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("layer_*") if _holds_sae(path)]
+    return [path.name for path in folder.glob("layer_*") if holds_sae(path)]
 
 
 def _by_layer(name: str) -> tuple[int, str]:

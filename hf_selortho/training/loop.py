@@ -23,6 +23,7 @@ from .checkpoint import Checkpoints
 from .guard import LossSpikes, NonFiniteGuard, first_not_finite, is_finite
 from .optimizer import SAEOptimizer
 from .outputs import MetricsLog
+from .pair_history import PairHistory
 from .penalty import PenaltySchedule, steer
 from .revival import resample_dead
 from .state import Controller, TrainState, learning_rate_at, pair_churn, step_report
@@ -148,6 +149,7 @@ class Trainer:
         controller: steers the penalty's coefficient ([`make_controller`]).
         name: of the SAE among several; "" if there is one.
         guard: what becomes of batches that are not finite; by default the first one ends the run.
+        history: where the pairs that it selects go; None in all processes but the main one.
     """
 
     def __init__(
@@ -159,8 +161,10 @@ class Trainer:
         controller: Controller | None = None,
         name: str = "",
         guard: NonFiniteGuard | None = None,
+        history: PairHistory | None = None,
     ) -> None:
         self.accelerator, self.arguments, self.log, self.name = accelerator, arguments, log, name
+        self.history = history
         self.sae = sae.to(accelerator.device)
         self.optimizer = SAEOptimizer(self.sae, arguments, accelerator.device)
         self.model, self._adam = accelerator.prepare(self.sae, self.optimizer.adam)
@@ -219,6 +223,8 @@ class Trainer:
             self._apply(batch)
             if output.pairs is not None:
                 self.state.pairs = output.pairs.detached()
+                if self.history is not None:
+                    self.history.see(self.state.step + 1, self.state.pairs)
         self.state.step += 1
         self._spoilt = False
         if output is not None:

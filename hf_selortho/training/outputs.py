@@ -10,8 +10,9 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,23 @@ from safetensors import SafetensorError
 from ..activations.disk import LOCK, is_full, reason, replace_file, sync
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
+from ..pair_history import PAIR_HISTORY
 
 METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "README.md"
 TIMINGS_LOG = "timings.jsonl"
 PICTURES, CHECKPOINTS, TRACKERS, DEBUG = "pictures", "checkpoints", "trackers", "debug"
 _SAVING = ".saving.tmp"
-_ATTEMPTS = 5  # to write a line on a full disk, a second apart
+_ATTEMPTS = 5  # to write a line or a snapshot on a full disk, a second apart
 _REPLACED = ".replaced.tmp"  # checkpoints on their way out
 _OWN_FOLDERS = (PICTURES, TRACKERS, _SAVING)
 # in the order in which they are removed: by the last two a run is known
 _OWN_FILES = (CARD, "config.json", "model.safetensors", METRICS, TIMINGS_LOG, METRICS_LOG, RUN)
+SNAPSHOT = re.compile(r"step_\d{6,12}\.safetensors|\.step_\d{6,12}\.safetensors\.tmp")
 # what these folders, which others may have too, hold of ours
 _ENTRIES = {
     CHECKPOINTS: re.compile(r"(damaged_)?step_\d{6,12}|\.step_\d{6,12}\.tmp"),
     DEBUG: re.compile(r"\.?step_\d{6,12}\w*\.safetensors(\.tmp)?"),
+    PAIR_HISTORY: SNAPSHOT,
     TRACKERS: re.compile(r"hf_selortho"),
 }
 _MEMBER = re.compile(r"layer_\d+(_[a-z0-9-]+)?")  # folder of one of several SAEs
@@ -139,7 +143,10 @@ def _remove_run(folder: Path, since: float) -> None:
     for path in _entries(folder / DEBUG):
         if _ENTRIES[DEBUG].fullmatch(path.name) and path.stat().st_mtime < since:
             path.unlink()
-    for name in (CHECKPOINTS, DEBUG):
+    for path in _entries(folder / PAIR_HISTORY):
+        if SNAPSHOT.fullmatch(path.name):
+            path.unlink()
+    for name in (CHECKPOINTS, DEBUG, PAIR_HISTORY):
         with suppress(OSError):  # something of somebody else is in it, or of this run
             (folder / name).rmdir()
     for name in _OWN_FOLDERS:
@@ -242,8 +249,9 @@ class MetricsLog:
         rows = {METRICS_LOG: figures, TIMINGS_LOG: {"step": figures["step"], **timings}}
         for name, row in rows.items():
             self._files[name].append(row)
+            add = partial(_append, self.folder / name, _line(row).encode())
             try:
-                _append(self.folder / name, _line(row).encode())
+                when_there_is_room(add)
             except OSError as error:
                 raise cannot_write(self.folder / name, error) from error
 
@@ -282,20 +290,34 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return means
 
 
-def _append(path: Path, line: bytes) -> None:
-    """Add a line whole or not at all. On a full disk, wait a little: a checkpoint that finds no room goes again."""
+def when_there_is_room(write: Callable[[], None]) -> None:
+    """Write something. On a full disk, wait a little: a checkpoint that finds no room goes again.
+
+    Args:
+        write: does it, or raises an OSError and leaves nothing behind.
+
+    Raises:
+        OSError: there still is no room, or something else is wrong.
+    """
     for attempt in range(_ATTEMPTS):
-        with path.open("ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                if file.write(line) == len(line):
-                    return
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # there was room for some of it
-            except OSError as error:
-                file.truncate(end)
-                if not is_full(error) or attempt == _ATTEMPTS - 1:
-                    raise
+        try:
+            return write()
+        except OSError as error:
+            if not is_full(error) or attempt == _ATTEMPTS - 1:
+                raise
         time.sleep(1)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line whole or not at all."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(line) < len(line):  # there was room for some of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

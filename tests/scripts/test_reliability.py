@@ -103,7 +103,7 @@ def stopped_run(tmp_path_factory) -> Path:
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     damage, arguments, stopped_run, tmp_path, caplog
 ) -> None:
-    settings = {"checkpoint_every": 3, "eval_samples": 0}
+    settings = {"checkpoint_every": 3, "selection_interval": 2, "eval_samples": 0}
     if not (stopped_run / "whole").exists():
         train.main(arguments(output_dir=stopped_run / "whole", **settings))
         train.main(arguments(output_dir=stopped_run / "cut", max_steps=6, **settings))
@@ -120,6 +120,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     last = "checkpoints/step_000012"
     assert contents(tmp_path / "run" / last) == contents(stopped_run / "whole" / last)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (stopped_run / "whole" / "metrics.jsonl").read_bytes()
+    pairs = "pair_history"
+    assert len(contents(tmp_path / "run" / pairs)) == 6
+    assert contents(tmp_path / "run" / pairs) == contents(stopped_run / "whole" / pairs)
     assert checkpoints_of(tmp_path / "run") == ["config.json"] * (damage == "linked") + ["step_000009", "step_000012"]
 
 
@@ -254,10 +257,11 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(arguments, tmp_path) -> N
     train.main(arguments(checkpoint_every=6))
     names = ("model.safetensors", "metrics.jsonl", "timings.jsonl")
     before = [(tmp_path / "run" / name).read_bytes() for name in names]
-    kept = contents(tmp_path / "run" / "checkpoints")
+    folders = ("checkpoints", "pair_history")
+    kept = [contents(tmp_path / "run" / name) for name in folders]
     train.main(arguments(checkpoint_every=6, resume_from_checkpoint="auto"))
     assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
-    assert contents(tmp_path / "run" / "checkpoints") == kept
+    assert [contents(tmp_path / "run" / name) for name in folders] == kept
 
 
 def test_lines_lost_from_the_log_are_noticed(arguments, tmp_path, caplog) -> None:
@@ -395,6 +399,7 @@ def test_a_batch_that_is_skipped_changes_nothing_and_is_counted(shards, from_sha
     train.main(from_shards(acts, **settings, resume_from_checkpoint="auto"))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert contents(tmp_path / "run")["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+    assert contents(tmp_path / "run" / "pair_history") == contents(tmp_path / "whole" / "pair_history")
     # stopped at the first one, it is resumed as its last words say
     stopping = from_shards(acts, **{**settings, "non_finite": "stop"}, checkpoint_every=1, output_dir=tmp_path / "stop")
     with pytest.raises(NonFiniteError, match="or pass --non_finite skip to leave such batches out"):

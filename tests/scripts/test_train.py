@@ -18,12 +18,13 @@ from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.activations.tokens import Context, pad_batch
 from hf_selortho.hub.interop import write_saelens
+from hf_selortho.pair_history import read_pair_history
 from scripts import evaluate_sae, train
 
 ROOT = Path(__file__).parents[2]
 LEFT_BY_A_RUN = {
-    ".lock", "README.md", "config.json", "metrics.json", "metrics.jsonl", "model.safetensors", "pictures", "run.json",
-    "timings.jsonl",
+    ".lock", "README.md", "config.json", "metrics.json", "metrics.jsonl", "model.safetensors", "pair_history",
+    "pictures", "run.json", "timings.jsonl",
 }  # fmt: skip
 
 
@@ -58,6 +59,10 @@ def test_a_run_leaves_an_evaluated_documented_sae(arguments, tmp_path, tiny_lm, 
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
     shown = capsys.readouterr().out
     assert "FVU" in shown and f"{metrics['evaluation']['fvu']:.4f}" in shown and "Next:" in shown
+
+
+def snapshots_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "pair_history").iterdir()}
 
 
 def test_users_feed_raw_activations(arguments, tmp_path, tiny_lm, tiny_tokenizer) -> None:
@@ -111,6 +116,7 @@ def test_variants_train(changes, arguments, tmp_path) -> None:
     assert rows[-1]["reconstruction"] < rows[0]["reconstruction"]
     assert rows[-1]["tokens"] == 12 * 128 * changes.get("gradient_accumulation_steps", 1)
     assert any(row["ortho"] > 0 for row in rows) == (changes.get("penalty") != "none")
+    assert bool(read_pair_history(tmp_path / "run", d_sae=64)) == ("penalty" not in changes)  # the others select none
     assert rows[-1]["peak_correlation"] > 0  # measured even where nothing is penalised
 
 
@@ -128,6 +134,37 @@ def test_pairs_are_selected_at_every_interval(arguments, tmp_path) -> None:
     assert [row["step"] for row in rows if row["ortho"] > 0] == [1, 6, 11]
     assert [row["step"] for row in rows if row["pair_churn"] is not None] == [6, 11]
     assert all(row["peak_correlation"] > 0 for row in rows)  # between selections, that of the latest
+    history = read_pair_history(tmp_path / "run", d_sae=64)
+    assert [snapshot.step for snapshot in history] == [1, 6, 11]
+    for snapshot in history:
+        row = rows[snapshot.step - 1]
+        assert snapshot.selected == len(snapshot) == row["selected_pairs"] == 21  # of 64 * 63 / 2, a hundredth
+        assert float(snapshot.correlation.abs().mean()) == pytest.approx(row["top_correlation"])
+
+
+def test_the_history_holds_the_pairs_that_the_training_selected(arguments, tmp_path) -> None:
+    settings = {"selection_interval": 3, "penalty_schedule": "every_step", "checkpoint_every": 3, "keep_checkpoints": 9}
+    train.main(arguments(eval_samples=0, **settings))
+    history = read_pair_history(tmp_path / "run", d_sae=64)
+    assert [snapshot.step for snapshot in history] == [1, 4, 7, 10]
+    for snapshot in history:  # between two selections the state keeps the pairs of the first
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step_{snapshot.step + 2:06d}"
+        state = load_file(checkpoint / "state_0.safetensors")
+        for name in ("i", "j", "correlation"):
+            assert torch.equal(getattr(snapshot, name), state[f"pairs.{name}"])
+
+
+def test_of_several_saes_each_has_a_history_of_its_own_if_it_selects_pairs(arguments, tmp_path) -> None:
+    variants = '{"rare": {"selection_interval": 6}, "full": {"penalty": "full"}}'
+    train.main([*arguments(layer=None, eval_samples=0, variants=variants, selection_interval=4), "--layers", "0", "2"])
+    found = {
+        path.name: [snapshot.step for snapshot in read_pair_history(path)] for path in (tmp_path / "run").glob("layer*")
+    }
+    own = {"": [1, 5, 9], "_rare": [1, 7], "_full": []}
+    assert found == {f"layer_{layer}{name}": steps for layer in (0, 2) for name, steps in own.items()}
+    assert not (tmp_path / "run" / "pair_history").exists()
+    assert not (tmp_path / "run" / "layer_0_full" / "pair_history").exists()
+    assert snapshots_of(tmp_path / "run" / "layer_0") != snapshots_of(tmp_path / "run" / "layer_2")
 
 
 def test_the_coefficient_is_steered_by_the_fvu_of_a_twin(arguments, tmp_path) -> None:
@@ -183,6 +220,7 @@ def test_resumed_it_ends_as_if_never_stopped(changes, arguments, tmp_path) -> No
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, 13))
     logs = [(tmp_path / folder / "metrics.jsonl").read_bytes() for folder in ("whole", "run")]
     assert logs[0] == logs[1]
+    assert snapshots_of(tmp_path / "whole") == snapshots_of(tmp_path / "run") != {}
     timings = [json.loads(line)["step"] for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
     assert timings == list(range(1, 13))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000012"]
@@ -205,9 +243,11 @@ def test_an_output_folder_in_use(arguments, tmp_path) -> None:
     assert (tmp_path / "run" / "README.md").read_text() == "mine"
     (tmp_path / "run" / "README.md").unlink()
     train.main(once)
+    assert list(snapshots_of(tmp_path / "run")) == ["step_000001.safetensors"]
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    train.main([*once, "--overwrite_output_dir"])
+    train.main([*once, "--overwrite_output_dir", "--penalty", "none"])
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "pair_history").exists()
 
 
 def test_resuming_never_replaces_a_finished_run(arguments, tmp_path) -> None:
@@ -360,7 +400,7 @@ def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(changes, message, a
 @pytest.mark.slow
 def test_two_processes_train_as_one(arguments, tmp_path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    result = run_script(arguments(checkpoint_every=6), accelerate)
+    result = run_script(arguments(checkpoint_every=6, selection_interval=2), accelerate)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["training"]["tokens"] == 12 * 128 and metrics["data"]["processes"] == 2
@@ -368,3 +408,7 @@ def test_two_processes_train_as_one(arguments, tmp_path) -> None:
     assert rows[-1]["reconstruction"] < rows[0]["reconstruction"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000012"
     assert {"process_0.safetensors", "process_1.safetensors"} <= {path.name for path in checkpoint.iterdir()}
+    [*_, last] = history = read_pair_history(tmp_path / "run", d_sae=64)
+    assert [snapshot.step for snapshot in history] == [1, 3, 5, 7, 9, 11] and len(snapshots_of(tmp_path / "run")) == 6
+    for rank in (0, 1):
+        assert torch.equal(last.j, load_file(checkpoint / f"state_{rank}.safetensors")["pairs.j"])

@@ -23,7 +23,8 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
 
 
 def test_overwriting_removes_a_run_and_nothing_else(tmp_path) -> None:
-    for name in ("thesis.tex", "config.json", "metrics.jsonl", "checkpoints/step_000010/trainer.json", "data/x.csv"):
+    for name in ("thesis.tex", "config.json", "metrics.jsonl", "checkpoints/step_000010/trainer.json", "data/x.csv",
+                 "pair_history/step_000121.safetensors", "layer_3/pair_history/step_000121.safetensors"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     prepare_output_folder(tmp_path, overwrite=True, resuming=False)
@@ -31,10 +32,12 @@ def test_overwriting_removes_a_run_and_nothing_else(tmp_path) -> None:
         "data/x.csv",
         "thesis.tex",
     ]
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "thesis.tex"}
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoints/epoch_3.bin", "debug/notes.txt", "trackers/mine/x", "layer_3/debug/a.log"]
+    "name",
+    ["checkpoints/epoch_3.bin", "debug/notes.txt", "trackers/mine/x", "layer_3/debug/a.log", "pair_history/a.csv"],
 )
 def test_folders_of_others_with_the_same_names_are_no_run(name, tmp_path) -> None:
     (tmp_path / name).parent.mkdir(parents=True)
@@ -51,7 +54,9 @@ def test_folders_of_others_with_the_same_names_are_no_run(name, tmp_path) -> Non
 
 def test_what_an_interrupted_run_leaves_can_be_overwritten(tmp_path) -> None:
     for name in (".lock", "checkpoints/.step_000010.tmp/x.json", "debug/step_000001_rank_1_2.safetensors",
-                 "trackers/hf_selortho/events", "layer_3/.metrics.jsonl.tmp"):  # fmt: skip
+                 "trackers/hf_selortho/events", "layer_3/.metrics.jsonl.tmp",
+                 "pair_history/step_000001.safetensors", "layer_3/pair_history/.step_000121.safetensors.tmp",
+                 ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     check_output_folder(tmp_path, overwrite=True, resuming=False)

@@ -1,0 +1,73 @@
+"""Names of features: from the tokens on which they fire most, or from a file of a person."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import SelOrthoError
+from ..hub_access import one_line
+from .render import visible
+
+LONGEST_LABEL = 200
+_TOKENS, _LONGEST_OF_TOKENS = 3, 40
+_SPACE = "␣"
+
+
+def label_of_tokens(tokens: Sequence[str], activations: Sequence[float]) -> str:
+    """Up to three tokens on which a feature fires most, by the sum of its activations on them: "import, from, as".
+
+    Args:
+        tokens: at the peaks of its strongest contexts. activations: of the feature on each.
+    """
+    weights: dict[str, float] = {}
+    for token, activation in zip(tokens, activations, strict=True):
+        stripped = token.strip()
+        word = visible(stripped) if stripped else visible(token.replace(" ", _SPACE))
+        if word:
+            weights[word] = weights.get(word, 0.0) + activation
+    label = ""
+    for word in sorted(weights, key=lambda w: -weights[w])[:_TOKENS]:
+        longer = f"{label}, {word}" if label else word
+        if len(longer) > _LONGEST_OF_TOKENS:
+            return label or word[: _LONGEST_OF_TOKENS - 1] + "…"
+        label = longer
+    return label
+
+
+def read_labels(path: Path, d_sae: int) -> dict[int, str]:
+    """Labels of a JSON file such as {"12": "import statements"}, control characters and outer spaces removed.
+
+    Raises:
+        SelOrthoError: it cannot be read, or holds something else.
+    """
+    expected = 'expected an object of labels by feature number, such as {"12": "import statements"}'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SelOrthoError(f"--labels {path} cannot be read ({one_line(error)}): {expected}") from error
+    if not isinstance(content, dict):
+        raise SelOrthoError(f"--labels {path} holds {type(content).__name__}: {expected}")
+    labels: dict[int, str] = {}
+    for key, value in content.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < d_sae):
+            raise SelOrthoError(f"--labels {path}: {key!r:.50} is no feature of this SAE: expected 0 to {d_sae - 1}")
+        if not isinstance(value, str):
+            raise SelOrthoError(f"--labels {path}: the label of feature {key} is {value!r:.50}: expected a text")
+        label = _plain(value)
+        if len(label) > LONGEST_LABEL:
+            raise SelOrthoError(
+                f"--labels {path}: the label of feature {key} has {len(label)} characters: expected at most "
+                f"{LONGEST_LABEL}"
+            )
+        labels[int(key)] = label
+    return labels
+
+
+def _plain(text: str) -> str:
+    """Without control and direction characters, line ends and runs of spaces."""
+    spaced = "".join(" " if character.isspace() else character for character in text)
+    kept = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+    return " ".join(kept.split())

@@ -1,0 +1,185 @@
+"""One pass of an SAE over held-out text: batches of feature activations, laid out feature by feature."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..activations.capture import ActivationCapture, Harvest
+from ..activations.tokens import Context, pad_batch
+from ..configuration_selortho import SelOrthoConfig
+from ..modeling_selortho import SelOrthoSAE
+from .keepers import Batch
+
+WEIGHTS = "model.safetensors"
+_POOL_BATCHES = 16  # forward passes whose contexts are sorted by length together
+_LARGEST_BATCH = {"cpu": 1 << 24, "cuda": 1 << 28}  # feature activations held at once
+
+
+@dataclass
+class TextCounts:
+    """What has been read of a text."""
+
+    documents: int = 0
+    contexts: int = 0
+    tokens: int = 0  # that the SAE reads: no BOS, no other special token, no sink
+    dropped_special: int = 0
+    dropped_sinks: int = 0
+
+
+@dataclass(frozen=True)
+class Read:
+    """A batch, and the raw activations that it comes from."""
+
+    batch: Batch
+    activations: Tensor  # (tokens, d_in), of the tokens that `batch.read` marks, in their order
+
+
+class TextPass:
+    """Reads contexts with a language model and encodes them with an SAE.
+
+    Args:
+        sae: the SAE. capture: the language model at its layer.
+        counts: what has been read so far, kept up to date.
+    """
+
+    def __init__(self, sae: SelOrthoSAE, capture: ActivationCapture) -> None:
+        self.sae, self.capture = sae, capture
+        self.counts = TextCounts()
+        self._last_document: int | None = None
+
+    @torch.inference_mode()
+    def read(self, contexts: Iterable[Context], progress: tqdm | None = None) -> Iterator[Read]:
+        """Batches of some contexts, which are taken a pool at a time."""
+        stream = iter(contexts)
+        while pool := list(self._pool(stream)):
+            first = self.counts.contexts
+            self._count(pool)
+            for harvest in self.capture.harvest_batches(pool):
+                self.counts.tokens += len(harvest)
+                self.counts.dropped_special += harvest.dropped_special
+                self.counts.dropped_sinks += harvest.dropped_sinks
+                for part in self._parts(harvest):
+                    yield self._encoded(part, pool, first)
+                if progress is not None:
+                    progress.update(len(harvest))
+
+    def _pool(self, stream: Iterator[Context]) -> Iterator[Context]:
+        tokens = 0
+        while tokens < _POOL_BATCHES * self.capture.batch_tokens and (fresh := list(itertools.islice(stream, 1))):
+            tokens += len(fresh[0].input_ids)
+            yield fresh[0]
+
+    def _count(self, pool: list[Context]) -> None:
+        self.counts.contexts += len(pool)
+        for context in pool:  # those of a document come one after another
+            self.counts.documents += context.document_id != self._last_document
+            self._last_document = context.document_id
+
+    def _parts(self, harvest: Harvest) -> Iterator[Harvest]:
+        """Whole contexts of a forward pass, as many as memory holds at once."""
+        limit = _LARGEST_BATCH.get(self.sae.device.type, 1 << 24)
+        tokens = max(1, limit // self.sae.b_enc.shape[0])
+        if len(harvest) <= tokens:
+            if len(harvest):
+                yield harvest
+            return
+        rows, counts = harvest.origins.context_ids.unique_consecutive(return_inverse=True, return_counts=True)[1:]
+        group = (counts.cumsum(0) - counts) // tokens  # of each context, by its first token
+        for number in group.unique().tolist():
+            yield harvest.rows(group[rows] == number)
+
+    def _encoded(self, harvest: Harvest, pool: list[Context], first: int) -> Read:
+        origins, device = harvest.origins, self.sae.device
+        numbers, rows = origins.context_ids.unique_consecutive(return_inverse=True)
+        contexts = [pool[number] for number in numbers.tolist()]
+        input_ids, _ = pad_batch(contexts, self.capture.lm.tokenizer.pad_token_id or 0)
+        places = (rows * input_ids.shape[1] + origins.positions).to(device)
+        activations = harvest.activations.to(device)
+        h = feature_rows(self.sae.encode(activations), places, input_ids.shape)
+        read = torch.zeros(input_ids.shape, dtype=torch.bool, device=device)
+        read.view(-1)[places] = True
+        batch = Batch(
+            h=h,
+            read=read,
+            input_ids=input_ids.to(device),
+            lengths=torch.tensor([len(context.input_ids) for context in contexts], device=device),
+            documents=torch.tensor([context.document_id for context in contexts], device=device),
+            numbers=numbers.to(device) + first,
+        )
+        return Read(batch, activations)
+
+
+def feature_rows(feature_acts: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """Activations (tokens, n) as (n, b, t), contiguous, with 0 where there is no token.
+
+    Args:
+        feature_acts: (tokens, n). places: (tokens,) of each among the `b * t`. shape: (b, t).
+    """
+    feature_acts = feature_acts.float()
+    if len(places) < shape.numel():
+        whole = feature_acts.new_zeros(shape.numel(), feature_acts.shape[1])
+        feature_acts = whole.index_copy_(0, places, feature_acts)
+    return feature_acts.T.contiguous().unflatten(1, shape)
+
+
+def taken(contexts: Iterable[Context], tokens: int, beside_bos: bool) -> Iterator[Context]:
+    """Contexts from the start until they hold so many tokens, not counting a BOS at the front of each."""
+    held = 0
+    for context in contexts:
+        if held >= tokens:
+            return
+        held += len(context.input_ids) - beside_bos
+        yield context
+
+
+def some_features(sae: SelOrthoSAE, features: Tensor) -> SelOrthoSAE:
+    """An SAE of some of the features, which encodes each as the whole one does.
+
+    With topk and batchtopk, what fires depends on the others: it is the whole SAE then.
+
+    Args:
+        sae: the whole one. features: (m,), rising.
+    """
+    if not encodes_apart(sae.config):
+        return sae
+    settings = {**sae.config.own_settings(), "d_sae": len(features), "matryoshka_prefixes": None}
+    part = SelOrthoSAE(SelOrthoConfig(**settings)).to(sae.device).eval()
+    columns = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "log_threshold": 0}
+    state = {
+        name: tensor.index_select(columns[name], features.to(tensor.device)) if name in columns else tensor
+        for name, tensor in sae.state_dict().items()
+    }
+    part.load_state_dict(state)
+    part.store_by_feature()
+    return part
+
+
+def encodes_apart(config: SelOrthoConfig) -> bool:
+    """Whether a feature's activation does not depend on the other features."""
+    return config.activation in ("relu", "jumprelu")
+
+
+def weights_sha256(sae: SelOrthoSAE, folder: Path | None = None) -> str:
+    """A sha256 that names the weights of an SAE.
+
+    That of the bytes of its model.safetensors, as the Hub shows it, where the SAE comes from a folder that holds it;
+    else of name, dtype, shape and bytes of every tensor, by name.
+    """
+    digest = hashlib.sha256()
+    if folder is not None and (folder / WEIGHTS).is_file():
+        with (folder / WEIGHTS).open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

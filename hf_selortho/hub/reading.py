@@ -1,0 +1,109 @@
+"""An SAE with what it reads, found by what its config says and a command line may say otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..activations.capture import ActivationCapture
+from ..activations.lm import LanguageModel, load_language_model
+from ..activations.texts import TextSource
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+from ..features import warn_of_other_lm
+from ..training.arguments import argument
+
+
+@dataclass
+class ReadingArguments:
+    """What an SAE reads; whatever is not given is taken from its config."""
+
+    revision: str | None = argument(None, "Branch, tag or commit of the SAE.")
+    subfolder: str | None = argument(None, "Folder of the SAE within its repository.")
+    model: str | None = argument(None, "Language model; default: the one that the SAE was trained on.")
+    model_revision: str | None = argument(None, "Its branch, tag or commit; default: that of the training.")
+    lm_dtype: str = argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
+    dataset: str | None = argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
+    dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
+    split: str | None = argument(None, "Split of the dataset; default: that of the training.")
+    text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
+    streaming: bool = argument(False, "Read the dataset as a stream.")
+    held_out_fraction: float | None = argument(
+        None, "Share of the documents to draw from; default: those held out in training; 1: all, for other text."
+    )
+    min_tokens: int | None = argument(None, "Contexts with fewer tokens are left out; default: as in training.")
+    cpu: bool = argument(False, "Use the CPU even where there is a GPU.")
+
+    @property
+    def device(self) -> str:
+        """Where to compute."""
+        return "cuda" if torch.cuda.is_available() and not self.cpu else "cpu"
+
+    @property
+    def lookup(self) -> dict[str, str]:
+        """Where in a repository the SAE is."""
+        return {key: getattr(self, key) for key in ("revision", "subfolder") if getattr(self, key)}
+
+
+def text_source(config: SelOrthoConfig, arguments: ReadingArguments) -> TextSource:
+    """The dataset of the command line, else that of the training with the same documents held out.
+
+    Raises:
+        SelOrthoError: neither says which, or the training held nothing out.
+    """
+    same = arguments.dataset is None
+    fraction = arguments.held_out_fraction
+    if fraction is None:
+        fraction = config.held_out_fraction if same and config.held_out_fraction is not None else 0.1
+    if not 0 < fraction <= 1:
+        raise SelOrthoError(
+            f"held-out fraction {fraction}: expected a share in (0, 1]; an SAE whose training held nothing out needs "
+            "another --dataset"
+        )
+    return TextSource(
+        dataset=required(arguments.dataset or config.dataset, "--dataset"),
+        config_name=arguments.dataset_config or (config.dataset_config if same else None),
+        split=arguments.split or (config.dataset_split if same else None) or "train",
+        text_column=arguments.text_column or (config.text_column if same else None),
+        revision=config.dataset_revision if same else None,
+        streaming=arguments.streaming,
+        held_out_fraction=fraction,
+    )
+
+
+def load_lm_of(config: SelOrthoConfig, arguments: ReadingArguments) -> LanguageModel:
+    """The language model of the command line, else that of the training.
+
+    Raises:
+        SelOrthoError: neither says which, or it cannot be loaded.
+    """
+    return load_language_model(
+        required(arguments.model or config.lm_name, "--model"),
+        arguments.model_revision or (config.lm_revision if arguments.model is None else None),
+        dtype=arguments.lm_dtype,
+        device=arguments.device,
+    )
+
+
+def capture_of(config: SelOrthoConfig, lm: LanguageModel) -> ActivationCapture:
+    """The language model at the SAE's layer, sinks left out as in training; warns if it is another one.
+
+    Raises:
+        SelOrthoError: the SAE does not say which layer it reads.
+    """
+    warn_of_other_lm(config, lm)
+    return ActivationCapture(lm, required(config.layer, "a layer in the SAE's config"), config.max_norm)
+
+
+def least_tokens(config: SelOrthoConfig, arguments: ReadingArguments) -> int:
+    """Tokens below which a context is left out."""
+    return arguments.min_tokens or config.min_tokens or 8
+
+
+def required(value: Any, name: str) -> Any:
+    """The value, or an error that says what to give."""
+    if value is None:
+        raise SelOrthoError(f"the SAE's config does not say what it was trained on: {name} is needed")
+    return value

@@ -1,0 +1,86 @@
+// Addresses of the views: links and buttons of the page change the query, and the query says what is shown.
+window.selortho = (() => {
+  const VIEWS = ["text", "feature", "pairs", "search", "steer", "compare", "run"];
+  let ask = null; // hands a query to the server
+  let waiting = null; // a query from before the page was connected
+
+  function viewOf(query) {
+    const view = new URLSearchParams(query).get("view") || "text";
+    return view === "pair" ? "pairs" : VIEWS.includes(view) ? view : "text";
+  }
+
+  function show(query) {
+    const view = viewOf(query);
+    document.body.dataset.view = view;
+    document.querySelectorAll("#so-nav a").forEach((link) => {
+      if (link.dataset.view === view) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    });
+  }
+
+  function busy(on) {
+    document.body.toggleAttribute("data-busy", on);
+    const shown = document.querySelector("#so-view-" + document.body.dataset.view);
+    if (shown) shown.setAttribute("aria-busy", on ? "true" : "false");
+  }
+
+  function go(query, push = true) {
+    const moved = viewOf(query) !== document.body.dataset.view;
+    if (push && query !== location.search) history.pushState({}, "", query);
+    show(query);
+    if (moved) window.scrollTo({ top: 0 });
+    busy(true);
+    if (ask) ask(query);
+    else waiting = query;
+  }
+
+  // Changes of the current address: {q: "a text", token: null}; null and "" remove.
+  function set(changes, view) {
+    const query = new URLSearchParams(location.search);
+    if (view) query.set("view", view);
+    else if (!query.get("view")) query.set("view", document.body.dataset.view || "text");
+    for (const [name, value] of Object.entries(changes)) {
+      if (value === null || value === undefined || value === "") query.delete(name);
+      else query.set(name, value);
+    }
+    go("?" + query.toString());
+  }
+
+  // The server has answered: the address as it understood it, and the title.
+  function done() {
+    busy(false);
+    const shown = document.querySelector("#so-view-" + document.body.dataset.view + " [data-address]");
+    if (!shown) return;
+    if (viewOf(shown.dataset.address) === document.body.dataset.view) {
+      history.replaceState({}, "", shown.dataset.address);
+    }
+    document.title = shown.dataset.title + " · hf_selortho";
+  }
+
+  function connect(send) {
+    ask = send;
+    show(location.search); // the navigation is there by now
+    if (waiting !== null) ask(waiting);
+    waiting = null;
+  }
+
+  document.addEventListener("click", (event) => {
+    if (event.defaultPrevented || event.button !== 0 || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+    const link = event.target.closest("a[href^='?']");
+    if (link) {
+      event.preventDefault();
+      go(link.getAttribute("href"));
+      return;
+    }
+    const button = event.target.closest("[data-set]");
+    if (button) {
+      const [name, value] = button.dataset.set.split("=");
+      set({ [name]: value });
+    }
+  });
+  window.addEventListener("popstate", () => go(location.search, false));
+  const start = () => show(location.search);
+  if (document.body) start();
+  else document.addEventListener("DOMContentLoaded", start);
+  return { go, set, done, connect, show };
+})();

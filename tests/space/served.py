@@ -1,0 +1,90 @@
+"""The page of the Space, served by a process of its own on 127.0.0.1, and a browser that looks at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+]  # fmt: skip
+PATIENCE = 180  # seconds until a server answers, on a machine that is busy with other tests
+
+
+class Served:
+    """A running page."""
+
+    run: Path  # that is shown
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.url, self.process, self._log = url, process, log
+
+    @property
+    def log(self) -> str:
+        """What the server has written."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the server holds in memory."""
+        return psutil.Process(self.process.pid).memory_info().rss
+
+
+@contextmanager
+def serve(
+    log: Path, *arguments: str, script: Path = ROOT / "spaces_app/app.py", **environment: str
+) -> Generator[Served]:
+    """Start `app.py` with these arguments, away from the checkout, and end it afterwards."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", **environment}
+    command = [sys.executable, str(script), *arguments, "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=log.parent, env=given, stdout=output, stderr=subprocess.STDOUT)
+    served = Served(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait(served)
+        yield served
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(20)
+
+
+def _wait(served: Served) -> None:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        assert served.process.poll() is None, served.log[-3000:]
+        try:
+            with urlopen(served.url, timeout=10) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"no answer in {PATIENCE} s: {served.log[-3000:]}")
+
+
+def chromium() -> str:
+    """Where the browser is."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium: apt install chromium, or set CHROMIUM to the path of one")
+    return found

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+from feature_browser.address import VIEWS, Address, parse_address
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_selortho import SelOrthoError
+
+numbers = st.none() | st.integers(0, 10**6)
+
+
+@given(
+    st.builds(
+        Address,
+        view=st.sampled_from(list(VIEWS)),
+        q=st.text(max_size=200).filter(lambda text: "\ud800" not in text),
+        id=numbers,
+        token=numbers,
+        a=numbers,
+        b=numbers,
+        up=st.booleans(),
+        value=st.none() | st.floats(-1e6, 1e6),
+    )
+)
+def test_an_address_comes_back_as_it_was(address) -> None:
+    assert parse_address(address.query()) == address
+
+
+def test_no_query_is_the_first_view() -> None:
+    assert parse_address("") == parse_address("?") == Address()
+
+
+def test_a_pair_has_an_address_of_its_own() -> None:
+    assert parse_address("?view=pair&a=3&b=7") == Address(view="pairs", a=3, b=7)
+
+
+def test_what_is_unknown_is_ignored() -> None:
+    assert parse_address("?view=run&utm_source=x&__theme=dark") == Address(view="run")
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("?view=secrets", "there is no view 'secrets': choose text, feature"),
+        ("?view=feature&id=seven", "id='seven' in the address: expected a number"),
+        ("?view=feature&id=99999999999", "expected a smaller number"),
+        ("?view=steer&value=nan", "expected a smaller number"),
+        ("?q=" + "x" * 10_000, "shorten its text"),
+    ],
+)
+def test_mistakes_are_said(query, words) -> None:
+    with pytest.raises(SelOrthoError) as caught:
+        parse_address(query)
+    assert words in str(caught.value)

@@ -1,0 +1,212 @@
+"""The views as HTML: what they say is what the Python API says, and nothing of a text or a label becomes markup."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import pytest
+from feature_browser.address import Address
+from feature_browser.live import MAX_CHARACTERS
+from feature_browser.readings import counterpart
+from feature_browser.views import sorted_pairs
+
+from hf_selortho.features import inspect
+from hf_selortho.features.render import number, percent
+
+from .conftest import EXAMPLES, HOSTILE
+
+SENTENCE = "A young engineer built two bridges near the coast."
+
+
+def words(page: str) -> str:
+    """The text of a page, as a reader sees it."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+def links(page: str) -> list[str]:
+    return [html.unescape(href) for href in re.findall(r'href="([^"]*)"', page)]
+
+
+def assert_no_markup_of_others(page: str) -> None:
+    assert "<img" not in page and "onerror=&quot;" in page
+    assert not re.search(r"<[^>]*onerror=\"", page)
+
+
+def test_the_first_page_offers_examples(views) -> None:
+    page = views.render(Address())
+    assert [parse for parse in links(page)] == [Address(q=text).query() for text in EXAMPLES]
+    assert_no_markup_of_others(page)
+
+
+def test_a_text_shows_its_tokens_and_the_strongest_features(views, live) -> None:
+    page = views.render(Address(q=SENTENCE))
+    reading = live.capture(SENTENCE)
+    shown = re.findall(r'data-set="token=(\d+)">(.*?)</button>', page)
+    assert [int(place) for place, _ in shown] == list(range(len(reading)))
+    assert "".join(html.unescape(token) for _, token in shown) == "".join(reading.tokens)
+    first, *_ = re.findall(r"<tr><td>(.*?)</tr>", page)
+    feature, activation = reading.strongest(1)[0]
+    assert f'id={feature}"' in html.unescape(first) and number(activation) in first
+    assert "The hatched token is no input of the SAE" in page and "so-unread" in page
+
+
+def test_live_text_is_that_of_the_one_call_api(live) -> None:
+    ours, theirs = live.capture(SENTENCE), inspect(live.sae(), SENTENCE)
+    assert ours.tokens == theirs.tokens and ours.strongest(10) == theirs.strongest(10)
+
+
+def test_a_token_lists_its_features(views, live) -> None:
+    reading = live.capture(SENTENCE)
+    page = views.render(Address(q=SENTENCE, token=3))
+    fires = int((reading.feature_acts[3] > 0).sum())
+    assert f"“{reading.tokens[3]}”: {fires} features fire" in words(page)
+    feature, activation = reading.top(1)[3][0]
+    assert f"id={feature}" in links(page)[0] and number(activation) in page
+    assert "the SAE does not read this token" in words(views.render(Address(q=SENTENCE, token=0)))
+
+
+def test_a_chosen_feature_shades_the_text_and_opens_beside_it(views, live, shelf) -> None:
+    feature = live.capture(SENTENCE).strongest(2)[1].feature
+    page = views.render(Address(q=SENTENCE, feature=feature))
+    record = shelf["main"].index.feature(feature)
+    assert f"shaded by feature {feature}" in page and "<aside" in page
+    assert number(record.max_activation) in page.split("<aside")[1]
+    strongest = max(live.capture(SENTENCE).on(feature).tolist())
+    shades = [
+        float(shade)
+        for shade in re.findall(r"--s:([\d.]+)", page.split('<div class="so-reading">')[1].split("</div>")[0])
+    ]
+    assert max(shades) == pytest.approx(strongest / max(record.max_activation, strongest), abs=1e-3)
+
+
+def test_a_feature_shows_its_record(views, shelf) -> None:
+    index = shelf["main"].index
+    feature = next(f for f in index.firing_features() if f > 10)
+    record, page = index.feature(feature), views.render(Address(view="feature", id=feature))
+    text = words(page)
+    assert f"Feature {feature}" in text and f"{percent(record.frequency)} of tokens" in text
+    for effect in record.promoted + record.suppressed:
+        assert f"{effect.logit:+.1f}" in text
+    for neighbour in record.nearest_by_cosine + record.nearest_by_correlation:
+        assert Address(view="feature", id=neighbour.feature).query() in links(page)
+    assert page.count('<li class="so-context">') == len(record.contexts)
+    assert all(f"document {context.document_id}" in text for context in record.contexts)
+    firing = index.firing_features()
+    place = firing.index(feature)
+    steps = [Address(view="feature", id=target).query() for target in (firing[place - 1], firing[place + 1])]
+    assert [target for target in steps if target in links(page)] == steps
+
+
+def test_a_feature_on_my_text(views, live) -> None:
+    feature, activation = live.capture(SENTENCE).strongest(1)[0]
+    page = views.render(Address(view="feature", id=feature, q=SENTENCE))
+    assert "On your text" in page and f"at most {number(activation)}" in words(page)
+
+
+def test_the_table_of_pairs_is_sorted_and_filtered(views, shelf) -> None:
+    index = shelf["main"].index
+    assert index.pairs > 3
+    for sort, up in (("correlation", False), ("correlation", True), ("support", False), ("decoder_cosine", False)):
+        rows = sorted_pairs(index, Address(view="pairs", sort=sort, up=up))
+        values = [row[sort] for row in rows]
+        assert values == sorted(values, reverse=not up)
+        page = views.render(Address(view="pairs", sort=sort, up=up))
+        assert f"{rows[0]['a']} – {rows[0]['b']}" in words(page.split("<tbody>")[1])[:40]
+    some = rows[0]
+    found = sorted_pairs(index, Address(view="pairs", q=str(some["a"])))
+    assert found and all(some["a"] in (row["a"], row["b"]) for row in found)
+    only = sorted_pairs(index, Address(view="pairs", only=str(some["pair_class"])))
+    assert len(only) == index.facts["pairs"]["classes"][some["pair_class"]]
+    assert "sort='colour'" in words(views.render(Address(view="pairs", sort="colour")))
+
+
+def test_a_pair_shows_both_features_and_the_twin(views, shelf) -> None:
+    index = shelf["main"].index
+    row = index.pair_table.to_pylist()[0]
+    record = index.pair(row["a"], row["b"])
+    page = views.render(Address(view="pairs", a=record.b, b=record.a))  # in the other order
+    text = words(page)
+    assert number(record.correlation) in text and number(record.twin_correlation) in text
+    assert f"features {record.twin_a} and {record.twin_b}" in text and record.pair_class in text
+    assert f"{record.support:,} tokens" in text
+    for feature in (record.a, record.b):
+        assert Address(view="feature", id=feature).query() in links(page)
+    assert page.count("so-two") > 2 and "Only A fires" in text and "Only B fires" in text
+    shown = page.split("Both fire</h4>")[1]
+    assert shown.count('<li class="so-context">') == len(record.contexts)
+    assert "are no pair of this index" in words(views.render(Address(view="pairs", a=0, b=0)))
+
+
+def test_searches(views, shelf, live) -> None:
+    index = shelf["main"].index
+    assert Address(view="feature", id=5).query() in links(views.render(Address(view="search", q="& BRIDGES")))
+    token = index.feature(5).promoted[0].token.strip()
+    if token:
+        found = [s.feature for s in index.search_promoted(token)]
+        assert 5 in found
+        page = views.render(Address(view="search", q=token, by="token"))
+        assert [Address(view="feature", id=feature).query() for feature in found] == links(page)
+    phrase = views.render(Address(view="search", q=SENTENCE, by="phrase"))
+    strongest = [feature for feature, _ in live.capture(SENTENCE).strongest(30)]
+    assert [Address(view="feature", id=feature).query() for feature in strongest] == links(phrase)
+    assert "No feature found" in views.render(Address(view="search", q="zebra crossing"))
+
+
+def test_two_saes_on_one_sentence(views, live) -> None:
+    page = views.render(Address(view="compare", q=SENTENCE))
+    feature, activation = live.capture(SENTENCE).strongest(1)[0]
+    nearest, cosine = counterpart(live.sae(), feature, live.sae("twin"))
+    W, other = live.sae().W_dec.detach(), live.sae("twin").W_dec.detach()
+    assert cosine == pytest.approx(float((W[feature] @ other.T).max() / W[feature].norm()), abs=1e-4)
+    row = words(page.split("<tbody>")[1].split("</tr>")[0])
+    assert row.startswith(f"{feature} ") and number(activation) in row and f"{nearest} " in row
+    assert Address(view="feature", sae="twin", id=nearest).query() in links(page)
+
+
+def test_the_run_beside_its_twin(views) -> None:
+    text = words(views.render(Address(view="run")))
+    assert "0.250" in text and "0.260" in text and "run/layer_1_twin" in text and "loss recovered" in text
+    assert "step 1 to 20" in text and "/tmp" not in text
+
+
+@pytest.mark.parametrize("view", ["text", "feature", "pairs", "search", "compare", "run"])
+def test_hostile_text_stays_text(views, view) -> None:
+    address = Address(view=view, q=HOSTILE, id=3, feature=3, by="phrase")
+    page = views.render(address)
+    assert "<img" not in page
+    for attribute in re.findall(r"<[^>]*>", page):
+        assert 'onerror="' not in attribute and "onerror='" not in attribute
+
+
+def test_labels_are_data(views) -> None:
+    assert_no_markup_of_others(views.render(Address(view="feature", id=3)))
+    assert "‹202E›turned round" in views.render(Address(view="feature", id=7))
+
+
+def test_without_a_language_model_all_but_live_text_works(views_without_lm) -> None:
+    views = views_without_lm
+    for address in (
+        Address(q=SENTENCE),
+        Address(view="compare", q=SENTENCE),
+        Address(view="search", q="x", by="phrase"),
+    ):
+        assert "there is no live text here: its owner has switched live text off" in words(views.render(address))
+    assert "Feature 5" in words(views.render(Address(view="feature", id=5)))
+    assert "<tbody>" in views.render(Address(view="pairs"))
+    page = words(views.render(Address(view="feature", id=5, q=SENTENCE)))
+    assert "no live text" in page and "Nearest by" in page
+
+
+def test_mistakes_are_said_in_words(views) -> None:
+    cases = {
+        Address(view="feature", id=96): "feature 96: expected a number from 0 to 95",
+        Address(view="feature", id=-1): "expected a number from 0",
+        Address(q="x" * (MAX_CHARACTERS + 1)): "this page reads at most 2,000",
+        Address(q=" word" * 300): "tokens: this page reads at most 256",
+        Address(sae="/etc"): "this page shows main and twin",
+        Address(view="compare", q="x", other="org/other"): "unknown SAE 'org/other'",
+    }
+    for address, said in cases.items():
+        page = views.render(address)
+        assert 'role="alert"' in page and said in words(page), address
