@@ -23,9 +23,10 @@ from hf_selortho.activations.lm import LanguageModel
 from hf_selortho.activations.texts import open_documents
 from hf_selortho.activations.tokens import count_tokens
 from hf_selortho.command_line import run_script
-from hf_selortho.features.build import IndexSettings, Sources, build_feature_index, chosen_pairs, gather, gathered
+from hf_selortho.features.build import build_feature_index, chosen_pairs, gather, gathered
 from hf_selortho.features.index import FACTS, INDEX, IndexWriter, check_index_folder
 from hf_selortho.features.labels import read_labels
+from hf_selortho.features.sources import IndexSettings, Sources
 from hf_selortho.features.text_pass import taken, weights_sha256
 from hf_selortho.hub.interop import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
@@ -97,6 +98,8 @@ def targets(name: str, arguments: IndexArguments) -> list[Target]:
         SelOrthoError: there is none, an argument is for one SAE and there are several, or the output is taken.
     """
     place = Path(name, arguments.subfolder or "")
+    if Path(name).is_dir() and not place.is_dir():
+        raise SelOrthoError(f"--subfolder {arguments.subfolder}: there is no folder {place}")
     folders: list[Path | None] = [place] if place.is_dir() else []
     if place.is_dir() and (holds_sae(place) or any(place.glob("layer_*"))):
         folders = [place / sae.name for sae in read_run(place).saes]

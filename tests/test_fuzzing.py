@@ -45,6 +45,16 @@ from hf_selortho.activations.report import read_manifest, report_table
 from hf_selortho.activations.shard_batches import layer_statistics
 from hf_selortho.activations.shards import HELD_OUT, TRAIN, ActivationStore
 from hf_selortho.activations.texts import TextSource, open_documents
+from hf_selortho.features.index import INDEX, FeatureIndex, IndexWriter
+from hf_selortho.features.records import (
+    BINS,
+    FeatureContext,
+    FeatureRecord,
+    JointContext,
+    Neighbour,
+    PairRecord,
+    TokenEffect,
+)
 from hf_selortho.hub.model_card import render_model_card
 from hf_selortho.pair_history import PAIR_HISTORY, read_pair_history, snapshot_bytes, snapshot_name
 from scripts import cache_activations
@@ -53,12 +63,13 @@ ROOT = Path(__file__).parents[1]
 SECONDS, GIGABYTE = 5, 1 << 30  # that one input may take; that a process may take on top
 # How many inputs of each kind the long test reads, 100,000 in all: more where one takes little time.
 COUNTS = {
-    "manifest": 33_000,
+    "manifest": 29_000,
     "config": 23_000,
     "weights": 13_000,
     "index": 8_000,
     "shard": 8_000,
     "pairs": 4_000,
+    "feature_index": 4_000,
     "card": 2_500,
     "parquet": 5_000,
     "text": 3_500,
@@ -323,6 +334,7 @@ def targets() -> dict[str, Target]:
     sae.save_pretrained("sae")
     sae.save_pretrained("parts", max_shard_size="1KB")
     _write_pairs(Path("sae"))
+    _write_feature_index(Path("sae"))
     Path("card.json").write_text(json.dumps(_card_facts(sae.config)))
     folder = Path("acts")
     shards = [folder / "tokens/00000.safetensors", folder / "layer_0/00001.safetensors"]
@@ -333,6 +345,7 @@ def targets() -> dict[str, Target]:
         "index": Target([Path("parts/model.safetensors.index.json")], lambda path: _use_sae(path.parent)),
         "shard": Target([*shards, folder / "held_out/tokens/00000.safetensors"], _use_shard),
         "pairs": Target(sorted(Path("sae", PAIR_HISTORY).iterdir()), lambda path: _use_pairs(path.parents[1])),
+        "feature_index": Target(sorted(Path("sae", INDEX).iterdir()), lambda path: _use_feature_index(path.parent)),
         "card": Target([Path("card.json")], _use_card),
         "parquet": Target(sorted(Path("texts").glob("*.parquet")), _use_texts),
         "text": Target([path for path in sorted(Path("texts").iterdir()) if path.suffix != ".parquet"], _use_texts),
@@ -345,6 +358,36 @@ def _write_pairs(folder: Path) -> None:
     for step in (1, 41):
         data = snapshot_bytes(step, i, i + 2, torch.linspace(-1, -0.1, 20))
         (folder / PAIR_HISTORY / snapshot_name(step)).write_bytes(data)
+
+
+def _write_feature_index(folder: Path) -> None:
+    tokens, acts, counts = ["<bos>", " the", " market"], [0.0, 0.5, 0.0], [1] * BINS
+    effects, near = [TokenEffect(5, " the", 1.5)], [Neighbour(1, 0.5, 0.25, 7)]
+    contexts = [FeatureContext("top", 7, 0, 1, 0.5, 1.0, tokens, acts)]
+    joint = [JointContext("both", 7, 0, 1, tokens, acts, acts)]
+    with IndexWriter(folder / INDEX) as writer:
+        writer.add_features(
+            FeatureRecord(n, f"label {n}", "tokens", 9, 0.1, 0.5, 0.2, counts, effects, effects, near, near, contexts)
+            for n in range(24)
+        )
+        writer.add_pairs(
+            PairRecord(
+                n, n + 1, "nested", 0.5, 0.4, 1, 2, 0.9, 0.8, 0.3, 0.2, 0.1, 9, 9, 5, [1, 41], [None, 0.5], joint
+            )
+            for n in range(0, 20, 2)
+        )
+        writer.facts = {name: {} for name in ("sae", "lm", "text", "features", "pairs")}
+
+
+def _use_feature_index(folder: Path) -> None:
+    index = FeatureIndex.open(folder)
+    for number in range(min(len(index), 30)):
+        index.feature(number)
+        index.summary(number)
+    for row in index.pair_table.slice(0, 12).to_pylist():
+        index.pair(row["a"], row["b"])
+    index.search_labels("label")
+    index.search_promoted("the")
 
 
 def _write_texts(texts: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..activations.capture import ActivationCapture
-from ..activations.texts import Documents
-from ..activations.tokens import Context, stream_held_out_contexts
 from ..decorrelation import select_pairs
 from ..errors import SelOrthoError
-from ..modeling_selortho import SelOrthoSAE
-from ..pair_history import PairSnapshot
 from .correlation_sample import CorrelationSample
 from .feature_records import FeatureFacts, feature_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
@@ -26,6 +21,7 @@ from .keepers import WINDOW
 from .pair_records import pair_records
 from .pair_statistics import PairList, PairStatistics, pairs_of_training, rule_of_classes
 from .records import PAIR_CLASSES, PairRecord
+from .sources import IndexSettings, Sources
 from .text_pass import TextCounts, TextPass, taken
 from .token_effects import token_effects
 from .twin import TwinStatistics
@@ -33,54 +29,6 @@ from .twin import TwinStatistics
 logger = logging.getLogger(__name__)
 
 PREVIEW_SHARE, PREVIEW_TOKENS = 0.05, 20_000  # of the text, from which pairs are chosen where no training has done it
-
-
-@dataclass(frozen=True)
-class IndexSettings:
-    """How much of what an index holds."""
-
-    tokens: int = 1_000_000  # of the text, beside BOS; fewer where there are not so many
-    max_pairs: int = 5000
-    top_contexts: int = 10  # of each feature
-    seed: int = 0  # of the contexts drawn at random
-
-    def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("max_pairs", 0), ("top_contexts", 1)):
-            if getattr(self, name) < least:
-                raise SelOrthoError(f"{name} {getattr(self, name)}: expected at least {least}")
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What an index is built from.
-
-    `history` is that of the SAE's training (`pair_history.read_pair_history`), empty where there is none. `labels`
-    stand in place of those made of tokens.
-    """
-
-    sae: SelOrthoSAE
-    capture: ActivationCapture  # the language model at the SAE's layer
-    documents: Documents
-    name: str  # of the SAE
-    weights_sha256: str
-    twin: SelOrthoSAE | None = None  # the same trained without the penalty
-    twin_name: str = ""
-    twin_weights_sha256: str = ""
-    history: Sequence[PairSnapshot] = ()
-    labels: Mapping[int, str] | None = None
-    min_tokens: int = 8  # of a context
-    dataset_config: str | None = None  # as the text was opened with
-
-    def contexts(self) -> Iterator[Context]:
-        """Held-out contexts, from the start."""
-        config = self.sae.config
-        return stream_held_out_contexts(
-            self.documents,
-            self.capture.lm.tokenizer,
-            context_length=config.context_length,
-            prepend_bos=config.prepend_bos,
-            min_tokens=self.min_tokens,
-        )
 
 
 @torch.inference_mode()

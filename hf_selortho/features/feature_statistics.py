@@ -13,9 +13,16 @@ SAMPLES = 25  # firing tokens of a feature drawn from the text
 BANDS, PER_BAND = 5, 4  # of these, so many are shown from each fifth of its activations
 _LOW_32 = 0xFFFFFFFF
 _LARGEST = 2**62 - 1  # priority
-# Odd 64-bit constants of splitmix64 (Steele et al. 2014), as signed numbers.
-_TOKEN, _FEATURE, _MIX, _REMIX = (
-    number - 2**64 for number in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def _signed(number: int) -> int:
+    """The lowest 64 bits of a number, as the int64 that has them."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+# Odd constants of splitmix64 (Steele et al. 2014).
+_TOKEN, _FEATURE, _MIX, _REMIX = map(
+    _signed, (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 _MANTISSA_BITS = 23  # of a float32
 _EDGES_IN_DOUBLING = [
@@ -33,7 +40,8 @@ class FeatureStatistics:
     """
 
     def __init__(self, d_sae: int, context_length: int, top_contexts: int, seed: int, device: torch.device) -> None:
-        self.context_length, self.seed = context_length, seed
+        self.context_length = context_length
+        self._seeded = _signed((seed + 1) * _REMIX)
         self.histogram = torch.zeros(d_sae * BINS, dtype=torch.int64, device=device)
         self.sums = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self.squares = torch.zeros(d_sae, dtype=torch.float64, device=device)
@@ -75,7 +83,7 @@ class FeatureStatistics:
         width = batch.h.shape[2]
         positions = torch.arange(width, device=places.device)
         tokens = (batch.numbers[:, None] * self.context_length + positions).flatten()  # (b * t,) in the whole text
-        keys = -self._priorities(tokens, features, places)
+        keys = -self.priorities(tokens, features, places)
         able = (keys >= self.sample.worst[features]).nonzero()[:, 0]
         features, places, keys = features[able], places[able], keys[able]
         contexts = places // width
@@ -87,9 +95,13 @@ class FeatureStatistics:
         features, places = features[accepted.candidates], places[accepted.candidates]
         self.sample_windows.store(accepted, batch, features[:, None], places // width, places % width)
 
-    def _priorities(self, tokens: Tensor, features: Tensor, places: Tensor) -> Tensor:
-        """A number for each firing feature of each token as good as drawn at random, (nnz,) from 0 to 2^62."""
-        x = (tokens * _TOKEN + (self.seed + 1) * _REMIX)[places] + self._of_feature[features]
+    def priorities(self, tokens: Tensor, features: Tensor, places: Tensor) -> Tensor:
+        """A number for each firing feature of each token, as good as drawn at random: (nnz,) from 0 to 2^62.
+
+        Args:
+            tokens: (n,) numbers in the whole text. features: (nnz,). places: (nnz,) of each among `tokens`.
+        """
+        x = (tokens * _TOKEN + self._seeded)[places] + self._of_feature[features]
         x ^= (x >> 32) & _LOW_32
         x *= _MIX
         x ^= (x >> 29) & (_LOW_32 << 3 | 7)

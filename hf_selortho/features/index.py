@@ -127,7 +127,9 @@ class IndexWriter:
         ):
             table = pa.Table.from_pylist(rows, schema=schema)
             pq.write_table(table, self._temporary / name, compression="zstd", store_schema=False)
-        facts = {"schema_version": SCHEMA_VERSION, "kind": INDEX, **self.facts}
+        bounds = {FEATURES_FILE: self._features.bounds, PAIRS_FILE: self._pairs.bounds}
+        groups = {"rows_in_group": ROWS_IN_GROUP, "row_groups": bounds}
+        facts = {"schema_version": SCHEMA_VERSION, "kind": INDEX, **self.facts, **groups}
         text = json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         (self._temporary / FACTS).write_text(text, encoding="utf-8")
         for path in self._temporary.iterdir():
@@ -157,8 +159,10 @@ class _TableFile:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         # Without statistics and the Arrow schema, the footer of 65,536 features has 3 MB; it is read once.
         options = {"compression": "zstd", "write_statistics": False, "store_schema": False}
-        self._writer = pq.ParquetWriter(path, schema, **options)
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pq.ParquetWriter(self._sink, schema, **options)
         self._schema, self._rows = schema, []  # type: ignore[var-annotated]
+        self.bounds: list[int] = [self._sink.tell()]  # of the row groups, in bytes
 
     def add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
@@ -169,10 +173,12 @@ class _TableFile:
         if self._rows:
             self._flush()
         self._writer.close()
+        self._sink.close()
 
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
         self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema), row_group_size=ROWS_IN_GROUP)
+        self.bounds.append(self._sink.tell())
 
 
 def check_index_folder(folder: Path) -> None:
@@ -240,7 +246,7 @@ class FeatureIndex:
         facts = read_object(facts_file)
         _check_facts(str(facts_file), facts)
         features, pairs = (
-            RangedParquet(_ranged(name, file, where), schema)
+            RangedParquet(_ranged(name, file, where), schema, facts["rows_in_group"], facts["row_groups"][file])
             for file, schema in ((FEATURES_FILE, FEATURES), (PAIRS_FILE, PAIRS))
         )
         tables = (
@@ -386,9 +392,14 @@ def _check_facts(path: str, facts: Mapping[str, Any]) -> None:
             f"{path} has schema_version {version}, this hf_selortho reads {SCHEMA_VERSION}: build the index again, or "
             "install the hf_selortho that wrote it"
         )
-    for part in ("sae", "lm", "text", "features", "pairs"):
+    for part in ("sae", "lm", "text", "features", "pairs", "row_groups"):
         if not isinstance(facts.get(part), dict):
             raise SelOrthoError(f"{path} lacks {part!r}: build the feature index again")
+    rows, bounds = facts.get("rows_in_group"), facts["row_groups"]
+    lists = [bounds.get(file) for file in (FEATURES_FILE, PAIRS_FILE)]
+    whole = all(isinstance(one, list) and all(type(place) is int for place in one) for one in lists)
+    if type(rows) is not int or not 0 < rows <= 1 << 16 or not whole:
+        raise SelOrthoError(f"{path} does not say where its records are: build the feature index again")
 
 
 def _ranged(name: str, file: str, where: Mapping[str, Any]) -> LocalFile | HubFile:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 import io
-import itertools
 import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from ..saved_files import in_subfolder
 
 _TAIL = 1 << 16  # bytes at the end of a file that are asked for first: they hold the footer of a small one
 _LARGEST_FOOTER = 1 << 27
+_LARGEST_GROUP = 1 << 28
 _CACHED_GROUPS = 16
 _CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
 
@@ -116,44 +115,47 @@ class HubFile(RangedFile):
 class RangedParquet:
     """A parquet file of which one row group is read at a time, each in one range; safe to use from several threads.
 
+    Where its row groups are is not asked of the file itself: pyarrow ends the process over some damaged footers.
+
     Args:
         file: its bytes.
         schema: that it has to have.
+        rows: in each row group but the last.
+        bounds: where its row groups begin, and where the last one ends, as its writer has noted.
 
     Raises:
         SelOrthoError: it is damaged, or another kind of file.
     """
 
-    def __init__(self, file: RangedFile, schema: pa.Schema) -> None:
-        self._file, self._schema = file, schema
+    def __init__(self, file: RangedFile, schema: pa.Schema, rows: int, bounds: Sequence[int]) -> None:
+        self._file, self._rows, self._bounds = file, rows, tuple(bounds)
         self._metadata = self._footer()
-        if not self._metadata.schema.to_arrow_schema().equals(schema):
+        try:
+            same = self._metadata.schema.to_arrow_schema().equals(schema)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged(error) from error
+        if not same:
             raise SelOrthoError(f"{file.name} has other columns than a feature index of this version: build it again")
+        groups = -(-len(self) // rows)
+        if self._metadata.num_row_groups != groups or len(self._bounds) != groups + 1:
+            raise SelOrthoError(f"{file.name} has other row groups than index.json says: build the feature index again")
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
-        groups = range(self._metadata.num_row_groups)
-        self._ends = list(itertools.accumulate(self._metadata.row_group(number).num_rows for number in groups))
 
     def __len__(self) -> int:
         return int(self._metadata.num_rows)
 
     def row(self, number: int) -> dict[str, Any]:
         """A row as plain Python values."""
-        group = bisect.bisect_right(self._ends, number)
-        first = self._ends[group - 1] if group else 0
-        (row,) = self._group(group).slice(number - first, 1).to_pylist()
+        try:
+            (row,) = self._group(number // self._rows).slice(number % self._rows, 1).to_pylist()
+        except (pa.ArrowException, ValueError) as error:  # bytes that are no text, a group without the row
+            raise self._damaged(error) from error
         return dict(row)
 
     def byte_range(self, group: int) -> tuple[int, int]:
         """Where a row group is in the file."""
-        columns = [self._metadata.row_group(group).column(n) for n in range(self._metadata.num_columns)]
-        starts = [
-            c.data_page_offset
-            if c.dictionary_page_offset is None
-            else min(c.data_page_offset, c.dictionary_page_offset)
-            for c in columns
-        ]
-        return min(starts), max(start + c.total_compressed_size for start, c in zip(starts, columns, strict=True))
+        return self._bounds[group], self._bounds[group + 1]
 
     def _group(self, number: int) -> pa.Table:
         with self._lock:
@@ -161,6 +163,8 @@ class RangedParquet:
                 self._groups.move_to_end(number)
                 return self._groups[number]
         start, end = self.byte_range(number)
+        if not 0 <= start < end <= start + _LARGEST_GROUP:
+            raise self._damaged(ValueError(f"a row group from byte {start} to {end}"))
         piece = _Piece(self._file.read(start, end), start)
         try:
             table = pq.ParquetFile(pa.PythonFile(piece, "r"), metadata=self._metadata).read_row_group(number)

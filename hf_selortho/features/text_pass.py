@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,10 @@ class Read:
 class TextPass:
     """Reads contexts with a language model and encodes them with an SAE.
 
+    `counts` says what has been read so far.
+
     Args:
         sae: the SAE. capture: the language model at its layer.
-        counts: what has been read so far, kept up to date.
     """
 
     def __init__(self, sae: SelOrthoSAE, capture: ActivationCapture) -> None:
@@ -151,7 +153,8 @@ def some_features(sae: SelOrthoSAE, features: Tensor) -> SelOrthoSAE:
     if not encodes_apart(sae.config):
         return sae
     settings = {**sae.config.own_settings(), "d_sae": len(features), "matryoshka_prefixes": None}
-    part = SelOrthoSAE(SelOrthoConfig(**settings)).to(sae.device).eval()
+    part: Any = SelOrthoSAE(SelOrthoConfig(**settings))
+    part = part.to(sae.device).eval()
     columns = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "log_threshold": 0}
     state = {
         name: tensor.index_select(columns[name], features.to(tensor.device)) if name in columns else tensor

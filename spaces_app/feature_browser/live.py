@@ -171,6 +171,8 @@ def check_text(text: str) -> None:
     """
     if not text.strip():
         raise SelOrthoError("the text is empty: type a sentence")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise SelOrthoError("the text holds half a character (a lone surrogate): type it again")
     if len(text) > MAX_CHARACTERS:
         raise SelOrthoError(f"the text has {len(text):,} characters: this page reads at most {MAX_CHARACTERS:,}")
 

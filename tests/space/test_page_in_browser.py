@@ -317,9 +317,7 @@ def test_everything_is_reachable_by_keyboard(page, served, reading) -> None:
     page.locator("#so-nav a").first.focus()
     for _ in range(40):
         reached.add(
-            page.evaluate(
-                "(({dataset, tagName}) => dataset.view || dataset.set || tagName)(document.activeElement)"
-            )
+            page.evaluate("(({dataset, tagName}) => dataset.view || dataset.set || tagName)(document.activeElement)")
         )
         page.keyboard.press("Tab")
     assert {"text", "feature", "pairs", "search", "steer", "compare", "run", "token=0", "token=3"} <= reached

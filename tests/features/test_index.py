@@ -1,0 +1,257 @@
+"""The feature index: whole or not there, read a record at a time, from a folder and from a Hub over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hf_selortho import SelOrthoConfig, SelOrthoError
+from hf_selortho.features import FeatureIndex, FeatureRecord, PairRecord
+from hf_selortho.features import index as index_module
+from hf_selortho.features.index import FILES, INDEX, ROWS_IN_GROUP, IndexWriter
+from hf_selortho.features.records import BINS, FeatureContext, JointContext, Neighbour, TokenEffect
+from tests.hub_client import HubClient
+from tests.loopback_hub import LoopbackHub
+
+FEATURES = 3 * ROWS_IN_GROUP + 7
+WORDS = [" the", " import", "<b>", "é", "\n", "", "🙂", " of"]
+FACTS = {
+    "sae": {"d_sae": FEATURES}, "lm": {"name": "org/lm"}, "text": {}, "features": {"never_fired": 1},
+    "pairs": {"source": "training", "selected": 500},
+}  # fmt: skip
+
+
+def exact(value: float) -> float:
+    """As float32 holds it."""
+    return float(np.float32(value))
+
+
+def feature_record(number: int) -> FeatureRecord:
+    rng = random.Random(number)
+    tokens = [rng.choice(WORDS) for _ in range(20)]
+    acts = [exact(rng.random()) if rng.random() < 0.2 else 0.0 for _ in tokens]
+    contexts = [FeatureContext(kind, number, 3, 5, exact(0.5), 1.0, tokens, acts) for kind in ("top", "sample")]
+    promoted = [TokenEffect(rank, f" word{(number + rank) % 10}", float(9 - rank)) for rank in range(4)]
+    near = [Neighbour((number + 1) % FEATURES, exact(0.3), exact(0.2), 17)]
+    fires = 0 if number == 9 else number + 1
+    return FeatureRecord(
+        number, f"Label {number}" if fires else "", "tokens" if fires else "none", fires, exact(fires / 10_000),
+        2.0, 1.0, [rng.randint(0, 5) for _ in range(BINS)], promoted, [TokenEffect(7, "x", -1.0)], near, near, contexts,
+    )  # fmt: skip
+
+
+def pair_record(a: int, b: int) -> PairRecord:
+    context = JointContext("both", 4, 0, 1, ["a", "b"], [0.0, 1.0], [1.0, 0.5])
+    return PairRecord(
+        a, b, "nested", exact(0.7), exact(0.1), None, 5, None, exact(0.9), None, 0.25, None, 40, 0, 10,
+        [12, 24], [None, exact(0.6)], [context],
+    )  # fmt: skip
+
+
+PAIRS = [(a, a + 1) for a in range(0, FEATURES - 1, 2)]
+
+
+def write(folder: Path, label: str = "Label") -> Path:
+    with IndexWriter(folder) as writer:
+        for start in range(0, FEATURES, 50):
+            numbers = range(start, min(start + 50, FEATURES))
+            writer.add_features(replace(feature_record(n), label=f"{label} {n}" if n != 9 else "") for n in numbers)
+        writer.add_pairs(pair_record(a, b) for a, b in PAIRS)
+        writer.facts = FACTS
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sae_folder(tmp_path_factory) -> Path:
+    """An SAE's config with an index beside it."""
+    folder = tmp_path_factory.mktemp("index") / "sae"
+    SelOrthoConfig(d_in=8, d_sae=FEATURES).save_pretrained(folder)
+    write(folder / INDEX)
+    return folder
+
+
+def assert_it_is_whole(index: FeatureIndex) -> None:
+    assert len(index) == FEATURES and index.pairs == len(PAIRS)
+    for number in (0, ROWS_IN_GROUP - 1, ROWS_IN_GROUP, FEATURES - 1):
+        assert index.feature(number) == feature_record(number)
+    assert index.pair(*PAIRS[-1]) == pair_record(*PAIRS[-1])
+    assert index.pair(1, 0) == pair_record(0, 1)
+
+
+def test_what_was_written_is_read(sae_folder) -> None:
+    for place in (sae_folder, sae_folder / INDEX):
+        assert_it_is_whole(FeatureIndex.open(place))
+    assert_it_is_whole(FeatureIndex.open(sae_folder.parent, subfolder="sae"))
+
+
+def test_tables_and_searches(sae_folder) -> None:
+    index = FeatureIndex.open(sae_folder)
+    assert index.label(5) == "Label 5" and index.label(9) == ""
+    assert index.firing_features() == [n for n in range(FEATURES) if n != 9]
+    assert [s.feature for s in index.search_labels("bel 12")] == [129, 128, 127, 126, 125, 124, 123, 122, 121, 120, 12]
+    assert len(index.search_labels("LABEL", k=7)) == 7 and index.search_labels(" ") == []
+    found = [s.feature for s in index.search_promoted("WORD3", k=1000)]
+    rank = {n: (3 - n) % 10 for n in found}
+    assert sorted(found) == [n for n in range(FEATURES) if (3 - n) % 10 < 4]
+    assert [rank[n] for n in found] == sorted(rank.values())
+    assert index.summary(7).fires == 8 and index.pairs_of(3) == [(2, 3)]
+    assert index.has_pair(3, 2) and not index.has_pair(1, 2)
+
+
+@pytest.mark.parametrize("number", [-1, FEATURES, True, 1.0, "3"])
+def test_no_such_feature(sae_folder, number) -> None:
+    with pytest.raises(SelOrthoError, match=f"expected a number from 0 to {FEATURES - 1}"):
+        FeatureIndex.open(sae_folder).feature(number)
+
+
+def test_no_such_pair(sae_folder) -> None:
+    with pytest.raises(SelOrthoError, match=f"no pair of this index: it holds the {len(PAIRS)} strongest of 500"):
+        FeatureIndex.open(sae_folder).pair(1, 2)
+
+
+def test_a_record_is_one_range_of_its_file(sae_folder, monkeypatch) -> None:
+    reads = []
+    read = index_module.LocalFile.read
+    monkeypatch.setattr(index_module.LocalFile, "read", lambda self, *r: (reads.append(r), read(self, *r))[1])
+    index = FeatureIndex.open(sae_folder)
+    reads.clear()
+    index.feature(70)
+    index.feature(71)  # in memory by now
+    ((start, end),) = reads
+    assert end - start < 0.5 * (sae_folder / INDEX / "features.parquet").stat().st_size
+
+
+def test_an_index_is_replaced_whole_or_not_at_all(tmp_path) -> None:
+    folder = write(tmp_path / INDEX)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == set(FILES)
+    with pytest.raises(RuntimeError), IndexWriter(folder) as writer:
+        writer.add_features([feature_record(0)])
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == [INDEX]
+    write(folder, "Other")
+    assert FeatureIndex.open(folder).label(3) == "Other 3"
+    assert [path.name for path in tmp_path.iterdir()] == [INDEX]
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path) -> None:
+    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in FILES)
+
+
+def test_nothing_else_is_replaced(tmp_path) -> None:
+    (tmp_path / INDEX).mkdir()
+    (tmp_path / INDEX / "thesis.txt").write_text("mine")
+    with pytest.raises(SelOrthoError, match="thesis.txt, which is no part of a feature index"):
+        IndexWriter(tmp_path / INDEX)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SelOrthoError, match="is a file"):
+        IndexWriter(tmp_path / "file")
+
+
+def test_row_groups_are_where_the_facts_say(sae_folder) -> None:
+    facts = json.loads((sae_folder / INDEX / "index.json").read_text())
+    for name, bounds in facts["row_groups"].items():
+        metadata = pq.read_metadata(sae_folder / INDEX / name)
+        for group in range(metadata.num_row_groups):
+            columns = [metadata.row_group(group).column(n) for n in range(metadata.num_columns)]
+            starts = [c.dictionary_page_offset or c.data_page_offset for c in columns]
+            ends = [start + c.total_compressed_size for start, c in zip(starts, columns, strict=True)]
+            assert bounds[group] == min(starts) and max(ends) == bounds[group + 1]
+        assert len(bounds) == metadata.num_row_groups + 1
+
+
+def damaged(folder: Path, how: str) -> str:
+    """Damage an index; what the error says of it."""
+    if how == "no facts":
+        (folder / "index.json").unlink()
+        return "has no feature index"
+    if how == "another version":
+        facts = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps({**facts, "schema_version": 99}))
+        return "has schema_version 99, this hf_selortho reads 1"
+    if how == "other facts":
+        (folder / "index.json").write_text('{"kind": "feature_index", "schema_version": 1}')
+        return "lacks 'sae'"
+    if how == "cut":
+        data = (folder / "features.parquet").read_bytes()
+        (folder / "features.parquet").write_bytes(data[: len(data) // 2])
+        return "not a whole parquet file"
+    if how == "other columns":
+        pq.write_table(pa.table({"x": [1]}), folder / "pairs.parquet")
+        return "has other columns than a feature index"
+    if how == "other build":
+        table = pq.read_table(folder / "pair_table.parquet")
+        pq.write_table(table.slice(0, 3), folder / "pair_table.parquet", store_schema=False)
+        return "files of several builds"
+    (folder / "feature_table.parquet").unlink()
+    return "lacks feature_table.parquet"
+
+
+@pytest.mark.parametrize(
+    "how", ["no facts", "another version", "other facts", "cut", "other columns", "other build", "a file is missing"]
+)
+def test_damage_is_named(sae_folder, tmp_path, how) -> None:
+    shutil.copytree(sae_folder / INDEX, tmp_path / INDEX)
+    said = damaged(tmp_path / INDEX, how)
+    with pytest.raises(SelOrthoError, match=said):
+        FeatureIndex.open(tmp_path)
+
+
+def test_damage_within_a_record_is_named(sae_folder, tmp_path) -> None:
+    shutil.copytree(sae_folder / INDEX, tmp_path / INDEX)
+    file = tmp_path / INDEX / "features.parquet"
+    data = bytearray(file.read_bytes())
+    data[3000:3400] = bytes(400)
+    file.write_bytes(data)
+    index, refused = FeatureIndex.open(tmp_path), 0
+    for number in range(ROWS_IN_GROUP):
+        try:
+            index.feature(number)
+        except SelOrthoError as error:
+            assert "build it again" in str(error) or "build the feature index again" in str(error)
+            refused += 1
+    assert refused > 0
+
+
+def test_links_lead_nowhere_else(sae_folder, tmp_path) -> None:
+    shutil.copytree(sae_folder / INDEX, tmp_path / "sae" / INDEX)
+    (tmp_path / "sae" / INDEX / "features.parquet").rename(tmp_path / "elsewhere.parquet")
+    (tmp_path / "sae" / INDEX / "features.parquet").symlink_to(tmp_path / "elsewhere.parquet")
+    with pytest.raises(SelOrthoError, match="leads out of"):
+        FeatureIndex.open(tmp_path / "sae")
+
+
+def test_from_the_hub_a_feature_is_one_small_request(sae_folder, tmp_path) -> None:
+    with LoopbackHub() as hub:
+        hub.upload("acme/sae", sae_folder)
+        hub.create_repo("acme/plain")
+        with HubClient(hub.environment(tmp_path / "home")) as client:
+            opening = """
+from hf_selortho.features import FeatureIndex
+index = FeatureIndex.open("acme/sae")
+"""
+            client.run(opening)
+            file = f"{INDEX}/features.parquet"
+            before = len(hub.served(file))
+            found = client.run(opening + "print(index.feature(150).label, index.feature(151).fires)\n")
+            assert found == "Label 150 152\n"
+            asked = hub.served(file)[before:]
+            *footer, record = asked  # the end of the file, once, and then the record
+            assert len(footer) == 1 and all(request.status == 206 for request in asked)
+            start, end = FeatureIndex.open(sae_folder)._features.byte_range(2)
+            assert record.range == f"bytes={start}-{end - 1}" and record.sent == end - start
+            assert client.run(opening + "print(index.pair(1, 0).support)\n") == "10\n"
+            failure = client.failure('from hf_selortho.features import FeatureIndex\nFeatureIndex.open("acme/plain")')
+            assert "SelOrthoError" in failure and "feature index" in failure
+            unknown = client.failure('from hf_selortho.features import FeatureIndex\nFeatureIndex.open("acme/none")')
+            assert 'unknown SAE "acme/none"' in unknown
