@@ -36,7 +36,7 @@ from hf_selortho.training.arguments import OneLineParser, argument
 
 logger = logging.getLogger("hf_selortho.build_feature_index")
 
-BENCHMARK_ROUNDS = 5
+BENCHMARK_ROUNDS = 3
 
 
 @dataclass

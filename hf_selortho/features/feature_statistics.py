@@ -63,7 +63,7 @@ class FeatureStatistics:
         self.sums += h.sum(1)
         self.squares += torch.linalg.vecdot(h, h)
         self.maxima = torch.maximum(self.maxima, peaks.amax(1))
-        entries = _positive(h.flatten())
+        entries = _places_where(h.flatten() > 0)
         features = entries // h.shape[1]
         bins = bins_of(h.flatten().index_select(0, entries))
         self.histogram.index_add_(0, features * BINS + bins, torch.ones_like(entries))
@@ -84,7 +84,7 @@ class FeatureStatistics:
         positions = torch.arange(width, device=places.device)
         tokens = (batch.numbers[:, None] * self.context_length + positions).flatten()  # (b * t,) in the whole text
         keys = -self.priorities(tokens, features, places)
-        able = (keys >= self.sample.worst[features]).nonzero()[:, 0]
+        able = _places_where(keys >= self.sample.worst.index_select(0, features))
         features, places, keys = features[able], places[able], keys[able]
         contexts = places // width
         cells = features * len(batch.numbers) + contexts
@@ -101,7 +101,9 @@ class FeatureStatistics:
         Args:
             tokens: (n,) numbers in the whole text. features: (nnz,). places: (nnz,) of each among `tokens`.
         """
-        x = (tokens * _TOKEN + self._seeded)[places] + self._of_feature[features]
+        # index_select takes a third of the time of [...] here
+        x = (tokens * _TOKEN + self._seeded).index_select(0, places)
+        x += self._of_feature.index_select(0, features)
         x ^= (x >> 32) & _LOW_32
         x *= _MIX
         x ^= (x >> 29) & (_LOW_32 << 3 | 7)
@@ -109,11 +111,11 @@ class FeatureStatistics:
         return (x ^ ((x >> 32) & _LOW_32)) & _LARGEST
 
 
-def _positive(values: Tensor) -> Tensor:
-    """Places of the positive ones, (nnz,)."""
-    if values.device.type == "cpu":  # a third of the time
-        return torch.from_numpy(np.flatnonzero((values > 0).numpy()))
-    return (values > 0).nonzero()[:, 0]
+def _places_where(mask: Tensor) -> Tensor:
+    """Places of the entries (n,) that are true, (m,)."""
+    if mask.device.type == "cpu":  # half the time
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero()[:, 0]
 
 
 def bins_of(activations: Tensor) -> Tensor:

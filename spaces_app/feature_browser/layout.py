@@ -190,7 +190,7 @@ class Page:
         first = blocks.load(self.navigate, router, outputs, js="() => window.location.search", **private)
         first.then(fn=None, js=done)
         run = self._generate.click(
-            self.steer, self._steer_inputs(), self._shown["steer"], concurrency_id="steer", concurrency_limit=4,
+            self.write_both, self._steer_inputs(), self._shown["steer"], concurrency_id="steer", concurrency_limit=4,
             trigger_mode="once", **private,
         )  # fmt: skip
         run.then(fn=None, js=done)
@@ -225,7 +225,7 @@ class Page:
         }  # fmt: skip
         return [known_values.get(name, gr.skip()) for name in self._steering]
 
-    def steer(
+    def write_both(
         self, prompt: str, a: float | None, b: float | None, mode: str, value: float, temperature: float, tokens: float,
         seed: float,
     ) -> Iterator[str]:  # fmt: skip

@@ -51,7 +51,9 @@ def run(tmp_path_factory) -> Path:
     python("scripts/train.py", "--preset", "demo", "--twin", *settings, "--output_dir", str(folder))
     labels = folder / "labels.json"
     labels.write_text(json.dumps({"3": HOSTILE}), encoding="utf-8")
-    python("scripts/build_feature_index.py", str(folder), "--tokens", "12_000", "--labels", str(labels))
+    build = ("scripts/build_feature_index.py", "--tokens", "12_000")
+    python(*build, str(folder / "layer_8"), "--labels", str(labels))
+    python(*build, str(folder / "layer_8_twin"))
     return folder
 
 
@@ -277,7 +279,7 @@ def test_two_saes_beside_each_other_and_the_run(page, served, reading, keep) -> 
     metrics = json.loads((Path(served.run) / "layer_8/metrics.json").read_text())["evaluation"]
     expect(page.locator("#so-out-run")).to_contain_text(number(metrics["fvu"]))
     page.get_by_text("Model card").click()
-    expect(page.locator(".so-model-card")).to_contain_text("How to use", ignore_case=True)
+    expect(page.locator(".prose.so-model-card")).to_contain_text("Usage")
     keep(page, "run")
 
 
