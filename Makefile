@@ -1,15 +1,18 @@
 # make demo          trains the demo preset: real Gemma, no access to the Hub needed
+# make space         shows its features in the browser, after building their index if there is none
 # make test          every test; make test-fast leaves out those that need the real Gemma
 # make test-lowest   the fast tests on the oldest releases that pyproject.toml allows, in a virtual environment of their own
 # make lint          ruff and mypy
 #
 # PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV=... its folder,
 # JOBS=4 runs as many tests side by side (2), JOBS=0 one after the other;
-# ARGS="--max_steps 100" goes to scripts/train.py (demo) or to pytest (test, test-fast, test-lowest).
+# ARGS="--max_steps 100" goes to scripts/train.py (demo), to spaces_app/app.py (space) or to pytest (test, test-fast, test-lowest);
+# SAE=runs/mine is another one to show than runs/demo.
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+SAE ?= runs/demo
 EXTRAS := demo,test,interop,space
 ARGS ?=
 CONSTRAINTS := constraints.txt
@@ -23,7 +26,7 @@ PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # --quiet: a mistake stays one line, without a traceback of accelerate's own below it.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: help demo test test-fast test-lowest lint format clean
+.PHONY: help demo space test test-fast test-lowest lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +35,10 @@ help:
 # A second `make demo` replaces runs/demo; whoever passes ARGS, such as another output folder, decides that alone.
 demo: $(VENV)/.stamp-demo
 	$(LAUNCH) scripts/train.py --preset demo $(or $(ARGS),--overwrite_output_dir)
+
+space: $(VENV)/.stamp-space
+	@find $(SAE) -path '*feature_index/index.json' | grep -q . || $(BIN)/python scripts/build_feature_index.py $(SAE)
+	$(BIN)/python spaces_app/app.py --sae $(SAE) $(ARGS)
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -m "" $(PARALLEL) --durations=25 $(ARGS)
@@ -73,6 +80,10 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo]"
 	@touch $@
 
+$(VENV)/.stamp-space: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo,space]"
+	@touch $@
+
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
-	@touch $@ $(VENV)/.stamp-demo
+	@touch $@ $(VENV)/.stamp-demo $(VENV)/.stamp-space

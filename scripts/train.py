@@ -431,7 +431,9 @@ def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, An
         f"\n{table}\n\n{output}/ holds {holds}, with metrics, pictures and card (README.md); "
         f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
         f'  python -c "from hf_selortho import SelOrthoSAE; print(SelOrthoSAE.from_pretrained({folder!r}).config)"\n'
-        f"  python scripts/evaluate_sae.py {shlex.quote(folder)}\n{'' if several else twin}"
+        f"  python scripts/evaluate_sae.py {shlex.quote(folder)}\n"
+        f"  python scripts/build_feature_index.py {shlex.quote(str(output))}\n"
+        f"  python spaces_app/app.py --sae {shlex.quote(str(output))}\n{'' if several else twin}"
         f"{folder}/README.md has a snippet that goes from a sentence to features.\n"
     )
 

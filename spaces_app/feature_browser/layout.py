@@ -74,8 +74,20 @@ class Page:
         return (
             '<div class="so-top"><div class="so-brand"><strong>Features</strong> of '
             f"{escape(self.shelf[MAIN].title)}</div>"
-            f'<nav id="so-nav" aria-label="views">{links}</nav></div><div class="so-progress" aria-hidden="true"></div>'
+            f'<nav id="so-nav" aria-label="views">{links}</nav>{self._switch()}</div>'
+            '<div class="so-progress" aria-hidden="true"></div>'
         )
+
+    def _switch(self) -> str:
+        """Which of the SAEs is shown, where there are two."""
+        if len(self.shelf) < 2:
+            return ""
+        buttons = "".join(
+            f'<button type="button" data-set="sae={"" if key == MAIN else key}" title="{escape(shown.title)}">'
+            f"{'this SAE' if key == MAIN else 'its twin'}</button>"
+            for key, shown in self.shelf.items()
+        )
+        return f'<div class="so-switch" role="group" aria-label="which SAE is shown">{buttons}</div>'
 
     def _text(self) -> None:
         self._ask("text", "Sentence", "Type a sentence, and see which features fire on each token", "Read")

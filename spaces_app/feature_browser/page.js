@@ -16,6 +16,10 @@ window.selortho = (() => {
       if (link.dataset.view === view) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     });
+    const sae = new URLSearchParams(query).get("sae") || "main";
+    document.querySelectorAll(".so-switch button").forEach((button) => {
+      button.setAttribute("aria-pressed", (button.dataset.set.split("=")[1] || "main") === sae ? "true" : "false");
+    });
   }
 
   function busy(on) {

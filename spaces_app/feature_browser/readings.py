@@ -175,11 +175,11 @@ def _text_table(address: Address, shown: Shown, reading: TokenFeatures) -> str:
         peak = int(acts.argmax())
         rows.append(
             [
-                _name(shown.key, shown, feature, parts.label_of(shown.index, feature)),
+                _beside(address, shown, feature),
                 f"{bar_html(activation / most)}{number(activation)}",
                 f'<code class="so-token">{escaped(visible(reading.tokens[peak]))}</code>',
                 str(int((acts > 0).sum())),
-                _shade(feature, address),
+                _open(shown, feature),
             ]
         )
     return (
@@ -202,9 +202,9 @@ def _token_table(address: Address, shown: Shown, reading: TokenFeatures) -> str:
     most = found[0].activation
     rows = [
         [
-            _name(shown.key, shown, feature, parts.label_of(shown.index, feature)),
+            _beside(address, shown, feature),
             f"{bar_html(activation / most)}{number(activation)}",
-            _shade(feature, address),
+            _open(shown, feature),
         ]
         for feature, activation in found
     ]
@@ -213,10 +213,15 @@ def _token_table(address: Address, shown: Shown, reading: TokenFeatures) -> str:
     return f"<div>{back}{parts.table(('feature', 'activation', ''), rows, caption)}</div>"
 
 
-def _shade(feature: int, address: Address) -> str:
-    if feature == address.feature:
-        return '<span class="so-tag">shaded</span>'
-    return (
-        f'<button type="button" class="so-button" data-set="feature={feature}" aria-label="shade by feature {feature}">'
-        "shade</button>"
-    )
+def _beside(address: Address, shown: Shown, feature: int) -> str:
+    """A link that shades the text by a feature, and opens the feature beside it."""
+    inner = f'<span class="so-id">{feature}</span> {label_html(parts.label_of(shown.index, feature))}'
+    chosen = ' <span class="so-tag">shaded</span>' if feature == address.feature else ""
+    return parts.link(address.to(feature=feature), inner, "so-feature") + chosen
+
+
+def _open(shown: Shown, feature: int) -> str:
+    """A link to the view of a feature, where there is one."""
+    if shown.index is None:
+        return ""
+    return parts.link(Address(view="feature", sae=shown.key, id=feature), "open", "so-button")

@@ -153,7 +153,7 @@ def test_type_a_sentence_click_a_token_open_a_feature(page, served, reading, ind
     expect(row).to_contain_text(number(strongest.activation))
     keep(page, "text-token")
 
-    row.get_by_role("button").click()  # shade by this feature
+    row.locator("a").first.click()  # shade by this feature
     expect(page.locator("#so-out-text aside")).to_contain_text(f"{strongest.feature}")
     settled(page)
     most = index.feature(strongest.feature).max_activation
@@ -279,7 +279,7 @@ def test_two_saes_beside_each_other_and_the_run(page, served, reading, keep) -> 
     metrics = json.loads((Path(served.run) / "layer_8/metrics.json").read_text())["evaluation"]
     expect(page.locator("#so-out-run")).to_contain_text(number(metrics["fvu"]))
     page.get_by_text("Model card").click()
-    expect(page.locator(".prose.so-model-card")).to_contain_text("Usage")
+    expect(page.locator(".prose.so-model-card")).to_contain_text("How to use it")
     keep(page, "run")
 
 

@@ -47,7 +47,8 @@ def test_a_text_shows_its_tokens_and_the_strongest_features(views, live) -> None
     assert "".join(html.unescape(token) for _, token in shown) == "".join(reading.tokens)
     first, *_ = re.findall(r"<tr><td>(.*?)</tr>", page)
     feature, activation = reading.strongest(1)[0]
-    assert f'id={feature}"' in html.unescape(first) and number(activation) in first
+    assert Address(q=SENTENCE, feature=feature).query() in links(first) and number(activation) in first
+    assert Address(view="feature", id=feature).query() in links(first)
     assert "The hatched token is no input of the SAE" in page and "so-unread" in page
 
 
@@ -62,7 +63,7 @@ def test_a_token_lists_its_features(views, live) -> None:
     fires = int((reading.feature_acts[3] > 0).sum())
     assert f"“{reading.tokens[3]}”: {fires} features fire" in words(page)
     feature, activation = reading.top(1)[3][0]
-    assert f"id={feature}" in links(page)[0] and number(activation) in page
+    assert links(page)[0] == Address(q=SENTENCE, token=3, feature=feature).query() and number(activation) in page
     assert "the SAE does not read this token" in words(views.render(Address(q=SENTENCE, token=0)))
 
 
