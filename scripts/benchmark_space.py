@@ -27,7 +27,8 @@ import psutil  # type: ignore[import-untyped]
 
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.command_line import run_script
-from hf_selortho.features.index import INDEX, FeatureIndex, IndexWriter
+from hf_selortho.features.index import FeatureIndex
+from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import BINS, FeatureContext, FeatureRecord, Neighbour, PairRecord, TokenEffect
 from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.training.outputs import write_json

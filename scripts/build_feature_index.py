@@ -24,7 +24,7 @@ from hf_selortho.activations.texts import open_documents
 from hf_selortho.activations.tokens import count_tokens
 from hf_selortho.command_line import run_script
 from hf_selortho.features.build import build_feature_index, chosen_pairs, gather, gathered
-from hf_selortho.features.index import FACTS, INDEX, IndexWriter, check_index_folder
+from hf_selortho.features.index_writer import FACTS, INDEX, IndexWriter, check_index_folder
 from hf_selortho.features.labels import read_labels
 from hf_selortho.features.sources import IndexSettings, Sources
 from hf_selortho.features.text_pass import taken, weights_sha256

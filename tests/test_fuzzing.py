@@ -45,7 +45,8 @@ from hf_selortho.activations.report import read_manifest, report_table
 from hf_selortho.activations.shard_batches import layer_statistics
 from hf_selortho.activations.shards import HELD_OUT, TRAIN, ActivationStore
 from hf_selortho.activations.texts import TextSource, open_documents
-from hf_selortho.features.index import INDEX, FeatureIndex, IndexWriter
+from hf_selortho.features.index import FeatureIndex
+from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import (
     BINS,
     FeatureContext,

@@ -4,7 +4,6 @@ from .index import FeatureIndex
 from .records import FeatureRecord, PairRecord
 from .sampling import Sampling
 from .steering import Generation, Steer, Steering
-from .token_effects import token_effects
 from .token_features import FeatureCapture, TokenFeatures, inspect, warn_of_other_lm
 
 __all__ = [
@@ -18,6 +17,5 @@ __all__ = [
     "Steering",
     "TokenFeatures",
     "inspect",
-    "token_effects",
     "warn_of_other_lm",
 ]

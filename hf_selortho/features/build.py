@@ -16,7 +16,7 @@ from ..errors import SelOrthoError
 from .correlation_sample import CorrelationSample
 from .feature_records import FeatureFacts, feature_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
-from .index import IndexWriter
+from .index_writer import IndexWriter
 from .keepers import WINDOW
 from .pair_records import pair_records
 from .pair_statistics import PairList, PairStatistics, pairs_of_training, rule_of_classes

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..activations.disk import reason, sync
 from ..errors import SelOrthoError
 from ..hub_access import one_line
 from ..saved_files import LOOKUP, at_one_commit, find_file, read_object
 from .index_files import HubFile, LocalFile, RangedParquet
+from .index_writer import (
+    FACTS,
+    FEATURE_SUMMARY,
+    FEATURE_TABLE_FILE,
+    FEATURES_FILE,
+    INDEX,
+    PAIR_TABLE_FILE,
+    PAIRS_FILE,
+)
 from .records import (
     BINS,
     FEATURE_TABLE,
@@ -29,19 +34,9 @@ from .records import (
     SCHEMA_VERSION,
     FeatureRecord,
     PairRecord,
-    as_row,
     feature_record,
     pair_record,
 )
-
-INDEX = "feature_index"  # folder of the index, beside the config.json of its SAE
-FACTS = "index.json"
-FEATURES_FILE, FEATURE_TABLE_FILE = "features.parquet", "feature_table.parquet"
-PAIRS_FILE, PAIR_TABLE_FILE = "pairs.parquet", "pair_table.parquet"
-FILES = (FACTS, FEATURES_FILE, FEATURE_TABLE_FILE, PAIRS_FILE, PAIR_TABLE_FILE)
-ROWS_IN_GROUP = 64  # features or pairs read at once: some hundred kilobytes
-# The small columns of a feature, and the tokens that it promotes, for the search.
-_FEATURE_SUMMARY = pa.schema([*FEATURE_TABLE, ("promotes", pa.list_(pa.string()))])
 
 
 class FeatureSummary(NamedTuple):
@@ -54,147 +49,6 @@ class FeatureSummary(NamedTuple):
     frequency: float
     max_activation: float
     mean_activation: float
-
-
-class IndexWriter:
-    """Writes a feature index whole or not at all: `with IndexWriter(folder) as writer: ...`.
-
-    Args:
-        folder: of the index. What it holds of an earlier one is replaced when the block ends without an error.
-
-    Raises:
-        SelOrthoError: something else than an index is there, or there is no room.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.facts = folder, {}  # type: ignore[var-annotated]
-        self._temporary = folder.with_name(f".{folder.name}.tmp")
-        check_index_folder(folder)
-
-    def __enter__(self) -> IndexWriter:
-        try:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary.mkdir(parents=True)
-            self._features = _TableFile(self._temporary / FEATURES_FILE, FEATURES)
-            self._pairs = _TableFile(self._temporary / PAIRS_FILE, PAIRS)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self._feature_rows: list[dict[str, Any]] = []
-        self._pair_rows: list[dict[str, Any]] = []
-        return self
-
-    def add_features(self, records: Iterable[FeatureRecord]) -> None:
-        """Append records, by rising number and with none left out.
-
-        Raises:
-            SelOrthoError: there is no room.
-        """
-        for record in records:
-            assert record.feature == len(self._feature_rows), f"feature {record.feature} out of order"
-            row = as_row(record)
-            self._feature_rows.append(
-                {name: row[name] for name in FEATURE_TABLE.names} | {"promotes": [e.token for e in record.promoted]}
-            )
-            self._write(self._features, row)
-
-    def add_pairs(self, records: Iterable[PairRecord]) -> None:
-        """Append records, by rising (a, b).
-
-        Raises:
-            SelOrthoError: there is no room.
-        """
-        for record in records:
-            row = as_row(record)
-            assert record.a < record.b, f"pair {record.a}, {record.b}"
-            self._pair_rows.append({name: row[name] for name in PAIR_TABLE.names})
-            self._write(self._pairs, row)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            self._features.close()
-            self._pairs.close()
-            if error is None:
-                self._finish()
-        except OSError as full:
-            raise self._cannot_write(full) from full
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def _finish(self) -> None:
-        for name, rows, schema in (
-            (FEATURE_TABLE_FILE, self._feature_rows, _FEATURE_SUMMARY),
-            (PAIR_TABLE_FILE, self._pair_rows, PAIR_TABLE),
-        ):
-            table = pa.Table.from_pylist(rows, schema=schema)
-            pq.write_table(table, self._temporary / name, compression="zstd", store_schema=False)
-        bounds = {FEATURES_FILE: self._features.bounds, PAIRS_FILE: self._pairs.bounds}
-        groups = {"rows_in_group": ROWS_IN_GROUP, "row_groups": bounds}
-        facts = {"schema_version": SCHEMA_VERSION, "kind": INDEX, **self.facts, **groups}
-        text = json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        (self._temporary / FACTS).write_text(text, encoding="utf-8")
-        for path in self._temporary.iterdir():
-            sync(path)
-        earlier = self.folder.with_name(f".{self.folder.name}.replaced.tmp")
-        shutil.rmtree(earlier, ignore_errors=True)
-        if self.folder.is_dir():
-            self.folder.rename(earlier)
-        self._temporary.rename(self.folder)
-        shutil.rmtree(earlier, ignore_errors=True)
-
-    def _write(self, file: _TableFile, row: dict[str, Any]) -> None:
-        try:
-            file.add(row)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def _cannot_write(self, error: OSError) -> SelOrthoError:
-        return SelOrthoError(
-            f"cannot write the feature index {self.folder}: {reason(error)}; make room there or choose another --output"
-        )
-
-
-class _TableFile:
-    """A parquet file that grows by row groups of [`ROWS_IN_GROUP`] rows."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        # Without statistics and the Arrow schema, the footer of 65,536 features has 3 MB; it is read once.
-        options = {"compression": "zstd", "write_statistics": False, "store_schema": False}
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pq.ParquetWriter(self._sink, schema, **options)
-        self._schema, self._rows = schema, []  # type: ignore[var-annotated]
-        self.bounds: list[int] = [self._sink.tell()]  # of the row groups, in bytes
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) == ROWS_IN_GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        if self._rows:
-            self._flush()
-        self._writer.close()
-        self._sink.close()
-
-    def _flush(self) -> None:
-        rows, self._rows = self._rows, []
-        self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema), row_group_size=ROWS_IN_GROUP)
-        self.bounds.append(self._sink.tell())
-
-
-def check_index_folder(folder: Path) -> None:
-    """Refuse to replace what is no feature index.
-
-    Raises:
-        SelOrthoError: it is a file, or holds something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise SelOrthoError(f"{folder} is a file: choose another folder for the feature index")
-    foreign = {entry.name for entry in folder.iterdir()} - {*FILES} if folder.is_dir() else set()
-    if foreign:
-        raise SelOrthoError(
-            f"{folder} holds {min(foreign)}, which is no part of a feature index, so nothing in it is replaced: choose "
-            "another folder"
-        )
 
 
 class FeatureIndex:
@@ -250,7 +104,7 @@ class FeatureIndex:
             for file, schema in ((FEATURES_FILE, FEATURES), (PAIRS_FILE, PAIRS))
         )
         tables = (
-            _small_table(name, FEATURE_TABLE_FILE, where, _FEATURE_SUMMARY),
+            _small_table(name, FEATURE_TABLE_FILE, where, FEATURE_SUMMARY),
             _small_table(name, PAIR_TABLE_FILE, where, PAIR_TABLE),
         )
         for table, file in zip(tables, (features, pairs), strict=True):

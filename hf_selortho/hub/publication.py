@@ -15,6 +15,7 @@ from huggingface_hub import RepoCard
 
 from ..command_line import without_secrets
 from ..errors import SelOrthoError
+from ..features.index_writer import INDEX
 from ..modeling_selortho import SelOrthoSAE
 from ..saved_files import CONFIG, read_object
 from ..training.outputs import CARD, METRICS, METRICS_LOG, PICTURES, RUN, jsonable, save_sae
@@ -26,7 +27,6 @@ from .remote_code import AUTO_MAP, source_files
 from .run_folder import WEIGHTS, FinishedRun
 from .summary import SaeReport
 
-INDEX = "feature_index"  # folder of the feature index, beside the SAE
 _TEXTS = (METRICS, METRICS_LOG, RUN)
 
 

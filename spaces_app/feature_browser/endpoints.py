@@ -18,9 +18,10 @@ from hf_selortho.features.steering import Steer
 
 from .address import Address
 from .live import LiveModel
+from .pair_views import sorted_pairs
 from .readings import counterpart
 from .shelf import MAIN, TWIN, Shown
-from .views import Views, sorted_pairs
+from .views import Views
 
 logger = logging.getLogger("hf_selortho.space")
 

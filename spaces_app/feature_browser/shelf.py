@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.features.index import INDEX, FeatureIndex
+from hf_selortho.features.index import FeatureIndex
+from hf_selortho.features.index_writer import INDEX
 from hf_selortho.places import Place, parse_place
 from hf_selortho.saved_files import CONFIG, at_one_commit, find_file, read_object
 from hf_selortho.training.outputs import CARD, METRICS, METRICS_LOG, read_rows

@@ -14,7 +14,8 @@ from hf_selortho.features import build
 from hf_selortho.features.build import build_feature_index
 from hf_selortho.features.correlation_sample import CorrelationSample
 from hf_selortho.features.feature_statistics import FeatureStatistics, bins_of
-from hf_selortho.features.index import FILES, FeatureIndex, IndexWriter
+from hf_selortho.features.index import FeatureIndex
+from hf_selortho.features.index_writer import FILES, IndexWriter
 from hf_selortho.features.keepers import AFTER, BEFORE
 from hf_selortho.features.pair_statistics import class_of
 from hf_selortho.features.records import BINS, bin_edges

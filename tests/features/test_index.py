@@ -16,7 +16,7 @@ import pytest
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.features import FeatureIndex, FeatureRecord, PairRecord
 from hf_selortho.features import index as index_module
-from hf_selortho.features.index import FILES, INDEX, ROWS_IN_GROUP, IndexWriter
+from hf_selortho.features.index_writer import FILES, INDEX, ROWS_IN_GROUP, IndexWriter
 from hf_selortho.features.records import BINS, FeatureContext, JointContext, Neighbour, TokenEffect
 from tests.hub_client import HubClient
 from tests.loopback_hub import LoopbackHub

@@ -30,7 +30,7 @@ from packaging.version import Version
 
 import hf_selortho
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.features.index import INDEX, IndexWriter
+from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import BINS, FeatureRecord
 from hf_selortho.hub.space import assemble_space
 from hf_selortho.hub.space_requirements import OwnPackage, build_wheel, check_wheel_url, pins

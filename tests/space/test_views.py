@@ -8,8 +8,8 @@ import re
 import pytest
 from feature_browser.address import Address
 from feature_browser.live import MAX_CHARACTERS
+from feature_browser.pair_views import sorted_pairs
 from feature_browser.readings import counterpart
-from feature_browser.views import sorted_pairs
 
 from hf_selortho.features import inspect
 from hf_selortho.features.render import number, percent
