@@ -58,7 +58,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """The page, its events and its named endpoints."""
         title = f"{self.shelf[MAIN].title} · hf_selortho"
-        with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as blocks:
+        with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as blocks:
             gr.HTML(self._header(), elem_id="so-header")
             router = gr.HTML("", js_on_load=_ROUTER_JS, elem_id="so-router")
             for view in VIEWS:
