@@ -79,6 +79,7 @@ def served(run, tmp_path_factory) -> Generator[Served, None, None]:
 
 @pytest.fixture(scope="module")
 def browser() -> Generator[Browser, None, None]:
+    expect.set_options(timeout=60_000)  # beside other tests, a machine may be slow
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM)
         yield running
