@@ -19,6 +19,7 @@ from feature_browser.live import LiveModel
 from feature_browser.shelf import Settings, open_shelf, settings_from
 from feature_browser.views import Views
 
+from hf_selortho import SelOrthoError
 from hf_selortho.command_line import run_script
 
 EXAMPLES = (
@@ -56,19 +57,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     host, port = arguments.pop("host"), arguments.pop("port")
     settings = settings_from(arguments, dict(os.environ), Path(__file__).with_name("settings.json"))
     blocks, live = build(settings)
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        theme=theme(),
-        css=STYLE,
-        head=HEAD,
-        mcp_server=True,
-        ssr_mode=False,
-        show_error=False,
-        max_file_size=1024,  # nothing is ever uploaded here
-        footer_links=["api"],
-        prevent_thread_lock=True,
-    )
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            theme=theme(),
+            css=STYLE,
+            head=HEAD,
+            mcp_server=True,
+            ssr_mode=False,
+            show_error=False,
+            max_file_size=1024,  # nothing is ever uploaded here
+            footer_links=["api"],
+            prevent_thread_lock=True,
+        )
+    except OSError as error:  # the port is taken, or the address is not one of this machine
+        raise SelOrthoError(f"cannot serve on {host}, port {port or 'any'} ({error}): choose another --port") from error
     live.start_loading()  # not before: Gradio gives up if its own page takes more than seconds to answer
     blocks.block_thread()
 
