@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from hf_selortho.command_line import run_script
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.hub.publication import Publication, sizes
+from hf_selortho.hub.publication import Publication, size_in_words, size_table
 from hf_selortho.hub.push import check_repo_id
 from hf_selortho.hub.space import assemble_space, deploy_space, is_private, no_private_wheel
 from hf_selortho.hub.space_requirements import OwnPackage, build_wheel, check_wheel_url
@@ -92,8 +92,7 @@ def own_package(arguments: SpaceArguments, folder: Path) -> OwnPackage:
 
 def deploy(publication: Publication, own: OwnPackage, arguments: SpaceArguments) -> None:
     """Send it, and say what has come of it."""
-    total = sum(size for _, size in sizes(publication))
-    logger.info("%d files, %.1f MB, to %s", len(publication.files()), total / 1e6, arguments.space)
+    logger.info("%s, to %s", size_in_words(publication), arguments.space)
     pushed = deploy_space(
         publication,
         arguments.space,
@@ -113,11 +112,8 @@ def deploy(publication: Publication, own: OwnPackage, arguments: SpaceArguments)
 
 def listing(publication: Publication, space: str) -> str:
     """The files with their sizes, and the text of those that were made for this Space."""
-    rows = list(sizes(publication))
-    lines = [f"{size:>14,}  {name}" for name, size in rows]
-    total = f"{sum(size for _, size in rows):>14,}  bytes in {len(rows)} files, for {space}; nothing was sent"
     texts = [f"{name}:\n\n{(publication.folder / name).read_text(encoding='utf-8')}" for name in MADE]
-    return "\n".join([*lines, total, "", *texts])
+    return "\n".join([*size_table(publication, space), "", *texts])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_selortho.command_line import run_script
 from hf_selortho.hub.model_card import Publisher
-from hf_selortho.hub.publication import Publication, publish_run, sizes
+from hf_selortho.hub.publication import Publication, publish_run, size_in_words, size_table
 from hf_selortho.hub.push import check_repo_id, push_publication
 from hf_selortho.hub.run_folder import FinishedRun, read_run, with_others
 from hf_selortho.training.arguments import OneLineParser, argument
@@ -75,8 +75,7 @@ def assemble(run: FinishedRun, folder: Path, arguments: PushArguments) -> Public
 
 def push(publication: Publication, arguments: PushArguments) -> None:
     """Send it, and say what has come of it."""
-    total = sum(size for _, size in sizes(publication))
-    logger.info("%d files, %.1f MB, to %s", len(publication.files()), total / 1e6, arguments.repo_id)
+    logger.info("%s, to %s", size_in_words(publication), arguments.repo_id)
     pushed = push_publication(
         publication,
         arguments.repo_id,
@@ -103,10 +102,7 @@ def next_steps(publication: Publication, arguments: PushArguments) -> str:
 
 def listing(publication: Publication, repo_id: str) -> str:
     """The files with their sizes, and the card."""
-    rows = list(sizes(publication))
-    lines = [f"{size:>14,}  {name}" for name, size in rows]
-    total = f"{sum(size for _, size in rows):>14,}  bytes in {len(rows)} files, for {repo_id}; nothing was sent"
-    return "\n".join([*lines, total, "", "README.md:", "", str(publication.card)])
+    return "\n".join([*size_table(publication, repo_id), "", "README.md:", "", str(publication.card)])
 
 
 if __name__ == "__main__":

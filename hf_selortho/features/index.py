@@ -71,6 +71,7 @@ class FeatureIndex:
             )
         }
         self._labels_lower = pc.utf8_lower(self._table["label"])
+        self._firing: list[int] = self._table["feature"].filter(pc.greater(self._table["fires"], 0)).to_pylist()
 
     @classmethod
     def open(cls, name: str | os.PathLike[str], **lookup: Any) -> FeatureIndex:
@@ -184,7 +185,11 @@ class FeatureIndex:
 
     def firing_features(self) -> list[int]:
         """The features that fired, in order."""
-        return self._table["feature"].filter(pc.greater(self._table["fires"], 0)).to_pylist()
+        return self._firing
+
+    def most_frequent(self, k: int = 50) -> list[FeatureSummary]:
+        """The features that fire most often, at most `k`."""
+        return self._summaries(self._firing, k)
 
     def search_labels(self, text: str, k: int = 50) -> list[FeatureSummary]:
         """Features whose label holds a text, upper or lower case: the most frequent first, at most `k`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..activations.capture import ActivationCapture, Harvest
+from ..activations.disk import sha256_of
 from ..activations.tokens import Context, pad_batch
 from ..configuration_selortho import SelOrthoConfig
 from ..modeling_selortho import SelOrthoSAE
@@ -176,12 +177,9 @@ def weights_sha256(sae: SelOrthoSAE, folder: Path | None = None) -> str:
     That of the bytes of its model.safetensors, as the Hub shows it, where the SAE comes from a folder that holds it;
     else of name, dtype, shape and bytes of every tensor, by name.
     """
-    digest = hashlib.sha256()
     if folder is not None and (folder / WEIGHTS).is_file():
-        with (folder / WEIGHTS).open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        return digest.hexdigest()
+        return sha256_of(folder / WEIGHTS)
+    digest = hashlib.sha256()
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -183,3 +183,16 @@ def sizes(publication: Publication) -> Iterator[tuple[str, int]]:
     """Path and bytes of every file."""
     for file in publication.files():
         yield file.as_posix(), publication.size(file)
+
+
+def size_in_words(publication: Publication) -> str:
+    """How many files there are, and how large."""
+    rows = list(sizes(publication))
+    return f"{len(rows)} files, {sum(size for _, size in rows) / 1e6:.1f} MB"
+
+
+def size_table(publication: Publication, place: str) -> list[str]:
+    """Lines that a dry run begins with: every file with its size, and that nothing was sent to `place`."""
+    rows = list(sizes(publication))
+    total = f"{sum(size for _, size in rows):>14,}  bytes in {len(rows)} files, for {place}; nothing was sent"
+    return [*(f"{size:>14,}  {name}" for name, size in rows), total]

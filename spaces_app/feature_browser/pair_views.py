@@ -103,8 +103,7 @@ def _sort_head(address: Address, name: str) -> str:
 def pair_page(address: Address, index: FeatureIndex, pair: PairRecord, has_twin: bool) -> str:
     """Both features of a pair side by side, and what is known of the pair."""
     labels = [index.label(pair.a), index.label(pair.b)]
-    sides = (index.feature(pair.a), index.feature(pair.b))
-    scales = (sides[0].max_activation, sides[1].max_activation)
+    scales = (index.summary(pair.a).max_activation, index.summary(pair.b).max_activation)
     steer = Address(view="steer", sae=address.sae, a=pair.a, b=pair.b)
     head = (
         f'<header class="so-head"><h2>Pair <span class="so-key so-a">A {pair.a}</span> '
@@ -116,7 +115,7 @@ def pair_page(address: Address, index: FeatureIndex, pair: PairRecord, has_twin:
         f"<h4>{title}</h4>{parts.joint_contexts([c for c in pair.contexts if c.kind == kind], scales)}"
         for kind, title in (("both", "Both fire"), ("a", "Only A fires"), ("b", "Only B fires"))
     )
-    cards = "".join(f"<div>{parts.feature_card(address.sae, index, f.feature)}</div>" for f in sides)
+    cards = "".join(f"<div>{parts.feature_card(address.sae, index, one)}</div>" for one in (pair.a, pair.b))
     legend = (
         '<p class="so-legend"><span class="so-tok so-two" style="--s:.8">background: A</span> '
         '<span class="so-tok so-two" style="--b:.8">line below: B</span></p>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Callable, Mapping
 
@@ -171,13 +172,13 @@ class Views:
     def _feature_list(self, address: Address, index: FeatureIndex) -> str:
         firing = index.firing_features()
         words = f"{len(index):,} features, of which {len(firing):,} fire on the text of the index. The most frequent:"
-        most = sorted((index.summary(f) for f in firing), key=lambda s: (-s.frequency, s.feature))[:50]
-        return parts.note(words) + parts.summaries(address.sae, most, "The most frequent features")
+        return parts.note(words) + parts.summaries(address.sae, index.most_frequent(), "The most frequent features")
 
     def _steps(self, address: Address, index: FeatureIndex) -> str:
         number_, firing = address.id or 0, index.firing_features()
-        before = next((f for f in reversed(firing) if f < number_), None)
-        after = next((f for f in firing if f > number_), None)
+        place, behind = bisect.bisect_left(firing, number_), bisect.bisect_right(firing, number_)
+        before = firing[place - 1] if place > 0 else None
+        after = firing[behind] if behind < len(firing) else None
         steps = [("‹ previous", before), ("next ›", after), ("random", random.choice(firing) if firing else None)]
         links = [
             parts.link(address.to(id=target), name, "so-button")
