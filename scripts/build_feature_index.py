@@ -30,7 +30,7 @@ from hf_selortho.features.sources import IndexSettings, Sources
 from hf_selortho.features.text_pass import taken, weights_sha256
 from hf_selortho.hub.interop import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
-from hf_selortho.hub.run_folder import holds_sae, read_run, twin_beside
+from hf_selortho.hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from hf_selortho.pair_history import PairSnapshot, read_pair_history
 from hf_selortho.training.arguments import OneLineParser, argument
 
@@ -129,12 +129,6 @@ def check_output(output: Path | None, overwrite: bool) -> None:
     check_index_folder(output)
     if (output / FACTS).exists() and not overwrite:
         raise SelOrthoError(f"{output} holds an index: replace it with --overwrite, or choose another --output")
-
-
-def shown_name(folder: Path) -> str:
-    """What an index calls the SAE of a folder: "layer_8" alone would say too little."""
-    whole = folder.resolve()
-    return f"{whole.parent.name}/{whole.name}" if whole.name.startswith("layer_") else whole.name
 
 
 def open_sources(

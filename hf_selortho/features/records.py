@@ -11,7 +11,6 @@ SCHEMA_VERSION = 1
 # Activations are counted in bins of equal ratio: three to a doubling, from 2^-14 to 2^16, whatever the SAE's scale.
 BINS_PER_DOUBLING, FIRST_DOUBLING, LAST_DOUBLING = 3, -14, 16
 BINS = BINS_PER_DOUBLING * (LAST_DOUBLING - FIRST_DOUBLING)
-CONTEXT_KINDS = ("top", "sample")  # of a feature
 JOINT_KINDS = ("both", "a", "b")  # of a pair: both fire, only a, only b
 PAIR_CLASSES = ("duplicate", "nested", "co-occurring", "unmeasured")
 

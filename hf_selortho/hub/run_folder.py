@@ -77,6 +77,12 @@ def with_others(run: FinishedRun, twin: Path | None, seeds: Sequence[Path]) -> F
     return FinishedRun(run.folder, tuple(_beside_seeds(sae, run, others) for sae in run.saes), run.run)
 
 
+def shown_name(folder: Path) -> str:
+    """What the SAE of a folder is called where its folder is not seen: "layer_8" alone would say too little."""
+    whole = folder.resolve()
+    return f"{whole.parent.name}/{whole.name}" if whole.name.startswith("layer_") else whole.name
+
+
 def twin_beside(folder: Path) -> Path | None:
     """The folder of an SAE's twin: beside it, called like it with "_twin" or "-twin" behind; None if there is none.
 

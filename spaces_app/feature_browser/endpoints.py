@@ -14,13 +14,13 @@ from hf_selortho import SelOrthoError
 from hf_selortho.features import TokenFeatures
 from hf_selortho.features.index import FeatureIndex, FeatureSummary
 from hf_selortho.features.sampling import Sampling
-from hf_selortho.features.steering import Steer
 
 from .address import Address
 from .live import LiveModel
 from .pair_views import sorted_pairs
 from .readings import counterpart
 from .shelf import MAIN, TWIN, Shown
+from .steer_page import steers_of
 from .views import Views
 
 logger = logging.getLogger("hf_selortho.space")
@@ -162,7 +162,7 @@ class Endpoints:
         Returns:
             unchanged and steered: the two continuations.
         """
-        steers = [Steer(int(feature), mode, float(value)) for feature in features[:8]]  # type: ignore[arg-type]
+        steers = steers_of(features[:8], mode, value)
         sampling = Sampling(int(max_new_tokens), float(temperature), seed=int(seed))
         *_, plain = self._live.stream(prompt, (), sampling)
         *_, steered = self._live.stream(prompt, steers, sampling) if steers else [plain]

@@ -12,7 +12,6 @@ import gradio as gr
 from hf_selortho import SelOrthoError
 from hf_selortho.features.render import escape
 from hf_selortho.features.sampling import Sampling
-from hf_selortho.features.steering import Steer
 
 from . import parts, steer_page
 from .address import VIEWS, Address, parse_address
@@ -244,7 +243,7 @@ class Page:
         """The two texts of the steering view, as they grow."""
         address = Address(view="steer", q=prompt or "", mode=mode if mode in ("clamp", "scale") else "clamp")
         try:
-            steers = steers_of([a, b], mode, value)
+            steers = steer_page.steers_of([a, b], mode, value)
             address = address.to(a=_whole(a), b=_whole(b), value=value)
             sampling = Sampling(int(tokens), float(temperature), seed=int(seed or 0))
         except (SelOrthoError, TypeError, ValueError, OverflowError) as error:
@@ -252,11 +251,6 @@ class Page:
             yield parts.problem(address, words)
             return
         yield from steer_page.steered_pages(self.live, address, steers, sampling)
-
-
-def steers_of(features: list[float | None], mode: str, value: float) -> list[Steer]:
-    """The same change of every feature that is named."""
-    return [Steer(int(f), mode, float(value)) for f in features if f is not None]  # type: ignore[arg-type]
 
 
 def _whole(number: float | None) -> int | None:

@@ -46,13 +46,7 @@ def shaded_text(reading: TokenFeatures, feature: int, scale: float) -> str:
     values = reading.on(feature).where(reading.trained_on, 0).tolist()
     most = max(values)
     words = f"It fires on {sum(v > 0 for v in values)} of {len(reading)} tokens, at most {number(most)}."
-    tokens = "".join(
-        token_html(
-            token, value / scale if scale > 0 else 0.0, f"{token!r}: {number(value)}", "" if kept else "so-unread"
-        )
-        for token, value, kept in zip(reading.tokens, values, reading.trained_on.tolist(), strict=True)
-    )
-    return f'<div class="so-reading">{tokens}</div>{parts.note(words)}'
+    return f'<div class="so-reading">{_plain(reading, values, scale)}</div>{parts.note(words)}'
 
 
 def compared(
@@ -93,7 +87,7 @@ def compared(
         columns.append(
             f'<div><h3>{escaped(title)}</h3><p class="so-note">{number(l0)} features fire on a token of this text.</p>'
             f"{legend_html(scale, 'strongest feature of each token')}"
-            f'<div class="so-reading">{_plain(reading, scale)}</div>'
+            f'<div class="so-reading">{_plain(reading, _peaks(reading).tolist(), scale)}</div>'
             f"{parts.table(heads, rows, f'The strongest features of {title}', 'so-small')}</div>"
         )
     return f'<div class="so-cols so-two-columns">{"".join(columns)}</div>'
@@ -145,10 +139,12 @@ def _buttons(reading: TokenFeatures, chosen: int | None, scale: float, selected:
     return "".join(pieces)
 
 
-def _plain(reading: TokenFeatures, scale: float) -> str:
-    values = _peaks(reading).tolist()
+def _plain(reading: TokenFeatures, values: Sequence[float], scale: float) -> str:
+    """A text shaded by values, without buttons."""
     return "".join(
-        token_html(token, value / scale, f"{token!r}: {number(value)}", "" if kept else "so-unread")
+        token_html(
+            token, value / scale if scale > 0 else 0.0, f"{token!r}: {number(value)}", "" if kept else "so-unread"
+        )
         for token, value, kept in zip(reading.tokens, values, reading.trained_on.tolist(), strict=True)
     )
 

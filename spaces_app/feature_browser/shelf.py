@@ -10,6 +10,7 @@ from typing import Any
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import INDEX
+from hf_selortho.hub.run_folder import shown_name
 from hf_selortho.places import Place, parse_place
 from hf_selortho.saved_files import CONFIG, at_one_commit, find_file, read_object
 from hf_selortho.training.outputs import CARD, METRICS, METRICS_LOG, read_rows
@@ -78,8 +79,7 @@ def _pinned(place: Place) -> Place:
 def _title(place: Place) -> str:
     """A short name, without the folders of this machine."""
     if place.is_local:
-        path = Path(place.name, place.subfolder or "").resolve()
-        return f"{path.parent.name}/{path.name}" if path.name.startswith("layer_") else path.name
+        return shown_name(Path(place.name, place.subfolder or ""))
     return f"{place.name}/{place.subfolder}" if place.subfolder else place.name
 
 

@@ -14,6 +14,15 @@ from .address import Address
 from .live import LiveModel, NotLiveError
 
 
+def steers_of(features: Sequence[float | None], mode: str, value: float) -> list[Steer]:
+    """The same change of every feature that is named.
+
+    Raises:
+        SelOrthoError: the change is not allowed.
+    """
+    return [Steer(int(f), mode, float(value)) for f in features if f is not None]  # type: ignore[arg-type]
+
+
 def steered_pages(live: LiveModel, address: Address, steers: Sequence[Steer], sampling: Sampling) -> Iterator[str]:
     """The view as it grows: first the plain text, then the steered one, by the same seed."""
     plain: Generation | None = None
