@@ -10,7 +10,7 @@ from typing import Any
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import INDEX
-from hf_selortho.hub.run_folder import shown_name
+from hf_selortho.hub.run_folder import shown_name, twin_beside
 from hf_selortho.places import Place, parse_place
 from hf_selortho.saved_files import CONFIG, at_one_commit, find_file, read_object
 from hf_selortho.training.outputs import CARD, METRICS, METRICS_LOG, read_rows
@@ -106,11 +106,8 @@ def _sae_within(place: Place) -> Place:
 def _twin_of(place: Place) -> Place | None:
     """layer_8_twin beside layer_8, or runs/demo-twin beside runs/demo."""
     if place.is_local:
-        path = Path(place.name).resolve()
-        for name in (f"{path.name}_twin", f"{path.name}-twin"):
-            if (path.with_name(name) / CONFIG).is_file():
-                return Place(str(path.with_name(name)))
-        return None
+        beside = twin_beside(Path(place.name).resolve())
+        return None if beside is None else Place(str(beside))
     if not place.subfolder:
         return None
     twin = Place(place.name, place.revision, f"{place.subfolder}_twin")
