@@ -102,6 +102,11 @@ class SelOrthoConfig(PreTrainedConfig):
     )
     selection_space: SelectionSpace = _setting("same", "By which of these the pairs are selected; same: the penalty's.")
     ortho_coefficient: float = _setting(0.1, "Weight of the decorrelation penalty, eq. 7.")
+    decoder_ratio: float = _setting(
+        0.0,
+        "Weight, relative to ortho_coefficient, of a second penalty beside the selective one: the squared decoder "
+        "cosine of the pairs whose directions are most alike.",
+    )
     pair_fraction: float = _setting(0.001, "Share of all feature pairs that the selective penalty acts on, eq. 5.")
     correlation_threshold: float = _setting(
         0.0, "Pairs whose score is below this are left alone; with a large pair_fraction, the threshold selects."
@@ -303,7 +308,7 @@ class SelOrthoConfig(PreTrainedConfig):
         self._require("layer", lambda v: v is None or v >= 0, "a layer counted from 0")
         self._require("aux_k", lambda v: v is None or v >= 0, "None or a number of features of at least 0")
         self._require("ortsae_chunk", lambda v: v >= 2, "at least 2 features")
-        for name in ("l1_coefficient", "l0_coefficient", "aux_coefficient", "ortho_coefficient"):
+        for name in ("l1_coefficient", "l0_coefficient", "aux_coefficient", "ortho_coefficient", "decoder_ratio"):
             self._require(name, lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0")
         for name in ("jumprelu_bandwidth", "jumprelu_threshold"):
             self._require(name, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")

@@ -404,15 +404,23 @@ class SelOrthoSAE(PreTrainedModel):
         if cfg.penalty == "full":
             dense = h.to_dense() if isinstance(h, ActiveFeatures) else h
             return full_penalty(dense, coefficient, cfg.reduction, cfg.min_support, cfg.correlation, group), None
-        pairs = plan.pairs
+        pairs, fresh = plan.pairs, plan.pairs is None
         if pairs is None:
             pairs = self.select_pairs(h, group) if plan.select is None else plan.select(h.detach())
-            if cfg.penalty_space == "activation" and pairs.source is not None:
-                return penalty_of_selection(h, pairs, coefficient, cfg.reduction, group), pairs
-        loss = penalty_by_space(
-            cfg.penalty_space, h, self.W_dec, pairs, coefficient, cfg.reduction, cfg.correlation, group
-        )
+        if fresh and cfg.penalty_space == "activation" and pairs.source is not None:
+            loss = penalty_of_selection(h, pairs, coefficient, cfg.reduction, group)
+        else:
+            loss = penalty_by_space(
+                cfg.penalty_space, h, self.W_dec, pairs, coefficient, cfg.reduction, cfg.correlation, group
+            )
+        if cfg.decoder_ratio > 0:
+            loss = loss + self._alike_loss(h, coefficient * cfg.decoder_ratio)
         return loss, pairs
+
+    def _alike_loss(self, h: Tensor | ActiveFeatures, coefficient: float) -> Tensor:
+        """Squared decoder cosines of the pairs whose directions are most alike, the same on every process."""
+        alike = select_by_score("decoder", h, self.W_dec.detach(), self.config.pair_fraction)
+        return penalty_by_space("decoder", h, self.W_dec, alike, coefficient, self.config.reduction)
 
     @torch.no_grad()
     def select_pairs(self, h: Tensor | ActiveFeatures, group: BatchGroup | None = None) -> Pairs:

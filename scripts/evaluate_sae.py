@@ -2,6 +2,7 @@
 
 python scripts/evaluate_sae.py runs/demo
 python scripts/evaluate_sae.py org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
+python scripts/evaluate_sae.py runs/demo --label_column label --first_letter_words 2000 --compare_with runs/demo-seed1
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hf_selortho import SelOrthoError
 from hf_selortho.activations.texts import open_documents
 from hf_selortho.activations.tokens import held_out_contexts
 from hf_selortho.command_line import run_script
 from hf_selortho.evaluation.evaluator import evaluate_sae
+from hf_selortho.evaluation.stability import stability
+from hf_selortho.evaluation.tasks import prepare_tasks
 from hf_selortho.hub.interop import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
 from hf_selortho.hub.report import metrics_table
@@ -34,6 +39,10 @@ class EvaluateArguments(ReadingArguments):
     batch_size: int = argument(4096, "Tokens of the batches that correlations are measured on.")
     eval_samples: int = argument(1000, "Held-out contexts.")
     eval_ce_samples: int = argument(64, "Of these, contexts on which the language model's own loss is measured.")
+    label_column: str | None = argument(None, "Column of labels of the dataset: probe the features for them.")
+    probing_texts: int = argument(1000, "Labelled held-out texts that are probed, half of them for the test.")
+    first_letter_words: int = argument(0, "Words of the first-letter task, which measures absorption; 0: do not.")
+    compare_with: list[str] = argument([], "SAEs of other seeds or methods: how alike their decoder directions are.")
     output: str | None = argument(None, "JSON file to write the metrics to.")
 
 
@@ -54,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(Path(arguments.output), {"schema_version": 1, "sae": rest.sae, "evaluation": metrics})
 
 
+_LEAST = {"eval_samples": 1, "eval_ce_samples": 0, "batch_size": 1, "probing_texts": 8, "first_letter_words": 0}
+
+
 def check(arguments: EvaluateArguments) -> None:
     """Refuse what cannot work before anything is loaded."""
-    for name, least in (("eval_samples", 1), ("eval_ce_samples", 0), ("batch_size", 1)):
+    for name, least in _LEAST.items():
         if getattr(arguments, name) < least:
             raise SelOrthoError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
     if arguments.output and not Path(arguments.output).parent.is_dir():
@@ -68,7 +80,9 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     sae: Any = load_sae(name, **arguments.lookup)
     sae = sae.to(arguments.device)
     config = sae.config
-    documents = open_documents(text_source(config, arguments))
+    others = [load_other(other, sae) for other in arguments.compare_with]
+    source = text_source(config, arguments)
+    documents = open_documents(source)
     lm = load_lm_of(config, arguments)
     capture = capture_of(config, lm)
     contexts = held_out_contexts(
@@ -82,7 +96,34 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     evaluation = evaluate_sae(
         sae, capture, contexts, batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
     )
-    return evaluation.metrics
+    metrics: dict[str, Any] = dict(evaluation.metrics)
+    cutting = {
+        "context_length": config.context_length,
+        "prepend_bos": config.prepend_bos,
+        "min_tokens": least_tokens(config, arguments),
+    }
+    sizes = {"probing_texts": arguments.probing_texts, "first_letter_words": arguments.first_letter_words}
+    tasks = prepare_tasks(capture, source, arguments.label_column, cutting, sizes)
+    metrics |= tasks.facts | tasks.measure(sae)
+    for other, W_dec in zip(arguments.compare_with, others, strict=True):
+        metrics.setdefault("compared_with", {})[other] = stability(sae.W_dec.detach().float().cpu(), W_dec)
+    return metrics
+
+
+def load_other(name: str, sae: Any) -> Tensor:
+    """Decoder directions (d_sae, d_in) of an SAE to compare with.
+
+    Raises:
+        SelOrthoError: it cannot be loaded, or reads activations of another width.
+    """
+    other: Any = load_sae(name)
+    if other.config.d_in != sae.config.d_in:
+        raise SelOrthoError(
+            f"--compare_with {name}: it has d_in={other.config.d_in}, the SAE d_in={sae.config.d_in}; expected one of "
+            "the same language model and layer"
+        )
+    W_dec: Tensor = other.W_dec.detach().float().cpu()
+    return W_dec
 
 
 if __name__ == "__main__":

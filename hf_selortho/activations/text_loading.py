@@ -46,9 +46,15 @@ class LoadedTexts(NamedTuple):
 
 
 def load_texts(
-    name: str, config_name: str | None, split: str, text_column: str | None, revision: str | None, streaming: bool
+    name: str,
+    config_name: str | None,
+    split: str,
+    text_column: str | None,
+    revision: str | None,
+    streaming: bool,
+    label_column: str | None = None,
 ) -> LoadedTexts:
-    """Open the dataset and find its text column; the arguments are the fields of `texts.TextSource`."""
+    """Open the dataset and find its text column, and the labels' if one is named; the others are in `TextSource`."""
     path = Path(name).expanduser()
     if path.exists():
         files = _local_files(path)
@@ -80,7 +86,8 @@ def load_texts(
     if not features or (isinstance(dataset, Dataset) and not len(dataset)):
         raise _empty(name)
     column = _text_column(name, features, text_column)
-    return LoadedTexts(dataset.select_columns([column]), column, commit, identity)
+    columns = [column] if label_column is None else [column, _label_column(name, features, label_column, column)]
+    return LoadedTexts(dataset.select_columns(columns), column, commit, identity)
 
 
 def read_error(name: str, error: BaseException, split: str | None = None) -> SelOrthoError:
@@ -186,7 +193,7 @@ def _cached_commit(name: str, dataset: Dataset, commit: str | None, revision: st
 
 def _text_column(name: str, features: Features, wanted: str | None) -> str:
     # "null" is what a column is called that holds nothing; whoever asks for it learns that the texts are empty.
-    kinds = {column: getattr(feature, "dtype", type(feature).__name__) for column, feature in features.items()}
+    kinds = _kinds(features)
     texts = [column for column, kind in kinds.items() if kind in ("string", "large_string")]
     if wanted is None:
         wanted = "text" if "text" in kinds else texts[0] if len(texts) == 1 else None
@@ -198,3 +205,20 @@ def _text_column(name: str, features: Features, wanted: str | None) -> str:
     if wanted not in texts and kinds[wanted] != "null":
         raise SelOrthoError(f'column "{wanted}" of "{name}" holds no text: choose --text_column from: {listed}')
     return wanted
+
+
+def _label_column(name: str, features: Features, wanted: str, text_column: str) -> str:
+    others = {column: kind for column, kind in _kinds(features).items() if column != text_column}
+    listed = ", ".join(f"{column} ({kind})" for column, kind in others.items()) or "none beside the text"
+    if wanted not in others:
+        raise SelOrthoError(f'"{name}" has no column "{wanted}" of labels: choose one of: {listed}')
+    if not re.fullmatch(r"u?int\d+|bool|(large_)?string", others[wanted]):
+        raise SelOrthoError(
+            f'column "{wanted}" of "{name}" holds {others[wanted]}, no labels: expected integers, strings, booleans or '
+            f"class labels; choose one of: {listed}"
+        )
+    return wanted
+
+
+def _kinds(features: Features) -> dict[str, str]:
+    return {column: getattr(feature, "dtype", type(feature).__name__) for column, feature in features.items()}

@@ -1,0 +1,82 @@
+"""Tasks that SAEs are measured on inside a language model, read once for a layer and used for many SAEs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ..activations.capture import ActivationCapture
+from ..activations.texts import TextSource
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from .absorption import absorption
+from .first_letter import FirstLetterTask, first_letter_task
+from .labelled_text import labelled_documents
+from .probing import LabelledTexts, dense_probing, read_labelled_texts, sparse_probing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What SAEs of one layer are measured on; None for what cannot be measured, and `facts` says why."""
+
+    probing: LabelledTexts | None
+    first_letter: FirstLetterTask | None
+    facts: dict[str, Any]  # of the tasks themselves: what the language model reaches on them
+
+    def measure(self, sae: SelOrthoSAE) -> dict[str, Any]:
+        """Figures of an SAE on the tasks that there are."""
+        figures: dict[str, Any] = {}
+        if self.probing is not None:
+            figures |= sparse_probing(sae, self.probing)
+        if self.first_letter is not None:
+            figures |= absorption(sae, self.first_letter)
+        return figures
+
+
+def prepare_tasks(
+    capture: ActivationCapture,
+    source: TextSource,
+    label_column: str | None,
+    cutting: dict[str, Any],
+    sizes: dict[str, Any],
+) -> Tasks:
+    """Read the labelled texts and the words with a language model at one layer.
+
+    Args:
+        capture: at a single layer.
+        source, label_column: the labelled texts; None: there are none.
+        cutting: context_length, prepend_bos and min_tokens of the training.
+        sizes: `probing_texts`, `first_letter_words`; 0 leaves a task out.
+    """
+    facts: dict[str, Any] = {}
+    probing = first_letter = None
+    texts, words = sizes.get("probing_texts", 1000), sizes.get("first_letter_words", 2000)
+    if label_column is None or not texts:
+        facts["no_probing"] = "the texts have no labels" if label_column is None else "left out by the plan"
+    else:
+        documents, labels = labelled_documents(source, label_column, texts)
+        probing = read_labelled_texts(capture, documents, labels, **cutting)
+        facts |= dense_probing(probing) | {"probing_texts": len(probing), "probing_classes": len(probing.classes)}
+    if not words:
+        facts["no_first_letter"] = "left out by the plan"
+    else:
+        first_letter = _first_letter_or_none(capture, words, facts)
+    return Tasks(probing, first_letter, facts)
+
+
+def _first_letter_or_none(capture: ActivationCapture, words: int, facts: dict[str, Any]) -> FirstLetterTask | None:
+    """The task; None, and the reason among the facts, where the tokenizer has no words for it."""
+    try:
+        task = first_letter_task(capture, words=words)
+    except SelOrthoError as error:
+        facts["no_first_letter"] = str(error)
+        return None
+    facts |= {
+        "spelling_accuracy": task.spelling_accuracy, "first_letter_probe_f1": task.mean_probe_f1,
+        "first_letter_words": len(task.words), "first_letter_caution": task.words_of_caution,
+        "first_letter_left_out": list(task.left_out),
+    }  # fmt: skip
+    return task

@@ -1,0 +1,1 @@
+"""Experiments: what the penalty does to features, on worlds whose features are known and on real activations."""

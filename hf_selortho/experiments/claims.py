@@ -1,0 +1,240 @@
+"""What the paper claims, beside what was measured: holds, does not hold, or cannot be judged here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .summaries import TWIN, Figure, Summary, paired
+
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be judged here"
+Summaries = Mapping[tuple[str, int, str], Summary]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim of the paper and what became of it."""
+
+    claim: str
+    paper: str  # its number
+    ours: str
+    verdict: str
+    why: str = ""
+
+
+class Evidence:
+    """The records that claims are judged by."""
+
+    def __init__(
+        self, summaries: Summaries, layer: int, layers: tuple[int, ...], timing: Mapping[str, Any] | None
+    ) -> None:
+        self.summaries, self.layer, self.layers, self.timing = summaries, layer, layers, timing
+
+    def of(self, variant: str, sweep: str = "paper", layer: int | None = None) -> Summary | None:
+        """All seeds of a variant; None if there is no record."""
+        return self.summaries.get((sweep, self.layer if layer is None else layer, variant))
+
+    def figure(self, key: str, variant: str, sweep: str = "paper", layer: int | None = None) -> Figure | None:
+        """A figure of a variant over its seeds."""
+        summary = self.of(variant, sweep, layer)
+        return None if summary is None else summary.figure(key)
+
+    def difference(
+        self, key: str, variant: str, other: str, *, relative: bool = True, sweep: str = "paper"
+    ) -> Figure | None:
+        """How a figure of a variant differs from another variant's, seed by seed."""
+        own, twin = self.of(variant, sweep), self.of(other, sweep)
+        return None if own is None or twin is None else paired(own, twin, key, relative=relative)
+
+
+MAIN, FULL = "selective-0.1", "full-0.1"  # Table 1's two columns
+Judge = Callable[[Evidence], Verdict]
+
+
+def verdicts(evidence: Evidence) -> list[Verdict]:
+    """Every claim of the paper with what became of it."""
+    return [judge(evidence) for judge in JUDGES]
+
+
+def _by_seeds(difference: Figure | None, expected: float) -> str:
+    """Whether a difference has the expected sign in every seed."""
+    if difference is None:
+        return UNKNOWN
+    return HOLDS if all(value * expected > 0 for value in difference.values) else FAILS
+
+
+def _comparison(claim: str, paper: str, key: str, sign: float, digits: int) -> Judge:
+    """Selective against full orthogonality, both with coefficient 0.1 as a mean over the pairs."""
+
+    def judge(evidence: Evidence) -> Verdict:
+        difference = evidence.difference(key, MAIN, FULL)
+        own, full = evidence.figure(key, MAIN), evidence.figure(key, FULL)
+        ours = "not measured"
+        if own is not None and full is not None:
+            ours = f"selective {own.text(digits)}, full {full.text(digits)}"
+        return Verdict(claim, paper, ours, _by_seeds(difference, sign))
+
+    return judge
+
+
+def _ratio(claim: str, paper: str, key: str, least: float) -> Judge:
+    """Of the timed steps: full over selective."""
+
+    def judge(evidence: Evidence) -> Verdict:
+        found = timing_ratio(evidence.timing, key, "full", "selective")
+        if found is None:
+            return Verdict(claim, paper, "not measured", UNKNOWN)
+        return Verdict(claim, paper, f"{found:.1f} times", HOLDS if found >= least else FAILS)
+
+    return judge
+
+
+def timing_ratio(timing: Mapping[str, Any] | None, key: str, first: str, second: str) -> float | None:
+    """Ratio of two cases of the timing by a figure of theirs; None if it is not there."""
+    rows = (timing or {}).get("rows", ())
+    found = [
+        next((r.get(key) for r in rows if str(r.get("label", "")).startswith(name)), None) for name in (first, second)
+    ]
+    return found[0] / found[1] if found[0] and found[1] else None
+
+
+def _weaker(evidence: Evidence) -> Verdict:
+    difference = evidence.difference("peak_correlation", "selective-0.05", MAIN)
+    ours = _pair_words(evidence, "peak_correlation", "selective-0.05", MAIN)
+    return Verdict(
+        "Half the coefficient (0.05) leaves a higher peak correlation",
+        "0.34 against 0.28",
+        ours,
+        _by_seeds(difference, 1),
+    )
+
+
+def _stronger(evidence: Evidence) -> Verdict:
+    difference = evidence.difference("mse", "selective-0.2", MAIN)
+    verdict = UNKNOWN if difference is None else HOLDS if difference.mean >= 0.12 else FAILS
+    ours = "not measured" if difference is None else difference.percent()
+    return Verdict(
+        "Twice the coefficient (0.2) costs reconstruction", "MSE +24%", ours, verdict, "holds from half of that on"
+    )
+
+
+def _fewer_pairs(evidence: Evidence) -> Verdict:
+    difference = evidence.difference("dead_features", "share-0.05", MAIN, relative=False)
+    own, main = evidence.figure("dead_features", "share-0.05"), evidence.figure("dead_features", MAIN)
+    if difference is None or own is None or main is None:
+        return Verdict("Fewer pairs (0.05%) leave more dead features", "12% more", "not measured", UNKNOWN)
+    ours = f"{own.text(1)} against {main.text(1)} dead features"
+    verdict = HOLDS if main.mean > 0 and difference.mean / main.mean >= 0.06 else FAILS
+    return Verdict(
+        "Fewer pairs (0.05%) leave more dead features", "12% more", ours, verdict, "holds from half of that on"
+    )
+
+
+def _more_pairs(evidence: Evidence) -> Verdict:
+    claim, paper = "More pairs (0.5%) take more memory", "+45%"
+    found = (evidence.timing or {}).get("memory_of_more_pairs")
+    if found is None:
+        return Verdict(claim, paper, "not measured", UNKNOWN)
+    return Verdict(claim, paper, f"{100 * (found - 1):+.0f}% of what a step takes", HOLDS if found >= 1.22 else FAILS)
+
+
+def _depth(evidence: Evidence) -> Verdict:
+    claim, paper = "The mean correlation falls with depth", "0.12, 0.09, 0.06"
+    found = [
+        evidence.figure("mean_correlation", MAIN, layer_sweep(evidence, layer), layer) for layer in evidence.layers
+    ]
+    known = [figure for figure in found if figure is not None]
+    if len(known) < 2 or len(known) < len(evidence.layers):
+        return Verdict(claim, paper, "not measured", UNKNOWN)
+    falls = all(a.mean > b.mean for a, b in zip(known, known[1:], strict=False))
+    ours = ", ".join(figure.text() for figure in known)
+    where = "layers " + ", ".join(map(str, evidence.layers))
+    return Verdict(claim, paper, f"{ours} ({where})", HOLDS if falls else FAILS)
+
+
+def layer_sweep(evidence: Evidence, layer: int) -> str:
+    """The sweep that has the paper's recipe at a layer."""
+    return "paper" if layer == evidence.layer else "layers"
+
+
+def _spread(evidence: Evidence) -> Verdict:
+    claim, paper = "The selection varies from batch to batch", "standard deviation 0.042"
+    summary = evidence.of(MAIN)
+    top = None if summary is None else summary.figure("spread_over_batches.peak_correlation.std")
+    churn = None if summary is None else summary.figure("spread_over_batches.pair_churn.mean")
+    if top is None or churn is None:
+        return Verdict(claim, paper, "not measured", UNKNOWN)
+    ours = f"peak correlation {top.text()}; {100 * churn.mean:.0f}% of the selected pairs are new at every step"
+    return Verdict(claim, paper, ours, HOLDS, "the paper does not say of what")
+
+
+def useful_range(evidence: Evidence, most: float = 0.01, least: float = 0.25) -> list[float]:
+    """Coefficients that cut the mean of the top correlations by a quarter for at most 1% of FVU."""
+    found = []
+    for (sweep, layer, variant), summary in evidence.summaries.items():
+        twin = evidence.of(TWIN)
+        if sweep != "paper" or layer != evidence.layer or not variant.startswith("selective-0") or twin is None:
+            continue
+        cost, gain = (paired(summary, twin, key, relative=True) for key in ("fvu", "top_correlation"))
+        if cost is not None and gain is not None and cost.mean <= most and gain.mean <= -least:
+            found.append(float(variant.removeprefix("selective-")))
+    return sorted(found)
+
+
+def _range(evidence: Evidence) -> Verdict:
+    claim, paper = "The useful range of the coefficient is narrow", "0.08 to 0.12"
+    tried = [
+        float(variant.removeprefix("selective-"))
+        for (sweep, layer, variant) in evidence.summaries
+        if sweep == "paper" and layer == evidence.layer and variant.startswith("selective-0")
+    ]
+    if len(tried) < 3:
+        return Verdict(claim, paper, "not measured", UNKNOWN)
+    found = useful_range(evidence)
+    rule = "useful: a quarter less of the top correlations for at most 1% of FVU"
+    if not found:
+        return Verdict(claim, paper, f"none of {', '.join(map(str, sorted(tried)))}", FAILS, rule)
+    wide = found[-1] / found[0] > 2
+    return Verdict(claim, paper, f"{found[0]:g} to {found[-1]:g} of those tried", FAILS if wide else HOLDS, rule)
+
+
+def _reconstruction(evidence: Evidence) -> Verdict:
+    difference = evidence.difference("mse", MAIN, TWIN)
+    verdict = UNKNOWN if difference is None else HOLDS if difference.mean <= 0.01 else FAILS
+    ours = "not measured" if difference is None else f"MSE {difference.percent()} against no penalty"
+    return Verdict("Reconstruction is kept", "no number", ours, verdict, "holds up to +1%")
+
+
+def _as_printed(evidence: Evidence) -> Verdict:
+    claim = "Equation 7 as printed, a sum over the pairs with coefficient 0.1, trains"
+    fvu = evidence.figure("fvu", "selective-sum")
+    if fvu is None:
+        return Verdict(claim, "it is the paper's setting", "not measured", UNKNOWN)
+    why = "on activations scaled to a mean squared norm of 1; the paper does not say how they are scaled"
+    return Verdict(claim, "it is the paper's setting", f"FVU {fvu.text()}", HOLDS if fvu.mean < 0.5 else FAILS, why)
+
+
+def _pair_words(evidence: Evidence, key: str, first: str, second: str, digits: int = 3) -> str:
+    a, b = evidence.figure(key, first), evidence.figure(key, second)
+    return "not measured" if a is None or b is None else f"{a.text(digits)} against {b.text(digits)}"
+
+
+JUDGES: tuple[Judge, ...] = (
+    _comparison(
+        "Selective reaches a lower peak correlation than full orthogonality", "0.28 and 0.31", "peak_correlation", -1, 3
+    ),
+    _comparison("More features stay active", "1892 and 1750 of 2304", "active_features", 1, 1),
+    _comparison("Fewer different features are in the most correlated pairs", "487 and 512", "unique_features", -1, 1),
+    _ratio("A step is faster than with full orthogonality", "0.42 s and 0.12 s, 3.5 times", "seconds_per_step", 1.75),
+    _ratio("It takes less memory", "14.8 GB and 5.3 GB, 2.8 times", "memory", 1.4),
+    _reconstruction,
+    _weaker,
+    _stronger,
+    _more_pairs,
+    _fewer_pairs,
+    _depth,
+    _spread,
+    _range,
+    _as_printed,
+)

@@ -1,0 +1,97 @@
+"""Variants against their twin at equal reconstruction: what each buys, what it costs, and which of them is worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .summaries import TWIN, Figure, Summary, at_equal_l0, paired
+
+FVU_ROOM = 0.004  # absolute, above the twin's at equal L0
+RELATIVE_ROOM = 0.01  # of the twin's FVU, for both cuts at once
+CORRELATION_CUT, COSINE_CUT = 0.25, 0.40  # shares of the twin's top correlation and maximum decoder cosine
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant and its twin, the same seeds of both."""
+
+    summary: Summary
+    twin: Summary
+    fvu_excess: Figure  # at equal L0: by interpolation between twins where the L0 is not fixed
+    relative_excess: Figure  # as a share of the twin's FVU
+    correlation: Figure  # relative difference of the mean of the top correlations
+    cosine: Figure  # relative difference of the mean maximum decoder cosine
+    dead: Figure  # difference in dead features
+
+    @property
+    def affordable(self) -> bool:
+        """At most [`FVU_ROOM`] more FVU at equal L0 and no more dead features, in the means over the seeds."""
+        return self.fvu_excess.mean <= FVU_ROOM and self.dead.mean <= 0
+
+    @property
+    def cuts_correlation(self) -> bool:
+        """By as much as [`CORRELATION_CUT`], in the mean."""
+        return self.correlation.mean <= -CORRELATION_CUT
+
+    @property
+    def cuts_cosine(self) -> bool:
+        """By as much as [`COSINE_CUT`], in the mean."""
+        return self.cosine.mean <= -COSINE_CUT
+
+    @property
+    def both(self) -> bool:
+        """Both cuts for at most [`RELATIVE_ROOM`] of the FVU."""
+        cheap = self.relative_excess.mean <= RELATIVE_ROOM and self.dead.mean <= 0
+        return cheap and self.cuts_correlation and self.cuts_cosine
+
+
+def comparisons(summaries: Sequence[Summary]) -> list[Comparison]:
+    """Of every variant of a sweep at one layer with its twin; variants whose L0 no twins enclose are left out."""
+    twin = next((summary for summary in summaries if summary.variant == TWIN), None)
+    if twin is None:
+        return []
+    twins = [summary for summary in summaries if is_twin(summary)]
+    fixed = twin.settings.get("activation") in ("topk", "batchtopk")
+    found = []
+    for summary in summaries:
+        if is_twin(summary):
+            continue
+        excess = paired(summary, twin, "fvu") if fixed else at_equal_l0(summary, twins)
+        relative = None if excess is None else _as_share(excess, twin)
+        others = [
+            paired(summary, twin, "top_correlation", relative=True),
+            paired(summary, twin, "max_decoder_cosine", relative=True),
+            paired(summary, twin, "dead_features"),
+        ]
+        if excess is not None and relative is not None and all(one is not None for one in others):
+            correlation, cosine, dead = others
+            assert correlation is not None and cosine is not None and dead is not None
+            found.append(Comparison(summary, twin, excess, relative, correlation, cosine, dead))
+    return found
+
+
+def is_twin(summary: Summary) -> bool:
+    """Whether a variant has no penalty; besides the twin proper there are some of other sparsities."""
+    return summary.variant == TWIN or summary.variant.startswith(f"{TWIN}-")
+
+
+def _as_share(excess: Figure, twin: Summary) -> Figure | None:
+    fvu = twin.figure("fvu")
+    return None if fvu is None else Figure(tuple(value / fvu.mean for value in excess.values))
+
+
+def best_by(found: Sequence[Comparison], key: str) -> Comparison | None:
+    """The affordable variant that cuts "correlation" or "cosine" most."""
+    allowed = [one for one in found if one.affordable]
+    return min(allowed, key=lambda one: getattr(one, key).mean, default=None)
+
+
+def nearest_to_both(found: Sequence[Comparison]) -> Comparison | None:
+    """Among the variants within [`RELATIVE_ROOM`], the one whose worse cut, as a share of what is asked, is largest."""
+    cheap = [one for one in found if one.relative_excess.mean <= RELATIVE_ROOM and one.dead.mean <= 0]
+
+    def worse(one: Comparison) -> float:
+        return max(one.correlation.mean / CORRELATION_CUT, one.cosine.mean / COSINE_CUT)
+
+    return min(cheap, key=worse, default=None)

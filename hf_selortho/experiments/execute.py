@@ -1,0 +1,214 @@
+"""Executes a plan: harvests once, trains what has no record yet, measures it, compares the seeds.
+
+Every training and every measurement is a process of its own, so that one that is killed costs itself alone, memory is
+given back, and several run side by side: one a GPU, or a share of the cores each. A plan that is started again skips
+what has a record; a training that was killed goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import SelOrthoError
+from ..training.outputs import METRICS_LOG, RUN, read_rows, write_json
+from .compare_seeds import compare_seeds
+from .plan import Plan, Sweep, Unit
+from .processes import Machine, Progress, launcher, run_process, side_by_side
+from .records import Records
+from .stages import Places, measure_request, run_measurement
+
+logger = logging.getLogger(__name__)
+
+MEASURE_SHARE = 0.25  # of the time of a training that measuring its SAEs takes, for the time left
+
+
+def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
+    """Train and measure every SAE of the plan that has no record, then compare the seeds of every sweep.
+
+    Raises:
+        SelOrthoError: a process has failed; says which, where its log is, and that the plan goes on from there.
+    """
+    records = Records(places.results)
+    units = [unit for unit in plan.units() if missing(unit, records, places, plan)]
+    cost = sum(_cost(unit, missing(unit, records, places, plan)) for unit in units)
+    progress = Progress(cost, "trainings", "SAE step")
+
+    def work(unit: Unit, slot: int) -> None:
+        _Job(plan, places, machine, unit, slot, progress).run(records)
+
+    try:
+        for batch in _in_order(units):
+            side_by_side(batch, work, machine.jobs)
+            for sweep, layer in dict.fromkeys((unit.sweep.name, unit.layer) for unit in batch):
+                compare_sweep(plan, places, next(s for s in plan.sweeps if s.name == sweep), layer)
+    finally:
+        progress.close()
+
+
+def _in_order(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Units in groups whose seeds are compared once all of them are there; a group that others refer to comes first."""
+    groups: dict[tuple[str, int], list[Unit]] = {}
+    for unit in sorted(units, key=lambda unit: unit.sweep.reference is not None):
+        groups.setdefault((unit.sweep.name, unit.layer), []).append(unit)
+    return list(groups.values())
+
+
+def missing(unit: Unit, records: Records, places: Places, plan: Plan) -> list[str]:
+    """Variants of the unit to be trained: without a record, or whose weights are gone before seeds were compared."""
+    found = []
+    for variant in unit.sweep.variants:
+        compared = plan.seeds == 1 or records.has(seeds_record(unit.sweep, variant, unit.layer))
+        if not records.has(unit.record(variant)) or not (compared or sae_folder(places, unit, variant) is not None):
+            found.append(variant)
+    return found
+
+
+def seeds_record(sweep: Sweep, variant: str, layer: int) -> str:
+    """Name of the record that compares the seeds of a variant."""
+    return f"{sweep.name}/{variant}-layer{layer}-seeds"
+
+
+def sae_folder(places: Places, unit: Unit, variant: str) -> Path | None:
+    """Folder of a trained SAE of the unit; None if it is not there (any more)."""
+    for attempt in sorted(places.unit(unit).glob("*/wanted.json")):
+        folder = members_of(attempt.parent, unit.layer).get(variant)
+        if folder is not None and (folder / RUN).is_file():
+            return folder
+    return None
+
+
+def members_of(folder: Path, layer: int) -> dict[str, Path]:
+    """Folders of the SAEs of one training by variant: the first one is the run's own, the others are its variants."""
+    wanted = json.loads((folder / "wanted.json").read_text(encoding="utf-8"))
+    own, *others = wanted
+    run = folder / "run"
+    return {own: run / f"layer_{layer}"} | {name: run / f"layer_{layer}_{folder_name(name)}" for name in others}
+
+
+def folder_name(variant: str) -> str:
+    """A variant's name as a training takes it: small letters, digits and hyphens."""
+    return variant.replace(".", "-")
+
+
+def compare_sweep(plan: Plan, places: Places, sweep: Sweep, layer: int) -> None:
+    """Write how alike the seeds of each variant are, where all of them are there."""
+    records = Records(places.results)
+    units = [Unit(sweep, layer, seed) for seed in range(plan.seeds)]
+    for variant in sweep.variants:
+        name = seeds_record(sweep, variant, layer)
+        folders = [sae_folder(places, unit, variant) for unit in units]
+        if plan.seeds > 1 and not records.has(name) and all(folders):
+            found = compare_seeds([folder for folder in folders if folder is not None])
+            records.write(
+                name,
+                {
+                    "kind": "seeds",
+                    "sweep": sweep.name,
+                    "variant": variant,
+                    "layer": layer,
+                    "seeds": plan.seeds,
+                    **found,
+                },
+            )
+
+
+class _Job:
+    """The training and the measurement of one unit."""
+
+    def __init__(self, plan: Plan, places: Places, machine: Machine, unit: Unit, slot: int, progress: Progress) -> None:
+        self.plan, self.places, self.machine, self.unit = plan, places, machine, unit
+        self.environment, self.progress = machine.environment(slot), progress
+
+    def run(self, records: Records) -> None:
+        """Finish what was begun, then train what is still missing; measure both."""
+        unit = self.unit
+        begun = [path.parent for path in sorted(self.places.unit(unit).glob("*/wanted.json"))]
+        for attempt in begun:
+            if any(not (folder / RUN).is_file() for folder in members_of(attempt, unit.layer).values()):
+                self._train(attempt)
+            self._measure(attempt, records)
+        variants = missing(unit, records, self.places, self.plan)
+        if variants:
+            attempt = self.places.unit(unit) / f"{len(begun):02d}"
+            attempt.mkdir(parents=True, exist_ok=True)
+            write_json(attempt / "wanted.json", variants)
+            self._train(attempt)
+            self._measure(attempt, records)
+
+    def _train(self, attempt: Path) -> None:
+        unit, sweep = self.unit, self.unit.sweep
+        own, *others = json.loads((attempt / "wanted.json").read_text(encoding="utf-8"))
+        variants = attempt / "variants.json"
+        write_json(variants, {folder_name(name): sweep.variants[name] for name in others})
+        preset = {
+            "checkpoint_every": 200, "keep_checkpoints": 1, **sweep.arguments, **sweep.variants[own],
+            "eval_samples": 0, "seed": unit.seed, "layers": [unit.layer],
+        }  # fmt: skip
+        if sweep.reference is not None:
+            preset["ortho_reference"] = str(self._reference(sweep.reference))
+        write_json(attempt / "preset.json", preset)
+        command = [
+            *launcher(self.machine), str(self.places.scripts / "train.py"), "--preset", str(attempt / "preset.json"),
+            "--activations", str(self.places.shards), "--output_dir", str(attempt / "run"),
+            "--cpu_threads", str(self.machine.threads), "--resume_from_checkpoint", "auto",
+        ]  # fmt: skip
+        if others:
+            command += ["--variants", str(variants)]
+        log = next(iter(members_of(attempt, unit.layer).values())) / METRICS_LOG
+        count, seen = len(others) + 1, 0
+
+        def look() -> None:
+            nonlocal seen
+            rows = read_rows(log)
+            step = rows[-1]["step"] if rows else 0
+            self.progress.advance((step - seen) * count * (1 - MEASURE_SHARE), unit.name)
+            seen = step
+
+        run_process(command, attempt / "train.log", self.environment, f"the training of {unit.name}", look)
+        for checkpoints in (attempt / "run").glob("checkpoints/step_*"):
+            _remove(checkpoints)
+
+    def _reference(self, name: str) -> Path:
+        sweep, variant = name.split("/", 1)
+        plan_sweep = next(one for one in self.plan.sweeps if one.name == sweep)
+        other = Unit(plan_sweep, self.unit.layer, self.unit.seed)
+        folder = sae_folder(self.places, other, variant)
+        if folder is None:
+            raise SelOrthoError(
+                f"{self.unit.name} needs the training log of {other.record(variant)}, which is not in "
+                f"{self.places.unit(other)}: remove the record {other.record(variant)}.json to train it again"
+            )
+        return folder
+
+    def _measure(self, attempt: Path, records: Records) -> None:
+        unit = self.unit
+        folders = members_of(attempt, unit.layer)
+        left = {variant: folder for variant, folder in folders.items() if not records.has(unit.record(variant))}
+        if not left:
+            return
+        request = measure_request(self.plan, self.places, self.machine, unit.layer) | {
+            "unit": {
+                "sweep": unit.sweep.name, "sections": list(unit.sweep.sections), "layer": unit.layer, "seed": unit.seed,
+            },
+            "members": {unit.record(variant): str(folder) for variant, folder in left.items()},
+            "variants": {unit.record(variant): variant for variant in left},
+        }  # fmt: skip
+        write_json(attempt / "request.json", request)
+        what = f"the measurement of {unit.name}"
+        run_measurement(attempt / "request.json", attempt / "measure.log", self.environment, what)
+        steps = unit.sweep.arguments.get("max_steps", 1000)
+        self.progress.advance(steps * len(left) * MEASURE_SHARE, unit.name)
+
+
+def _cost(unit: Unit, variants: Sequence[str]) -> float:
+    """Steps of SAEs that a unit takes."""
+    return float(unit.sweep.arguments.get("max_steps", 1000) * len(variants))
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()

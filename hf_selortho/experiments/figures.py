@@ -1,0 +1,161 @@
+"""Figures of a plan: methods against one another at equal reconstruction, and the paper's curves of a training."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
+from .summaries import TWIN, Figure, Summary
+
+_NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?))?$")
+ORANGE, SKY, PURPLE, YELLOW, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000"  # the rest of the palette
+LOOKS = {  # by family of variants: colour, marker, words
+    "none": (BLACK, "o", "no penalty"),
+    "activation": (VERMILION, "s", "selective, activations"),
+    "decoder": (BLUE, "^", "selective, decoder"),
+    "both": (GREEN, "D", "selective, both"),
+    "redundancy": (PURPLE, "v", "selective, redundancy"),
+    "full": (ORANGE, "P", "full"),
+    "ortsae": (SKY, "X", "OrtSAE"),
+}
+PANELS = {  # figure of the evaluation: title, and whether lower is better
+    "top_correlation": ("Mean of the top 0.1% correlations", True),
+    "peak_correlation": ("Peak correlation", True),
+    "max_decoder_cosine": ("Mean maximum decoder cosine", True),
+    "dead_features": ("Dead features", True),
+    "loss_recovered": ("Loss recovered", False),
+    "absorption_fraction": ("First-letter absorption", True),
+}
+
+
+def family(variant: str) -> str:
+    """What a variant is a strength of: "activation" of "activation-0.1"."""
+    match = _NUMBER.match(variant)
+    return match.group("family") if match else variant
+
+
+def pareto_figure(summaries: Sequence[Summary], path: Path, title: str) -> Path:
+    """Every figure against FVU, a line for each family of variants, error bars of one standard deviation over seeds."""
+    shown = [key for key in PANELS if any(s.figure(key) for s in summaries)]
+    with rc_context(STYLE):
+        columns = 3
+        lines = math.ceil(len(shown) / columns)
+        picture = Picture(figsize=(4.3 * columns, 3.4 * lines + 0.7), layout="constrained")
+        picture.suptitle(title, x=0.01, ha="left")
+        for number, key in enumerate(shown):
+            axes = picture.add_subplot(lines, columns, number + 1)
+            _panel(axes, summaries, key)
+            axes.set_title(PANELS[key][0] + (" (lower is better)" if PANELS[key][1] else " (higher is better)"))
+            if number >= len(shown) - columns:
+                axes.set_xlabel("FVU (unexplained variance)")
+        handles, labels = picture.axes[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
+        return save_picture(picture, path)
+
+
+def _panel(axes: Axes, summaries: Sequence[Summary], key: str) -> None:
+    for name, group in by_family(summaries).items():
+        points = [(s.figure("fvu"), s.figure(key)) for s in group]
+        known = sorted(((x, y) for x, y in points if x and y), key=lambda point: point[0].mean)
+        if known:
+            color, marker, words = LOOKS.get(name, (GREY, ".", name))
+            _errorbar(axes, [x for x, _ in known], [y for _, y in known], color, marker, words)
+
+
+def _errorbar(axes: Axes, x: Sequence[Figure], y: Sequence[Figure], color: str, marker: str, words: str) -> None:
+    axes.errorbar(
+        [one.mean for one in x], [one.mean for one in y],
+        xerr=[one.std or 0.0 for one in x], yerr=[one.std or 0.0 for one in y],
+        color=color, marker=marker, markersize=5, linewidth=1.2, elinewidth=0.8, capsize=2, label=words,
+    )  # fmt: skip
+
+
+def by_family(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """Summaries by the family of their variant, the twin's first."""
+    groups: dict[str, list[Summary]] = {}
+    for summary in sorted(summaries, key=lambda s: (family(s.variant) != TWIN,)):
+        groups.setdefault(family(summary.variant), []).append(summary)
+    return groups
+
+
+def curves_figure(
+    curves: Mapping[str, Sequence[Mapping[str, Sequence[float | None]]]],
+    panels: Mapping[str, str],
+    path: Path,
+    title: str,
+) -> Path:
+    """Figures of trainings over their steps, a line for each kind of run, its band the range over the seeds.
+
+    Args:
+        curves: by kind of run, the columns of each seed's record ("step" among them).
+        panels: title by column.
+    """
+    with rc_context(STYLE):
+        columns = min(3, len(panels))
+        lines = math.ceil(len(panels) / columns)
+        picture = Picture(figsize=(4.3 * columns, 3.1 * lines + 0.6), layout="constrained")
+        picture.suptitle(title, x=0.01, ha="left")
+        for number, (key, words) in enumerate(panels.items()):
+            axes = picture.add_subplot(lines, columns, number + 1)
+            for color, (name, seeds) in zip((BLACK, VERMILION, BLUE, GREEN), curves.items(), strict=False):
+                _band(axes, seeds, key, color, name)
+            axes.set_title(words)
+            axes.set_xlabel("step")
+        handles, labels = picture.axes[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1)
+        return save_picture(picture, path)
+
+
+def _band(axes: Axes, seeds: Sequence[Mapping[str, Sequence[float | None]]], key: str, color: str, name: str) -> None:
+    rows: dict[float, list[float]] = {}
+    for columns in seeds:
+        for step, value in zip(columns["step"], columns.get(key, ()), strict=False):
+            if step is not None and value is not None:
+                rows.setdefault(step, []).append(value)
+    if not rows:
+        return
+    steps = sorted(rows)
+    axes.plot(steps, [sum(rows[s]) / len(rows[s]) for s in steps], color=color, linewidth=1.5, label=name)
+    axes.fill_between(
+        steps, [min(rows[s]) for s in steps], [max(rows[s]) for s in steps], color=color, alpha=0.2, linewidth=0
+    )
+
+
+def world_figure_plot(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
+    """MCC and F1 of every variant in each world, differences from the twin; None if there is nothing to draw."""
+    names = list(dict.fromkeys(name for records in groups.values() for name in records[0]["scores"] if name != TWIN))
+    if not names:
+        return None
+    with rc_context(STYLE):
+        picture = Picture(figsize=(4.6 * 2, 0.8 + 0.26 * len(names)), layout="constrained")
+        picture.suptitle("Recovery of known features, difference from the twin (dots: seeds)", x=0.01, ha="left")
+        for number, (key, words) in enumerate({"mcc": "MCC", "f1": "F1"}.items()):
+            axes = picture.add_subplot(1, 2, number + 1)
+            axes.axvline(0, color=BLACK, linewidth=0.8)
+            for color, ((world, recipe), records) in zip(_WORLD_COLORS, groups.items(), strict=False):
+                points = [
+                    (r["scores"][name][key] - r["scores"][TWIN][key], row)
+                    for row, name in enumerate(names)
+                    for r in records
+                    if r["scores"].get(name, {}).get(key) is not None and r["scores"].get(TWIN, {}).get(key) is not None
+                ]
+                axes.plot(
+                    *zip(*points, strict=True), "o", color=color, markersize=4, alpha=0.7, label=f"{world}, {recipe}"
+                )
+            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+            axes.invert_yaxis()
+            axes.set_title(words)
+        handles, labels = picture.axes[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside lower center", ncols=3)
+        return save_picture(picture, path)
+
+
+_WORLD_COLORS = (BLUE, SKY, VERMILION, ORANGE, GREEN, PURPLE, GREY, YELLOW)

@@ -1,0 +1,127 @@
+"""Measures the SAEs that a unit of a plan has trained, and writes a record for each.
+
+`python -m hf_selortho.experiments.measure request.json`, a process of its own: the language model is loaded once
+for all SAEs of the unit, and its memory is gone when the next training starts. What depends on the language model alone
+(the activations of the labelled texts and of the words) is computed once for a plan and kept beside the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..activations.capture import ActivationCapture
+from ..activations.lm import load_language_model
+from ..activations.shard_batches import held_out_batches
+from ..activations.shards import ActivationStore
+from ..activations.texts import TextSource
+from ..command_line import run_script, use_all_cores
+from ..evaluation.evaluator import evaluate_saes
+from ..evaluation.tasks import prepare_tasks
+from ..modeling_selortho import SelOrthoSAE
+from .records import Records, training_facts
+from .task_files import has_tasks, load_tasks, save_tasks
+
+logger = logging.getLogger(__name__)
+
+# Correlations of all SAEs are measured on the same pairs, whatever an SAE was trained with.
+PAIR_SETTINGS = {"pair_fraction": 0.001, "min_support": 4, "correlation": "cosine", "correlation_threshold": 0.0}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured."""
+
+    unit: dict[str, Any]  # sweep, sections, layer, seed: copied into the records
+    members: dict[str, str]  # folder of the SAE by the name of its record
+    variants: dict[str, str]  # variant by the name of its record
+    shards: str
+    tasks: str
+    model: str
+    model_revision: str | None
+    results: str
+    measures: dict[str, Any]
+    dataset: str | None = None  # as it was given, where its name alone does not say where it is
+    label_column: str | None = None
+    threads: int | None = None
+
+
+def measure(request: Request) -> None:
+    """Evaluate every SAE of the request and write its record; without any, prepare the tasks of the layer."""
+    store = ActivationStore(request.shards)
+    layer, sizes = request.unit["layer"], request.measures
+    saes = {name: load_for_measuring(folder) for name, folder in request.members.items()}
+    contexts = store.held_out_contexts()[: sizes.get("eval_samples", 1000)]
+    lm = load_language_model(request.model, request.model_revision)
+    capture = ActivationCapture(lm, [layer], [store.manifest.layer(layer)["max_norm"]])
+    if not saes:
+        prepare(request, store, capture)
+        return
+    batch = sizes.get("batch_size", 4096)
+    evaluations = evaluate_saes(
+        list(saes.values()),
+        capture,
+        contexts,
+        batches=held_out_batches(store, [layer], batch, contexts=len(contexts)),
+        batch_size=batch,
+        ce_samples=sizes.get("ce_samples", 64),
+        progress=False,
+    )
+    tasks = load_tasks(Path(request.tasks), layer)
+    records = Records(Path(request.results))
+    for (name, sae), evaluation in zip(saes.items(), evaluations, strict=True):
+        folder = Path(request.members[name])
+        records.write(
+            name,
+            {
+                "kind": "sae",
+                **request.unit,
+                "variant": request.variants[name],
+                "evaluation": evaluation.metrics | tasks.measure(sae),
+                "measured_with": PAIR_SETTINGS | dict(sizes),
+                **training_facts(folder),
+            },
+        )
+
+
+def prepare(request: Request, store: ActivationStore, capture: ActivationCapture) -> None:
+    """Compute the tasks of the layer, unless they are there."""
+    layer, folder = request.unit["layer"], Path(request.tasks)
+    if has_tasks(folder, layer):
+        return
+    content = store.manifest.content
+    text = content["text"]
+    source = TextSource(
+        request.dataset or text["dataset"], text["config"], text["split"], text["text_column"], text["revision"],
+        held_out_fraction=request.measures.get("probing_fraction", text["held_out_fraction"]),
+    )  # fmt: skip
+    save_tasks(
+        prepare_tasks(capture, source, request.label_column, content["contexts"], request.measures), folder, layer
+    )
+
+
+def load_for_measuring(folder: str) -> SelOrthoSAE:
+    """An SAE with the pairs that all SAEs are compared by."""
+    sae: SelOrthoSAE = SelOrthoSAE.from_pretrained(folder, **PAIR_SETTINGS)
+    return sae.eval()
+
+
+def request_from(content: Mapping[str, Any]) -> Request:
+    """A request from JSON."""
+    return Request(**content)
+
+
+def main() -> None:
+    """Measure what the file that is named says."""
+    request = request_from(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    use_all_cores(request.threads)
+    measure(request)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,247 @@
+"""A plan of experiments, a JSON file written by hand: which SAEs are trained, on what, with which seeds, and for what.
+
+A *sweep* trains the variants of a recipe side by side, so that all of them see the same batches and start from the same
+weights; a *unit* is one sweep at one layer with one seed, and one training process. Sections are what a reader asks
+for: a sweep belongs to those that its results are shown in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import SelOrthoError
+from ..training.arguments import SETTING_NAMES
+
+PLANS = Path(__file__).with_name("plans")
+SECTIONS = ("table1", "ablations", "layers", "limits", "pareto", "ground_truth")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Variants of one recipe, trained side by side."""
+
+    name: str
+    sections: tuple[str, ...]
+    layers: tuple[int, ...]
+    arguments: dict[str, Any]  # of scripts/train.py, for all of the variants
+    variants: dict[str, dict[str, Any]]  # settings of the SAE by name
+    reference: str | None = None  # the sweep and variant whose FVU a budget is measured against, "topk/none"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training process: a sweep at one layer, with one seed."""
+
+    sweep: Sweep
+    layer: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.sweep.name}-layer{self.layer}-seed{self.seed}"
+
+    def record(self, variant: str) -> str:
+        """Name of the record of one of its SAEs, without the suffix."""
+        return f"{self.sweep.name}/{variant}-layer{self.layer}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class WorldRun:
+    """Training on synthetic activations whose features are known: one world, one recipe, one seed, several variants."""
+
+    world: dict[str, Any]
+    recipe: str
+    seed: int
+    settings: dict[str, Any]  # of the SAE, for all variants
+    variants: dict[str, dict[str, Any]]
+    training: dict[str, Any]  # steps, batch_size, learning_rate
+    peers: tuple[str, ...] = ()  # trainers of sae-lens
+
+    @property
+    def name(self) -> str:
+        """Of its record, without the suffix."""
+        return f"ground_truth/{self.world['name']}-{self.recipe}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a plan's file says."""
+
+    name: str
+    description: str
+    harvest: dict[str, Any]  # arguments of scripts/cache_activations.py
+    label_column: str | None
+    seeds: int
+    sweeps: tuple[Sweep, ...]
+    worlds: tuple[WorldRun, ...] = ()
+    measures: dict[str, Any] = field(default_factory=dict)  # sizes of the measurements
+    timing: dict[str, Any] = field(default_factory=dict)  # arguments of scripts/benchmark.py, for Table 1
+    examples: dict[str, str] = field(default_factory=dict)  # sweep and variant whose pairs are shown beside its twin's
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose activations are harvested."""
+        return sorted({layer for sweep in self.sweeps for layer in sweep.layers})
+
+    def units(self) -> list[Unit]:
+        """Training processes in the order in which they run: the seeds of a sweep one after the other."""
+        return [
+            Unit(sweep, layer, seed) for sweep in self.sweeps for layer in sweep.layers for seed in range(self.seeds)
+        ]
+
+    def only(self, sections: Sequence[str]) -> Plan:
+        """The part that these sections show."""
+        kept = tuple(sweep for sweep in self.sweeps if set(sweep.sections) & set(sections))
+        return replace(
+            self,
+            sweeps=kept,
+            worlds=self.worlds if "ground_truth" in sections else (),
+            timing=self.timing if "table1" in sections else {},
+            examples=self.examples if "pareto" in sections else {},
+        )
+
+
+def list_plans() -> list[str]:
+    """Names of the plans that come with the package."""
+    return sorted(path.stem for path in PLANS.glob("*.json"))
+
+
+def load_plan(name: str, *, quick: bool = False, seeds: int | None = None) -> Plan:
+    """A plan by name, or from a JSON file.
+
+    Args:
+        name: of a plan that comes with the package, or the path of a .json file.
+        quick: with the changes that the plan's `quick` has: the same questions, answered in minutes and badly.
+        seeds: number of seeds in place of the plan's.
+
+    Raises:
+        SelOrthoError: there is no such plan, or something in it is not allowed; says what and where.
+    """
+    path = Path(name) if name.endswith(".json") else PLANS / f"{name}.json"
+    if not path.is_file():
+        raise SelOrthoError(f"unknown plan {name!r}: expected one of {', '.join(list_plans())}, or a .json file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SelOrthoError(f"{path} is not valid JSON ({error}); mend it or choose another plan") from error
+    if not isinstance(content, dict):
+        raise SelOrthoError(f"{path} holds a {type(content).__name__}: expected an object")
+    reader = _Reader(path, content)
+    return reader.plan(path.stem, quick, seeds)
+
+
+class _Reader:
+    """Makes a plan of the content of a file, and names the file in every error."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path, self.content = path, content
+        known = {
+            "description", "harvest", "label_column", "seeds", "training", "recipes", "variant_sets", "sweeps",
+            "ground_truth", "measures", "timing", "examples", "quick",
+        }  # fmt: skip
+        self._refuse_unknown("the plan", content, known)
+
+    def plan(self, name: str, quick: bool, seeds: int | None) -> Plan:
+        content = merged(self.content, self.content.get("quick", {})) if quick else self.content
+        sweeps = tuple(self._sweep(name, one, content) for name, one in content.get("sweeps", {}).items())
+        count = seeds if seeds is not None else content.get("seeds", 3)
+        if type(count) is not int or count < 1:
+            raise SelOrthoError(f"seeds {count!r}: expected a whole number of at least 1")
+        for sweep in sweeps:
+            self._check_reference(sweep, sweeps)
+        return Plan(
+            name=f"{name}-quick" if quick else name,
+            description=content.get("description", ""),
+            harvest=content.get("harvest", {}),
+            label_column=content.get("label_column"),
+            seeds=count,
+            sweeps=sweeps,
+            worlds=tuple(self._worlds(content.get("ground_truth", {}), content, count)),
+            measures=content.get("measures", {}),
+            timing=content.get("timing", {}),
+            examples=content.get("examples", {}),
+        )
+
+    def _sweep(self, name: str, one: Mapping[str, Any], content: Mapping[str, Any]) -> Sweep:
+        where = f"sweep {name!r}"
+        self._refuse_unknown(where, one, {"sections", "layers", "recipe", "arguments", "variants", "reference"})
+        sections = tuple(one.get("sections", ()))
+        for section in sections:
+            self._one_of(f"{where}: section", section, SECTIONS)
+        recipe = self._named("recipe", one.get("recipe"), content.get("recipes", {}), where)
+        arguments = {**content.get("training", {}), **recipe, **one.get("arguments", {})}
+        layers = tuple(one.get("layers", ()))
+        if not layers or any(type(layer) is not int for layer in layers):
+            raise SelOrthoError(f"{self.path}, {where}: layers {list(layers)}: expected decoder layers counted from 0")
+        variants = self._variants(one.get("variants", ()), content, where)
+        return Sweep(name, sections, layers, arguments, variants, one.get("reference"))
+
+    def _variants(self, sets: Any, content: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+        """Settings by variant, of the sets that are named or of an object."""
+        if isinstance(sets, dict):
+            found = sets
+        else:
+            known = content.get("variant_sets", {})
+            found = {key: value for name in sets for key, value in self._named("variants", name, known, where).items()}
+        if not found:
+            raise SelOrthoError(f"{self.path}, {where} has no variants: expected settings by name, or names of sets")
+        for variant, settings in found.items():
+            unknown = sorted(set(settings) - set(SETTING_NAMES))
+            if unknown:
+                raise SelOrthoError(
+                    f"{self.path}, {where}, variant {variant!r}: {unknown[0]!r} is no setting of an SAE"
+                )
+        return dict(found)
+
+    def _worlds(self, block: Mapping[str, Any], content: Mapping[str, Any], seeds: int) -> Iterable[WorldRun]:
+        self._refuse_unknown("ground_truth", block, {"worlds", "recipes", "variants", "training", "peers"})
+        for name, world in block.get("worlds", {}).items():
+            for recipe, settings in block.get("recipes", {}).items():
+                variants = self._variants(block.get("variants", ()), content, "ground_truth")
+                peers = tuple(block.get("peers", {}).get(recipe, ()))
+                for seed in range(seeds):
+                    own = {"name": name, **world}
+                    yield WorldRun(own, recipe, seed, settings, variants, block.get("training", {}), peers)
+
+    def _check_reference(self, sweep: Sweep, sweeps: Sequence[Sweep]) -> None:
+        if sweep.reference is None:
+            return
+        known = [f"{other.name}/{variant}" for other in sweeps for variant in other.variants]
+        if sweep.reference not in known:
+            raise SelOrthoError(
+                f"{self.path}, sweep {sweep.name!r}: reference {sweep.reference!r} is no sweep/variant of this plan"
+            )
+
+    def _named(self, kind: str, name: Any, known: Mapping[str, Any], where: str) -> Any:
+        self._one_of(f"{where}: {kind}", name, tuple(known))
+        return known[name]
+
+    def _one_of(self, what: str, value: Any, allowed: Sequence[str]) -> None:
+        if value not in allowed:
+            raise SelOrthoError(f"{self.path}, {what} {value!r}: expected one of {', '.join(allowed) or 'none'}")
+
+    def _refuse_unknown(self, where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise SelOrthoError(
+                f"{self.path}, {where}: {unknown[0]!r} is not known; expected some of {', '.join(sorted(known))}"
+            )
+
+
+def merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with some values replaced, objects key by key; null removes a key."""
+    result = dict(content)
+    for key, value in changes.items():
+        old = result.get(key)
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(old, dict) and isinstance(value, dict):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
+    return result

@@ -1,0 +1,119 @@
+"""What is kept of an experiment: one JSON file for each SAE, world and comparison, under `results/<plan>/`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import SelOrthoError
+from ..training.outputs import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows, write_json
+
+SCHEMA_VERSION = 1
+CURVE_POINTS = 30
+CURVES = ("fvu", "l1", "l0", "peak_correlation", "top_correlation", "dead_features", "active_features")
+_LAST = 100  # steps whose batches tell how much a figure varies from batch to batch, as in the paper
+_SPREADS = ("peak_correlation", "top_correlation", "mean_correlation", "pair_churn", "unique_features")
+
+
+class Records:
+    """The records of one plan in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Of a record by its name, such as "topk/none-layer8-seed0"."""
+        return self.folder / f"{name}.json"
+
+    def has(self, name: str) -> bool:
+        """Whether the record is there."""
+        return self.path(name).is_file()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One record.
+
+        Raises:
+            SelOrthoError: it is missing or damaged.
+        """
+        path = self.path(name)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SelOrthoError(f"{path} is missing or damaged ({error}): remove it and run the plan again") from error
+        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+            raise SelOrthoError(
+                f"{path} has schema_version {content.get('schema_version') if isinstance(content, dict) else None}, "
+                f"expected {SCHEMA_VERSION}: remove it and run the plan again"
+            )
+        return content
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a record, whole or not at all."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema_version": SCHEMA_VERSION, "name": name, **content})
+
+    def all(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Every record of a kind ("sae", "world", "seeds", ...), by name."""
+        for path in sorted(self.folder.rglob("*.json")):
+            content = self.read(str(path.relative_to(self.folder).with_suffix("")))
+            if content.get("kind") == kind:
+                yield content
+
+
+def training_facts(folder: Path) -> dict[str, Any]:
+    """What the record of an SAE says of its training, from the files that the training has left in its folder."""
+    rows = read_rows(folder / METRICS_LOG)
+    if not rows:
+        raise SelOrthoError(f"{folder} has no {METRICS_LOG}: its training has not ended; run the plan again")
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    last = [row for row in rows if row["step"] > rows[-1]["step"] - _LAST]
+    return {
+        "arguments": {key: run["arguments"][key] for key in sorted(run["arguments"]) if key not in _PLACES},
+        "training": metrics.get("training", {}),
+        "spread_over_batches": {key: _spread(last, key) for key in _SPREADS},
+        "curve": thinned(rows),
+        "versions": run["versions"],
+        "hardware": run["hardware"],
+        "started": run["started"],
+        "peak_memory_gb": run.get("peak_memory_gb"),
+        "seconds": training_seconds(folder),
+    }
+
+
+def training_seconds(folder: Path) -> float:
+    """What the steps of an SAE took by themselves, also beside others that were trained in turns with it."""
+    seconds, before = 0.0, 0
+    for row in read_rows(folder / TIMINGS_LOG):
+        seconds += row["seconds_per_step"] * (row["step"] - before)
+        before = row["step"]
+    return seconds
+
+
+_PLACES = ("output_dir", "activations", "variants", "ortho_reference", "dataset", "resume_from_checkpoint")
+
+
+def thinned(rows: Sequence[Mapping[str, Any]], points: int = CURVE_POINTS) -> dict[str, list[Any]]:
+    """Some rows of a training's log as columns, evenly spread over the steps, the last one among them."""
+    if len(rows) > points:
+        rows = [rows[round(k * (len(rows) - 1) / (points - 1))] for k in range(points)]
+    columns = {"step": [row["step"] for row in rows]}
+    for key in CURVES:
+        if any(row.get(key) is not None for row in rows):
+            columns[key] = [_short(row.get(key)) for row in rows]
+    return columns
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float] | None:
+    values = [float(row[key]) for row in rows if row.get(key) is not None]
+    if len(values) < 2:
+        return None
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values), "batches": len(values)}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,153 @@
+"""Sections that compare methods: at equal reconstruction, steered, and on the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..comparison import (
+    CORRELATION_CUT,
+    COSINE_CUT,
+    FVU_ROOM,
+    RELATIVE_ROOM,
+    Comparison,
+    best_by,
+    comparisons,
+    is_twin,
+    nearest_to_both,
+)
+from ..figures import family, pareto_figure
+from ..findings import Findings
+from ..summaries import TWIN
+from ..tables import METHOD_COLUMNS, MODEL_COLUMNS, comparison_table, seeds_table, summary_table
+
+NAMES = {"topk": "TopK", "relu": "ReLU + L1", "batchtopk": "BatchTopK"}
+
+
+def pareto(findings: Findings, figures: Path, link: str) -> str:
+    """Methods against one another at equal reconstruction."""
+    if not findings.pareto:
+        return ""
+    parts = [
+        "## Methods at equal reconstruction\n\nEvery variant against its twin, the same run without "
+        "penalty: same batches, "
+        f"same initial weights. *FVU*: how much more than the twin's at equal L0 (for ReLU, twins of several L1 are "
+        "interpolated). The other columns are differences from the twin, relative but for dead features. "
+        "*Worth it*: at most "
+        f"{FVU_ROOM} more FVU and no more dead features, for {CORRELATION_CUT:.0%} less of the top correlations "
+        f"(correlation) or {COSINE_CUT:.0%} less of the mean maximum decoder cosine (cosine); *both*: both "
+        f"of them for at "
+        f"most {RELATIVE_ROOM:.0%} of the twin's FVU."
+    ]
+    for sweep in findings.pareto:
+        summaries = findings.of(sweep)
+        name = NAMES.get(sweep, sweep)
+        found = comparisons(summaries)
+        pareto_figure(summaries, figures / f"pareto_{sweep}.png", f"{name}: what each method buys, against its price")
+        parts.append(
+            f"### {name}\n\n![{name}]({link}/pareto_{sweep}.png)\n\n{pareto_words(name, found)}\n\n"
+            f"{comparison_table(found)}\n\n{summary_table(summaries, METHOD_COLUMNS)}"
+        )
+    return "\n\n".join(parts)
+
+
+def pareto_words(name: str, found: Sequence[Comparison]) -> str:
+    """What a figure shows, in sentences."""
+    words = []
+    for key, what in (
+        ("correlation", "the mean of the top 0.1% correlations"),
+        ("cosine", "the mean maximum decoder cosine"),
+    ):
+        best = best_by(found, key)
+        if best is None:
+            words.append(f"No variant stays within {FVU_ROOM} of the twin's FVU without more dead features.")
+        else:
+            cut: Any = getattr(best, key)
+            words.append(
+                f"Within {FVU_ROOM} of the twin's FVU and without more dead features, "
+                f"`{best.summary.variant}` changes {what} "
+                f"most: {cut.percent()} for {best.fvu_excess.signed(4)} FVU."
+            )
+    both = [one for one in found if one.both]
+    if both:
+        best = min(both, key=lambda one: one.correlation.mean + one.cosine.mean)
+        words.append(
+            f"Both at once, for at most {RELATIVE_ROOM:.0%} of FVU: `{best.summary.variant}`, correlation "
+            f"{best.correlation.percent()} and cosine {best.cosine.percent()} for {best.relative_excess.percent()}."
+        )
+    elif (near := nearest_to_both(found)) is not None:
+        words.append(
+            f"None of the {len(found)} variants buys both cuts for at most {RELATIVE_ROOM:.0%} of FVU; nearest is "
+            f"`{near.summary.variant}`: correlation {near.correlation.percent()}, cosine {near.cosine.percent()} for "
+            f"{near.relative_excess.percent()}."
+        )
+    return f"{name}: " + " ".join(words)
+
+
+def on_the_model(findings: Findings, figures: Path, link: str) -> str:
+    """Probing, absorption and stability."""
+    if not findings.pareto:
+        return ""
+    parts = ["## On the language model", _task_words(findings)]
+    for sweep in findings.pareto:
+        summaries = [s for s in findings.of(sweep) if s.variant == TWIN or not is_twin(s)]
+        records = [
+            r
+            for r in findings.seeds
+            if r["sweep"] == sweep and (r["variant"] == TWIN or not r["variant"].startswith(f"{TWIN}-"))
+        ]
+        parts.append(f"### {NAMES.get(sweep, sweep)}\n\n{summary_table(summaries, MODEL_COLUMNS)}")
+        if records:
+            parts.append(
+                "How alike the seeds are (decoder cosines; features are shared if their matched cosine exceeds 0.7; "
+                "distinct directions: 1 if all seeds find the same, 3 if none of three do).\n\n" + seeds_table(records)
+            )
+    return "\n\n".join(parts)
+
+
+def _task_words(findings: Findings) -> str:
+    lines = []
+    for layer, facts in sorted(findings.tasks.items()):
+        if "probing_accuracy_lm" in facts:
+            lines.append(
+                f"Layer {layer}: {facts['probing_texts']} texts of {facts['probing_classes']} classes; a probe on the "
+                f"activations themselves reaches {facts['probing_accuracy_lm']:.3f} (balanced accuracy, "
+                f"one class against "
+                "the rest)."
+            )
+        elif "no_probing" in facts:
+            lines.append(f"Layer {layer}: no sparse probing, {facts['no_probing']}.")
+        if "spelling_accuracy" in facts:
+            lines.append(
+                f"First letters, layer {layer}: the language model names that of "
+                f"{facts['spelling_accuracy']:.0%} of the "
+                f"words; linear probes reach a mean F1 of {facts['first_letter_probe_f1']:.2f}. "
+                + (facts.get("first_letter_caution") or "")
+            )
+        elif "no_first_letter" in facts:
+            lines.append(f"Layer {layer}: no absorption, {facts['no_first_letter']}.")
+    return "\n".join(f"- {line.strip()}" for line in lines)
+
+
+def adaptive(findings: Findings, figures: Path, link: str) -> str:
+    """The coefficient steered by the FVU budget, beside fixed ones."""
+    parts = []
+    for sweep in findings.plan.sweeps:
+        if sweep.reference is None or not (own := findings.of(sweep.name)):
+            continue
+        base = findings.of(sweep.reference.split("/")[0])
+        fixed = [s for s in base if s.variant == TWIN or family(s.variant) in {family(o.variant) for o in own}]
+        found = [c for c in comparisons([*fixed, *own])]
+        budget = sweep.arguments.get("ortho_budget_value")
+        parts.append(
+            f"### {sweep.name}\n\nSteered to an FVU {budget:.0%} above the twin's.\n\n{comparison_table(found)}\n\n"
+            f"{summary_table(own, METHOD_COLUMNS)}"
+        )
+    if not parts:
+        return ""
+    return (
+        "## Adaptive coefficient\n\n`--ortho_budget fvu` moves the coefficient so that the FVU of the training batches "
+        "stays a given share above the twin's; beside it fixed coefficients of the same penalties.\n\n"
+        + "\n\n".join(parts)
+    )

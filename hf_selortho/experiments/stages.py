@@ -1,0 +1,172 @@
+"""What a plan does besides training on activations: harvest them, read the tasks, synthetic worlds, timing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..activations.shards import ActivationStore
+from ..errors import SelOrthoError
+from ..training.outputs import write_json
+from .examples import EXAMPLES, read_examples
+from .plan import Plan, Unit, WorldRun
+from .processes import Machine, Progress, launcher, run_process, side_by_side
+from .records import Records
+from .task_files import TASKS, has_tasks, load_facts
+from .timing import TIMING
+from .world_run import missing_scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a plan's files are."""
+
+    work: Path  # shards, trained SAEs: large
+    results: Path  # records, figures: small
+    scripts: Path  # train.py, cache_activations.py
+
+    @property
+    def shards(self) -> Path:
+        return self.work / "shards"
+
+    @property
+    def tasks(self) -> Path:
+        return self.work / "tasks"
+
+    def unit(self, unit: Unit) -> Path:
+        return self.work / "units" / unit.name
+
+
+def harvest(plan: Plan, places: Places, machine: Machine) -> None:
+    """Harvest the activations of all layers of the plan, unless that is done.
+
+    Raises:
+        SelOrthoError: the folder holds the activations of another plan or text.
+    """
+    arguments = {"layers": plan.layers, **plan.harvest}
+    done = places.work / "harvest.json"
+    if done.is_file():
+        before = json.loads(done.read_text(encoding="utf-8"))
+        if set(before.pop("layers")) >= set(arguments["layers"]) and before == plan.harvest:
+            return
+        raise SelOrthoError(
+            f"{places.shards} holds the activations of layers and text that {done} names, not those of "
+            f"this plan: choose "
+            "another --work_dir"
+        )
+    preset = places.work / "harvest_arguments.json"
+    write_json(preset, arguments)
+    command = [
+        *launcher(Machine(1, machine.processes * machine.jobs if torch.cuda.is_available() else 1)),
+        str(places.scripts / "cache_activations.py"), "--preset", str(preset), "--output_dir", str(places.shards),
+    ]  # fmt: skip
+    run_process(command, places.work / "harvest.log", dict(os.environ), "the harvest")
+    write_json(done, arguments)
+
+
+def prepare(plan: Plan, places: Places, machine: Machine) -> None:
+    """Let the language model read what the SAEs are measured on, once for each layer."""
+    for layer in plan.layers:
+        if has_tasks(places.tasks, layer):
+            _record_tasks(places, layer)
+            continue
+        request = places.tasks / f"request_layer{layer}.json"
+        places.tasks.mkdir(parents=True, exist_ok=True)
+        content = measure_request(plan, places, machine, layer)
+        if layer not in plan.measures.get("task_layers", plan.layers):
+            content["measures"] = {**plan.measures, "probing_texts": 0, "first_letter_words": 0}
+        write_json(request, {**content, "threads": Machine().threads})
+        run_measurement(request, places.tasks / "prepare.log", dict(os.environ), f"reading the tasks of layer {layer}")
+        _record_tasks(places, layer)
+
+
+def _record_tasks(places: Places, layer: int) -> None:
+    """Keep what the language model itself reaches on the tasks of a layer."""
+    facts = load_facts(places.tasks, layer)
+    Records(places.results).write(f"{TASKS}-layer{layer}", {"kind": TASKS, "layer": layer, **facts})
+
+
+def measure_request(plan: Plan, places: Places, machine: Machine, layer: int) -> dict[str, Any]:
+    """What a measurement at a layer is told, but for its SAEs."""
+    model = ActivationStore(str(places.shards)).manifest.content["model"]
+    return {
+        "unit": {"layer": layer}, "members": {}, "variants": {},
+        "shards": str(places.shards), "tasks": str(places.tasks),
+        "model": model["name"], "model_revision": model["revision"],
+        "dataset": plan.harvest.get("dataset"), "label_column": plan.label_column,
+        "results": str(places.results), "measures": plan.measures, "threads": machine.threads,
+    }  # fmt: skip
+
+
+def run_measurement(request: Path, log: Path, environment: dict[str, str], what: str) -> None:
+    """Run the measuring process on a request."""
+    run_process([sys.executable, "-m", "hf_selortho.experiments.measure", str(request)], log, environment, what)
+
+
+def run_worlds(plan: Plan, places: Places, machine: Machine) -> None:
+    """Train and score on the synthetic worlds what has no record."""
+    records = Records(places.results)
+    runs = [run for run in plan.worlds if any(missing_scores(run, records))]
+    progress = Progress(sum(map(len, (sum(missing_scores(run, records), []) for run in runs))), "ground truth", "SAE")
+
+    def work(run: WorldRun, slot: int) -> None:
+        count = len(sum(missing_scores(run, records), []))
+        folder = places.work / "worlds"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = run.name.replace("/", "-")
+        content = {
+            "run": dataclasses.asdict(run), "results": str(places.results), "threads": machine.threads,
+            "samples": plan.measures.get("world_samples", 50_000),
+        }  # fmt: skip
+        write_json(folder / f"{name}.json", content)
+        command = [sys.executable, "-m", "hf_selortho.experiments.world_run", str(folder / f"{name}.json")]
+        run_process(command, folder / f"{name}.log", machine.environment(slot), f"the world of {name}")
+        progress.advance(count, name)
+
+    try:
+        side_by_side(runs, work, machine.jobs)
+    finally:
+        progress.close()
+
+
+def time_steps(plan: Plan, places: Places) -> None:
+    """Time the steps of Table 1, while nothing else runs."""
+    if not plan.timing or Records(places.results).has(TIMING):
+        return
+    settings = dict(plan.timing)
+    layer = settings.pop("layer")
+    request = places.work / "timing.json"
+    write_json(
+        request, {"shards": str(places.shards), "layer": layer, "settings": settings, "results": str(places.results)}
+    )
+    command = [sys.executable, "-m", "hf_selortho.experiments.timing", str(request)]
+    run_process(command, places.work / "timing.log", dict(os.environ), "the timing of steps")
+
+
+def find_examples(plan: Plan, places: Places, folders: dict[str, Path], seed: int) -> None:
+    """Build the index of a twin with its SAE beside it, and keep what it says of their pairs.
+
+    Args:
+        folders: of the trained SAEs, "twin" and "sae".
+        seed: of their training.
+    """
+    index = places.work / "examples"
+    command = [
+        sys.executable, str(places.scripts / "build_feature_index.py"), str(folders["twin"]), "--twin",
+        str(folders["sae"]), "--output", str(index), "--overwrite", "--tokens", "200000",
+    ]  # fmt: skip
+    if "dataset" in plan.harvest:
+        command += ["--dataset", str(plan.harvest["dataset"])]
+    run_process(command, places.work / "examples.log", dict(os.environ), "the index of the examples")
+    found = read_examples(index)
+    Records(places.results).write(EXAMPLES, {"kind": "examples", **plan.examples, "seed": seed, **found})

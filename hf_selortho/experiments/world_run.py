@@ -1,0 +1,65 @@
+"""Trains and scores the variants of one world, recipe and seed.
+
+`python -m hf_selortho.experiments.world_run request.json`, a process of its own, like every training of a plan. What a
+record has already is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..command_line import run_script, use_all_cores
+from ..training.outputs import hardware, library_versions
+from .plan import WorldRun
+from .records import Records
+from .world_peers import run_peers
+from .world_training import run_world
+from .worlds import World
+
+
+def missing_scores(run: WorldRun, records: Records) -> tuple[list[str], list[str]]:
+    """Variants and peers that the record of a run does not have."""
+    known = records.read(run.name) if records.has(run.name) else {}
+    variants = [name for name in run.variants if name not in known.get("scores", {})]
+    peers = [name for name in run.peers if name not in known.get("peers", {})]
+    return variants, peers
+
+
+def score_world(run: WorldRun, records: Records, samples: int) -> None:
+    """Train what the record does not have, and write it with what it had."""
+    variants, peers = missing_scores(run, records)
+    known: dict[str, Any] = records.read(run.name) if records.has(run.name) else {}
+    world = World.from_json(run.world)
+    scores, of_peers = dict(known.get("scores", {})), dict(known.get("peers", {}))
+    if variants:
+        settings = {name: run.variants[name] for name in variants}
+        scores |= run_world(world, run.settings, settings, seed=run.seed, samples=samples, **run.training)
+    if peers:
+        of_peers |= run_peers(world, peers, run.settings, seed=run.seed, samples=samples, **run.training)
+    records.write(
+        run.name,
+        {
+            "kind": "world", "world": world.to_json(), "recipe": run.recipe, "seed": run.seed, "settings": run.settings,
+            "variants": run.variants, "training": run.training, "samples": samples, "scores": scores, "peers": of_peers,
+            "hardware": hardware(torch.device("cpu"), 1), "versions": library_versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Score what the file that is named says."""
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    use_all_cores(request["threads"])
+    run = WorldRun(**{**request["run"], "peers": tuple(request["run"]["peers"])})
+    score_world(run, Records(Path(request["results"])), request["samples"])
+
+
+if __name__ == "__main__":
+    run_script(main)

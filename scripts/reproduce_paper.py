@@ -1,0 +1,93 @@
+"""Run a plan of experiments: what selective orthogonality does, measured with seeds, beside the paper's claims.
+
+python scripts/reproduce_paper.py --preset demo
+python scripts/reproduce_paper.py --preset demo --only pareto ground_truth --jobs 2
+python scripts/reproduce_paper.py --preset gemma2-2b --jobs 8     # one GPU a training
+
+Run it again to go on where it was stopped: what has a record under results/ is not done again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_selortho import SelOrthoError
+from hf_selortho.command_line import run_script
+from hf_selortho.experiments.execute import run_trainings
+from hf_selortho.experiments.plan import SECTIONS, Plan, list_plans, load_plan
+from hf_selortho.experiments.processes import Machine
+from hf_selortho.experiments.stages import Places, harvest, prepare, run_worlds, time_steps
+from hf_selortho.training.arguments import OneLineParser, argument
+
+
+@dataclass
+class ReproduceArguments:
+    """Which plan, which part of it, and where."""
+
+    preset: str = argument("demo", f"The plan: {', '.join(list_plans())}, or a .json file.")
+    only: list[str] = argument([], f"Sections to run, of {', '.join(SECTIONS)}; default: all.")
+    seeds: int | None = argument(None, "Seeds of every experiment; default: the plan's.")
+    quick: bool = argument(False, "The plan in small, some 20 minutes: says whether it runs, not what is true.")
+    dataset: str | None = argument(None, "Another text than the plan's: Hub id, local file or folder.")
+    label_column: str | None = argument(None, "Its column of labels, for sparse probing; default: the plan's.")
+    work_dir: str = argument("runs/experiments", "Folder for activations and trained SAEs (large); one a plan.")
+    results_dir: str = argument("results", "Folder for the records, tables and figures (small); one a plan.")
+    report: str | None = argument(None, "The report; default: RESULTS.md in the folder of the plan's records.")
+    report_only: bool = argument(False, "Write the report of the records that there are, and run nothing.")
+    jobs: int | None = argument(None, "Trainings side by side; default: one a GPU, else 1.")
+    processes: int = argument(1, "Processes of each training (data parallel).")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what has no record yet, then write the report."""
+    groups: list[Any] = [ReproduceArguments]
+    parser = OneLineParser(groups, allow_abbrev=False)
+    arguments, unknown = parser.parse_args_into_dataclasses(
+        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    plan = chosen_plan(arguments)
+    jobs = arguments.jobs if arguments.jobs is not None else max(1, torch.cuda.device_count() // arguments.processes)
+    places = Places(
+        Path(arguments.work_dir) / plan.name, Path(arguments.results_dir) / plan.name, Path(__file__).resolve().parent
+    )
+    places.work.mkdir(parents=True, exist_ok=True)
+    machine = Machine(jobs, arguments.processes)
+    if plan.sweeps:
+        harvest(plan, places, machine)
+        time_steps(plan, places)
+        prepare(plan, places, machine)
+        run_trainings(plan, places, machine)
+    run_worlds(plan, places, machine)
+
+
+def chosen_plan(arguments: ReproduceArguments) -> Plan:
+    """The plan as the command line wants it.
+
+    Raises:
+        SelOrthoError: an argument is not allowed.
+    """
+    for name in ("jobs", "processes", "seeds"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise SelOrthoError(f"--{name} {value}: expected at least 1")
+    for section in arguments.only:
+        if section not in SECTIONS:
+            raise SelOrthoError(f"--only {section}: expected some of {', '.join(SECTIONS)}")
+    plan = load_plan(arguments.preset, quick=arguments.quick, seeds=arguments.seeds)
+    if arguments.dataset is not None:
+        plan = replace(plan, harvest={**plan.harvest, "dataset": arguments.dataset})
+    if arguments.label_column is not None:
+        plan = replace(plan, label_column=arguments.label_column)
+    return plan.only(arguments.only) if arguments.only else plan
+
+
+if __name__ == "__main__":
+    run_script(main)

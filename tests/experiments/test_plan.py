@@ -1,0 +1,125 @@
+"""Plans: what a file may say, what it comes to, and how mistakes in it are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_selortho import SelOrthoConfig, SelOrthoError
+from hf_selortho.experiments.plan import SECTIONS, list_plans, load_plan, merged
+
+SMALL: dict[str, Any] = {
+    "seeds": 2,
+    "training": {"max_steps": 10, "batch_size": 64},
+    "recipes": {"topk": {"activation": "topk", "k": 4}},
+    "variant_sets": {"a": {"none": {"ortho_coefficient": 0.0}}, "b": {"full-1": {"penalty": "full"}}},
+    "sweeps": {
+        "one": {"sections": ["pareto"], "recipe": "topk", "layers": [1, 3], "variants": ["a", "b"]},
+        "two": {"sections": ["limits"], "recipe": "topk", "layers": [1], "variants": {"x": {"k": 2}}},
+    },
+    "quick": {"seeds": 1, "training": {"max_steps": 2}, "sweeps": {"two": None}},
+}
+
+
+def write(folder: Path, **changes: Any) -> str:
+    path = folder / "small.json"
+    path.write_text(json.dumps({**SMALL, **changes}), encoding="utf-8")
+    return str(path)
+
+
+def test_units_are_sweeps_times_layers_times_seeds(tmp_path: Path) -> None:
+    plan = load_plan(write(tmp_path))
+    assert [unit.name for unit in plan.units()] == [
+        "one-layer1-seed0", "one-layer1-seed1", "one-layer3-seed0", "one-layer3-seed1", "two-layer1-seed0",
+        "two-layer1-seed1",
+    ]  # fmt: skip
+    assert plan.units()[0].record("full-1") == "one/full-1-layer1-seed0"
+    assert plan.sweeps[0].variants == {"none": {"ortho_coefficient": 0.0}, "full-1": {"penalty": "full"}}
+    assert plan.sweeps[0].arguments == {"max_steps": 10, "batch_size": 64, "activation": "topk", "k": 4}
+    assert plan.layers == [1, 3]
+
+
+def test_quick_merges_and_removes(tmp_path: Path) -> None:
+    plan = load_plan(write(tmp_path), quick=True)
+    assert plan.name == "small-quick" and plan.seeds == 1
+    assert [sweep.name for sweep in plan.sweeps] == ["one"]
+    assert plan.sweeps[0].arguments["max_steps"] == 2 and plan.sweeps[0].arguments["batch_size"] == 64
+
+
+def test_seeds_of_the_command_line_come_first(tmp_path: Path) -> None:
+    assert load_plan(write(tmp_path), quick=True, seeds=5).seeds == 5
+    with pytest.raises(SelOrthoError, match="seeds 0"):
+        load_plan(write(tmp_path), seeds=0)
+
+
+def test_only_keeps_the_sweeps_of_a_section(tmp_path: Path) -> None:
+    plan = load_plan(write(tmp_path))
+    assert [sweep.name for sweep in plan.only(["limits"]).sweeps] == ["two"]
+    assert plan.only(["limits"]).layers == [1]
+    assert plan.only(["ground_truth"]).sweeps == ()
+
+
+def test_merged_goes_key_by_key() -> None:
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": None, "e": 5}) == {
+        "a": {"b": 4, "c": 2},
+        "e": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"sweeps": {"s": {"recipe": "none", "layers": [1], "variants": ["a"]}}},
+            "recipe 'none': expected one of topk",
+        ),
+        ({"sweeps": {"s": {"recipe": "topk", "layers": [], "variants": ["a"]}}}, "expected decoder layers"),
+        ({"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": ["c"]}}}, "variants 'c': expected one of a, b"),
+        ({"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": []}}}, "no variants"),
+        ({"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": {"x": {"kk": 1}}}}}, "'kk' is no setting"),
+        ({"sweeps": {"s": {"recipe": "topk", "layer": [1], "variants": ["a"]}}}, "'layer' is not known"),
+        (
+            {"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": ["a"], "sections": ["x"]}}},
+            "section 'x': expected one of table1",
+        ),
+        (
+            {"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": ["a"], "reference": "t/none"}}},
+            "reference 't/none' is no sweep/variant",
+        ),
+        ({"sweps": {}}, "'sweps' is not known"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SelOrthoError, match=expected):
+        load_plan(write(tmp_path, **changes))
+
+
+def test_unknown_plans_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(SelOrthoError, match="unknown plan 'x': expected one of demo"):
+        load_plan("x")
+    (tmp_path / "b.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SelOrthoError, match="not valid JSON"):
+        load_plan(str(tmp_path / "b.json"))
+    (tmp_path / "l.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(SelOrthoError, match="holds a list"):
+        load_plan(str(tmp_path / "l.json"))
+
+
+@pytest.mark.parametrize("name", list_plans())
+@pytest.mark.parametrize("quick", [False, True])
+def test_plans_that_come_with_the_package(name: str, quick: bool) -> None:
+    plan = load_plan(name, quick=quick)
+    assert plan.description and plan.harvest["model"]
+    assert {section for sweep in plan.sweeps for section in sweep.sections} <= set(SECTIONS)
+    for sweep in plan.sweeps:
+        assert "none" in sweep.variants or sweep.reference, f"{sweep.name} has no twin to be compared with"
+        settings = {key: sweep.arguments[key] for key in sweep.arguments if key in SelOrthoConfig.describe()}
+        for variant in sweep.variants.values():
+            SelOrthoConfig(**{**settings, **variant, "d_in": 640})
+    for run in plan.worlds:
+        assert "none" in run.variants
+        for variant in run.variants.values():
+            SelOrthoConfig(**{**run.settings, **variant, "d_in": 64})
