@@ -38,22 +38,13 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
 
     def work(unit: Unit, slot: int) -> None:
         _Job(plan, places, machine, unit, slot, progress).run(records)
+        compare_sweep(plan, places, unit.sweep, unit.layer)
 
     try:
-        for batch in _in_order(units):
-            side_by_side(batch, work, machine.jobs)
-            for sweep, layer in dict.fromkeys((unit.sweep.name, unit.layer) for unit in batch):
-                compare_sweep(plan, places, next(s for s in plan.sweeps if s.name == sweep), layer)
+        for refers in (False, True):  # a budget is measured against a training that has to be there
+            side_by_side([u for u in units if (u.sweep.reference is not None) is refers], work, machine.jobs)
     finally:
         progress.close()
-
-
-def _in_order(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Units in groups whose seeds are compared once all of them are there; a group that others refer to comes first."""
-    groups: dict[tuple[str, int], list[Unit]] = {}
-    for unit in sorted(units, key=lambda unit: unit.sweep.reference is not None):
-        groups.setdefault((unit.sweep.name, unit.layer), []).append(unit)
-    return list(groups.values())
 
 
 def missing(unit: Unit, records: Records, places: Places, plan: Plan) -> list[str]:

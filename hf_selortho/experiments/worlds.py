@@ -31,6 +31,11 @@ class World:
     `min_probability` (zipfian: as a power law; linear), drawn between the two (random) or all `max_probability`
     (constant). Features are numbered level by level, so in a falling order parents fire more often than children.
 
+    With `compensate`, a child fires on the share p(child) / p(parent) of its parent's tokens. At the defaults that is
+    0.6 below the roots and 0.87 below their children, whose parents are hardly ever seen alone: [`absorption_scores`]
+    then has support for 136 of the 960 pairs at most. With probabilities from 0.9 to 0.0005 it is 0.16 and 0.17, and
+    all 960 have.
+
     Raises:
         SelOrthoError: a value is not possible; names it.
     """
