@@ -28,6 +28,7 @@ _SECRETS = (
 )  # fmt: skip
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: nothing may be between fork and exec
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -114,7 +115,7 @@ def start_cpu_processes() -> None:
     Between machines, gloo would take the interface that the machine's own name leads to: often the loopback.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # it started this process
-        _end_with_parent()
+        end_with_parent()
     started_by_accelerate = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     parent = psutil.Process().parent()
     if not started_by_accelerate or "WORLD_SIZE" in os.environ or parent is None:
@@ -177,10 +178,13 @@ def interface_towards(address: str) -> str | None:
     return next((name for name, found in interfaces if own in {one.address.split("%")[0] for one in found}), None)
 
 
-def _end_with_parent() -> None:
-    """Let this process have SIGTERM when `accelerate launch` ends, which passes no signal on; on Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+def end_with_parent() -> None:
+    """Let this process have SIGTERM when the one that started it ends; on Linux only.
+
+    `accelerate launch` passes no signal on, and a plan that is killed would leave its trainings running.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 class _Discreet(logging.Formatter):

@@ -26,7 +26,7 @@ CONFIG_VERSION = 1
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 Penalty = Literal["selective", "full", "ortsae", "none"]
-Space = Literal["activation", "decoder", "redundancy"]
+Space = Literal["activation", "decoder", "redundancy", "exclusion"]
 SelectionSpace = Literal["same", "activation", "decoder", "redundancy"]
 PenaltySchedule = Literal["on_selection", "every_step"]
 Correlation = Literal["cosine", "pearson"]
@@ -98,7 +98,7 @@ class SelOrthoConfig(PreTrainedConfig):
     penalty_space: Space = _setting(
         "activation",
         "What the selective penalty squares: the pairs' correlation (activation, the paper), their decoder cosine "
-        "(decoder), or their decoder cosine times how symmetrically they fire together (redundancy).",
+        "(decoder), their decoder cosine times how symmetrically they fire together (redundancy), or how rarely (exclusion).",
     )
     selection_space: SelectionSpace = _setting("same", "By which of these the pairs are selected; same: the penalty's.")
     ortho_coefficient: float = _setting(0.1, "Weight of the decorrelation penalty, eq. 7.")
@@ -236,7 +236,8 @@ class SelOrthoConfig(PreTrainedConfig):
     @property
     def selects_by(self) -> str:
         """The score by which pairs are selected: "activation", "decoder" or "redundancy"."""
-        return self.penalty_space if self.selection_space == "same" else self.selection_space
+        own = "decoder" if self.penalty_space == "exclusion" else self.penalty_space
+        return own if self.selection_space == "same" else self.selection_space
 
     @classmethod
     def _refuse_misspelt(cls, keys: Iterable[str]) -> None:

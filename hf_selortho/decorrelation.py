@@ -214,18 +214,24 @@ def penalty_by_space(
     """[`decorrelation_penalty`] on the squares of any of the scores.
 
     "activation": `sum_T c_ij^2`, the paper's, with its gradient to `h`. "decoder": `sum_T cos(W_i, W_j)^2`, gradient to
-    `W_dec` (n, d_in). "redundancy": `sum_T s_ij^2 cos(W_i, W_j)^2` with the co-firing `s_ij = min(P(i|j), P(j|i))` of
-    this batch held fixed, gradient to `W_dec`.
+    `W_dec` (n, d_in). The other two weight the latter by how the pair fires in this batch, held fixed: "redundancy" by
+    the square of `min(P(i|j), P(j|i))`, so that nested features are spared; "exclusion" by that of
+    `1 - max(P(i|j), P(j|i))`, so that features are which point alike and stand in for one another, as one that has
+    absorbed another's direction does. A feature that does not fire takes no part in these two.
     """
     if space == "activation":
         return decorrelation_penalty(h, pairs, coefficient, reduction, correlation, group)
     weights = None
-    if space == "redundancy":
+    if space in ("redundancy", "exclusion"):
         with torch.no_grad():
             fired = pattern(h)
             joint = pair_sums(fired, pairs.i, pairs.j)
             joint = joint if group is None else group.sum(joint)
-            weights = co_firing(joint, pairs.i, pairs.j, feature_norms(h, "cosine", group)).nan_to_num(0).square()
+            norms = feature_norms(h, "cosine", group)
+            share = co_firing(joint, pairs.i, pairs.j, norms)
+            if space == "exclusion":
+                share = 1 - joint / torch.minimum(norms.support[pairs.i], norms.support[pairs.j])
+            weights = share.nan_to_num(0).square()
     # the same on every process: no group, and the mean over processes is right as it is
     return decorrelation_penalty(W_dec.T, pairs, coefficient, reduction, weights=weights)
 

@@ -104,7 +104,9 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     }
     sizes = {"probing_texts": arguments.probing_texts, "first_letter_words": arguments.first_letter_words}
     tasks = prepare_tasks(capture, source, arguments.label_column, cutting, sizes)
-    metrics |= tasks.facts | tasks.measure(sae)
+    metrics |= {key: value for key, value in tasks.facts.items() if not key.startswith("no_")} | tasks.measure(sae)
+    if arguments.first_letter_words and tasks.first_letter is None:
+        logger.warning("no first-letter task: %s", tasks.facts["no_first_letter"])
     for other, W_dec in zip(arguments.compare_with, others, strict=True):
         metrics.setdefault("compared_with", {})[other] = stability(sae.W_dec.detach().float().cpu(), W_dec)
     return metrics

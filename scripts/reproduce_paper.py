@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from hf_selortho import SelOrthoError
+from hf_selortho.activations.disk import FolderLock
 from hf_selortho.command_line import run_script
-from hf_selortho.experiments.execute import run_trainings
+from hf_selortho.experiments.execute import run_examples, run_trainings
 from hf_selortho.experiments.plan import SECTIONS, Plan, list_plans, load_plan
-from hf_selortho.experiments.processes import Machine
+from hf_selortho.experiments.processes import Machine, stop_on_sigterm
+from hf_selortho.experiments.report import write_results
 from hf_selortho.experiments.stages import Places, harvest, prepare, run_worlds, time_steps
 from hf_selortho.training.arguments import OneLineParser, argument
 
@@ -55,17 +57,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     plan = chosen_plan(arguments)
     jobs = arguments.jobs if arguments.jobs is not None else max(1, torch.cuda.device_count() // arguments.processes)
-    places = Places(
-        Path(arguments.work_dir) / plan.name, Path(arguments.results_dir) / plan.name, Path(__file__).resolve().parent
-    )
+    results = Path(arguments.results_dir) / plan.name
+    report = Path(arguments.report) if arguments.report else results / "RESULTS.md"
+    if not arguments.report_only:
+        work = Path(arguments.work_dir) / plan.name
+        run_plan(part_of(plan, arguments.only), Places(work, results, Path(__file__).resolve().parent), jobs, arguments)
+    write_results(plan, results, report, shown_command(arguments))
+    sys.stdout.write(f"{report} has the results, {results}/ their records\n")
+
+
+def run_plan(plan: Plan, places: Places, jobs: int, arguments: ReproduceArguments) -> None:
+    """Do what has no record yet."""
     places.work.mkdir(parents=True, exist_ok=True)
     machine = Machine(jobs, arguments.processes)
-    if plan.sweeps:
-        harvest(plan, places, machine)
-        time_steps(plan, places)
-        prepare(plan, places, machine)
-        run_trainings(plan, places, machine)
-    run_worlds(plan, places, machine)
+    stop_on_sigterm()
+    with FolderLock(places.work, "running a plan"):
+        if plan.sweeps:
+            harvest(plan, places, machine)
+            time_steps(plan, places)
+            prepare(plan, places, machine)
+            run_trainings(plan, places, machine)
+            run_examples(plan, places)
+        run_worlds(plan, places, machine)
+
+
+def part_of(plan: Plan, sections: Sequence[str]) -> Plan:
+    """The part that is to be run; the report always shows all records."""
+    return plan.only(sections) if sections else plan
+
+
+def shown_command(arguments: ReproduceArguments) -> str:
+    """What somebody else types for the same records; a local text is named by its file."""
+    command = f"python scripts/reproduce_paper.py --preset {Path(arguments.preset).name}"
+    command += " --quick" * arguments.quick
+    if arguments.dataset is not None:
+        command += (
+            f" --dataset {Path(arguments.dataset).name if Path(arguments.dataset).exists() else arguments.dataset}"
+        )
+    return command
 
 
 def chosen_plan(arguments: ReproduceArguments) -> Plan:
@@ -86,7 +115,7 @@ def chosen_plan(arguments: ReproduceArguments) -> Plan:
         plan = replace(plan, harvest={**plan.harvest, "dataset": arguments.dataset})
     if arguments.label_column is not None:
         plan = replace(plan, label_column=arguments.label_column)
-    return plan.only(arguments.only) if arguments.only else plan
+    return plan
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ PENALTIES = {
     "pearson": {"penalty": "selective", "correlation": "pearson"},
     "decoder": {"penalty_space": "decoder"},
     "redundancy": {"penalty_space": "redundancy", "min_support": 2},
+    "exclusion": {"penalty_space": "exclusion"},
+    "both": {"penalty": "selective", "decoder_ratio": 2.0},
     "by redundancy": {"penalty_space": "activation", "selection_space": "redundancy"},
     "full": {"penalty": "full"},
     "ortsae": {"penalty": "ortsae", "ortsae_chunk": 30},

@@ -29,6 +29,8 @@ SETTINGS = [
     {"activation": "batchtopk", "k": 6, "sparse": True, "matryoshka_prefixes": [8, 40]},
     {"activation": "jumprelu", "sparse": True, "jumprelu_threshold": 0.5, "l0_coefficient": 0.1},
     {"penalty_space": "redundancy", "sparse": True},
+    {"penalty_space": "exclusion", "min_support": 1, "decoder_ratio": 0.5},
+    {"decoder_ratio": 2.0, "sparse": True},
     {"penalty_space": "decoder", "selection_space": "redundancy"},
     {"penalty": "ortsae", "ortsae_chunk": 15},
     {"sparse": True, "selection_interval": 3, "penalty_schedule": "every_step"},

@@ -231,19 +231,38 @@ def test_other_scores_equal_brute_force(score, method, sparse, monkeypatch) -> N
         assert len(pairs.keys(200).unique()) == len(pairs)
 
 
-@pytest.mark.parametrize("space", ["decoder", "redundancy"])
+@pytest.mark.parametrize("space", ["decoder", "redundancy", "exclusion"])
 def test_penalties_of_the_other_scores_are_their_squares(space) -> None:
     torch.manual_seed(0)
     h, W_dec = sparse_activations(80, 30).double(), torch.randn(30, 12, dtype=torch.float64, requires_grad=True)
-    pairs = select_by_score(space, h, W_dec, 0.1, 3)
+    selected_by = "decoder" if space == "exclusion" else space
+    pairs = select_by_score(selected_by, h, W_dec, 0.1, 3)
     penalty = penalty_by_space(space, h, W_dec, pairs, 0.7, "mean")
     unit = W_dec / W_dec.norm(dim=1, keepdim=True)
     support, joint = (h != 0).double().sum(0), (h != 0).double().T @ (h != 0).double()
-    weight = 1 if space == "decoder" else torch.minimum(joint / support[:, None], joint / support)[pairs.i, pairs.j]
+    share = {
+        "decoder": torch.ones_like(joint),
+        "redundancy": torch.minimum(joint / support[:, None], joint / support),
+        "exclusion": 1 - torch.maximum(joint / support[:, None], joint / support),
+    }
+    weight = share[space].nan_to_num(0)[pairs.i, pairs.j]
     expected = 0.7 * (weight * (unit @ unit.T)[pairs.i, pairs.j]).square().mean()
     torch.testing.assert_close(penalty, expected)
     torch.testing.assert_close(torch.autograd.grad(penalty, W_dec), torch.autograd.grad(expected, W_dec))
-    torch.testing.assert_close(penalty.detach(), 0.7 * pairs.correlation.double().square().mean(), atol=1e-6, rtol=1e-5)
+    if space == selected_by:
+        score = 0.7 * pairs.correlation.double().square().mean()
+        torch.testing.assert_close(penalty.detach(), score, atol=1e-6, rtol=1e-5)
+
+
+def test_exclusion_spares_features_that_fire_together_and_those_that_do_not_fire() -> None:
+    parent, child, other, dead = torch.zeros(4, 400)
+    parent[:100] = child[:50] = 1
+    other[200:300] = 1
+    h, W_dec = torch.stack([parent, child, other, dead], 1), torch.eye(4) + 0.5
+    pairs = select_by_score("decoder", h, W_dec, 1.0)
+    cosine = float(torch.nn.functional.cosine_similarity(W_dec[0], W_dec[1], dim=0))
+    penalty = penalty_by_space("exclusion", h, W_dec, pairs, 1.0, "sum")
+    torch.testing.assert_close(penalty, torch.tensor(2 * cosine**2))  # (parent, other) and (child, other)
 
 
 def test_nested_features_are_not_redundant() -> None:

@@ -109,7 +109,7 @@ def allowed_settings(draw: st.DrawFn) -> dict[str, Any]:
         found["matryoshka_prefixes"] = sorted(inner | {found["d_sae"]})
     choices = {
         "penalty": ["selective", "full", "ortsae", "none"],
-        "penalty_space": ["activation", "decoder", "redundancy"],
+        "penalty_space": ["activation", "decoder", "redundancy", "exclusion"],
         "selection_space": ["same", "activation", "decoder", "redundancy"],
         "correlation": ["cosine", "pearson"],
         "reduction": ["mean", "sum"],

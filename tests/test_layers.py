@@ -36,6 +36,18 @@ ALLOWED = {
     "features": {"__init__", "core", "activations"},
     "hub": {"__init__", "core", "activations", "training", "evaluation", "features", "command_line"},
     "benchmarking": {"__init__", "core", "activations", "training", "evaluation", "pictures", "memory_use"},
+    # composes all of it, like a script
+    "experiments": {
+        "__init__",
+        "core",
+        "activations",
+        "training",
+        "evaluation",
+        "features",
+        "benchmarking",
+        "command_line",
+        "pictures",
+    },
     "process_watch": {"errors"},
     "memory_use": set(),
     "command_line": {"errors", "memory_use"},  # a flat file, but not one that goes to the Hub

@@ -72,6 +72,27 @@ def test_full_penalty_counts_every_pair() -> None:
     torch.testing.assert_close(out.losses["ortho"], 0.5 * squares)
 
 
+@pytest.mark.parametrize("activation", [{}, {"activation": "topk", "k": 5}], ids=["relu", "topk"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_decoder_ratio_adds_the_penalty_of_the_decoder_space(activation, sparse) -> None:
+    both = make_sae(ortho_coefficient=0.3, decoder_ratio=2.0, min_support=1, **activation).train()
+    alone = make_sae(ortho_coefficient=0.3, min_support=1, **activation).train()
+    decoder = make_sae(ortho_coefficient=0.6, penalty_space="decoder", min_support=1, **activation).train()
+    x = raw_activations(40)
+    found = []
+    for sae in (both, alone, decoder):
+        sae.load_state_dict(both.state_dict())
+        out = sae(x, return_feature_acts=not sparse)
+        out.losses["ortho"].backward()
+        found.append((out.losses["ortho"].detach(), sae.W_dec.grad, sae.W_enc.grad))
+    (value, to_decoder, to_encoder), (of_activations, none, its), (of_decoder, expected, nothing) = found
+    torch.testing.assert_close(value, of_activations + of_decoder)
+    assert none is None and nothing is None, "one acts on the activations, the other on the decoder"
+    torch.testing.assert_close(to_decoder, expected)
+    torch.testing.assert_close(to_encoder, its)
+    assert of_activations > 0 and of_decoder > 0
+
+
 def test_any_leading_shape() -> None:
     sae = make_sae()
     x = raw_activations(3, 5)

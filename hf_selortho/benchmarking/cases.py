@@ -31,7 +31,13 @@ _MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {"penalty": "full"}),
 }
 MODES = tuple(_MODES)
-_COMMON = {"penalty": "selective", "penalty_schedule": "on_selection", "selection_space": "same", "carry_decay": 0.0}
+_COMMON = {
+    "penalty": "selective",
+    "penalty_schedule": "on_selection",
+    "selection_space": "same",
+    "carry_decay": 0.0,
+    "decoder_ratio": 0.0,
+}
 
 
 @dataclass(frozen=True)

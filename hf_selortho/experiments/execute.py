@@ -15,13 +15,16 @@ from pathlib import Path
 from ..errors import SelOrthoError
 from ..training.outputs import METRICS_LOG, RUN, read_rows, write_json
 from .compare_seeds import compare_seeds
+from .examples import EXAMPLES
 from .plan import Plan, Sweep, Unit
 from .processes import Machine, Progress, launcher, run_process, side_by_side
 from .records import Records
-from .stages import Places, measure_request, run_measurement
+from .stages import Places, find_examples, measure_request, run_measurement
+from .summaries import TWIN
 
 logger = logging.getLogger(__name__)
 
+EXAMPLE_SEED = 0  # of the SAEs whose pairs are shown
 MEASURE_SHARE = 0.25  # of the time of a training that measuring its SAEs takes, for the time left
 
 
@@ -48,13 +51,33 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
 
 
 def missing(unit: Unit, records: Records, places: Places, plan: Plan) -> list[str]:
-    """Variants of the unit to be trained: without a record, or whose weights are gone before seeds were compared."""
-    found = []
-    for variant in unit.sweep.variants:
-        compared = plan.seeds == 1 or records.has(seeds_record(unit.sweep, variant, unit.layer))
-        if not records.has(unit.record(variant)) or not (compared or sae_folder(places, unit, variant) is not None):
-            found.append(variant)
-    return found
+    """Variants of the unit to be trained: without a record, or whose weights are gone and still needed."""
+    return [
+        variant
+        for variant in unit.sweep.variants
+        if not records.has(unit.record(variant))
+        or (weights_needed(unit, variant, records, plan) and sae_folder(places, unit, variant) is None)
+    ]
+
+
+def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bool:
+    """Whether something is still to be found out that its record does not say."""
+    compared = variant in unit.sweep.compared and plan.seeds > 1
+    if compared and not records.has(seeds_record(unit.sweep, variant, unit.layer)):
+        return True
+    shown = (unit.sweep.name, unit.seed) == (plan.examples.get("sweep"), EXAMPLE_SEED)
+    return shown and variant in (TWIN, plan.examples.get("variant")) and not records.has(EXAMPLES)
+
+
+def run_examples(plan: Plan, places: Places) -> None:
+    """Keep pairs to read, of a twin and its SAE."""
+    if not plan.examples or Records(places.results).has(EXAMPLES):
+        return
+    sweep = next(sweep for sweep in plan.sweeps if sweep.name == plan.examples["sweep"])
+    unit = Unit(sweep, sweep.layers[0], EXAMPLE_SEED)
+    twin, sae = (sae_folder(places, unit, variant) for variant in (TWIN, plan.examples["variant"]))
+    assert twin is not None and sae is not None  # they count as missing until they are there
+    find_examples(plan, places, {"twin": twin, "sae": sae}, EXAMPLE_SEED)
 
 
 def seeds_record(sweep: Sweep, variant: str, layer: int) -> str:
@@ -88,7 +111,7 @@ def compare_sweep(plan: Plan, places: Places, sweep: Sweep, layer: int) -> None:
     """Write how alike the seeds of each variant are, where all of them are there."""
     records = Records(places.results)
     units = [Unit(sweep, layer, seed) for seed in range(plan.seeds)]
-    for variant in sweep.variants:
+    for variant in sweep.compared:
         name = seeds_record(sweep, variant, layer)
         folders = [sae_folder(places, unit, variant) for unit in units]
         if plan.seeds > 1 and not records.has(name) and all(folders):

@@ -16,11 +16,12 @@ from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 from .summaries import TWIN, Figure, Summary
 
 _NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?))?$")
-ORANGE, SKY, PURPLE, YELLOW, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000"  # the rest of the palette
+ORANGE, SKY, PURPLE, YELLOW, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#B8A800", "#000000"  # the rest of the palette
 LOOKS = {  # by family of variants: colour, marker, words
     "none": (BLACK, "o", "no penalty"),
     "activation": (VERMILION, "s", "selective, activations"),
     "decoder": (BLUE, "^", "selective, decoder"),
+    "exclusion": (YELLOW, "*", "selective, exclusion"),
     "both": (GREEN, "D", "selective, both"),
     "redundancy": (PURPLE, "v", "selective, redundancy"),
     "full": (ORANGE, "P", "full"),

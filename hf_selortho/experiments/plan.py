@@ -30,6 +30,7 @@ class Sweep:
     arguments: dict[str, Any]  # of scripts/train.py, for all of the variants
     variants: dict[str, dict[str, Any]]  # settings of the SAE by name
     reference: str | None = None  # the sweep and variant whose FVU a budget is measured against, "topk/none"
+    compared: tuple[str, ...] = ()  # variants whose seeds are compared with one another
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ def load_plan(name: str, *, quick: bool = False, seeds: int | None = None) -> Pl
     return reader.plan(path.stem, quick, seeds)
 
 
+_SWEEP_KEYS = {"sections", "layers", "recipe", "arguments", "variants", "reference", "compared"}
+
+
 class _Reader:
     """Makes a plan of the content of a file, and names the file in every error."""
 
@@ -169,7 +173,7 @@ class _Reader:
 
     def _sweep(self, name: str, one: Mapping[str, Any], content: Mapping[str, Any]) -> Sweep:
         where = f"sweep {name!r}"
-        self._refuse_unknown(where, one, {"sections", "layers", "recipe", "arguments", "variants", "reference"})
+        self._refuse_unknown(where, one, _SWEEP_KEYS)
         sections = tuple(one.get("sections", ()))
         for section in sections:
             self._one_of(f"{where}: section", section, SECTIONS)
@@ -179,7 +183,10 @@ class _Reader:
         if not layers or any(type(layer) is not int for layer in layers):
             raise SelOrthoError(f"{self.path}, {where}: layers {list(layers)}: expected decoder layers counted from 0")
         variants = self._variants(one.get("variants", ()), content, where)
-        return Sweep(name, sections, layers, arguments, variants, one.get("reference"))
+        compared = tuple(one.get("compared", variants))
+        for variant in compared:
+            self._one_of(f"{where}: compared", variant, tuple(variants))
+        return Sweep(name, sections, layers, arguments, variants, one.get("reference"), compared)
 
     def _variants(self, sets: Any, content: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
         """Settings by variant, of the sets that are named or of an object."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
+from ..command_line import end_with_parent
 from ..errors import SelOrthoError
 
 _POLL = 2.0  # seconds between two looks at a process
+_stopping = threading.Event()  # somebody asks for the end
 T = TypeVar("T")
 
 
@@ -83,8 +85,21 @@ def side_by_side(items: Iterable[T], work: Callable[[T, int], None], jobs: int) 
             slots.append(slot)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(one, item) for item in items]:
-            done.result()
+        try:
+            for done in [pool.submit(one, item) for item in items]:
+                done.result()
+        except KeyboardInterrupt:
+            _stopping.set()  # the other threads end their processes
+            raise
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, its trainings with it, each after a checkpoint."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def launcher(machine: Machine) -> list[str]:
@@ -112,10 +127,11 @@ def run_process(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as words:
-        process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)
+        process = subprocess.Popen(command, stdout=words, stderr=words, env=environment, preexec_fn=end_with_parent)
         try:
             while process.poll() is None:
-                time.sleep(_POLL)
+                if _stopping.wait(_POLL):
+                    raise KeyboardInterrupt
                 look()
         except BaseException:
             process.terminate()  # a training writes a checkpoint first

@@ -159,12 +159,28 @@ def _loss_rows(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _penalty(config: Mapping[str, Any]) -> str:
     if config["penalty"] == "none" or not config.get("ortho_coefficient"):
         return "none"
-    share = number(100 * config["pair_fraction"], "exact") if config["penalty"] == "selective" else None
-    pairs = f"the {share}% most correlated pairs of features" if share else "all pairs of features"
-    return (
-        f"{cell(config['penalty'])}: {cell(config['reduction'])} of the squared correlation "
-        f"({cell(config['correlation'])}) of {pairs}, coefficient {number(config['ortho_coefficient'], 'exact')}"
-    )
+    coefficient = f"coefficient {number(config['ortho_coefficient'], 'exact')}"
+    if config["penalty"] == "ortsae":
+        return f"{cell('ortsae')}: squared decoder cosine of each feature with its nearest one, {coefficient}"
+    squared = f"squared correlation ({cell(config['correlation'])})"
+    pairs = "all pairs of features"
+    if config["penalty"] == "selective":
+        squared = _SQUARED.get(config.get("penalty_space"), squared)
+        pairs = f"the {number(100 * config['pair_fraction'], 'exact')}% most correlated pairs of features"
+        if config.get("selection_space", "same") == "same" and config.get("penalty_space") in _SQUARED:
+            pairs = f"the {number(100 * config['pair_fraction'], 'exact')}% of pairs where it is largest"
+    words = f"{cell(config['penalty'])}: {cell(config['reduction'])} of the {squared} of {pairs}, {coefficient}"
+    if config["penalty"] == "selective" and config.get("decoder_ratio"):
+        ratio = number(config["decoder_ratio"], "exact")
+        words += f"; beside it, {ratio} times as strong, that of the squared decoder cosine of the pairs most alike"
+    return words
+
+
+_SQUARED = {
+    "decoder": "squared decoder cosine",
+    "redundancy": "squared product of co-firing and decoder cosine",
+    "exclusion": "squared decoder cosine, weighted by how rarely the two fire together,",
+}
 
 
 def _run_rows(run: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -37,6 +37,13 @@ _TABLE = [
     ("ce_reconstruction", "LM cross-entropy, reconstruction spliced in", ".4f"),
     ("ce_zero_ablation", "LM cross-entropy, layer zero-ablated", ".4f"),
     ("loss_recovered", "loss recovered", ".4f"),
+    ("probing_accuracy_k1", "probing, balanced accuracy of 1 feature", ".4f"),
+    ("probing_accuracy_k5", "probing, of 5 features", ".4f"),
+    ("probing_accuracy_all", "probing, of all features", ".4f"),
+    ("probing_accuracy_lm", "probing, of the activations themselves", ".4f"),
+    ("absorption_rate", "first-letter absorption, rate", ".4f"),
+    ("absorption_fraction", "first-letter absorption, fraction", ".4f"),
+    ("first_letter_f1", "F1 of first-letter features", ".4f"),
 ]
 
 
@@ -115,4 +122,10 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
         title = "training, mean of the last 100 steps (no evaluation on held-out text)"
     rows = [(label, format(measured[key], spec)) for key, label, spec in _TABLE if measured.get(key) is not None]
     width = max(len(label) for label, _ in rows)
-    return "\n".join([title, *(f"  {label:<{width}}  {value:>12}" for label, value in rows)])
+    lines = [f"  {label:<{width}}  {value:>12}" for label, value in rows]
+    for name, found in (measured.get("compared_with") or {}).items():
+        lines.append(
+            f"  decoder beside {name}: matched cosine {found['matched_cosine']:.4f}, shared features "
+            f"{found['shared_features']:.1%}"
+        )
+    return "\n".join([title, *lines])

@@ -97,6 +97,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(arguments,
         {"penalty": "ortsae", "ortho_coefficient": 0.25, "selection_interval": 5},
         {"penalty_space": "decoder", "selection_interval": 4},
         {"penalty_space": "redundancy"},
+        {"penalty_space": "exclusion", "decoder_ratio": 0.5},
         {"penalty_schedule": "every_step", "selection_interval": 5},
         {"carry_decay": 0.9, "selection_interval": 2},
         {"correlation_threshold": 0.3, "pair_fraction": 0.5},
@@ -321,6 +322,41 @@ def test_an_sae_of_another_library_is_evaluated_likewise(arguments, tmp_path, ca
         assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
 
 
+def test_tasks_of_the_evaluation(arguments, tmp_path, capsys) -> None:
+    train.main(arguments(held_out_fraction=0.3))
+    run, other = tmp_path / "run", tmp_path / "lens"
+    write_saelens(SelOrthoSAE.from_pretrained(run), other)
+    sizes = ["--lm_dtype", "float32", "--batch_size", "128", "--eval_samples", "8", "--eval_ce_samples", "2", "--cpu"]
+    tasks = ["--dataset", sample(arguments), "--held_out_fraction", "0.3", "--label_column", "label"]
+    evaluate_sae.main(
+        [
+            str(run),
+            *sizes,
+            *tasks,
+            "--probing_texts",
+            "60",
+            "--compare_with",
+            str(other),
+            "--output",
+            str(tmp_path / "t.json"),
+        ]
+    )
+    found = json.loads((tmp_path / "t.json").read_text())["evaluation"]
+    assert found["probing_classes"] == 4 and 8 <= found["probing_texts"] <= 60
+    for key in ("probing_accuracy_k1", "probing_accuracy_k5", "probing_accuracy_all", "probing_accuracy_lm"):
+        assert 0 <= found[key] <= 1
+    (of_itself,) = found["compared_with"].values()
+    assert of_itself["matched_cosine"] == pytest.approx(1, abs=1e-4) and of_itself["shared_features"] == 1
+    document = (ROOT / "docs/metrics.md").read_text().split("### tasks", 1)[1].split("\n## ", 1)[0]
+    assert all(f"`{key}`" in document for key in found if key.startswith(("probing", "compared")))
+
+
+def sample(arguments) -> str:
+    """The text that `arguments` reads."""
+    argv = arguments()
+    return argv[argv.index("--dataset") + 1]
+
+
 def test_evaluating_on_another_language_model_warns(arguments, tmp_path, tiny_lm_dir, caplog) -> None:
     train.main(arguments())
     other = str(tiny_lm_dir("gemma3"))
@@ -347,6 +383,7 @@ def test_contexts_longer_than_the_models_window(arguments) -> None:
     [
         (["--batch_size", "0"], "--batch_size 0: expected at least 1"),
         (["--output", "/nonexistent/x.json"], "there is no folder /nonexistent"),
+        (["--probing_texts", "3"], "--probing_texts 3: expected at least 8"),
         ([], "no such local path"),
     ],
 )
