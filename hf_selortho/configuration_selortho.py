@@ -98,7 +98,7 @@ class SelOrthoConfig(PreTrainedConfig):
     penalty_space: Space = _setting(
         "activation",
         "What the selective penalty squares: the pairs' correlation (activation, the paper), their decoder cosine "
-        "(decoder), their decoder cosine times how symmetrically they fire together (redundancy), or how rarely (exclusion).",
+        "(decoder), or that cosine times how symmetrically (redundancy) or how rarely (exclusion) they fire together.",
     )
     selection_space: SelectionSpace = _setting("same", "By which of these the pairs are selected; same: the penalty's.")
     ortho_coefficient: float = _setting(0.1, "Weight of the decorrelation penalty, eq. 7.")

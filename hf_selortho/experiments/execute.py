@@ -208,6 +208,7 @@ class _Job:
                 "sweep": unit.sweep.name, "sections": list(unit.sweep.sections), "layer": unit.layer, "seed": unit.seed,
             },
             "members": {unit.record(variant): str(folder) for variant, folder in left.items()},
+            "measures": {**self.plan.measures, **unit.sweep.measures},
             "variants": {unit.record(variant): variant for variant in left},
         }  # fmt: skip
         write_json(attempt / "request.json", request)

@@ -31,6 +31,7 @@ class Sweep:
     variants: dict[str, dict[str, Any]]  # settings of the SAE by name
     reference: str | None = None  # the sweep and variant whose FVU a budget is measured against, "topk/none"
     compared: tuple[str, ...] = ()  # variants whose seeds are compared with one another
+    measures: dict[str, Any] = field(default_factory=dict)  # sizes of its measurements, in place of the plan's
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def load_plan(name: str, *, quick: bool = False, seeds: int | None = None) -> Pl
     return reader.plan(path.stem, quick, seeds)
 
 
-_SWEEP_KEYS = {"sections", "layers", "recipe", "arguments", "variants", "reference", "compared"}
+_SWEEP_KEYS = {"sections", "layers", "recipe", "arguments", "variants", "reference", "compared", "measures"}
 
 
 class _Reader:
@@ -186,7 +187,9 @@ class _Reader:
         compared = tuple(one.get("compared", variants))
         for variant in compared:
             self._one_of(f"{where}: compared", variant, tuple(variants))
-        return Sweep(name, sections, layers, arguments, variants, one.get("reference"), compared)
+        return Sweep(
+            name, sections, layers, arguments, variants, one.get("reference"), compared, one.get("measures", {})
+        )
 
     def _variants(self, sets: Any, content: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
         """Settings by variant, of the sets that are named or of an object."""
