@@ -25,9 +25,14 @@ class Comparison:
     dead: Figure  # difference in dead features
 
     @property
+    def no_more_dead(self) -> bool:
+        """Whether the difference in dead features is none, or less than what it varies by from seed to seed."""
+        return self.dead.mean <= (self.dead.std or 0.0)
+
+    @property
     def affordable(self) -> bool:
         """At most [`FVU_ROOM`] more FVU at equal L0 and no more dead features, in the means over the seeds."""
-        return self.fvu_excess.mean <= FVU_ROOM and self.dead.mean <= 0
+        return self.fvu_excess.mean <= FVU_ROOM and self.no_more_dead
 
     @property
     def cuts_correlation(self) -> bool:
@@ -42,7 +47,7 @@ class Comparison:
     @property
     def both(self) -> bool:
         """Both cuts for at most [`RELATIVE_ROOM`] of the FVU."""
-        cheap = self.relative_excess.mean <= RELATIVE_ROOM and self.dead.mean <= 0
+        cheap = self.relative_excess.mean <= RELATIVE_ROOM and self.no_more_dead
         return cheap and self.cuts_correlation and self.cuts_cosine
 
 
@@ -89,7 +94,7 @@ def best_by(found: Sequence[Comparison], key: str) -> Comparison | None:
 
 def nearest_to_both(found: Sequence[Comparison]) -> Comparison | None:
     """Among the variants within [`RELATIVE_ROOM`], the one whose worse cut, as a share of what is asked, is largest."""
-    cheap = [one for one in found if one.relative_excess.mean <= RELATIVE_ROOM and one.dead.mean <= 0]
+    cheap = [one for one in found if one.relative_excess.mean <= RELATIVE_ROOM and one.no_more_dead]
 
     def worse(one: Comparison) -> float:
         return max(one.correlation.mean / CORRELATION_CUT, one.cosine.mean / COSINE_CUT)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
+from .comparison import Comparison
 from .summaries import TWIN, Figure, Summary
 
 _NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?))?$")
@@ -21,11 +22,12 @@ LOOKS = {  # by family of variants: colour, marker, words
     "none": (BLACK, "o", "no penalty"),
     "activation": (VERMILION, "s", "selective, activations"),
     "decoder": (BLUE, "^", "selective, decoder"),
+    "decoder-wide": (SKY, "<", "selective, decoder, 1% of pairs"),
     "exclusion": (YELLOW, "*", "selective, exclusion"),
     "both": (GREEN, "D", "selective, both"),
     "redundancy": (PURPLE, "v", "selective, redundancy"),
     "full": (ORANGE, "P", "full"),
-    "ortsae": (SKY, "X", "OrtSAE"),
+    "ortsae": (GREY, "X", "OrtSAE"),
 }
 PANELS = {  # figure of the evaluation: title, and whether lower is better
     "top_correlation": ("Mean of the top 0.1% correlations", True),
@@ -33,7 +35,7 @@ PANELS = {  # figure of the evaluation: title, and whether lower is better
     "max_decoder_cosine": ("Mean maximum decoder cosine", True),
     "dead_features": ("Dead features", True),
     "loss_recovered": ("Loss recovered", False),
-    "absorption_fraction": ("First-letter absorption", True),
+    "absorption_rate": ("First-letter absorption rate", True),
 }
 
 
@@ -85,6 +87,49 @@ def by_family(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     for summary in sorted(summaries, key=lambda s: (family(s.variant) != TWIN,)):
         groups.setdefault(family(summary.variant), []).append(summary)
     return groups
+
+
+HEADLINE = ("activation", "decoder", "exclusion", "both", "full", "ortsae")  # families of the headline figure
+
+
+def headline_figure(found: Mapping[str, Sequence[Comparison]], path: Path) -> Path:
+    """What is bought against what it costs, both in percent of the twin's: a row for each kind of SAE.
+
+    Args:
+        found: comparisons by the name of the SAEs.
+    """
+    with rc_context(STYLE):
+        picture = Picture(figsize=(9.2, 0.9 + 3.0 * len(found)), layout="constrained")
+        picture.suptitle("What each penalty buys, and what it costs (error bars: seeds)", x=0.01, ha="left")
+        for row, (name, comparisons) in enumerate(found.items()):
+            for column, (key, words) in enumerate(
+                {"correlation": "mean of the top 0.1% correlations", "cosine": "mean maximum decoder cosine"}.items()
+            ):
+                axes = picture.add_subplot(len(found), 2, 2 * row + column + 1)
+                _headline_panel(axes, comparisons, key)
+                axes.set_title(f"{name}: {words}")
+                axes.set_ylabel("change, %")
+                if row == len(found) - 1:
+                    axes.set_xlabel("more unexplained variance (FVU), % of the twin's")
+        handles, labels = picture.axes[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside lower center", ncols=4)
+        return save_picture(picture, path)
+
+
+def _headline_panel(axes: Axes, comparisons: Sequence[Comparison], key: str) -> None:
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    for name in HEADLINE:
+        color, marker, words = LOOKS[name]
+        group = [one for one in comparisons if family(one.summary.variant) == name]
+        points = [(one.relative_excess, getattr(one, key)) for one in group]
+        ordered = sorted(points, key=lambda point: point[0].mean)
+        x, y = [_percent(a) for a, _ in ordered], [_percent(b) for _, b in ordered]
+        if ordered:
+            _errorbar(axes, x, y, color, marker, words)
+
+
+def _percent(figure: Figure) -> Figure:
+    return Figure(tuple(100 * value for value in figure.values))
 
 
 def curves_figure(

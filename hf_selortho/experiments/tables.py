@@ -28,8 +28,9 @@ MODEL_COLUMNS: tuple[Column, ...] = (
     ("k=2", "probing_accuracy_k2", 3),
     ("k=5", "probing_accuracy_k5", 3),
     ("all features", "probing_accuracy_all", 3),
+    ("first-letter F1", "first_letter_f1", 3),
     ("absorption rate", "absorption_rate", 3),
-    ("absorption fraction", "absorption_fraction", 3),
+    ("absorption fraction", "absorption_fraction", 4),
 )
 
 

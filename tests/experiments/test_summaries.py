@@ -80,7 +80,7 @@ def test_what_is_worth_it() -> None:
     by_name = {one.summary.variant: one for one in found}
     assert by_name["both-1"].both and by_name["both-1"].affordable
     assert not by_name["full-1"].affordable and not by_name["full-1"].both
-    assert not by_name["act-1"].affordable, "one more dead feature is one too many"
+    assert not by_name["act-1"].affordable, "one more dead feature in every seed is one too many"
     best = best_by(found, "correlation")
     assert best is not None and best.summary.variant == "both-1"
     near = nearest_to_both(found)

@@ -17,11 +17,12 @@ from ..comparison import (
     is_twin,
     nearest_to_both,
 )
-from ..figures import family, pareto_figure
+from ..figures import family, headline_figure, pareto_figure
 from ..findings import Findings
 from ..summaries import TWIN
 from ..tables import METHOD_COLUMNS, MODEL_COLUMNS, comparison_table, seeds_table, summary_table
 
+LETTERS_F1 = 0.5  # of the main features, below which absorption means little
 NAMES = {"topk": "TopK", "relu": "ReLU + L1", "batchtopk": "BatchTopK"}
 
 
@@ -35,15 +36,19 @@ def pareto(findings: Findings, figures: Path, link: str) -> str:
         f"same initial weights. *FVU*: how much more than the twin's at equal L0 (for ReLU, twins of several L1 are "
         "interpolated). The other columns are differences from the twin, relative but for dead features. "
         "*Worth it*: at most "
-        f"{FVU_ROOM} more FVU and no more dead features, for {CORRELATION_CUT:.0%} less of the top correlations "
+        f"{FVU_ROOM} more FVU and no more dead features than seeds differ by, for {CORRELATION_CUT:.0%} "
+        f"less of the top correlations "
         f"(correlation) or {COSINE_CUT:.0%} less of the mean maximum decoder cosine (cosine); *both*: both "
         f"of them for at "
         f"most {RELATIVE_ROOM:.0%} of the twin's FVU."
     ]
+    compared = {NAMES.get(sweep, sweep): comparisons(findings.of(sweep)) for sweep in findings.pareto}
+    headline_figure({name: found for name, found in compared.items() if found}, figures / "headline.png")
+    parts.append(f"![What each penalty buys and costs]({link}/headline.png)")
     for sweep in findings.pareto:
         summaries = findings.of(sweep)
         name = NAMES.get(sweep, sweep)
-        found = comparisons(summaries)
+        found = compared[name]
         pareto_figure(summaries, figures / f"pareto_{sweep}.png", f"{name}: what each method buys, against its price")
         parts.append(
             f"### {name}\n\n![{name}]({link}/pareto_{sweep}.png)\n\n{pareto_words(name, found)}\n\n"
@@ -97,7 +102,14 @@ def on_the_model(findings: Findings, figures: Path, link: str) -> str:
             for r in findings.seeds
             if r["sweep"] == sweep and (r["variant"] == TWIN or not r["variant"].startswith(f"{TWIN}-"))
         ]
-        parts.append(f"### {NAMES.get(sweep, sweep)}\n\n{summary_table(summaries, MODEL_COLUMNS)}")
+        parts.append(f"### {NAMES.get(sweep, sweep)} inside the model\n\n{summary_table(summaries, MODEL_COLUMNS)}")
+        twin = next((s for s in summaries if s.variant == TWIN), None)
+        if twin is not None and (f1 := twin.figure("first_letter_f1")) is not None and f1.mean < LETTERS_F1:
+            parts.append(
+                f"The features that stand best for a letter reach a mean F1 of {f1.text(2)} without "
+                f"penalty: an SAE of this "
+                "size has few features of letters that could be absorbed, so the absorption figures say little here."
+            )
         if records:
             parts.append(
                 "How alike the seeds are (decoder cosines; features are shared if their matched cosine exceeds 0.7; "
