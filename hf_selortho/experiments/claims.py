@@ -227,7 +227,7 @@ JUDGES: tuple[Judge, ...] = (
     _comparison("More features stay active", "1892 and 1750 of 2304", "active_features", 1, 1),
     _comparison("Fewer different features are in the most correlated pairs", "487 and 512", "unique_features", -1, 1),
     _ratio("A step is faster than with full orthogonality", "0.42 s and 0.12 s, 3.5 times", "seconds_per_step", 1.75),
-    _ratio("It takes less memory", "14.8 GB and 5.3 GB, 2.8 times", "memory", 1.4),
+    _ratio("It takes less memory", "14.8 GB and 5.3 GB, 2.8 times", "memory_bytes", 1.4),
     _reconstruction,
     _weaker,
     _stronger,

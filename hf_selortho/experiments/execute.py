@@ -11,7 +11,9 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..training.outputs import METRICS_LOG, RUN, read_rows, write_json
 from .compare_seeds import compare_seeds
@@ -102,6 +104,13 @@ def members_of(folder: Path, layer: int) -> dict[str, Path]:
     return {own: run / f"layer_{layer}"} | {name: run / f"layer_{layer}_{folder_name(name)}" for name in others}
 
 
+def beside(sweep: Sweep, own: str, variant: str) -> dict[str, Any]:
+    """Settings of a variant in the training of another one, whose own settings are not the variant's."""
+    defaults = {f.name: f.default for f in SelOrthoConfig.own_fields()}
+    undone = {key: sweep.arguments.get(key, defaults[key]) for key in sweep.variants[own]}
+    return {**undone, **sweep.variants[variant]}
+
+
 def folder_name(variant: str) -> str:
     """A variant's name as a training takes it: small letters, digits and hyphens."""
     return variant.replace(".", "-")
@@ -156,7 +165,7 @@ class _Job:
         unit, sweep = self.unit, self.unit.sweep
         own, *others = json.loads((attempt / "wanted.json").read_text(encoding="utf-8"))
         variants = attempt / "variants.json"
-        write_json(variants, {folder_name(name): sweep.variants[name] for name in others})
+        write_json(variants, {folder_name(name): beside(sweep, own, name) for name in others})
         preset = {
             "checkpoint_every": 200, "keep_checkpoints": 1, **sweep.arguments, **sweep.variants[own],
             "eval_samples": 0, "seed": unit.seed, "layers": [unit.layer],

@@ -181,7 +181,7 @@ def world_figure_plot(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any
     if not names:
         return None
     with rc_context(STYLE):
-        picture = Picture(figsize=(4.6 * 2, 0.8 + 0.26 * len(names)), layout="constrained")
+        picture = Picture(figsize=(4.6 * 2, 2.0 + 0.26 * len(names)), layout="constrained")
         picture.suptitle("Recovery of known features, difference from the twin (dots: seeds)", x=0.01, ha="left")
         for number, (key, words) in enumerate({"mcc": "MCC", "f1": "F1"}.items()):
             axes = picture.add_subplot(1, 2, number + 1)

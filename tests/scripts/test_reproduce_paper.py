@@ -14,6 +14,7 @@ from hf_selortho import SelOrthoError
 from scripts import reproduce_paper
 
 NONE = {"ortho_coefficient": 0.0}
+FULL = {"penalty": "full", "ortho_coefficient": 5.0}
 
 
 def small_plan(lm: Path, text: Path, **changes: Any) -> dict[str, Any]:
@@ -37,20 +38,18 @@ def small_plan(lm: Path, text: Path, **changes: Any) -> dict[str, Any]:
         },
         "recipes": {
             "paper": {"d_sae": 32, "activation": "relu", "l1_coefficient": 0.04},
-            "topk": {"d_sae": 64, "activation": "topk", "k": 4},
+            "topk": {"d_sae": 64, "activation": "topk", "k": 4, "ortho_coefficient": 5.0},
         },
         "variant_sets": {
             "paper": {"none": NONE, "selective-0.1": {"ortho_coefficient": 0.1}, "full-0.1": {"penalty": "full"}},
-            "methods": {"none": NONE, "activation-0.1": {}, "decoder-0.1": {"penalty_space": "decoder"}},
+            "methods": {
+                "none": NONE, "full-5.0": FULL, "activation-5.0": {}, "decoder-5.0": {"penalty_space": "decoder"},
+            },
         },
         "sweeps": {
             "topk": {"sections": ["pareto"], "recipe": "topk", "layers": [1], "variants": ["methods"]},
             "paper": {
                 "sections": ["table1", "ablations", "limits"], "recipe": "paper", "layers": [1], "variants": ["paper"],
-            },
-            "layers": {
-                "sections": ["layers"], "recipe": "paper", "layers": [2],
-                "variants": {"none": NONE, "selective-0.1": {}},
             },
             "topk-adaptive": {
                 "sections": ["pareto"], "recipe": "topk", "layers": [1], "variants": {"activation-adaptive": {}},
@@ -60,11 +59,11 @@ def small_plan(lm: Path, text: Path, **changes: Any) -> dict[str, Any]:
         "ground_truth": {
             "worlds": {"tree": {"features": 24, "dimensions": 16, "roots": 4, "children": 2, "depth": 1}},
             "recipes": {"topk": {"d_sae": 16, "activation": "topk", "k": 2, "selection_interval": 1}},
-            "variants": {"none": NONE, "decoder-0.1": {"penalty_space": "decoder"}},
+            "variants": {"none": NONE, "decoder-5.0": {"penalty_space": "decoder"}},
             "training": {"steps": 10, "batch_size": 64, "learning_rate": 1e-3},
             "peers": {"topk": ["topk"]},
         },
-        "examples": {"sweep": "topk", "variant": "activation-0.1"},
+        "examples": {"sweep": "topk", "variant": "activation-5.0"},
         **changes,
     }  # fmt: skip
 
@@ -114,18 +113,18 @@ class TestMiniature:
     def test_every_experiment_has_its_record(self, sitting) -> None:
         names = set(sitting.times())
         for seed in (0, 1):
-            for variant in ("none", "activation-0.1", "decoder-0.1"):
+            for variant in ("none", "full-5.0", "activation-5.0", "decoder-5.0"):
                 assert f"topk/{variant}-layer1-seed{seed}.json" in names
-            assert f"layers/selective-0.1-layer2-seed{seed}.json" in names
             assert f"topk-adaptive/activation-adaptive-layer1-seed{seed}.json" in names
             assert f"ground_truth/tree-topk-seed{seed}.json" in names
         assert {"timing.json", "examples.json", "tasks-layer1.json", "topk/none-layer1-seeds.json"} <= names
-        record = sitting.record("topk/decoder-0.1-layer1-seed1")
+        record = sitting.record("topk/decoder-5.0-layer1-seed1")
         assert record["arguments"]["penalty_space"] == "decoder" and record["arguments"]["seed"] == 1
+        assert record["arguments"]["penalty"] == "selective" and record["arguments"]["ortho_coefficient"] == 5.0
         assert record["evaluation"]["fvu"] > 0 and 0 <= record["evaluation"]["probing_accuracy_k1"] <= 1
         assert record["versions"]["torch"] and record["hardware"] and record["seconds"] > 0
         world = sitting.record("ground_truth/tree-topk-seed0")
-        assert set(world["scores"]) == {"none", "decoder-0.1"} and set(world["peers"]) == {"topk"}
+        assert set(world["scores"]) == {"none", "decoder-5.0"} and set(world["peers"]) == {"topk"}
 
     def test_numbers_of_the_report_are_those_of_the_records(self, sitting) -> None:
         for variant in ("none", "selective-0.1", "full-0.1"):
@@ -141,8 +140,9 @@ class TestMiniature:
         def cosine(variant: str, seed: int) -> float:
             return sitting.record(f"topk/{variant}-layer1-seed{seed}")["evaluation"]["max_decoder_cosine"]
 
-        change = [cosine("decoder-0.1", s) / cosine("none", s) - 1 for s in (0, 1)]
-        row = sitting.row("### TopK", "`decoder-0.1`")
+        change = [cosine("decoder-5.0", s) / cosine("none", s) - 1 for s in (0, 1)]
+        assert max(change) < -0.02, "each variant is trained with its own settings, not with those of the one before it"
+        row = sitting.row("### TopK", "`decoder-5.0`")
         assert row[4] == f"{100 * statistics.fmean(change):+.1f} ± {100 * statistics.stdev(change):.1f}%"
 
     def test_every_section_and_figure_is_there(self, sitting) -> None:
@@ -150,7 +150,7 @@ class TestMiniature:
         headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
         assert set(headings) == {
             "Methods at equal reconstruction", "Adaptive coefficient", "On the language model", "Known ground truth",
-            "Pairs to read", "The paper's claims", "Table 1", "Ablations", "Layers", "Limits",
+            "Pairs to read", "The paper's claims", "Table 1", "Ablations", "Limits",
         }  # fmt: skip
         for link in re.findall(r"\]\(([^)]*\.png)\)", text):
             assert (sitting.report.parent / link).is_file(), link
@@ -161,11 +161,11 @@ class TestMiniature:
         before, report = sitting.times(), sitting.report.read_text()
         sitting.run()
         after = sitting.times()
-        assert {name for name in after if after[name] != before[name]} <= {"tasks-layer1.json", "tasks-layer2.json"}
+        assert {name for name in after if after[name] != before[name]} <= {"tasks-layer1.json"}
         assert sitting.report.read_text() == report
 
     def test_what_is_missing_is_trained_again_and_comes_out_the_same(self, sitting) -> None:
-        name = "topk/activation-0.1-layer1-seed1"
+        name = "topk/activation-5.0-layer1-seed1"
         before, times = sitting.record(name), sitting.times()
         (sitting.results / f"{name}.json").unlink()
         for folder in (sitting.folder / "work").glob("**/topk-layer1-seed1"):

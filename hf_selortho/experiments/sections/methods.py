@@ -43,8 +43,9 @@ def pareto(findings: Findings, figures: Path, link: str) -> str:
         f"most {RELATIVE_ROOM:.0%} of the twin's FVU."
     ]
     compared = {NAMES.get(sweep, sweep): comparisons(findings.of(sweep)) for sweep in findings.pareto}
-    headline_figure({name: found for name, found in compared.items() if found}, figures / "headline.png")
-    parts.append(f"![What each penalty buys and costs]({link}/headline.png)")
+    if drawn := {name: found for name, found in compared.items() if found}:
+        headline_figure(drawn, figures / "headline.png")
+        parts.append(f"![What each penalty buys and costs]({link}/headline.png)")
     for sweep in findings.pareto:
         summaries = findings.of(sweep)
         name = NAMES.get(sweep, sweep)

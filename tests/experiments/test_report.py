@@ -1,0 +1,140 @@
+"""The report on made-up records: every section, and numbers that follow from the records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_selortho.experiments.plan import Plan, load_plan
+from hf_selortho.experiments.records import Records
+from hf_selortho.experiments.report import write_results
+from hf_selortho.experiments.worlds import World
+
+CHANGES: dict[str, dict[str, float]] = {  # by variant, what differs from the twin's figures
+    "activation-0.03": {"fvu": 0.0815, "top_correlation": 0.4},
+    "decoder-0.1": {"fvu": 0.0807, "max_decoder_cosine": 0.14},
+    "ortsae-0.25": {"fvu": 0.086, "max_decoder_cosine": 0.10, "dead_features": 30.0},
+    "selective-0.1": {"top_correlation": 0.4, "peak_correlation": 0.8},
+    "none-l0.03": {"l0": 140.0, "fvu": 0.07},
+    "none-l0.05": {"l0": 100.0, "fvu": 0.09},
+}
+TWIN = {
+    "fvu": 0.08, "l0": 120.0, "dead_features": 1.0, "top_correlation": 0.7, "peak_correlation": 0.9, "mse": 4e4,
+    "max_decoder_cosine": 0.25, "mean_correlation": 0.1, "active_features": 600.0, "unique_features": 300.0,
+    "loss_recovered": 0.9, "probing_accuracy_k1": 0.65, "absorption_rate": 0.01, "first_letter_f1": 0.3,
+}  # fmt: skip
+
+
+def sae_record(plan: Plan, sweep: str, variant: str, layer: int, seed: int) -> dict[str, Any]:
+    arguments = next(one.arguments for one in plan.sweeps if one.name == sweep)
+    evaluation = {key: value * (1 + 0.001 * seed) for key, value in {**TWIN, **CHANGES.get(variant, {})}.items()}
+    if sweep in ("paper", "layers"):
+        evaluation["mean_correlation"] = 0.1 - 0.005 * layer
+    return {
+        "kind": "sae", "sweep": sweep, "sections": [], "layer": layer, "seed": seed, "variant": variant,
+        "arguments": dict(arguments), "evaluation": evaluation, "seconds": 60.0,
+        "spread_over_batches": {key: {"mean": 0.3, "std": 0.02, "batches": 100} for key in ("top_correlation",
+                                "peak_correlation", "pair_churn")},
+        "curve": {"step": [1, 300, 600], "fvu": [0.9, 0.2, 0.08], "l1": [1, 0.5, 0.4], "l0": [300, 150, 120],
+                  "peak_correlation": [0.9] * 3, "top_correlation": [0.7] * 3, "dead_features": [0, 0, 1]},
+        "versions": {"torch": "2.13.0"}, "hardware": "two cores",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder with RESULTS.md, written from records of the plan that comes with the package."""
+    folder = tmp_path_factory.mktemp("report")
+    plan = load_plan("demo")
+    records = Records(folder / "results")
+    for unit in plan.units():
+        for variant in unit.sweep.variants:
+            record = sae_record(plan, unit.sweep.name, variant, unit.layer, unit.seed)
+            records.write(unit.record(variant), record)
+    for run in plan.worlds:
+        names = {name: 0.01 * number for number, name in enumerate(run.variants)}
+        score = {"explained_variance": 0.9, "l0": 12.0, "uniqueness": 0.8, "f1": 0.5, "training_seconds": 30.0}
+        scores = {name: {**score, "mcc": 0.5 + gain + 0.001 * run.seed} for name, gain in names.items()}
+        records.write(
+            run.name,
+            {
+                "kind": "world", "world": World.from_json(run.world).to_json(),
+                "recipe": run.recipe, "seed": run.seed, "settings": run.settings, "training": run.training,
+                "scores": scores, "peers": {name: {**score, "mcc": 0.4} for name in run.peers},
+                "hardware": "two cores", "versions": {"torch": "2.13.0"},
+            },
+        )  # fmt: skip
+    records.write("tasks-layer8", {"kind": "tasks", "layer": 8, "no_probing": "the texts have no labels"})
+    rows = [
+        {"label": "no penalty", "seconds_per_step": 0.1, "memory_bytes": 1e8},
+        {"label": "selective", "seconds_per_step": 0.12, "memory_bytes": 1.5e8},
+        {"label": "full", "seconds_per_step": 0.36, "memory_bytes": 6e8},
+    ]
+    records.write("timing", {"kind": "timing", "rows": rows, "memory_of_more_pairs": 1.1})
+    write_results(plan, folder / "results", folder / "RESULTS.md", "python scripts/reproduce_paper.py --preset demo")
+    return folder
+
+
+def section(folder: Path, heading: str) -> str:
+    return (folder / "RESULTS.md").read_text().split(f"\n{heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_every_section_is_written_and_every_picture_is_there(written) -> None:
+    text = (written / "RESULTS.md").read_text()
+    assert set(re.findall(r"^## (.*)$", text, re.MULTILINE)) == {
+        "Methods at equal reconstruction", "Adaptive coefficient", "On the language model", "Known ground truth",
+        "The paper's claims", "Table 1", "Ablations", "Layers", "Limits",
+    }  # fmt: skip
+    for link in re.findall(r"\]\(([^)]*\.png)\)", text):
+        assert (written / link).stat().st_size > 5000, link
+    assert "are missing" not in text and "nan" not in text.lower().split()
+
+
+def test_what_is_worth_it_is_marked(written) -> None:
+    methods = section(written, "## Methods at equal reconstruction")
+    topk = methods.split("### TopK", 1)[1].split("### ", 1)[0]
+    (cheap,) = [line for line in topk.splitlines() if line.startswith("| `activation-0.03` | +")]
+    assert cheap.endswith("| correlation |") and "-42.9" in cheap
+    (alike,) = [line for line in topk.splitlines() if line.startswith("| `decoder-0.1` | +")]
+    assert alike.endswith("| cosine |") and "-44.0" in alike
+    (dear,) = [line for line in topk.splitlines() if line.startswith("| `ortsae-0.25` | +")]
+    assert dear.endswith("| - |"), "bought with dead features and reconstruction"
+    assert "None of the" in topk and "buys both cuts" in topk
+
+
+def test_relu_is_compared_at_equal_l0(written) -> None:
+    methods = section(written, "## Methods at equal reconstruction")
+    relu = methods.split("### ReLU + L1", 1)[1]
+    (line,) = [line for line in relu.splitlines() if line.startswith("| `activation-0.03` | ")][:1]
+    assert (
+        line.split("|")[2].strip().startswith("+0.0015")
+    )  # L0 is the twin's, so the twin itself is what is interpolated
+
+
+def test_verdicts_and_table_one(written) -> None:
+    claims = section(written, "## The paper's claims")
+    assert (
+        "| A step is faster than with full orthogonality | 0.42 s and 0.12 s, 3.5 times | 3.0 times | **holds** |"
+        in claims
+    )
+    assert "| It takes less memory | 14.8 GB and 5.3 GB, 2.8 times | 4.0 times | **holds** |" in claims
+    assert re.search(r"The mean correlation falls with depth .* 0.085 .*, 0.060 .*, 0.035 .* \*\*holds\*\*", claims)
+    assert "| seconds a step | 0.42 | 0.12 | 0.360 | 0.120 | 0.100 |" in section(written, "## Table 1")
+
+
+def test_ground_truth_names_what_raises_a_score_in_every_seed(written) -> None:
+    truth = section(written, "## Known ground truth")
+    last = list(load_plan("demo").worlds[0].variants)[-1]
+    assert f"MCC is raised most by `{last}`" in truth and "no variant changes uniqueness" in truth
+    assert "SAELens `matryoshka`" in truth
+
+
+def test_a_report_of_a_part_says_what_is_missing(tmp_path) -> None:
+    plan = load_plan("demo")
+    unit = plan.units()[0]
+    Records(tmp_path / "r").write(unit.record("none"), sae_record(plan, unit.sweep.name, "none", unit.layer, 0))
+    write_results(plan, tmp_path / "r", tmp_path / "RESULTS.md", "x")
+    assert "of the plan are missing" in (tmp_path / "RESULTS.md").read_text()
