@@ -1,8 +1,8 @@
 """Pairs of the twin's most correlated features, and what became of them in the SAE that was trained with the penalty.
 
 The feature index of the twin, built with the SAE beside it, has for every pair the features of the SAE that point most
-like it does. From there come the counts by class and some pairs to read: duplicates that training separated, and nested
-pairs, a feature within a broader one, that it should have left alone.
+like it does. From there come the counts by class and some pairs to read: pairs that fire on the same tokens and that
+training separated, and nested pairs, a feature within a broader one, that it should have left alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..features.index import FeatureIndex
 from ..features.records import PAIR_CLASSES, PairRecord
 
 EXAMPLES = "examples"  # name of the record
+ALIKE = 0.7  # share of the tokens of either feature
 SHOWN = 6  # pairs of each kind
 _WORDS = 24  # tokens around the strongest one
 
@@ -26,9 +27,14 @@ def examples(index: FeatureIndex) -> dict[str, Any]:
     by_class = {name: [pair for pair in pairs if pair.pair_class == name] for name in PAIR_CLASSES}
     return {
         "classes": {name: class_facts(found) for name, found in by_class.items()},
-        "separated": [shown(index, pair) for pair in most_changed(by_class.get("duplicate", []))],
+        "separated": [shown(index, pair) for pair in most_changed([pair for pair in pairs if fires_alike(pair)])],
         "nested": [shown(index, pair) for pair in most_changed(by_class.get("nested", []))],
     }
+
+
+def fires_alike(pair: PairRecord) -> bool:
+    """Whether each of the two fires where the other does: two features for one thing, wherever they point."""
+    return min(pair.a_given_b or 0.0, pair.b_given_a or 0.0) >= ALIKE
 
 
 def every_pair(index: FeatureIndex) -> Iterator[PairRecord]:
