@@ -119,4 +119,5 @@ def world_table(records: Sequence[Mapping[str, Any]], columns: Sequence[Column])
 def world_figure(values: Sequence[Mapping[str, Any]], key: str) -> Figure | None:
     """A score over seeds; None if a seed does not have it."""
     found = [value.get(key) for value in values]
-    return Figure(tuple(float(v) for v in found)) if found and all(v is not None for v in found) else None
+    known = [float(v) for v in found if v is not None]
+    return Figure(tuple(known)) if found and len(known) == len(found) else None

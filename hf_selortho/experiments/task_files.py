@@ -44,12 +44,13 @@ def load_tasks(folder: Path, layer: int) -> Tasks:
     """The tasks of a layer that [`save_tasks`] has written."""
     probing = first_letter = None
     if (path := _path(folder, PROBING, layer, "safetensors")).is_file():
-        probing = LabelledTexts(**load_file(path), **_read(folder, PROBING, layer))
+        fields: dict[str, Any] = {**load_file(path), **_read(folder, PROBING, layer)}
+        probing = LabelledTexts(**fields)
     if (path := _path(folder, FIRST_LETTER, layer, "safetensors")).is_file():
         rest = _read(folder, FIRST_LETTER, layer)
-        f1 = [float("nan") if value is None else value for value in rest.pop("probe_f1")]
-        left_out = tuple(rest.pop("left_out"))
-        first_letter = FirstLetterTask(**load_file(path), **rest, probe_f1=f1, left_out=left_out)
+        rest["probe_f1"] = [float("nan") if value is None else value for value in rest["probe_f1"]]
+        rest["left_out"] = tuple(rest["left_out"])
+        first_letter = FirstLetterTask(**{**load_file(path), **rest})
     return Tasks(probing, first_letter, _read(folder, FACTS, layer))
 
 

@@ -165,7 +165,7 @@ def _penalty(config: Mapping[str, Any]) -> str:
     squared = f"squared correlation ({cell(config['correlation'])})"
     pairs = "all pairs of features"
     if config["penalty"] == "selective":
-        squared = _SQUARED.get(config.get("penalty_space"), squared)
+        squared = _SQUARED.get(str(config.get("penalty_space")), squared)
         pairs = f"the {number(100 * config['pair_fraction'], 'exact')}% most correlated pairs of features"
         if config.get("selection_space", "same") == "same" and config.get("penalty_space") in _SQUARED:
             pairs = f"the {number(100 * config['pair_fraction'], 'exact')}% of pairs where it is largest"
