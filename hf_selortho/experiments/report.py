@@ -24,14 +24,14 @@ def write_results(plan: Plan, folder: Path, report: Path, command: str) -> Path:
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     link = Path(os.path.relpath(figures, report.parent)).as_posix()
-    parts = [head(findings, command)]
+    parts = [head(findings, command, Path(link).parent.as_posix())]
     parts += [part for write in sections.ALL if (part := write(findings, figures, link))]
     report.parent.mkdir(parents=True, exist_ok=True)
     write_text(report, "\n\n".join(parts) + "\n")
     return report
 
 
-def head(findings: Findings, command: str) -> str:
+def head(findings: Findings, command: str, place: str) -> str:
     """What was run, on what, how often, and how long it took."""
     saes = findings.saes
     machines = sorted({record["hardware"] for record in [*saes, *findings.worlds]})
@@ -48,7 +48,7 @@ def head(findings: Findings, command: str) -> str:
     planned = sum(len(unit.sweep.variants) for unit in findings.plan.units())
     missing = f" ({planned - len(saes)} of the plan are missing)" if planned > len(saes) else ""
     return (
-        f"# Results\n\nWritten by `{command}` from the records in `{findings.folder.as_posix()}/`; no "
+        f"# Results\n\nWritten by `{command}` from the records in `{place}/`; no "
         f"number is typed by "
         "hand. The speed of training steps and of the page, measured apart, is in "
         "[docs/performance.md](docs/performance.md).\n\n"

@@ -154,7 +154,7 @@ class TestMiniature:
         }  # fmt: skip
         for link in re.findall(r"\]\(([^)]*\.png)\)", text):
             assert (sitting.report.parent / link).is_file(), link
-        assert "nan" not in text.lower().split() and "None" not in text
+        assert "nan" not in text.lower().split() and "| None" not in text
         assert str(sitting.folder) not in text, "paths of this machine are nobody's business"
 
     def test_a_second_sitting_does_nothing_again(self, sitting) -> None:
