@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,12 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
     records = Records(places.results)
     units = [unit for unit in plan.units() if missing(unit, records, places, plan)]
     cost = sum(_cost(unit, missing(unit, records, places, plan)) for unit in units)
-    progress = Progress(cost, "trainings", "SAE step")
+    progress, comparing = Progress(cost, "trainings", "SAE step"), threading.Lock()
 
     def work(unit: Unit, slot: int) -> None:
         _Job(plan, places, machine, unit, slot, progress).run(records)
-        compare_sweep(plan, places, unit.sweep, unit.layer)
+        with comparing:  # seeds that end together would compare themselves twice
+            compare_sweep(plan, places, unit.sweep, unit.layer)
 
     try:
         for refers in (False, True):  # a budget is measured against a training that has to be there

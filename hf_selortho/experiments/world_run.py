@@ -18,7 +18,7 @@ from ..command_line import run_script, use_all_cores
 from ..training.outputs import hardware, library_versions
 from .plan import WorldRun
 from .records import Records
-from .world_peers import run_peers
+from .world_peers import peer_settings, run_peers
 from .world_training import run_world
 from .worlds import World
 
@@ -34,19 +34,28 @@ def missing_scores(run: WorldRun, records: Records) -> tuple[list[str], list[str
 def score_world(run: WorldRun, records: Records, samples: int) -> None:
     """Train what the record does not have, and write it with what it had."""
     variants, peers = missing_scores(run, records)
-    known: dict[str, Any] = records.read(run.name) if records.has(run.name) else {}
     world = World.from_json(run.world)
-    scores, of_peers = dict(known.get("scores", {})), dict(known.get("peers", {}))
+    for name in peers:
+        peer_settings(name, run.settings, 1.0)  # what they cannot do without is known before anything is trained
     if variants:
         settings = {name: run.variants[name] for name in variants}
-        scores |= run_world(world, run.settings, settings, seed=run.seed, samples=samples, **run.training)
+        found = run_world(world, run.settings, settings, seed=run.seed, samples=samples, **run.training)
+        add_scores(run, records, samples, "scores", found)
     if peers:
-        of_peers |= run_peers(world, peers, run.settings, seed=run.seed, samples=samples, **run.training)
+        found = run_peers(world, peers, run.settings, seed=run.seed, samples=samples, **run.training)
+        add_scores(run, records, samples, "peers", found)
+
+
+def add_scores(run: WorldRun, records: Records, samples: int, part: str, found: dict[str, dict[str, float]]) -> None:
+    """Write the record with what it had and what has been found."""
+    known: dict[str, Any] = records.read(run.name) if records.has(run.name) else {}
+    parts = {"scores": known.get("scores", {}), "peers": known.get("peers", {})}
+    parts[part] = {**parts[part], **found}
     records.write(
         run.name,
         {
-            "kind": "world", "world": world.to_json(), "recipe": run.recipe, "seed": run.seed, "settings": run.settings,
-            "variants": run.variants, "training": run.training, "samples": samples, "scores": scores, "peers": of_peers,
+            "kind": "world", "world": World.from_json(run.world).to_json(), "recipe": run.recipe, "seed": run.seed,
+            "settings": run.settings, "variants": run.variants, "training": run.training, "samples": samples, **parts,
             "hardware": hardware(torch.device("cpu"), 1), "versions": library_versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },

@@ -10,6 +10,7 @@ import pytest
 
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.experiments.plan import SECTIONS, list_plans, load_plan, merged
+from hf_selortho.experiments.world_peers import peer_settings
 
 SMALL: dict[str, Any] = {
     "seeds": 2,
@@ -121,5 +122,7 @@ def test_plans_that_come_with_the_package(name: str, quick: bool) -> None:
             SelOrthoConfig(**{**settings, **variant, "d_in": 640})
     for run in plan.worlds:
         assert "none" in run.variants
+        for peer in run.peers:
+            peer_settings(peer, run.settings, 1.0)  # says what is missing
         for variant in run.variants.values():
             SelOrthoConfig(**{**run.settings, **variant, "d_in": 64})
