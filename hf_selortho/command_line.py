@@ -48,8 +48,12 @@ def use_all_cores(threads: int | None = None) -> None:
 
     `accelerate launch` sets OMP_NUM_THREADS to 1 on a machine without a GPU, which would leave all cores but one idle.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // local_processes()))
+    torch.set_num_threads(threads or max(1, own_cores() // local_processes()))
+
+
+def own_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch_command(script: str, argv: Sequence[str] | None = None) -> str:

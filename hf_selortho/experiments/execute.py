@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
-from ..training.outputs import METRICS_LOG, RUN, read_rows, write_json
+from ..training.outputs import CHECKPOINTS, METRICS_LOG, RUN, read_rows, write_json
 from .compare_seeds import compare_seeds
 from .examples import EXAMPLES
 from .plan import Plan, Sweep, Unit
@@ -193,8 +194,7 @@ class _Job:
             seen = step
 
         run_process(command, attempt / "train.log", self.environment, f"the training of {unit.name}", look)
-        for checkpoints in (attempt / "run").glob("checkpoints/step_*"):
-            _remove(checkpoints)
+        shutil.rmtree(attempt / "run" / CHECKPOINTS, ignore_errors=True)
 
     def _reference(self, name: str) -> Path:
         sweep, variant = name.split("/", 1)
@@ -232,9 +232,3 @@ class _Job:
 def _cost(unit: Unit, variants: Sequence[str]) -> float:
     """Steps of SAEs that a unit takes."""
     return float(unit.sweep.arguments.get("max_steps", 1000) * len(variants))
-
-
-def _remove(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.unlink()

@@ -7,14 +7,13 @@ for: a sweep belongs to those that its results are shown in.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import SelOrthoError
-from ..training.arguments import SETTING_NAMES
+from ..training.arguments import SETTING_NAMES, read_named
 
 PLANS = Path(__file__).with_name("plans")
 SECTIONS = ("table1", "ablations", "layers", "limits", "pareto", "ground_truth")
@@ -124,15 +123,7 @@ def load_plan(name: str, *, quick: bool = False, seeds: int | None = None) -> Pl
     Raises:
         SelOrthoError: there is no such plan, or something in it is not allowed; says what and where.
     """
-    path = Path(name) if name.endswith(".json") else PLANS / f"{name}.json"
-    if not path.is_file():
-        raise SelOrthoError(f"unknown plan {name!r}: expected one of {', '.join(list_plans())}, or a .json file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SelOrthoError(f"{path} is not valid JSON ({error}); mend it or choose another plan") from error
-    if not isinstance(content, dict):
-        raise SelOrthoError(f"{path} holds a {type(content).__name__}: expected an object")
+    path, content = read_named("plan", name, PLANS, list_plans(), "an object")
     reader = _Reader(path, content)
     return reader.plan(path.stem, quick, seeds)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from ..command_line import end_with_parent
+from ..command_line import end_with_parent, own_cores
 from ..errors import SelOrthoError
 
 _POLL = 2.0  # seconds between two looks at a process
@@ -34,8 +34,7 @@ class Machine:
     @property
     def threads(self) -> int:
         """Threads of each process on a CPU."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // (self.jobs * self.processes))
+        return max(1, own_cores() // (self.jobs * self.processes))
 
     def environment(self, slot: int) -> dict[str, str]:
         """Of the processes of a job: a GPU of its own each, if there are any."""

@@ -212,16 +212,31 @@ def load_preset(name: str) -> dict[str, Any]:
     Raises:
         SelOrthoError: there is no such preset (lists them), or it is not a JSON object.
     """
-    path = Path(name) if name.endswith(".json") else PRESET_FOLDER / f"{name}.json"
-    if not path.is_file():
-        raise SelOrthoError(f"unknown preset {name!r}: expected one of {', '.join(list_presets())}, or a .json file")
-    try:
-        preset = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SelOrthoError(f"{path} is not valid JSON ({error}); mend it or choose another preset") from error
-    if not isinstance(preset, dict):
-        raise SelOrthoError(f"{path} holds a {type(preset).__name__}: expected an object of arguments by name")
+    preset = read_named("preset", name, PRESET_FOLDER, list_presets(), "an object of arguments by name")[1]
     return {key: value for key, value in preset.items() if key != "description"}
+
+
+def read_named(kind: str, name: str, folder: Path, known: Sequence[str], expected: str) -> tuple[Path, dict[str, Any]]:
+    """A JSON object that comes with the package, or that of a file of the user's, and where it is.
+
+    Args:
+        kind: what it is, "preset". name: one of `known`, or the path of a .json file.
+        folder: of those that come with the package.
+        expected: what the file has to hold, in words.
+
+    Raises:
+        SelOrthoError: there is none of this name (lists them), or the file holds something else.
+    """
+    path = Path(name) if name.endswith(".json") else folder / f"{name}.json"
+    if not path.is_file():
+        raise SelOrthoError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}, or a .json file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SelOrthoError(f"{path} is not valid JSON ({error}); mend it or choose another {kind}") from error
+    if not isinstance(content, dict):
+        raise SelOrthoError(f"{path} holds a {type(content).__name__}: expected {expected}")
+    return path, content
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
