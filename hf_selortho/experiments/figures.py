@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import MaxNLocator
 
 from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 from .comparison import Comparison
@@ -198,6 +199,7 @@ def world_figure_plot(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any
                 )
             axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
             axes.invert_yaxis()
+            axes.xaxis.set_major_locator(MaxNLocator(5))  # more numbers would run into one another
             axes.set_title(words)
         handles, labels = picture.axes[0].get_legend_handles_labels()
         picture.legend(handles, labels, loc="outside lower center", ncols=3)
