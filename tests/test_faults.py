@@ -306,7 +306,7 @@ def test_two_processes_agree_about_a_batch_that_is_not_finite(command, tmp_path)
     manifest.write_text(json.dumps(content))
 
     process = start(stopping)
-    assert process.wait(process.everybody(), 60) != 0
+    assert process.wait(process.everybody(), 180) != 0
     assert "NaN or infinity in the activations on" in process.said()
     assert "another process found that activations are not finite" in process.said()
     kept = [path.name for path in (tmp_path / "stopped" / "debug").iterdir()]

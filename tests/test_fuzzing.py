@@ -126,6 +126,7 @@ def allowed_settings(draw: st.DrawFn) -> dict[str, Any]:
     for name in ("jumprelu_bandwidth", "jumprelu_threshold"):
         found[name] = draw(st.floats(1e-300, 1e300))
     found["pair_fraction"] = draw(st.floats(0, 1, exclude_min=True))
+    found["decoder_ratio"] = draw(_WEIGHT)
     found["correlation_threshold"] = draw(_SHARE)
     for name in ("min_support", "selection_interval"):
         found[name] = draw(_COUNT)

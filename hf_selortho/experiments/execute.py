@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
-from ..errors import SelOrthoError
 from ..training.outputs import CHECKPOINTS, METRICS_LOG, RUN, read_rows, write_json
 from .compare_seeds import compare_seeds
 from .examples import EXAMPLES
@@ -69,6 +68,10 @@ def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bo
     """Whether something is still to be found out that its record does not say."""
     compared = variant in unit.sweep.compared and plan.seeds > 1
     if compared and not records.has(seeds_record(unit.sweep, variant, unit.layer)):
+        return True
+    referring = [sweep for sweep in plan.sweeps if sweep.reference == f"{unit.sweep.name}/{variant}"]
+    followers = [Unit(sweep, unit.layer, unit.seed) for sweep in referring if unit.layer in sweep.layers]
+    if any(not records.has(follower.record(name)) for follower in followers for name in follower.sweep.variants):
         return True
     shown = (unit.sweep.name, unit.seed) == (plan.examples.get("sweep"), EXAMPLE_SEED)
     return shown and variant in (TWIN, plan.examples.get("variant")) and not records.has(EXAMPLES)
@@ -201,11 +204,7 @@ class _Job:
         plan_sweep = next(one for one in self.plan.sweeps if one.name == sweep)
         other = Unit(plan_sweep, self.unit.layer, self.unit.seed)
         folder = sae_folder(self.places, other, variant)
-        if folder is None:
-            raise SelOrthoError(
-                f"{self.unit.name} needs the training log of {other.record(variant)}, which is not in "
-                f"{self.places.unit(other)}: remove the record {other.record(variant)}.json to train it again"
-            )
+        assert folder is not None  # it counts as missing until it is there, and is trained before
         return folder
 
     def _measure(self, attempt: Path, records: Records) -> None:

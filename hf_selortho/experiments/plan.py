@@ -217,6 +217,14 @@ class _Reader:
             raise SelOrthoError(
                 f"{self.path}, sweep {sweep.name!r}: reference {sweep.reference!r} is no sweep/variant of this plan"
             )
+        referred = next(other for other in sweeps if sweep.reference.startswith(f"{other.name}/"))
+        for what in ("sections", "layers"):  # or the reference would not be trained where only those are run
+            lacking = [one for one in getattr(sweep, what) if one not in getattr(referred, what)]
+            if lacking:
+                raise SelOrthoError(
+                    f"{self.path}, sweep {sweep.name!r}: {what} {lacking[0]!r} is not among those of its reference "
+                    f"{sweep.reference!r}: {', '.join(map(str, getattr(referred, what)))}"
+                )
 
     def _named(self, kind: str, name: Any, known: Mapping[str, Any], where: str) -> Any:
         self._one_of(f"{where}: {kind}", name, tuple(known))
