@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def measure(request: Request) -> None:
         prepare(request, store, capture)
         return
     batch = sizes.get("batch_size", 4096)
+    started = time.perf_counter()
     evaluations = evaluate_saes(
         list(saes.values()),
         capture,
@@ -72,19 +74,23 @@ def measure(request: Request) -> None:
         ce_samples=sizes.get("ce_samples", 64),
         progress=False,
     )
+    each = (time.perf_counter() - started) / len(saes)
     tasks = load_tasks(Path(request.tasks), layer)
     records = Records(Path(request.results))
     for (name, sae), evaluation in zip(saes.items(), evaluations, strict=True):
-        folder = Path(request.members[name])
+        started = time.perf_counter()
+        metrics = evaluation.metrics | tasks.measure(sae)
+        seconds = each + time.perf_counter() - started
         records.write(
             name,
             {
                 "kind": "sae",
                 **request.unit,
                 "variant": request.variants[name],
-                "evaluation": evaluation.metrics | tasks.measure(sae),
+                "evaluation": metrics,
                 "measured_with": PAIR_SETTINGS | dict(sizes),
-                **training_facts(folder),
+                "measuring_seconds": round(seconds, 1),
+                **training_facts(Path(request.members[name])),
             },
         )
 

@@ -201,12 +201,14 @@ class _Reader:
 
     def _worlds(self, block: Mapping[str, Any], content: Mapping[str, Any], seeds: int) -> Iterable[WorldRun]:
         self._refuse_unknown("ground_truth", block, {"worlds", "recipes", "variants", "training", "peers"})
+        recipes = block.get("recipes", {})
         for name, world in block.get("worlds", {}).items():
-            for recipe, settings in block.get("recipes", {}).items():
+            for recipe in world.get("recipes", recipes):
+                settings = self._named("recipe", recipe, recipes, f"world {name!r}")
                 variants = self._variants(block.get("variants", ()), content, "ground_truth")
                 peers = tuple(block.get("peers", {}).get(recipe, ()))
                 for seed in range(seeds):
-                    own = {"name": name, **world}
+                    own = {"name": name, **{key: value for key, value in world.items() if key != "recipes"}}
                     yield WorldRun(own, recipe, seed, settings, variants, block.get("training", {}), peers)
 
     def _check_reference(self, sweep: Sweep, sweeps: Sequence[Sweep]) -> None:

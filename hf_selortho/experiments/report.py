@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,29 +34,35 @@ def write_results(plan: Plan, folder: Path, report: Path, command: str) -> Path:
 
 def head(findings: Findings, command: str, place: str) -> str:
     """What was run, on what, how often, and how long it took."""
-    saes = findings.saes
-    machines = sorted({record["hardware"] for record in [*saes, *findings.worlds]})
-    versions = _versions([record["versions"] for record in [*saes, *findings.worlds]])
-    seconds = sum(record.get("seconds", 0.0) for record in saes)
-    seconds += sum(
-        score.get("training_seconds", 0.0)
-        for w in findings.worlds
-        for p in ("scores", "peers")
-        for score in w[p].values()
-    )
+    records = [*findings.saes, *findings.worlds]
+    machines = sorted({record["hardware"] for record in records})
     of_worlds = sum(len(world["scores"]) + len(world["peers"]) for world in findings.worlds)
-    counts = f"{len(saes)} SAEs on activations, {of_worlds} on synthetic worlds"
     planned = sum(len(unit.sweep.variants) for unit in findings.plan.units())
-    missing = f" ({planned - len(saes)} of the plan are missing)" if planned > len(saes) else ""
+    planned_worlds = sum(len(run.variants) + len(run.peers) for run in findings.plan.worlds)
     return (
-        f"# Results\n\nWritten by `{command}` from the records in `{place}/`; no "
-        f"number is typed by "
-        "hand. The speed of training steps and of the page, measured apart, is in "
-        "[docs/performance.md](docs/performance.md).\n\n"
-        f"{findings.plan.description} {counts}{missing}; {findings.plan.seeds} seeds; ± is the standard deviation over "
-        f"seeds. Training took {seconds / 3600:.1f} hours of one core or GPU, measurements not counted.\n\n"
-        f"- machine: {'; '.join(machines)}\n- versions: {versions}"
+        f"# Results\n\nWritten by `{command}` from the records in `{place}/`; no number is typed by hand. The speed of "
+        "training steps and of the page, measured apart, is in [docs/performance.md](docs/performance.md).\n\n"
+        f"{findings.plan.description} {_of(len(findings.saes), planned)} SAEs on activations, "
+        f"{_of(of_worlds, planned_worlds)} on synthetic worlds, {findings.plan.seeds} seeds of each; ± is the standard "
+        f"deviation over seeds. {_times(findings)}\n\n"
+        f"- machine: {'; '.join(machines)}\n- versions: {_versions([record['versions'] for record in records])}"
     )
+
+
+def _of(count: int, planned: int) -> str:
+    return f"{count} of {planned}" if count < planned else str(count)
+
+
+def _times(findings: Findings) -> str:
+    """How long it took; measurements that no record times count as much as the mean of the others."""
+    training = sum(record.get("seconds", 0.0) for record in findings.saes)
+    scores = [score for world in findings.worlds for part in ("scores", "peers") for score in world[part].values()]
+    training += sum(score.get("training_seconds", 0.0) for score in scores)
+    measured = [record["measuring_seconds"] for record in findings.saes if "measuring_seconds" in record]
+    words = f"Training took {training / 3600:.1f} hours of one core or GPU"
+    if measured:
+        words += f", measuring what was trained {statistics.fmean(measured) * len(findings.saes) / 3600:.1f} hours"
+    return words + "."
 
 
 def _versions(found: Sequence[dict[str, str]]) -> str:

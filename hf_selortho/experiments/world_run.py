@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def add_scores(run: WorldRun, records: Records, samples: int, part: str, found: 
         {
             "kind": "world", "world": World.from_json(run.world).to_json(), "recipe": run.recipe, "seed": run.seed,
             "settings": run.settings, "variants": run.variants, "training": run.training, "samples": samples, **parts,
-            "hardware": hardware(torch.device("cpu"), 1), "versions": library_versions(),
+            "hardware": hardware(torch.device("cpu"), 1), "versions": {**library_versions(), "sae-lens": version("sae-lens")},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )  # fmt: skip

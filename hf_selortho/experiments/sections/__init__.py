@@ -8,10 +8,11 @@ from pathlib import Path
 from ..findings import Findings
 from .methods import adaptive, on_the_model, pareto
 from .paper import ablations, claims, layers, limits, table_one
+from .short import in_short
 from .truth import example_pairs, ground_truth
 
 Section = Callable[[Findings, Path, str], str]  # findings, folder for figures, how to link to it
 
 ALL: tuple[Section, ...] = (
-    pareto, adaptive, on_the_model, ground_truth, example_pairs, claims, table_one, ablations, layers, limits,
+    in_short, pareto, adaptive, on_the_model, ground_truth, example_pairs, claims, table_one, ablations, layers, limits,
 )  # fmt: skip

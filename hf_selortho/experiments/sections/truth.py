@@ -31,9 +31,7 @@ def ground_truth(findings: Findings, figures: Path, link: str) -> str:
     """Recovery of features that are known."""
     if not findings.worlds:
         return ""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in findings.worlds:
-        groups.setdefault((record["world"]["name"], record["recipe"]), []).append(record)
+    groups = by_world(findings.worlds)
     parts = [
         "## Known ground truth\n\nSynthetic activations of SAELens's models, whose features are known; "
         "MCC, uniqueness, "
@@ -51,6 +49,14 @@ def ground_truth(findings: Findings, figures: Path, link: str) -> str:
         columns = WORLD_COLUMNS + (HIERARCHY_COLUMNS if records[0]["world"]["structure"] == "hierarchical" else ())
         parts.append(f"### {world}, {recipe}\n\n{_world_words(records[0])}\n\n{world_table(records, columns)}")
     return "\n\n".join(parts)
+
+
+def by_world(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Records of worlds by the names of world and recipe."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["world"]["name"], record["recipe"]), []).append(record)
+    return groups
 
 
 def _world_words(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,79 @@
+"""The findings in a few sentences, for the head of a report and for README, which quotes them word for word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..comparison import CORRELATION_CUT, COSINE_CUT, RELATIVE_ROOM, Comparison, best_by, comparisons
+from ..figures import family
+from ..findings import Findings
+from ..summaries import Figure
+from .methods import NAMES
+from .truth import by_world, gain_over_twin
+
+PAPER = "activation"  # family of the paper's own penalty
+
+
+def in_short(findings: Findings, figures: Path, link: str) -> str:
+    """A sentence for each kind of SAE on activations, and one for the synthetic worlds."""
+    lines = [sae_words(NAMES.get(sweep, sweep), comparisons(findings.of(sweep))) for sweep in findings.pareto]
+    lines.append(world_words(by_world(findings.worlds)))
+    shown = [f"- {line}" for line in lines if line]
+    return "## In short\n\n" + "\n".join(shown) if shown else ""
+
+
+def sae_words(name: str, found: Sequence[Comparison]) -> str:
+    """What the best variants of a sweep buy, and what they cost."""
+    if not found:
+        return ""
+    bought = [
+        f"`{best.summary.variant}` cuts {what} by {-getattr(best, key).mean:.0%} for {_more(best)}"
+        for key, what in (
+            ("correlation", "the mean of the top 0.1% correlations"),
+            ("cosine", "the mean maximum decoder cosine"),
+        )
+        if (best := best_by(found, key)) is not None and getattr(best, key).mean < 0
+    ]
+    asked = f"a quarter less correlation and {COSINE_CUT:.0%} less cosine for {RELATIVE_ROOM:.0%}"
+    assert CORRELATION_CUT == 0.25  # or the words above are wrong
+    both = [f"`{one.summary.variant}`" for one in found if one.both]
+    last = f"{', '.join(both)} buys both" if both else f"none of the {len(found)} settings tried buys both"
+    return f"**{name}**: {'; '.join([*bought, f'{last} ({asked})'])}."
+
+
+def _more(one: Comparison) -> str:
+    return f"{100 * one.relative_excess.mean:.1f}% more unexplained variance"
+
+
+def world_words(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> str:
+    """What the paper's penalty and the rule that does best by it do to the recovery of known features."""
+    runs = [record for records in groups.values() for record in records]
+    if not runs:
+        return ""
+    names = [name for name in runs[0]["scores"] if all(name in run["scores"] for run in runs)]
+    gains = {name: [gain_over_twin(runs, name, key) for key in ("mcc", "uniqueness", "f1")] for name in names}
+    known: dict[str, list[Figure]] = {
+        name: [one for one in found if one is not None] for name, found in gains.items() if None not in found
+    }
+    own = [name for name in known if family(name) == PAPER]
+    others = [name for name in known if family(name) != PAPER]
+    if not own or not others:
+        return ""
+    mildest = max(own, key=lambda name: _sum(known[name]))
+    best = max(others, key=lambda name: _sum(known[name]))
+    worlds = f"{len(groups)} synthetic worlds of known features" if len(groups) > 1 else "known features"
+    return (
+        f"**Ground truth** ({worlds}, {len(runs)} trainings): the penalty on activations, `{mildest}`, changes "
+        f"{_gains(known[mildest])}; the best other rule, `{best}`, {_gains(known[best])}."
+    )
+
+
+def _sum(gains: Sequence[Figure]) -> float:
+    return sum(gain.mean for gain in gains)
+
+
+def _gains(gains: Sequence[Figure]) -> str:
+    mcc, uniqueness, f1 = gains
+    return f"MCC by {mcc.signed()}, uniqueness by {uniqueness.signed()} and F1 by {f1.signed()}"
