@@ -57,7 +57,8 @@ def add_scores(run: WorldRun, records: Records, samples: int, part: str, found: 
         {
             "kind": "world", "world": World.from_json(run.world).to_json(), "recipe": run.recipe, "seed": run.seed,
             "settings": run.settings, "variants": run.variants, "training": run.training, "samples": samples, **parts,
-            "hardware": hardware(torch.device("cpu"), 1), "versions": {**library_versions(), "sae-lens": version("sae-lens")},
+            "hardware": hardware(torch.device("cpu"), 1),
+            "versions": {**library_versions(), "sae-lens": version("sae-lens")},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )  # fmt: skip
