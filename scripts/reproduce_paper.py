@@ -61,19 +61,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Path(arguments.report) if arguments.report else results / "RESULTS.md"
     if not arguments.report_only:
         work = Path(arguments.work_dir) / plan.name
-        run_plan(part_of(plan, arguments.only), Places(work, results, Path(__file__).resolve().parent), jobs, arguments)
+        run_plan(plan, Places(work, results, Path(__file__).resolve().parent), jobs, arguments)
     write_results(plan, results, report, shown_command(arguments))
     sys.stdout.write(f"{report} has the results, {results}/ their records\n")
 
 
-def run_plan(plan: Plan, places: Places, jobs: int, arguments: ReproduceArguments) -> None:
-    """Do what has no record yet."""
+def run_plan(whole: Plan, places: Places, jobs: int, arguments: ReproduceArguments) -> None:
+    """Do what has no record yet, of the whole plan or of the sections that are asked for.
+
+    All layers of the plan are harvested whatever is asked for: a token that is a sink at one of them is left out at
+    all, so that the batches would be others.
+    """
+    plan = part_of(whole, arguments.only)
     places.work.mkdir(parents=True, exist_ok=True)
     machine = Machine(jobs, arguments.processes)
     stop_on_sigterm()
     with FolderLock(places.work, "running a plan"):
         if plan.sweeps:
-            harvest(plan, places, machine)
+            harvest(whole, places, machine)
             time_steps(plan, places)
             prepare(plan, places, machine)
             run_trainings(plan, places, machine)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..activations.capture import ActivationCapture
 from ..activations.lm import load_language_model
 from ..activations.shard_batches import held_out_batches
@@ -45,6 +47,7 @@ class Request:
     tasks: str
     model: str
     model_revision: str | None
+    model_dtype: str  # that of the harvest, whatever this machine computes fastest in
     results: str
     measures: dict[str, Any]
     dataset: str | None = None  # as it was given, where its name alone does not say where it is
@@ -56,9 +59,10 @@ def measure(request: Request) -> None:
     """Evaluate every SAE of the request and write its record; without any, prepare the tasks of the layer."""
     store = ActivationStore(request.shards)
     layer, sizes = request.unit["layer"], request.measures
-    saes = {name: load_for_measuring(folder) for name, folder in request.members.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the job's own GPU
+    saes = {name: load_for_measuring(folder, device) for name, folder in request.members.items()}
     contexts = store.held_out_contexts()[: sizes.get("eval_samples", 1000)]
-    lm = load_language_model(request.model, request.model_revision)
+    lm = load_language_model(request.model, request.model_revision, request.model_dtype, device)
     capture = ActivationCapture(lm, [layer], [store.manifest.layer(layer)["max_norm"]])
     if not saes:
         prepare(request, store, capture)
@@ -111,10 +115,11 @@ def prepare(request: Request, store: ActivationStore, capture: ActivationCapture
     )
 
 
-def load_for_measuring(folder: str) -> SelOrthoSAE:
+def load_for_measuring(folder: str, device: str) -> SelOrthoSAE:
     """An SAE with the pairs that all SAEs are compared by."""
-    sae: SelOrthoSAE = SelOrthoSAE.from_pretrained(folder, **PAIR_SETTINGS)
-    return sae.eval()
+    loaded: Any = SelOrthoSAE.from_pretrained(folder, **PAIR_SETTINGS)
+    sae: SelOrthoSAE = loaded.to(device).eval()
+    return sae
 
 
 def request_from(content: Mapping[str, Any]) -> Request:

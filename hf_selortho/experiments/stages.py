@@ -102,7 +102,7 @@ def measure_request(plan: Plan, places: Places, machine: Machine, layer: int) ->
     return {
         "unit": {"layer": layer}, "members": {}, "variants": {},
         "shards": str(places.shards), "tasks": str(places.tasks),
-        "model": model["name"], "model_revision": model["revision"],
+        "model": model["name"], "model_revision": model["revision"], "model_dtype": model["dtype"],
         "dataset": plan.harvest.get("dataset"), "label_column": plan.label_column,
         "results": str(places.results), "measures": plan.measures, "threads": machine.threads,
     }  # fmt: skip

@@ -63,6 +63,21 @@ def test_only_keeps_the_sweeps_of_a_section(tmp_path: Path) -> None:
     assert plan.only(["ground_truth"]).sweeps == ()
 
 
+def test_worlds_may_choose_among_the_recipes(tmp_path: Path) -> None:
+    worlds = {"a": {"features": 64, "recipes": ["relu"]}, "b": {"features": 32}}
+    block = {
+        "worlds": worlds,
+        "recipes": {"topk": {"k": 2}, "relu": {}},
+        "variants": ["a"],
+        "peers": {"topk": ["topk"]},
+    }
+    runs = load_plan(write(tmp_path, ground_truth=block), seeds=1).worlds
+    assert [(run.world["name"], run.recipe, run.peers) for run in runs] == [
+        ("a", "relu", ()), ("b", "topk", ("topk",)), ("b", "relu", ()),
+    ]  # fmt: skip
+    assert runs[0].world == {"name": "a", "features": 64}
+
+
 def test_merged_goes_key_by_key() -> None:
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": None, "e": 5}) == {
         "a": {"b": 4, "c": 2},
@@ -89,6 +104,25 @@ def test_merged_goes_key_by_key() -> None:
         (
             {"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": ["a"], "reference": "t/none"}}},
             "reference 't/none' is no sweep/variant",
+        ),
+        (
+            {
+                "sweeps": {
+                    "t": {"sections": ["pareto"], "recipe": "topk", "layers": [1], "variants": ["a"]},
+                    "s": {
+                        "sections": ["pareto"],
+                        "recipe": "topk",
+                        "layers": [1, 2],
+                        "variants": ["b"],
+                        "reference": "t/none",
+                    },
+                }
+            },
+            "layers 2 is not among those of its reference 't/none': 1",
+        ),
+        (
+            {"ground_truth": {"worlds": {"w": {"recipes": ["x"]}}, "recipes": {"topk": {}}, "variants": ["a"]}},
+            "world 'w': recipe 'x': expected one of topk",
         ),
         ({"sweps": {}}, "'sweps' is not known"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def sae_record(plan: Plan, sweep: str, variant: str, layer: int, seed: int) -> d
         evaluation["mean_correlation"] = 0.1 - 0.005 * layer
     return {
         "kind": "sae", "sweep": sweep, "sections": [], "layer": layer, "seed": seed, "variant": variant,
-        "arguments": dict(arguments), "evaluation": evaluation, "seconds": 60.0,
+        "arguments": dict(arguments), "evaluation": evaluation, "seconds": 60.0, "measuring_seconds": 30.0,
         "spread_over_batches": {key: {"mean": 0.3, "std": 0.02, "batches": 100} for key in ("top_correlation",
                                 "peak_correlation", "pair_churn")},
         "curve": {"step": [1, 300, 600], "fvu": [0.9, 0.2, 0.08], "l1": [1, 0.5, 0.4], "l0": [300, 150, 120],
@@ -85,12 +86,16 @@ def section(folder: Path, heading: str) -> str:
 def test_every_section_is_written_and_every_picture_is_there(written) -> None:
     text = (written / "RESULTS.md").read_text()
     assert set(re.findall(r"^## (.*)$", text, re.MULTILINE)) == {
-        "Methods at equal reconstruction", "Adaptive coefficient", "On the language model", "Known ground truth",
-        "The paper's claims", "Table 1", "Ablations", "Layers", "Limits",
+        "In short", "Methods at equal reconstruction", "Adaptive coefficient", "On the language model",
+        "Known ground truth", "The paper's claims", "Table 1", "Ablations", "Layers", "Limits",
     }  # fmt: skip
     for link in re.findall(r"\]\(([^)]*\.png)\)", text):
         assert (written / link).stat().st_size > 5000, link
-    assert "are missing" not in text and "nan" not in text.lower().split()
+    assert "nan" not in text.lower().split()
+    assert re.search(r"\. \d+ SAEs on activations, \d+ on synthetic worlds, 3 seeds of each", text), (
+        "nothing is missing"
+    )
+    assert "measuring what was trained 1.3 hours" in text, "30 s of each of 156"
 
 
 def test_what_is_worth_it_is_marked(written) -> None:
@@ -137,4 +142,39 @@ def test_a_report_of_a_part_says_what_is_missing(tmp_path) -> None:
     unit = plan.units()[0]
     Records(tmp_path / "r").write(unit.record("none"), sae_record(plan, unit.sweep.name, "none", unit.layer, 0))
     write_results(plan, tmp_path / "r", tmp_path / "RESULTS.md", "x")
-    assert "of the plan are missing" in (tmp_path / "RESULTS.md").read_text()
+    assert re.search(r"\. 1 of \d+ SAEs on activations, 0 of \d+ on", (tmp_path / "RESULTS.md").read_text())
+
+
+def test_in_short_says_what_the_tables_say(written) -> None:
+    topk, relu, truth = section(written, "## In short").strip().splitlines()
+    assert topk.startswith(
+        "- **TopK**: `activation-0.03` cuts the mean of the top 0.1% correlations by 43% for 1.9% more"
+    )
+    assert "`decoder-0.1` cuts the mean maximum decoder cosine by 44% for 0.9% more" in topk
+    assert "none of the 17 settings tried buys both" in topk and relu.startswith("- **ReLU + L1**: ")
+    runs = load_plan("demo").worlds
+    last = list(runs[0].variants)[-1]
+    assert f"{len(runs)} trainings" in truth and "`activation-0.3`, changes MCC by +0.020 ± 0.000" in truth
+    assert f"the best other rule, `{last}`, MCC by +0.090 ± 0.000, uniqueness by +0.000" in truth
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_results_are_what_their_records_give(tmp_path) -> None:
+    shutil.copytree(ROOT / "results" / "demo", tmp_path / "results" / "demo")
+    published = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^Written by `(python scripts/reproduce_paper.py [^`]*)`", published, re.MULTILINE)
+    write_results(load_plan("demo"), tmp_path / "results" / "demo", tmp_path / "RESULTS.md", command)
+    written = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert written == published, "write it anew: python scripts/reproduce_paper.py --preset demo --report_only"
+    for link in re.findall(r"\]\(([^)]*\.png)\)", published):
+        assert (ROOT / link).is_file(), link
+
+
+def test_readme_quotes_the_results() -> None:
+    readme, results = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
+    found = results.split("\n## In short\n\n", 1)[1].split("\n\n", 1)[0]
+    first_screen = readme.split("\n```bash\n", 1)[0]
+    assert found.count("\n") == 2 and found in first_screen, f"README.md should say, before its first command:\n{found}"
+    assert "](results/demo/figures/headline.png)" in first_screen
