@@ -37,6 +37,7 @@ def sae_record(plan: Plan, sweep: str, variant: str, layer: int, seed: int) -> d
     return {
         "kind": "sae", "sweep": sweep, "sections": [], "layer": layer, "seed": seed, "variant": variant,
         "arguments": dict(arguments), "evaluation": evaluation, "seconds": 60.0, "measuring_seconds": 30.0,
+        "training": {key: evaluation[key] for key in ("fvu", "l0", "peak_correlation", "dead_features")},
         "spread_over_batches": {key: {"mean": 0.3, "std": 0.02, "batches": 100} for key in ("top_correlation",
                                 "peak_correlation", "pair_churn")},
         "curve": {"step": [1, 300, 600], "fvu": [0.9, 0.2, 0.08], "l1": [1, 0.5, 0.4], "l0": [300, 150, 120],
@@ -127,6 +128,10 @@ def test_verdicts_and_table_one(written) -> None:
     )
     assert "| It takes less memory | 14.8 GB and 5.3 GB, 2.8 times | 4.0 times | **holds** |" in claims
     assert re.search(r"The mean correlation falls with depth .* 0.085 .*, 0.060 .*, 0.035 .* \*\*holds\*\*", claims)
+    assert (
+        "Over the last 100 steps: FVU 0.0801 (no penalty), 0.0801 (selective), 0.0801 (full); L0 120 (no penalty)"
+        in section(written, "## Table 1")
+    )
     assert "| seconds a step | 0.42 | 0.12 | 0.360 | 0.120 | 0.100 |" in section(written, "## Table 1")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from ..claims import FULL, MAIN, layer_sweep, timing_ratio, useful_range, verdicts
+from ..claims import FULL, MAIN, Evidence, layer_sweep, timing_ratio, useful_range, verdicts
 from ..comparison import CORRELATION_CUT, RELATIVE_ROOM
 from ..figures import curves_figure
 from ..findings import Findings
@@ -76,6 +77,14 @@ def _timing_row(
     return [words, of_full, of_selective, *found]
 
 
+# What the paper's Figures 1 and 2 show over training: title and digits by column.
+FIGURE_1 = {"fvu": ("FVU", 4), "l1": ("L1", 2), "l0": ("L0", 0)}
+FIGURE_2 = {
+    "peak_correlation": ("Peak correlation", 3), "top_correlation": ("Mean of the top 0.1%", 3),
+    "dead_features": ("Dead features", 0),
+}  # fmt: skip
+
+
 def _curves(findings: Findings, figures: Path, link: str) -> str:
     """The paper's Figures 1 and 2."""
     evidence = findings.evidence
@@ -85,24 +94,24 @@ def _curves(findings: Findings, figures: Path, link: str) -> str:
         for words, name in kinds.items()
         if (summary := evidence.of(name)) is not None
     }
-    first = {"fvu": "FVU", "l1": "L1", "l0": "L0"}
-    second = {
-        "peak_correlation": "Peak correlation",
-        "top_correlation": "Mean of the top 0.1%",
-        "dead_features": "Dead features",
-    }
-    curves_figure(
-        curves, first, figures / "figure1_training.png", "Training, range over the seeds (the paper's Figure 1)"
-    )
-    curves_figure(
-        curves, second, figures / "figure2_correlation.png", "Correlation and use of features (the paper's Figure 2)"
-    )
-    return (
-        f"![Training curves]({link}/figure1_training.png)\n\n"
-        "The curves of reconstruction and sparsity lie on one another: the penalty at 0.1 as a mean does not disturb "
-        "training.\n\n"
-        f"![Correlation over training]({link}/figure2_correlation.png)"
-    )
+    parts = []
+    for file, columns, title in (
+        ("figure1_training", FIGURE_1, "Training, range over the seeds (the paper's Figure 1)"),
+        ("figure2_correlation", FIGURE_2, "Correlation and use of features (the paper's Figure 2)"),
+    ):
+        curves_figure(curves, {key: words for key, (words, _) in columns.items()}, figures / f"{file}.png", title)
+        parts += [f"![{title}]({link}/{file}.png)", _end_words(evidence, kinds, columns)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _end_words(evidence: Evidence, kinds: Mapping[str, str], columns: Mapping[str, tuple[str, int]]) -> str:
+    """Where curves end, in words: means over the last 100 steps and the seeds."""
+    found = []
+    for key, (words, digits) in columns.items():
+        ends = {kind: evidence.figure(f"training.{key}", name) for kind, name in kinds.items()}
+        shown = [f"{end.mean:.{digits}f} ({kind})" for kind, end in ends.items() if end is not None]
+        found += [f"{words} {', '.join(shown)}"] * bool(shown)
+    return f"Over the last 100 steps: {'; '.join(found)}." if found else ""
 
 
 def ablations(findings: Findings, figures: Path, link: str) -> str:
