@@ -150,7 +150,7 @@ def open_sources(
         lms[key] = load_lm_of(config, arguments)
     return Sources(
         sae=sae,
-        capture=capture_of(config, lms[key]),
+        capture=capture_of(config, lms[key], arguments),
         documents=documents,
         name=target.name,
         weights_sha256=weights_sha256(sae, target.folder),

@@ -84,7 +84,7 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     source = text_source(config, arguments)
     documents = open_documents(source)
     lm = load_lm_of(config, arguments)
-    capture = capture_of(config, lm)
+    capture = capture_of(config, lm, arguments)
     contexts = held_out_contexts(
         documents,
         lm.tokenizer,

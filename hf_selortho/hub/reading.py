@@ -24,6 +24,7 @@ class ReadingArguments:
     subfolder: str | None = argument(None, "Folder of the SAE within its repository.")
     model: str | None = argument(None, "Language model; default: the one that the SAE was trained on.")
     model_revision: str | None = argument(None, "Its branch, tag or commit; default: that of the training.")
+    layer: int | None = argument(None, "Decoder layer that the SAE reads; default: that of its config.")
     lm_dtype: str = argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
     dataset: str | None = argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
     dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
@@ -87,14 +88,15 @@ def load_lm_of(config: SelOrthoConfig, arguments: ReadingArguments) -> LanguageM
     )
 
 
-def capture_of(config: SelOrthoConfig, lm: LanguageModel) -> ActivationCapture:
+def capture_of(config: SelOrthoConfig, lm: LanguageModel, arguments: ReadingArguments) -> ActivationCapture:
     """The language model at the SAE's layer, sinks left out as in training; warns if it is another one.
 
     Raises:
-        SelOrthoError: the SAE does not say which layer it reads.
+        SelOrthoError: neither the command line nor the SAE says which layer it reads.
     """
     warn_of_other_lm(config, lm)
-    return ActivationCapture(lm, required(config.layer, "a layer in the SAE's config"), config.max_norm)
+    layer = config.layer if arguments.layer is None else arguments.layer
+    return ActivationCapture(lm, required(layer, "--layer"), config.max_norm)
 
 
 def least_tokens(config: SelOrthoConfig, arguments: ReadingArguments) -> int:
