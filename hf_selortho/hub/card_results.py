@@ -120,6 +120,7 @@ def penalty_facts(config: Mapping[str, Any], beside: Measured) -> dict[str, Any]
     active = config.get("penalty") in ("selective", "full", "ortsae") and config.get("ortho_coefficient", 0) > 0
     pairs = n * (n - 1) // 2 if n else None
     share = config.get("pair_fraction")
+    squares = config.get("penalty_space", "activation")
     return {
         "kind": config["penalty"] if active else "none" if config.get("penalty") else None,
         "pairs": number(pairs) if pairs else None,
@@ -127,6 +128,8 @@ def penalty_facts(config: Mapping[str, Any], beside: Measured) -> dict[str, Any]
         "percent": number(100 * share, "exact") if share else None,
         "min_support": number(config["min_support"]) if config.get("min_support") else None,
         "space": "centred (Pearson) correlation" if config.get("correlation") == "pearson" else "cosine",
+        "squares": squares,
+        "selects": squares if config.get("selection_space", "same") == "same" else config["selection_space"],
         "churn": number(training["pair_churn"], "percent") if _known(training.get("pair_churn")) else None,
         "before": number(start["top_correlation"]) if _known(start.get("top_correlation")) else None,
         "after": number(training["top_correlation"]) if _known(training.get("top_correlation")) else None,

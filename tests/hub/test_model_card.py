@@ -356,3 +356,28 @@ def test_facts_that_no_training_writes_are_refused(part, value):
 
 def test_the_template_is_found():
     assert default_template().read_text(encoding="utf-8").startswith("---\n{{ card_data }}\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss", "pairs"),
+    [
+        ({}, "decorrelates the 0.1% that are most correlated in each batch.",
+         "correlation (cosine over the tokens of the batch)"),
+        ({"penalty_space": "decoder"},
+         "turns apart the decoder directions of the 0.1% whose directions are most alike.",
+         "decoder cosine"),
+        ({"penalty_space": "exclusion"},
+         "turns apart the decoder directions of the 0.1% that point most alike and do not fire together.",
+         "decoder cosine weighted by how rarely the two fire together"),
+        ({"penalty_space": "redundancy"},
+         "turns apart the decoder directions of the 0.1% that most fire together and point alike.",
+         "product of decoder cosine and co-firing"),
+        ({"penalty_space": "decoder", "selection_space": "activation"},
+         "turns apart the decoder directions of the 0.1% that are most correlated in each batch.",
+         "correlation (cosine over the tokens of the batch)"),
+    ],
+)  # fmt: skip
+def test_the_card_says_what_the_penalty_squares_and_by_what_pairs_are_chosen(changes, loss, pairs) -> None:
+    text = render_model_card(settings(**changes), METRICS, RUN).text
+    sentence = loss.replace("0.1%", "0.1% of feature pairs")
+    assert f"the loss {sentence}" in text and f"pairs of largest {pairs} among" in text
