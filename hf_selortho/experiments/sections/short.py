@@ -14,6 +14,17 @@ from .methods import NAMES
 from .truth import by_world, gain_over_twin
 
 PAPER = "activation"  # family of the paper's own penalty
+WORDS = {  # for families of variants
+    PAPER: "the paper's penalty on correlations",
+    "full": "the penalty on the correlations of all pairs",
+    "decoder": "a penalty on decoder cosines",
+    "decoder-wide": "a penalty on the decoder cosines of 1% of the pairs",
+    "both": "a penalty on correlations and decoder cosines",
+    "redundancy": "a penalty on the decoder cosines of pairs that fire together",
+    "exclusion": "a penalty on the decoder cosines of pairs that do not fire together",
+    "exclusion-wide": "a penalty on the decoder cosines of pairs that do not fire together, 1% of all",
+    "ortsae": "OrtSAE",
+}
 
 
 def in_short(findings: Findings, figures: Path, link: str) -> str:
@@ -29,7 +40,7 @@ def sae_words(name: str, found: Sequence[Comparison]) -> str:
     if not found:
         return ""
     bought = [
-        f"`{best.summary.variant}` cuts {what} by {-getattr(best, key).mean:.0%} for {_more(best)}"
+        f"{_named(best.summary.variant)} cuts {what} by {-getattr(best, key).mean:.0%} for {_more(best)}"
         for key, what in (
             ("correlation", "the mean of the top 0.1% correlations"),
             ("cosine", "the mean maximum decoder cosine"),
@@ -38,9 +49,14 @@ def sae_words(name: str, found: Sequence[Comparison]) -> str:
     ]
     asked = f"a quarter less correlation and {COSINE_CUT:.0%} less cosine for {RELATIVE_ROOM:.0%}"
     assert CORRELATION_CUT == 0.25  # or the words above are wrong
-    both = [f"`{one.summary.variant}`" for one in found if one.both]
+    both = [_named(one.summary.variant) for one in found if one.both]
     last = f"{', '.join(both)} buys both" if both else f"none of the {len(found)} settings tried buys both"
     return f"**{name}**: {'; '.join([*bought, f'{last} ({asked})'])}."
+
+
+def _named(variant: str) -> str:
+    words = WORDS.get(family(variant))
+    return f"`{variant}`" if words is None else f"{words} (`{variant}`)"
 
 
 def _more(one: Comparison) -> str:
@@ -65,8 +81,8 @@ def world_words(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -
     best = max(others, key=lambda name: _sum(known[name]))
     worlds = f"{len(groups)} synthetic worlds of known features" if len(groups) > 1 else "known features"
     return (
-        f"**Ground truth** ({worlds}, {len(runs)} trainings): the penalty on activations, `{mildest}`, changes "
-        f"{_gains(known[mildest])}; the best other rule, `{best}`, {_gains(known[best])}."
+        f"**Ground truth** ({worlds}, {len(runs)} trainings): {_named(mildest)} changes {_gains(known[mildest])}; "
+        f"the best other rule, {_named(best)}, {_gains(known[best])}."
     )
 
 
