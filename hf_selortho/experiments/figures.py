@@ -19,13 +19,16 @@ from .summaries import TWIN, Figure, Summary
 
 _NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?))?$")
 ORANGE, SKY, PURPLE, YELLOW, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#B8A800", "#000000"  # the rest of the palette
+BROWN, MINT = "#8C510A", "#66C2A5"
 LOOKS = {  # by family of variants: colour, marker, words
     "none": (BLACK, "o", "no penalty"),
     "activation": (VERMILION, "s", "selective, activations"),
+    "activation-wide": (BROWN, ">", "selective, activations, 1% of pairs"),
     "decoder": (BLUE, "^", "selective, decoder"),
     "decoder-wide": (SKY, "<", "selective, decoder, 1% of pairs"),
     "exclusion": (YELLOW, "*", "selective, exclusion"),
     "both": (GREEN, "D", "selective, both"),
+    "both-wide": (MINT, "d", "selective, both, 1% of pairs"),
     "redundancy": (PURPLE, "v", "selective, redundancy"),
     "full": (ORANGE, "P", "full"),
     "ortsae": (GREY, "X", "OrtSAE"),
@@ -90,7 +93,8 @@ def by_family(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     return groups
 
 
-HEADLINE = ("activation", "decoder", "exclusion", "both", "full", "ortsae")  # families of the headline figure
+# Families of the headline figure.
+HEADLINE = ("activation", "activation-wide", "decoder", "decoder-wide", "both-wide", "full", "ortsae")
 
 
 def headline_figure(found: Mapping[str, Sequence[Comparison]], path: Path) -> Path:

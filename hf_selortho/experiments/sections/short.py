@@ -16,10 +16,12 @@ from .truth import by_world, gain_over_twin
 PAPER = "activation"  # family of the paper's own penalty
 WORDS = {  # for families of variants
     PAPER: "the paper's penalty on correlations",
+    "activation-wide": "a penalty on the correlations of 1% of the pairs",
     "full": "the penalty on the correlations of all pairs",
     "decoder": "a penalty on decoder cosines",
     "decoder-wide": "a penalty on the decoder cosines of 1% of the pairs",
     "both": "a penalty on correlations and decoder cosines",
+    "both-wide": "a penalty on correlations and decoder cosines of 1% of the pairs",
     "redundancy": "a penalty on the decoder cosines of pairs that fire together",
     "exclusion": "a penalty on the decoder cosines of pairs that do not fire together",
     "exclusion-wide": "a penalty on the decoder cosines of pairs that do not fire together, 1% of all",
