@@ -64,7 +64,7 @@ def pareto_figure(summaries: Sequence[Summary], path: Path, title: str) -> Path:
             if number >= len(shown) - columns:
                 axes.set_xlabel("FVU (unexplained variance)")
         handles, labels = picture.axes[0].get_legend_handles_labels()
-        picture.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
+        picture.legend(handles, labels, loc="outside lower center", ncols=4)
         return save_picture(picture, path)
 
 
@@ -95,6 +95,7 @@ def by_family(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
 
 # Families of the headline figure.
 HEADLINE = ("activation", "activation-wide", "decoder", "decoder-wide", "both-wide", "full", "ortsae")
+HEADLINE_ROOM = 0.12  # of the twin's FVU; beyond that nobody wants a setting, and the others would be a dot
 
 
 def headline_figure(found: Mapping[str, Sequence[Comparison]], path: Path) -> Path:
@@ -105,7 +106,8 @@ def headline_figure(found: Mapping[str, Sequence[Comparison]], path: Path) -> Pa
     """
     with rc_context(STYLE):
         picture = Picture(figsize=(9.2, 0.9 + 3.0 * len(found)), layout="constrained")
-        picture.suptitle("What each penalty buys, and what it costs (error bars: seeds)", x=0.01, ha="left")
+        title = "What each penalty buys, and what it costs"
+        picture.suptitle(f"{title} (up to {HEADLINE_ROOM:.0%} more FVU; error bars: seeds)", x=0.01, ha="left")
         for row, (name, comparisons) in enumerate(found.items()):
             for column, (key, words) in enumerate(
                 {"correlation": "mean of the top 0.1% correlations", "cosine": "mean maximum decoder cosine"}.items()
@@ -117,7 +119,7 @@ def headline_figure(found: Mapping[str, Sequence[Comparison]], path: Path) -> Pa
                 if row == len(found) - 1:
                     axes.set_xlabel("more unexplained variance (FVU), % of the twin's")
         handles, labels = picture.axes[0].get_legend_handles_labels()
-        picture.legend(handles, labels, loc="outside lower center", ncols=4)
+        picture.legend(handles, labels, loc="outside lower center", ncols=3)
         return save_picture(picture, path)
 
 
@@ -125,7 +127,8 @@ def _headline_panel(axes: Axes, comparisons: Sequence[Comparison], key: str) -> 
     axes.axhline(0, color=GREY, linewidth=0.8)
     for name in HEADLINE:
         color, marker, words = LOOKS[name]
-        group = [one for one in comparisons if family(one.summary.variant) == name]
+        near = [one for one in comparisons if one.relative_excess.mean <= HEADLINE_ROOM]
+        group = [one for one in near if family(one.summary.variant) == name]
         points = [(one.relative_excess, getattr(one, key)) for one in group]
         ordered = sorted(points, key=lambda point: point[0].mean)
         x, y = [_percent(a) for a, _ in ordered], [_percent(b) for _, b in ordered]
