@@ -152,20 +152,22 @@ class _Job:
         self.environment, self.progress = machine.environment(slot), progress
 
     def run(self, records: Records) -> None:
-        """Finish what was begun, then train what is still missing; measure both."""
-        unit = self.unit
-        begun = [path.parent for path in sorted(self.places.unit(unit).glob("*/wanted.json"))]
+        """Finish what was begun, then what is still missing."""
+        begun = [path.parent for path in sorted(self.places.unit(self.unit).glob("*/wanted.json"))]
         for attempt in begun:
-            if any(not (folder / RUN).is_file() for folder in members_of(attempt, unit.layer).values()):
-                self._train(attempt)
-            self._measure(attempt, records)
-        variants = missing(unit, records, self.places, self.plan)
+            self._finish(attempt, records)
+        variants = missing(self.unit, records, self.places, self.plan)
         if variants:
-            attempt = self.places.unit(unit) / f"{len(begun):02d}"
+            attempt = self.places.unit(self.unit) / f"{len(begun):02d}"
             attempt.mkdir(parents=True, exist_ok=True)
             write_json(attempt / "wanted.json", variants)
+            self._finish(attempt, records)
+
+    def _finish(self, attempt: Path, records: Records) -> None:
+        """Train what is not trained to the end, measure what is not measured."""
+        if any(not (folder / RUN).is_file() for folder in members_of(attempt, self.unit.layer).values()):
             self._train(attempt)
-            self._measure(attempt, records)
+        self._measure(attempt, records)
 
     def _train(self, attempt: Path) -> None:
         unit, sweep = self.unit, self.unit.sweep
