@@ -28,6 +28,7 @@ Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 Penalty = Literal["selective", "full", "ortsae", "none"]
 Space = Literal["activation", "decoder", "redundancy", "exclusion"]
 SelectionSpace = Literal["same", "activation", "decoder", "redundancy"]
+DecoderPairs = Literal["alike", "nearest"]
 PenaltySchedule = Literal["on_selection", "every_step"]
 Correlation = Literal["cosine", "pearson"]
 Reduction = Literal["mean", "sum"]
@@ -105,7 +106,12 @@ class SelOrthoConfig(PreTrainedConfig):
     decoder_ratio: float = _setting(
         0.0,
         "Weight, relative to ortho_coefficient, of a second penalty beside the selective one: the squared decoder "
-        "cosine of the pairs whose directions are most alike.",
+        "cosine of pairs of features.",
+    )
+    decoder_pairs: DecoderPairs = _setting(
+        "alike",
+        "The pairs of that second penalty: the pair_fraction whose directions are most alike, or each feature and its "
+        "nearest (as ortsae).",
     )
     pair_fraction: float = _setting(0.001, "Share of all feature pairs that the selective penalty acts on, eq. 5.")
     correlation_threshold: float = _setting(

@@ -414,11 +414,13 @@ class SelOrthoSAE(PreTrainedModel):
                 cfg.penalty_space, h, self.W_dec, pairs, coefficient, cfg.reduction, cfg.correlation, group
             )
         if cfg.decoder_ratio > 0:
-            loss = loss + self._alike_loss(h, coefficient * cfg.decoder_ratio)
+            loss = loss + self._alike_loss(h, coefficient * cfg.decoder_ratio, plan.seed)
         return loss, pairs
 
-    def _alike_loss(self, h: Tensor | ActiveFeatures, coefficient: float) -> Tensor:
-        """Squared decoder cosines of the pairs whose directions are most alike, the same on every process."""
+    def _alike_loss(self, h: Tensor | ActiveFeatures, coefficient: float, seed: int) -> Tensor:
+        """Squared decoder cosines of pairs whose directions are alike, the same on every process."""
+        if self.config.decoder_pairs == "nearest":
+            return ortsae_penalty(self.W_dec, coefficient, self.config.ortsae_chunk, seed)
         alike = select_by_score("decoder", h, self.W_dec.detach(), self.config.pair_fraction)
         return penalty_by_space("decoder", h, self.W_dec, alike, coefficient, self.config.reduction)
 

@@ -31,6 +31,7 @@ SETTINGS = [
     {"penalty_space": "redundancy", "sparse": True},
     {"penalty_space": "exclusion", "min_support": 1, "decoder_ratio": 0.5},
     {"decoder_ratio": 2.0, "sparse": True},
+    {"decoder_ratio": 2.0, "decoder_pairs": "nearest"},
     {"penalty_space": "decoder", "selection_space": "redundancy"},
     {"penalty": "ortsae", "ortsae_chunk": 15},
     {"sparse": True, "selection_interval": 3, "penalty_schedule": "every_step"},

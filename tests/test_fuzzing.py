@@ -111,6 +111,7 @@ def allowed_settings(draw: st.DrawFn) -> dict[str, Any]:
         "penalty": ["selective", "full", "ortsae", "none"],
         "penalty_space": ["activation", "decoder", "redundancy", "exclusion"],
         "selection_space": ["same", "activation", "decoder", "redundancy"],
+        "decoder_pairs": ["alike", "nearest"],
         "correlation": ["cosine", "pearson"],
         "reduction": ["mean", "sum"],
         "penalty_schedule": ["on_selection", "every_step"],

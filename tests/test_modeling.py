@@ -93,6 +93,17 @@ def test_decoder_ratio_adds_the_penalty_of_the_decoder_space(activation, sparse)
     assert of_activations > 0 and of_decoder > 0
 
 
+def test_decoder_pairs_may_be_each_feature_and_its_nearest() -> None:
+    both = make_sae(ortho_coefficient=0.3, decoder_ratio=2.0, decoder_pairs="nearest", min_support=1).train()
+    alone = make_sae(ortho_coefficient=0.3, min_support=1).train()
+    alone.load_state_dict(both.state_dict())
+    x = raw_activations(40)
+    cosine = torch.nn.functional.normalize(both.W_dec.detach(), dim=1)
+    cosine = (cosine @ cosine.T).fill_diagonal_(-1).amax(1)
+    expected = alone(x).losses["ortho"] + 0.6 * cosine.square().mean()
+    torch.testing.assert_close(both(x).losses["ortho"], expected)
+
+
 def test_any_leading_shape() -> None:
     sae = make_sae()
     x = raw_activations(3, 5)

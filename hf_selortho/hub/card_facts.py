@@ -172,7 +172,9 @@ def _penalty(config: Mapping[str, Any]) -> str:
     words = f"{cell(config['penalty'])}: {cell(config['reduction'])} of the {squared} of {pairs}, {coefficient}"
     if config["penalty"] == "selective" and config.get("decoder_ratio"):
         ratio = number(config["decoder_ratio"], "exact")
-        words += f"; beside it, {ratio} times as strong, that of the squared decoder cosine of the pairs most alike"
+        nearest = config.get("decoder_pairs") == "nearest"
+        beside = "each feature and its nearest one" if nearest else "the pairs most alike"
+        words += f"; beside it, {ratio} times as strong, that of the squared decoder cosine of {beside}"
     return words
 
 

@@ -18,9 +18,9 @@ from .summary import TWIN, SaeReport, beside_twins
 WEIGHTS = "model.safetensors"
 # What tells one SAE of a comparison from its twin without the penalty.
 _OF_THE_PENALTY = {
-    "penalty", "penalty_space", "selection_space", "ortho_coefficient", "decoder_ratio", "pair_fraction",
-    "correlation_threshold", "correlation", "reduction", "min_support", "selection_interval", "penalty_schedule",
-    "carry_decay", "ortsae_chunk",
+    "penalty", "penalty_space", "selection_space", "ortho_coefficient", "decoder_ratio", "decoder_pairs",
+    "pair_fraction", "correlation_threshold", "correlation", "reduction", "min_support", "selection_interval",
+    "penalty_schedule", "carry_decay", "ortsae_chunk",
 }  # fmt: skip
 _MEASURED = {"max_norm"}  # settings that come out of the data, a little different for each seed
 
