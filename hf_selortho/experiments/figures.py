@@ -19,7 +19,7 @@ from .summaries import TWIN, Figure, Summary
 
 _NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?))?$")
 ORANGE, SKY, PURPLE, YELLOW, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#B8A800", "#000000"  # the rest of the palette
-BROWN, MINT = "#8C510A", "#66C2A5"
+BROWN, MINT, MAGENTA = "#8C510A", "#66C2A5", "#AA3377"
 LOOKS = {  # by family of variants: colour, marker, words
     "none": (BLACK, "o", "no penalty"),
     "activation": (VERMILION, "s", "selective, activations"),
@@ -28,7 +28,8 @@ LOOKS = {  # by family of variants: colour, marker, words
     "decoder-wide": (SKY, "<", "selective, decoder, 1% of pairs"),
     "exclusion": (YELLOW, "*", "selective, exclusion"),
     "both": (GREEN, "D", "selective, both"),
-    "both-wide": (MINT, "d", "selective, both, 1% of pairs"),
+    "both-nearest": (MINT, "d", "selective and nearest"),
+    "both-nearest-wide": (MAGENTA, "p", "selective and nearest, 1% of pairs"),
     "redundancy": (PURPLE, "v", "selective, redundancy"),
     "full": (ORANGE, "P", "full"),
     "ortsae": (GREY, "X", "OrtSAE"),
@@ -94,7 +95,7 @@ def by_family(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
 
 
 # Families of the headline figure.
-HEADLINE = ("activation", "activation-wide", "decoder", "decoder-wide", "both-wide", "full", "ortsae")
+HEADLINE = ("activation", "activation-wide", "decoder", "decoder-wide", "both-nearest-wide", "full", "ortsae")
 HEADLINE_ROOM = 0.12  # of the twin's FVU; beyond that nobody wants a setting, and the others would be a dot
 
 
