@@ -135,7 +135,7 @@ def example_pairs(findings: Findings, figures: Path, link: str) -> str:
         f"medians are over pairs "
         "whose two features have two counterparts. *duplicate*: each fires where the other does, and they point alike; "
         "*nested*: one fires within the other.\n\n"
-        f"{table(header, rows)}\n\nDuplicates that training with the penalty "
+        f"{table(header, rows)}\n\nPairs that fire on much the same tokens and that the penalty "
         f"separated:\n\n{_pairs(found['separated'])}\n\n"
         "Pairs that it separated and should have left alone, as one feature is nested in the other:\n\n"
         f"{_pairs(found['nested'])}"
