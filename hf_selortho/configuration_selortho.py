@@ -61,6 +61,12 @@ def _setting(default: Any, description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
 
+def score_of_selection(penalty_space: str, selection_space: str) -> str:
+    """By which score ("activation", "decoder" or "redundancy") these settings of [`SelOrthoConfig`] select pairs."""
+    own = "decoder" if penalty_space == "exclusion" else penalty_space
+    return own if selection_space == "same" else selection_space
+
+
 class SelOrthoConfig(PreTrainedConfig):
     """Settings of a [`SelOrthoSAE`] and of the language-model activations that it was trained on.
 
@@ -242,8 +248,7 @@ class SelOrthoConfig(PreTrainedConfig):
     @property
     def selects_by(self) -> str:
         """The score by which pairs are selected: "activation", "decoder" or "redundancy"."""
-        own = "decoder" if self.penalty_space == "exclusion" else self.penalty_space
-        return own if self.selection_space == "same" else self.selection_space
+        return score_of_selection(self.penalty_space, self.selection_space)
 
     @classmethod
     def _refuse_misspelt(cls, keys: Iterable[str]) -> None:

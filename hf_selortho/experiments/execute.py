@@ -69,7 +69,7 @@ def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bo
     compared = variant in unit.sweep.compared and plan.seeds > 1
     if compared and not records.has(seeds_record(unit.sweep, variant, unit.layer)):
         return True
-    referring = [sweep for sweep in plan.sweeps if sweep.reference == f"{unit.sweep.name}/{variant}"]
+    referring = [sweep for sweep in plan.sweeps if sweep.referred == (unit.sweep.name, variant)]
     followers = [Unit(sweep, unit.layer, unit.seed) for sweep in referring if unit.layer in sweep.layers]
     if any(not records.has(follower.record(name)) for follower in followers for name in follower.sweep.variants):
         return True
@@ -178,8 +178,8 @@ class _Job:
             "checkpoint_every": 200, "keep_checkpoints": 1, **sweep.arguments, **sweep.variants[own],
             "eval_samples": 0, "seed": unit.seed, "layers": [unit.layer],
         }  # fmt: skip
-        if sweep.reference is not None:
-            preset["ortho_reference"] = str(self._reference(sweep.reference))
+        if sweep.referred is not None:
+            preset["ortho_reference"] = str(self._reference(*sweep.referred))
         write_json(attempt / "preset.json", preset)
         command = [
             *launcher(self.machine), str(self.places.scripts / "train.py"), "--preset", str(attempt / "preset.json"),
@@ -201,8 +201,7 @@ class _Job:
         run_process(command, attempt / "train.log", self.environment, f"the training of {unit.name}", look)
         shutil.rmtree(attempt / "run" / CHECKPOINTS, ignore_errors=True)
 
-    def _reference(self, name: str) -> Path:
-        sweep, variant = name.split("/", 1)
+    def _reference(self, sweep: str, variant: str) -> Path:
         plan_sweep = next(one for one in self.plan.sweeps if one.name == sweep)
         other = Unit(plan_sweep, self.unit.layer, self.unit.seed)
         folder = sae_folder(self.places, other, variant)

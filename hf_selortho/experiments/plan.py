@@ -32,6 +32,14 @@ class Sweep:
     compared: tuple[str, ...] = ()  # variants whose seeds are compared with one another
     measures: dict[str, Any] = field(default_factory=dict)  # sizes of its measurements, in place of the plan's
 
+    @property
+    def referred(self) -> tuple[str, str] | None:
+        """Names of the sweep and of the variant that the reference is."""
+        if self.reference is None:
+            return None
+        sweep, _, variant = self.reference.partition("/")
+        return sweep, variant
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -212,14 +220,13 @@ class _Reader:
                     yield WorldRun(own, recipe, seed, settings, variants, block.get("training", {}), peers)
 
     def _check_reference(self, sweep: Sweep, sweeps: Sequence[Sweep]) -> None:
-        if sweep.reference is None:
+        if sweep.referred is None:
             return
-        known = [f"{other.name}/{variant}" for other in sweeps for variant in other.variants]
-        if sweep.reference not in known:
+        referred = next((other for other in sweeps if other.name == sweep.referred[0]), None)
+        if referred is None or sweep.referred[1] not in referred.variants:
             raise SelOrthoError(
                 f"{self.path}, sweep {sweep.name!r}: reference {sweep.reference!r} is no sweep/variant of this plan"
             )
-        referred = next(other for other in sweeps if sweep.reference.startswith(f"{other.name}/"))
         for what in ("sections", "layers"):  # or the reference would not be trained where only those are run
             lacking = [one for one in getattr(sweep, what) if one not in getattr(referred, what)]
             if lacking:

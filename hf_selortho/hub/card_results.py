@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..configuration_selortho import score_of_selection
 from .markdown import code, number
 
 _PICTURE = re.compile(r"([\w-][\w.-]*/)*([\w-][\w.-]*)\.png", re.ASCII)
@@ -129,7 +130,7 @@ def penalty_facts(config: Mapping[str, Any], beside: Measured) -> dict[str, Any]
         "min_support": number(config["min_support"]) if config.get("min_support") else None,
         "space": "centred (Pearson) correlation" if config.get("correlation") == "pearson" else "cosine",
         "squares": squares,
-        "selects": squares if config.get("selection_space", "same") == "same" else config["selection_space"],
+        "selects": score_of_selection(squares, config.get("selection_space", "same")),
         "churn": number(training["pair_churn"], "percent") if _known(training.get("pair_churn")) else None,
         "before": number(start["top_correlation"]) if _known(start.get("top_correlation")) else None,
         "after": number(training["top_correlation"]) if _known(training.get("top_correlation")) else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from hf_selortho.experiments.expectations import expectations
+from hf_selortho.experiments.findings import Findings
 from hf_selortho.experiments.plan import Plan, load_plan
 from hf_selortho.experiments.records import Records
 from hf_selortho.experiments.report import write_results
 from hf_selortho.experiments.worlds import World
+from hf_selortho.hub.expectations import EXPECTATIONS
 
 CHANGES: dict[str, dict[str, float]] = {  # by variant, what differs from the twin's figures
     "activation-0.03": {"fvu": 0.0815, "top_correlation": 0.4},
@@ -176,6 +180,14 @@ def test_the_results_are_what_their_records_give(tmp_path) -> None:
     assert written == published, "write it anew: python scripts/reproduce_paper.py --preset demo --report_only"
     for link in re.findall(r"\]\(([^)]*\.png)\)", published):
         assert (ROOT / link).is_file(), link
+
+
+def test_model_cards_expect_what_the_records_give() -> None:
+    plan = load_plan("demo")
+    found = expectations(Findings.read(plan, ROOT / "results" / "demo"))
+    assert found == json.loads(EXPECTATIONS.read_text(encoding="utf-8")), (
+        "write it anew: python -m hf_selortho.experiments.expectations"
+    )
 
 
 def test_readme_quotes_the_results() -> None:

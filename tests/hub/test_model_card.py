@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from statistics import mean, stdev
 
@@ -14,6 +15,7 @@ from hf_selortho import SelOrthoConfig, SelOrthoSAE
 from hf_selortho.activations.lm import load_language_model
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.hub.card_results import Measured
+from hf_selortho.hub.expectations import EXPECTATIONS, expectation_facts
 from hf_selortho.hub.model_card import Publisher, default_template, render_card, render_model_card
 from hf_selortho.hub.summary import SaeReport, beside_twins
 
@@ -367,8 +369,8 @@ def test_the_template_is_found():
          "turns apart the decoder directions of the 0.1% whose directions are most alike.",
          "decoder cosine"),
         ({"penalty_space": "exclusion"},
-         "turns apart the decoder directions of the 0.1% that point most alike and do not fire together.",
-         "decoder cosine weighted by how rarely the two fire together"),
+         "turns apart the decoder directions of the 0.1% whose directions are most alike, unless they fire together.",
+         "decoder cosine, weighted by how rarely the two fire together,"),
         ({"penalty_space": "redundancy"},
          "turns apart the decoder directions of the 0.1% that most fire together and point alike.",
          "product of decoder cosine and co-firing"),
@@ -381,3 +383,39 @@ def test_the_card_says_what_the_penalty_squares_and_by_what_pairs_are_chosen(cha
     text = render_model_card(settings(**changes), METRICS, RUN).text
     sentence = loss.replace("0.1%", "0.1% of feature pairs")
     assert f"the loss {sentence}" in text and f"pairs of largest {pairs} among" in text
+
+
+def test_the_card_says_what_may_be_expected_of_its_penalty() -> None:
+    measured = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))
+    (known,) = [one for one in measured["saes"] if (one["activation"], one["variant"]) == ("topk", "decoder-0.1")]
+    (world,) = [one for one in measured["worlds"] if one["variant"] == "decoder-0.1"]
+    text = render_model_card(settings(penalty_space="decoder", activation="batchtopk", k=32), METRICS, RUN).text
+    assert "(gemma-3-270m, layer 8, TopK, 3 seeds), the nearest setting (`ortho_coefficient` 0.1 on 0.1% of" in text
+    assert f"the mean maximum decoder cosine by {100 * known['cosine']:+.1f}%, FVU by {100 * known['fvu']:+.1f}%" in text
+    assert f"(MCC) by {world['mcc']:+.3f}" in text
+    assert "Alike is not the same as redundant" in text and "may reward feature absorption" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "variant"),
+    [
+        ({"ortho_coefficient": 0.04}, "activation-0.03"),
+        ({"ortho_coefficient": 5.0}, "activation-0.3"),
+        ({"ortho_coefficient": 0.1, "pair_fraction": 0.02}, "activation-wide-0.1"),
+        ({"ortho_coefficient": 0.3, "decoder_ratio": 2.0, "decoder_pairs": "nearest"}, "both-nearest-wide-0.3"),
+        ({"penalty": "full", "ortho_coefficient": 2.0}, "full-1.0"),
+        ({"penalty": "ortsae", "ortho_coefficient": 1.0}, "ortsae-0.25"),
+        ({"penalty_space": "decoder", "selection_space": "activation"}, None),  # never measured
+        ({"reduction": "sum"}, None),
+        ({"penalty": "none"}, None),
+    ],
+)
+def test_expectations_are_those_of_the_nearest_setting(changes, variant) -> None:
+    facts = expectation_facts(settings(**changes))
+    if variant is None:
+        assert facts is None
+        return
+    measured = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))["saes"]
+    (known,) = [one for one in measured if (one["activation"], one["variant"]) == ("relu", variant)]
+    assert facts is not None and facts["setting"].startswith(f"`ortho_coefficient` {known['ortho_coefficient']:g}")
+    assert facts["correlation"] == f"{100 * known['correlation']:+.1f}%"

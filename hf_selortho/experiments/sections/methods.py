@@ -147,9 +147,9 @@ def adaptive(findings: Findings, figures: Path, link: str) -> str:
     """The coefficient steered by the FVU budget, beside fixed ones."""
     parts = []
     for sweep in findings.plan.sweeps:
-        if sweep.reference is None or not (own := findings.of(sweep.name)):
+        if sweep.referred is None or not (own := findings.of(sweep.name)):
             continue
-        base = findings.of(sweep.reference.split("/")[0])
+        base = findings.of(sweep.referred[0])
         fixed = [s for s in base if s.variant == TWIN or family(s.variant) in {family(o.variant) for o in own}]
         found = [c for c in comparisons([*fixed, *own])]
         budget = sweep.arguments.get("ortho_budget_value")
