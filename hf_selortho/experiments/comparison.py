@@ -86,6 +86,17 @@ def _as_share(excess: Figure, twin: Summary) -> Figure | None:
     return None if fvu is None else Figure(tuple(value / fvu.mean for value in excess.values))
 
 
+def fvu_at_equal_l0(found: Sequence[Comparison]) -> dict[str, Figure]:
+    """By variant what its FVU would be at the L0 of the twin, which is among them."""
+    fvus = {}
+    for one in found:
+        twin = one.twin.figure("fvu")
+        assert twin is not None  # or there were no comparison
+        fvus[TWIN] = twin
+        fvus[one.summary.variant] = Figure(tuple(twin.mean + value for value in one.fvu_excess.values))
+    return fvus
+
+
 def best_by(found: Sequence[Comparison], key: str) -> Comparison | None:
     """The affordable variant that cuts "correlation" or "cosine" most."""
     allowed = [one for one in found if one.affordable]

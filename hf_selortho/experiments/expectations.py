@@ -34,7 +34,7 @@ def expectations(findings: Findings) -> dict[str, Any]:
         for each variant on synthetic worlds, with the number of trainings; "absorption" is of hierarchies alone.
     """
     plan = findings.plan
-    fixed = [sweep for sweep in plan.sweeps if "pareto" in sweep.sections and sweep.referred is None]
+    fixed = [sweep for sweep in plan.sweeps if sweep.name in findings.pareto]
     return {
         "source": {"model": plan.harvest["model"], "layer": fixed[0].layers[0], "seeds": plan.seeds},
         "saes": [

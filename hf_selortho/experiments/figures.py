@@ -17,7 +17,7 @@ from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 from .comparison import Comparison
 from .summaries import TWIN, Figure, Summary
 
-_NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?))?$")
+_NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?|adaptive))?$")
 ORANGE, SKY, PURPLE, YELLOW, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#B8A800", "#000000"  # the rest of the palette
 BROWN, MINT, MAGENTA = "#8C510A", "#66C2A5", "#AA3377"
 LOOKS = {  # by family of variants: colour, marker, words
@@ -50,8 +50,14 @@ def family(variant: str) -> str:
     return match.group("family") if match else variant
 
 
-def pareto_figure(summaries: Sequence[Summary], path: Path, title: str) -> Path:
-    """Every figure against FVU, a line for each family of variants, error bars of one standard deviation over seeds."""
+def pareto_figure(summaries: Sequence[Summary], prices: Mapping[str, Figure], path: Path, title: str) -> Path:
+    """Every figure against FVU, a line for each family of variants, error bars of one standard deviation over seeds.
+
+    Args:
+        summaries: of the variants.
+        prices: FVU by variant, at equal L0; variants without one are left out.
+    """
+    summaries = [summary for summary in summaries if summary.variant in prices]
     shown = [key for key in PANELS if any(s.figure(key) for s in summaries)]
     with rc_context(STYLE):
         columns = 3
@@ -60,19 +66,19 @@ def pareto_figure(summaries: Sequence[Summary], path: Path, title: str) -> Path:
         picture.suptitle(title, x=0.01, ha="left")
         for number, key in enumerate(shown):
             axes = picture.add_subplot(lines, columns, number + 1)
-            _panel(axes, summaries, key)
+            _panel(axes, summaries, prices, key)
             axes.set_title(PANELS[key][0] + (" (lower is better)" if PANELS[key][1] else " (higher is better)"))
             if number >= len(shown) - columns:
-                axes.set_xlabel("FVU (unexplained variance)")
+                axes.set_xlabel("FVU (unexplained variance) at the twin's L0")
         handles, labels = picture.axes[0].get_legend_handles_labels()
         picture.legend(handles, labels, loc="outside lower center", ncols=4)
         return save_picture(picture, path)
 
 
-def _panel(axes: Axes, summaries: Sequence[Summary], key: str) -> None:
+def _panel(axes: Axes, summaries: Sequence[Summary], prices: Mapping[str, Figure], key: str) -> None:
     for name, group in by_family(summaries).items():
-        points = [(s.figure("fvu"), s.figure(key)) for s in group]
-        known = sorted(((x, y) for x, y in points if x and y), key=lambda point: point[0].mean)
+        points = [(prices[s.variant], s.figure(key)) for s in group]
+        known = sorted(((x, y) for x, y in points if y), key=lambda point: point[0].mean)
         if known:
             color, marker, words = LOOKS.get(name, (GREY, ".", name))
             _errorbar(axes, [x for x, _ in known], [y for _, y in known], color, marker, words)
@@ -185,15 +191,16 @@ def _band(axes: Axes, seeds: Sequence[Mapping[str, Sequence[float | None]]], key
 
 
 def world_figure_plot(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
-    """MCC and F1 of every variant in each world, differences from the twin; None if there is nothing to draw."""
+    """MCC, uniqueness and F1 of every variant in each world, as differences from the twin; None if there are none."""
     names = list(dict.fromkeys(name for records in groups.values() for name in records[0]["scores"] if name != TWIN))
     if not names:
         return None
     with rc_context(STYLE):
-        picture = Picture(figsize=(4.6 * 2, 2.0 + 0.26 * len(names)), layout="constrained")
+        panels = {"mcc": "MCC", "uniqueness": "uniqueness", "f1": "F1"}
+        picture = Picture(figsize=(4.0 * len(panels), 2.0 + 0.26 * len(names)), layout="constrained")
         picture.suptitle("Recovery of known features, difference from the twin (dots: seeds)", x=0.01, ha="left")
-        for number, (key, words) in enumerate({"mcc": "MCC", "f1": "F1"}.items()):
-            axes = picture.add_subplot(1, 2, number + 1)
+        for number, (key, words) in enumerate(panels.items()):
+            axes = picture.add_subplot(1, len(panels), number + 1)
             axes.axvline(0, color=BLACK, linewidth=0.8)
             for color, ((world, recipe), records) in zip(_WORLD_COLORS, groups.items(), strict=False):
                 points = [

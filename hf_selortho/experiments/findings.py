@@ -54,8 +54,9 @@ class Findings:
 
     @property
     def pareto(self) -> list[str]:
-        """Names of the sweeps that compare methods."""
-        return [sweep.name for sweep in self.plan.sweeps if "pareto" in sweep.sections and self.of(sweep.name)]
+        """Names of the sweeps that compare methods at fixed coefficients."""
+        compared = [sweep.name for sweep in self.plan.sweeps if "pareto" in sweep.sections and sweep.referred is None]
+        return [name for name in compared if self.of(name)]
 
     @property
     def evidence(self) -> Evidence:

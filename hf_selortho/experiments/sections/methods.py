@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from ..comparison import (
     Comparison,
     best_by,
     comparisons,
+    fvu_at_equal_l0,
     is_twin,
     nearest_to_both,
 )
 from ..figures import family, headline_figure, pareto_figure
 from ..findings import Findings
-from ..summaries import TWIN
+from ..summaries import TWIN, Figure, interpolate
 from ..tables import METHOD_COLUMNS, MODEL_COLUMNS, comparison_table, seeds_table, summary_table
 
 LETTERS_F1 = 0.5  # of the main features, below which absorption means little
@@ -49,12 +50,12 @@ def pareto(findings: Findings, figures: Path, link: str) -> str:
     for sweep in findings.pareto:
         summaries = findings.of(sweep)
         name = NAMES.get(sweep, sweep)
-        found = compared[name]
-        pareto_figure(summaries, figures / f"pareto_{sweep}.png", f"{name}: what each method buys, against its price")
-        parts.append(
-            f"### {name}\n\n![{name}]({link}/pareto_{sweep}.png)\n\n{pareto_words(name, found)}\n\n"
-            f"{comparison_table(found)}\n\n{summary_table(summaries, METHOD_COLUMNS)}"
-        )
+        parts.append(f"### {name}")
+        if found := compared[name]:
+            title = f"{name}: what each method buys, against its price"
+            pareto_figure(summaries, fvu_at_equal_l0(found), figures / f"pareto_{sweep}.png", title)
+            parts += [f"![{name}]({link}/pareto_{sweep}.png)", pareto_words(name, found), comparison_table(found)]
+        parts.append(summary_table(summaries, METHOD_COLUMNS))
     return "\n\n".join(parts)
 
 
@@ -143,6 +144,30 @@ def _task_words(findings: Findings) -> str:
     return "\n".join(f"- {line.strip()}" for line in lines)
 
 
+def steered_words(one: Comparison, found: Sequence[Comparison], steered: Collection[str]) -> str:
+    """A steered coefficient beside fixed ones of the same penalty that cost as much, interpolated."""
+    key, what = max(
+        (("correlation", "correlation"), ("cosine", "decoder cosine")), key=lambda pair: -getattr(one, pair[0]).mean
+    )
+    name = family(one.summary.variant)
+    fixed = [c for c in found if c.summary.variant not in steered and family(c.summary.variant) == name]
+    points = sorted([(0.0, 0.0), *((c.relative_excess.mean, getattr(c, key).mean) for c in fixed)])
+    own: Figure = getattr(one, key)
+    words = f"`{one.summary.variant}`: {what} {own.percent()} for {one.relative_excess.percent()} of FVU"
+    expected = interpolate(points, one.relative_excess.mean)
+    if expected is None:
+        return f"{words}; no fixed coefficients cost more and less than that."
+    verdict = (
+        "more"
+        if own.mean < expected - (own.std or 0)
+        else "less"
+        if own.mean > expected + (own.std or 0)
+        else "as much"
+    )
+    fixed_buy = f"fixed ones of that price, on the line between neighbours, {100 * expected:+.1f}%"
+    return f"{words}; {fixed_buy}: steering buys {verdict}."
+
+
 def adaptive(findings: Findings, figures: Path, link: str) -> str:
     """The coefficient steered by the FVU budget, beside fixed ones."""
     parts = []
@@ -153,9 +178,11 @@ def adaptive(findings: Findings, figures: Path, link: str) -> str:
         fixed = [s for s in base if s.variant == TWIN or family(s.variant) in {family(o.variant) for o in own}]
         found = [c for c in comparisons([*fixed, *own])]
         budget = sweep.arguments.get("ortho_budget_value")
+        steered = {summary.variant for summary in own}
+        words = [steered_words(one, found, steered) for one in found if one.summary.variant in steered]
         parts.append(
-            f"### {sweep.name}\n\nSteered to an FVU {budget:.0%} above the twin's.\n\n{comparison_table(found)}\n\n"
-            f"{summary_table(own, METHOD_COLUMNS)}"
+            f"### {sweep.name}\n\nSteered to an FVU {budget:.0%} above the twin's. {' '.join(words)}\n\n"
+            f"{comparison_table(found)}\n\n{summary_table(own, METHOD_COLUMNS)}"
         )
     if not parts:
         return ""
