@@ -33,7 +33,7 @@ class ReproduceArguments:
     """Which plan, which part of it, and where."""
 
     preset: str = argument("demo", f"The plan: {', '.join(list_plans())}, or a .json file.")
-    only: list[str] = argument([], f"Sections to run, of {', '.join(SECTIONS)}; default: all.")
+    only: list[str] = argument([], f"Sections to run, of {', '.join(SECTIONS)}, with spaces or commas; default: all.")
     seeds: int | None = argument(None, "Seeds of every experiment; default: the plan's.")
     quick: bool = argument(False, "The plan in small, some 20 minutes: says whether it runs, not what is true.")
     dataset: str | None = argument(None, "Another text than the plan's: Hub id, local file or folder.")
@@ -72,7 +72,7 @@ def run_plan(whole: Plan, places: Places, jobs: int, arguments: ReproduceArgumen
     All layers of the plan are harvested whatever is asked for: a token that is a sink at one of them is left out at
     all, so that the batches would be others.
     """
-    plan = part_of(whole, arguments.only)
+    plan = part_of(whole, sections(arguments))
     places.work.mkdir(parents=True, exist_ok=True)
     machine = Machine(jobs, arguments.processes)
     stop_on_sigterm()
@@ -84,6 +84,11 @@ def run_plan(whole: Plan, places: Places, jobs: int, arguments: ReproduceArgumen
             run_trainings(plan, places, machine)
             run_examples(plan, places)
         run_worlds(plan, places, machine)
+
+
+def sections(arguments: ReproduceArguments) -> list[str]:
+    """The names after --only, whether commas or spaces stand between them."""
+    return [name for part in arguments.only for name in part.split(",") if name]
 
 
 def part_of(plan: Plan, sections: Sequence[str]) -> Plan:
@@ -112,7 +117,7 @@ def chosen_plan(arguments: ReproduceArguments) -> Plan:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise SelOrthoError(f"--{name} {value}: expected at least 1")
-    for section in arguments.only:
+    for section in sections(arguments):
         if section not in SECTIONS:
             raise SelOrthoError(f"--only {section}: expected some of {', '.join(SECTIONS)}")
     plan = load_plan(arguments.preset, quick=arguments.quick, seeds=arguments.seeds)

@@ -170,7 +170,7 @@ class TestMiniature:
         (sitting.results / f"{name}.json").unlink()
         for folder in (sitting.folder / "work").glob("**/topk-layer1-seed1"):
             folder.rename(folder.with_name("away"))  # as in a new sitting on another machine
-        sitting.run("--only", "pareto")
+        sitting.run("--only", "pareto,limits")
         after = sitting.record(name)
         assert after["evaluation"] == before["evaluation"], "the same seed gives the same SAE"
         changed = {key for key, when in sitting.times().items() if when != times[key]}
@@ -185,7 +185,7 @@ class TestMiniature:
     ("arguments", "expected"),
     [
         (["--preset", "nothing"], "unknown plan 'nothing'"),
-        (["--only", "nothing"], "--only nothing: expected some of"),
+        (["--only", "pareto,nothing"], "--only nothing: expected some of"),
         (["--seeds", "0"], "--seeds 0: expected at least 1"),
         (["--jobs", "0"], "--jobs 0: expected at least 1"),
     ],
