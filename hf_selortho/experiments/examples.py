@@ -18,6 +18,7 @@ from ..features.records import PAIR_CLASSES, PairRecord
 EXAMPLES = "examples"  # name of the record
 ALIKE = 0.7  # share of the tokens of either feature
 SHOWN = 6  # pairs of each kind
+MATCH = 0.9  # decoder cosine from which a feature of the SAE beside it stands for one of the twin
 _WORDS = 24  # tokens around the strongest one
 
 
@@ -48,10 +49,11 @@ def every_pair(index: FeatureIndex) -> Iterator[PairRecord]:
 def class_facts(pairs: Sequence[PairRecord]) -> dict[str, Any]:
     """How many pairs there are, and how correlated they and their counterparts are, in the median.
 
-    `merged`: both features of the pair point most like one and the same feature of the other SAE. `halved`: the
-    correlation of the counterparts is at most half of the pair's.
+    `merged`: both features of the pair point most like one and the same feature of the other SAE. `apart`: each has a
+    counterpart of its own, of a decoder cosine of at least 0.9. `halved`: the correlation of the counterparts is at
+    most half of the pair's.
     """
-    known = [pair for pair in pairs if pair.twin_correlation is not None]
+    known = [pair for pair in pairs if pair.twin_correlation is not None and has_counterparts(pair)]
     apart = [pair for pair in known if pair.twin_a != pair.twin_b]
     return {
         "pairs": len(pairs),
@@ -73,11 +75,14 @@ def most_changed(pairs: Sequence[PairRecord]) -> list[PairRecord]:
     clear = [
         pair
         for pair in pairs
-        if pair.twin_a != pair.twin_b
-        and pair.twin_correlation is not None
-        and min(pair.twin_match_a or 0.0, pair.twin_match_b or 0.0) >= 0.5
+        if pair.twin_a != pair.twin_b and pair.twin_correlation is not None and has_counterparts(pair)
     ]
     return sorted(clear, key=_drop, reverse=True)[:SHOWN]
+
+
+def has_counterparts(pair: PairRecord) -> bool:
+    """Whether features of the SAE beside it stand for both."""
+    return min(pair.twin_match_a or 0.0, pair.twin_match_b or 0.0) >= MATCH
 
 
 def shown(index: FeatureIndex, pair: PairRecord) -> dict[str, Any]:

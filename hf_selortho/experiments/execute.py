@@ -74,7 +74,7 @@ def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bo
     if any(not records.has(follower.record(name)) for follower in followers for name in follower.sweep.variants):
         return True
     shown = (unit.sweep.name, unit.seed) == (plan.examples.get("sweep"), EXAMPLE_SEED)
-    return shown and variant in (TWIN, plan.examples.get("variant")) and not records.has(EXAMPLES)
+    return shown and variant in (TWIN, *example_variants(plan)) and not records.has(EXAMPLES)
 
 
 def run_examples(plan: Plan, places: Places) -> None:
@@ -83,9 +83,17 @@ def run_examples(plan: Plan, places: Places) -> None:
         return
     sweep = next(sweep for sweep in plan.sweeps if sweep.name == plan.examples["sweep"])
     unit = Unit(sweep, sweep.layers[0], EXAMPLE_SEED)
-    twin, sae = (sae_folder(places, unit, variant) for variant in (TWIN, plan.examples["variant"]))
-    assert twin is not None and sae is not None  # they count as missing until they are there
-    find_examples(plan, places, {"twin": twin, "sae": sae}, EXAMPLE_SEED)
+    folders = {}
+    for variant in (TWIN, *example_variants(plan)):
+        folder = sae_folder(places, unit, variant)
+        assert folder is not None  # it counts as missing until it is there
+        folders[variant] = folder
+    find_examples(plan, places, folders, EXAMPLE_SEED)
+
+
+def example_variants(plan: Plan) -> list[str]:
+    """Whose pairs are shown beside the twin's, and the one without penalty that says what means nothing."""
+    return [plan.examples[key] for key in ("variant", "control") if key in plan.examples]
 
 
 def seeds_record(sweep: Sweep, variant: str, layer: int) -> str:

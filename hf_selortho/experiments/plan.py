@@ -90,7 +90,7 @@ class Plan:
     worlds: tuple[WorldRun, ...] = ()
     measures: dict[str, Any] = field(default_factory=dict)  # sizes of the measurements
     timing: dict[str, Any] = field(default_factory=dict)  # arguments of scripts/benchmark.py, for Table 1
-    examples: dict[str, str] = field(default_factory=dict)  # sweep and variant whose pairs are shown beside its twin's
+    examples: dict[str, str] = field(default_factory=dict)  # sweep, variant beside whose twin pairs are shown, control
 
     @property
     def layers(self) -> list[int]:

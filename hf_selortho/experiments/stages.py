@@ -20,6 +20,7 @@ from .examples import EXAMPLES, read_examples
 from .plan import Plan, Unit, WorldRun
 from .processes import Machine, Progress, launcher, run_process, side_by_side
 from .records import Records
+from .summaries import TWIN
 from .task_files import TASKS, has_tasks, load_facts
 from .timing import TIMING
 from .world_run import missing_scores
@@ -154,19 +155,28 @@ def time_steps(plan: Plan, places: Places) -> None:
 
 
 def find_examples(plan: Plan, places: Places, folders: dict[str, Path], seed: int) -> None:
-    """Build the index of a twin with its SAE beside it, and keep what it says of their pairs.
+    """Keep what pairs of a twin became in its SAE, and as a control in another one without penalty.
 
     Args:
-        folders: of the trained SAEs, "twin" and "sae".
+        folders: of the trained SAEs by variant.
         seed: of their training.
     """
-    index = places.work / "examples"
+    variant, control = plan.examples["variant"], plan.examples.get("control")
+    found = read_examples(_pair_index(plan, places, folders[TWIN], folders[variant], variant))
+    if control is not None:
+        beside = read_examples(_pair_index(plan, places, folders[TWIN], folders[control], control))
+        found["control_classes"] = beside["classes"]
+    Records(places.results).write(EXAMPLES, {"kind": "examples", **plan.examples, "seed": seed, **found})
+
+
+def _pair_index(plan: Plan, places: Places, twin: Path, sae: Path, name: str) -> Path:
+    """Build the index of a twin with an SAE beside it."""
+    index = places.work / f"examples-{name}"
     command = [
-        sys.executable, str(places.scripts / "build_feature_index.py"), str(folders["twin"]), "--twin",
-        str(folders["sae"]), "--output", str(index), "--overwrite", "--tokens", "200000",
+        sys.executable, str(places.scripts / "build_feature_index.py"), str(twin), "--twin",
+        str(sae), "--output", str(index), "--overwrite", "--tokens", "200000",
     ]  # fmt: skip
     if "dataset" in plan.harvest:
         command += ["--dataset", str(plan.harvest["dataset"])]
     run_process(command, places.work / "examples.log", dict(os.environ), "the index of the examples")
-    found = read_examples(index)
-    Records(places.results).write(EXAMPLES, {"kind": "examples", **plan.examples, "seed": seed, **found})
+    return index
