@@ -20,14 +20,16 @@ class Comparison:
     twin: Summary
     fvu_excess: Figure  # at equal L0: by interpolation between twins where the L0 is not fixed
     relative_excess: Figure  # as a share of the twin's FVU
-    correlation: Figure  # relative difference of the mean of the top correlations
-    cosine: Figure  # relative difference of the mean maximum decoder cosine
+    correlation: Figure  # relative difference of the mean of the top correlations, at equal L0
+    cosine: Figure  # relative difference of the mean maximum decoder cosine, at equal L0
     dead: Figure  # difference in dead features
+    recovered: Figure | None = None  # difference in the loss recovered, at equal L0
 
     @property
     def no_more_dead(self) -> bool:
-        """Whether the difference in dead features is none, or less than what it varies by from seed to seed."""
-        return self.dead.mean <= (self.dead.std or 0.0)
+        """Whether the difference in dead features is at most what the twin's number varies by from seed to seed."""
+        twin = self.twin.figure("dead_features")
+        return self.dead.mean <= ((twin.std if twin is not None else None) or 0.0)
 
     @property
     def affordable(self) -> bool:
@@ -62,28 +64,33 @@ def comparisons(summaries: Sequence[Summary]) -> list[Comparison]:
     for summary in summaries:
         if is_twin(summary):
             continue
-        excess = paired(summary, twin, "fvu") if fixed else at_equal_l0(summary, twins)
-        relative = None if excess is None else _as_share(excess, twin)
-        others = [
-            paired(summary, twin, "top_correlation", relative=True),
-            paired(summary, twin, "max_decoder_cosine", relative=True),
+
+        def against(key: str, relative: bool = True, own: Summary = summary) -> Figure | None:
+            return (
+                paired(own, twin, key, relative=relative) if fixed else at_equal_l0(own, twins, key, relative=relative)
+            )
+
+        figures = [
+            against("fvu", relative=False), against("fvu"), against("top_correlation"), against("max_decoder_cosine"),
             paired(summary, twin, "dead_features"),
-        ]
-        if excess is not None and relative is not None and all(one is not None for one in others):
-            correlation, cosine, dead = others
-            assert correlation is not None and cosine is not None and dead is not None
-            found.append(Comparison(summary, twin, excess, relative, correlation, cosine, dead))
+        ]  # fmt: skip
+        known = [figure for figure in figures if figure is not None]
+        if len(known) == len(figures):
+            excess, share, correlation, cosine, dead = known
+            recovered = against("loss_recovered", relative=False)
+            found.append(Comparison(summary, twin, excess, share, correlation, cosine, dead, recovered))
     return found
+
+
+def left_out(summaries: Sequence[Summary], found: Sequence[Comparison]) -> list[str]:
+    """Variants that could not be compared."""
+    compared = {one.summary.variant for one in found}
+    return [s.variant for s in summaries if not is_twin(s) and s.variant not in compared]
 
 
 def is_twin(summary: Summary) -> bool:
     """Whether a variant has no penalty; besides the twin proper there are some of other sparsities."""
     return summary.variant == TWIN or summary.variant.startswith(f"{TWIN}-")
-
-
-def _as_share(excess: Figure, twin: Summary) -> Figure | None:
-    fvu = twin.figure("fvu")
-    return None if fvu is None else Figure(tuple(value / fvu.mean for value in excess.values))
 
 
 def fvu_at_equal_l0(found: Sequence[Comparison]) -> dict[str, Figure]:
@@ -103,11 +110,23 @@ def best_by(found: Sequence[Comparison], key: str) -> Comparison | None:
     return min(allowed, key=lambda one: getattr(one, key).mean, default=None)
 
 
+def cheapest_by(found: Sequence[Comparison], key: str) -> Comparison | None:
+    """The cheapest affordable variant that reaches the cut; where none does, the one that cuts most."""
+    reach = [one for one in found if one.affordable and getattr(one, f"cuts_{key}")]
+    return min(reach, key=lambda one: one.fvu_excess.mean, default=best_by(found, key))
+
+
 def nearest_to_both(found: Sequence[Comparison]) -> Comparison | None:
-    """Among the variants within [`RELATIVE_ROOM`], the one whose worse cut, as a share of what is asked, is largest."""
-    cheap = [one for one in found if one.relative_excess.mean <= RELATIVE_ROOM and one.no_more_dead]
+    """Among the variants without more dead features, the one that misses price, correlation or cosine least.
 
-    def worse(one: Comparison) -> float:
-        return max(one.correlation.mean / CORRELATION_CUT, one.cosine.mean / COSINE_CUT)
+    What is missed counts as a share of what is asked, and the worst of the three decides.
+    """
 
-    return min(cheap, key=worse, default=None)
+    def missed(one: Comparison) -> float:
+        return max(
+            one.relative_excess.mean / RELATIVE_ROOM - 1,
+            1 + one.correlation.mean / CORRELATION_CUT,
+            1 + one.cosine.mean / COSINE_CUT,
+        )
+
+    return min((one for one in found if one.no_more_dead), key=missed, default=None)

@@ -94,26 +94,30 @@ def paired(summary: Summary, twin: Summary, key: str, *, relative: bool = False)
     return Figure(tuple(values)) if values else None
 
 
-def at_equal_l0(summary: Summary, twins: Sequence[Summary], key: str = "fvu") -> Figure | None:
-    """What a figure of each seed exceeds that of twins by at the same L0, interpolated between twins of several L0.
+def at_equal_l0(
+    summary: Summary, twins: Sequence[Summary], key: str = "fvu", *, relative: bool = False
+) -> Figure | None:
+    """What a figure of each seed exceeds that of twins by at the same L0.
 
-    Seeds whose L0 lies outside that of the twins are left out: nothing is extrapolated.
+    Between twins of several L0 the logarithm of a figure is taken as linear in that of L0: the FVU falls ever more
+    slowly, so that straight lines would lie above it. Seeds whose L0 lies outside that of the twins are left out:
+    nothing is extrapolated.
     """
     values = []
     for seed, record in sorted(summary.by_seed.items()):
         points = sorted(
-            (l0, figure)
+            (math.log(l0), math.log(figure))
             for twin in twins
             if seed in twin.by_seed
-            and (l0 := value_of(twin.by_seed[seed], "l0")) is not None
-            and (figure := value_of(twin.by_seed[seed], key)) is not None
+            and (l0 := value_of(twin.by_seed[seed], "l0"))
+            and (figure := value_of(twin.by_seed[seed], key))
         )
         own, l0 = value_of(record, key), value_of(record, "l0")
-        if own is None or l0 is None:
+        if own is None or not l0:
             continue
-        expected = interpolate(points, l0)
+        expected = interpolate(points, math.log(l0))
         if expected is not None:
-            values.append(own - expected)
+            values.append(own / math.exp(expected) - 1 if relative else own - math.exp(expected))
     return Figure(tuple(values)) if values else None
 
 

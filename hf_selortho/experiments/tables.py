@@ -84,10 +84,14 @@ def comparison_table(found: Sequence[Comparison]) -> str:
             [
                 f"`{summary.variant}`", one.fvu_excess.signed(4), one.relative_excess.percent(),
                 one.correlation.percent(),
-                one.cosine.percent(), one.dead.signed(1), ", ".join(marks) or "-",
+                one.cosine.percent(), one.dead.signed(1), "-" if one.recovered is None else one.recovered.signed(),
+                ", ".join(marks) or "-",
             ]
         )  # fmt: skip
-    header = ["variant", "FVU", "FVU, relative", "top 0.1% correlation", "max decoder cosine", "dead", "worth it"]
+    header = [
+        "variant", "FVU", "FVU, relative", "top 0.1% correlation", "max decoder cosine", "dead", "loss recovered",
+        "worth it",
+    ]  # fmt: skip
     return table(header, rows)
 
 

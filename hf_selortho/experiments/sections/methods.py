@@ -16,6 +16,7 @@ from ..comparison import (
     comparisons,
     fvu_at_equal_l0,
     is_twin,
+    left_out,
     nearest_to_both,
 )
 from ..figures import family, headline_figure, pareto_figure
@@ -32,16 +33,15 @@ def pareto(findings: Findings, figures: Path, link: str) -> str:
     if not findings.pareto:
         return ""
     parts = [
-        "## Methods at equal reconstruction\n\nEvery variant against its twin, the same run without "
-        "penalty: same batches, "
-        f"same initial weights. *FVU*: how much more than the twin's at equal L0 (for ReLU, twins of several L1 are "
-        "interpolated). The other columns are differences from the twin, relative but for dead features. "
-        "*Worth it*: at most "
-        f"{FVU_ROOM} more FVU and no more dead features than seeds differ by, for {CORRELATION_CUT:.0%} "
-        f"less of the top correlations "
-        f"(correlation) or {COSINE_CUT:.0%} less of the mean maximum decoder cosine (cosine); *both*: both "
-        f"of them for at "
-        f"most {RELATIVE_ROOM:.0%} of the twin's FVU."
+        "## Methods at equal reconstruction\n\nEvery variant against its twin, the same run without penalty: same "
+        "batches, same initial weights. *FVU*: how much more than the twin's at equal L0 (for ReLU, twins of several "
+        "L1 are interpolated, as logarithms). The other columns are differences from the twin at equal L0: relative "
+        "ones of correlation and cosine, absolute ones of dead features (at its own L0) and loss recovered. *Worth "
+        f"it*, in the means over the seeds: at most {FVU_ROOM} more FVU and no more dead features than the twin's "
+        f"number varies by between seeds, for {CORRELATION_CUT:.0%} less of the top correlations (correlation) or "
+        f"{COSINE_CUT:.0%} less of the mean maximum decoder cosine (cosine); *both*: both of them for at most "
+        f"{RELATIVE_ROOM:.0%} of the twin's FVU. A coefficient weighs a mean over the pairs that it acts on: on each "
+        "pair, `full-1.0` weighs 30 times less than `activation-0.03`."
     ]
     compared = {NAMES.get(sweep, sweep): comparisons(findings.of(sweep)) for sweep in findings.pareto}
     if drawn := {name: found for name, found in compared.items() if found}:
@@ -55,6 +55,9 @@ def pareto(findings: Findings, figures: Path, link: str) -> str:
             title = f"{name}: what each method buys, against its price"
             pareto_figure(summaries, fvu_at_equal_l0(found), figures / f"pareto_{sweep}.png", title)
             parts += [f"![{name}]({link}/pareto_{sweep}.png)", pareto_words(name, found), comparison_table(found)]
+            if outside := left_out(summaries, found):
+                names = ", ".join(f"`{variant}`" for variant in outside)
+                parts.append(f"Left out, as the L0 of no twins encloses theirs: {names}.")
         parts.append(summary_table(summaries, METHOD_COLUMNS))
     return "\n\n".join(parts)
 
@@ -85,9 +88,9 @@ def pareto_words(name: str, found: Sequence[Comparison]) -> str:
         )
     elif (near := nearest_to_both(found)) is not None:
         words.append(
-            f"None of the {len(found)} variants buys both cuts for at most {RELATIVE_ROOM:.0%} of FVU; nearest is "
-            f"`{near.summary.variant}`: correlation {near.correlation.percent()}, cosine {near.cosine.percent()} for "
-            f"{near.relative_excess.percent()}."
+            f"None of the {len(found)} variants buys both cuts for at most {RELATIVE_ROOM:.0%} of FVU; least is missed "
+            f"by `{near.summary.variant}`: correlation {near.correlation.percent()}, cosine "
+            f"{near.cosine.percent()} for {near.relative_excess.percent()}."
         )
     return f"{name}: " + " ".join(words)
 
@@ -145,27 +148,25 @@ def _task_words(findings: Findings) -> str:
 
 
 def steered_words(one: Comparison, found: Sequence[Comparison], steered: Collection[str]) -> str:
-    """A steered coefficient beside fixed ones of the same penalty that cost as much, interpolated."""
+    """A steered coefficient beside fixed ones of the same penalty, seed by seed at the price that it came to."""
     key, what = max(
         (("correlation", "correlation"), ("cosine", "decoder cosine")), key=lambda pair: -getattr(one, pair[0]).mean
     )
     name = family(one.summary.variant)
     fixed = [c for c in found if c.summary.variant not in steered and family(c.summary.variant) == name]
-    points = sorted([(0.0, 0.0), *((c.relative_excess.mean, getattr(c, key).mean) for c in fixed)])
     own: Figure = getattr(one, key)
-    words = f"`{one.summary.variant}`: {what} {own.percent()} for {one.relative_excess.percent()} of FVU"
-    expected = interpolate(points, one.relative_excess.mean)
-    if expected is None:
-        return f"{words}; no fixed coefficients cost more and less than that."
-    verdict = (
-        "more"
-        if own.mean < expected - (own.std or 0)
-        else "less"
-        if own.mean > expected + (own.std or 0)
-        else "as much"
-    )
-    fixed_buy = f"fixed ones of that price, on the line between neighbours, {100 * expected:+.1f}%"
-    return f"{words}; {fixed_buy}: steering buys {verdict}."
+    prices = ", ".join(f"{100 * price:+.1f}%" for price in one.relative_excess.values)
+    words = f"`{one.summary.variant}`: {what} {own.percent()} for {prices} of FVU, by seed"
+    gains = []
+    for number, (price, bought) in enumerate(zip(one.relative_excess.values, own.values, strict=True)):
+        points = sorted((c.relative_excess.values[number], getattr(c, key).values[number]) for c in fixed)
+        expected = interpolate(points, price)
+        gains += [] if expected is None else [bought - expected]
+    if len(gains) < len(own.values):
+        return f"{words}; fixed coefficients of these prices enclose it in {len(gains)} seeds."
+    beside = f"beside fixed ones of that price, interpolated, {Figure(tuple(gains)).percent()}"
+    agreed = "more" if max(gains) < 0 else "less" if min(gains) > 0 else "neither more nor less, as seeds disagree"
+    return f"{words}; {beside}: steering buys {agreed}."
 
 
 def adaptive(findings: Findings, figures: Path, link: str) -> str:
@@ -177,7 +178,7 @@ def adaptive(findings: Findings, figures: Path, link: str) -> str:
         base = findings.of(sweep.referred[0])
         fixed = [s for s in base if s.variant == TWIN or family(s.variant) in {family(o.variant) for o in own}]
         found = [c for c in comparisons([*fixed, *own])]
-        budget = sweep.arguments.get("ortho_budget_value")
+        budget = sweep.arguments.get("ortho_budget_value", float("nan"))
         steered = {summary.variant for summary in own}
         words = [steered_words(one, found, steered) for one in found if one.summary.variant in steered]
         parts.append(

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
+from ..examples import MATCH
 from ..figures import world_figure_plot
 from ..findings import Findings
 from ..summaries import TWIN, Figure
@@ -23,7 +26,11 @@ WORLD_COLUMNS: tuple[Column, ...] = (
     ("top correlation", "top_correlation", 3),
     ("max decoder cosine", "max_decoder_cosine", 3),
 )
-HIERARCHY_COLUMNS: tuple[Column, ...] = (("absorption", "absorption", 3), ("merged", "merged", 3))
+HIERARCHY_COLUMNS: tuple[Column, ...] = (
+    ("absorption", "absorption", 3),
+    ("of pairs", "absorption_pairs", 0),
+    ("merged", "merged", 3),
+)
 RAISED = ("mcc", "uniqueness", "f1")  # what a selection rule is to raise
 
 
@@ -40,7 +47,8 @@ def ground_truth(findings: Findings, figures: Path, link: str) -> str:
         "is active than where none is; *merged*: cosine of the child's decoder direction with the "
         "parent's true one, beyond "
         "that of the true directions.",
-        raised_words(groups),
+        raised_words(findings.worlds),
+        over_worlds_table(findings.worlds),
     ]
     figure = world_figure_plot(groups, figures / "ground_truth.png")
     if figure is not None:
@@ -73,34 +81,58 @@ def _world_words(record: Mapping[str, Any]) -> str:
     )
 
 
-def raised_words(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> str:
-    """Which variants raise a score over the twin's in every seed, and by how much."""
+def rules(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Variants with a penalty that every one of the trainings has."""
+    names = list(records[0]["scores"]) if records else []
+    return [name for name in names if all(gain_over_twin([record], name, "mcc") is not None for record in records)]
+
+
+def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
+    """Which rules raise a score over the twin's, and which lower it, by a sign test over all trainings."""
+    names = rules(records)
+    if not names:
+        return ""
     lines = []
-    for (world, recipe), records in groups.items():
-        for key in RAISED:
-            found = {
-                name: gain for name in records[0]["scores"] if (gain := gain_over_twin(records, name, key)) is not None
-            }
-            better = {name: gain for name, gain in found.items() if min(gain.values) > 0}
-            worse = {name: gain for name, gain in found.items() if max(gain.values) < 0}
-            if better:
-                name, gain = max(better.items(), key=lambda item: item[1].mean)
-                lines.append(
-                    f"- {world}, {recipe}: {_NAMES[key]} is raised most by `{name}`, {gain.signed()} (every seed)."
-                )
-            if worse:
-                name, gain = min(worse.items(), key=lambda item: item[1].mean)
-                lines.append(
-                    f"- {world}, {recipe}: {_NAMES[key]} is lowered most by `{name}`, {gain.signed()} (every seed)."
-                )
-            if not better and not worse:
-                lines.append(
-                    f"- {world}, {recipe}: no variant changes {_NAMES[key]} in the same direction in every seed."
-                )
-    return "\n".join(lines)
+    for key in RAISED:
+        told = []
+        for word, sign in (("raise", 1), ("lower", -1)):
+            found = []
+            for name in names:
+                gain = gain_over_twin(records, name, key)
+                if gain is not None and consistent(gain, sign, len(names)):
+                    found.append(f"`{name}` ({gain.signed()})")
+            told.append(f"{', '.join(found) or 'none'} {word} it")
+        lines.append(f"- {_NAMES[key]}: {'; '.join(told)}.")
+    return (
+        f"Of the {len(names)} rules, these change a score in the same direction in more of the {len(records)} "
+        f"trainings than chance would (sign test, {_LEVEL:.0%} divided by the number of rules); means over worlds and "
+        "seeds, ± over trainings. Seeds of a world share its features and the tokens of the scores.\n\n"
+        + "\n".join(lines)
+    )
 
 
 _NAMES = {"mcc": "MCC", "uniqueness": "uniqueness", "f1": "F1"}
+_LEVEL = 0.05
+
+
+def consistent(gain: Figure, sign: int, tried: int) -> bool:
+    """Whether a gain has a sign in more of the trainings than chance would, when so many rules were tried."""
+    agreeing = sum(value * sign > 0 for value in gain.values)
+    return bool(binomtest(agreeing, len(gain.values), alternative="greater").pvalue < _LEVEL / tried)
+
+
+def over_worlds_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Gains of every rule over its twin, over all worlds and seeds, and in how many trainings there is one."""
+    rows = []
+    for name in rules(records):
+        row = [f"`{name}`"]
+        for key in (*RAISED, "absorption"):
+            having = [r for r in records if key != "absorption" or r["world"]["structure"] == "hierarchical"]
+            gain = gain_over_twin(having, name, key) if having else None
+            raised = "" if gain is None else f" ({sum(value > 0 for value in gain.values)} of {len(gain.values)})"
+            row.append("-" if gain is None else gain.signed() + raised)
+        rows.append(row)
+    return table(["rule", *(f"{_NAMES.get(key, key)} (raised in)" for key in (*RAISED, "absorption"))], rows)
 
 
 def gain_over_twin(records: Sequence[Mapping[str, Any]], variant: str, key: str) -> Figure | None:
@@ -118,27 +150,43 @@ def example_pairs(findings: Findings, figures: Path, link: str) -> str:
     found = findings.examples
     if found is None:
         return ""
+    names = {found["variant"]: found["classes"]}
+    if "control" in found:
+        names[found["control"]] = found["control_classes"]
     rows = []
-    for name, facts in found["classes"].items():
-        if facts["pairs"]:
-            numbers = ["correlation", "correlation_beside", "decoder_cosine", "decoder_cosine_beside"]
-            shown = ["-" if facts[key] is None else f"{facts[key]:.2f}" for key in numbers]
-            rows.append([name, facts["pairs"], facts["merged"], facts["halved"], *shown])
+    for beside, classes in names.items():
+        for name, facts in classes.items():
+            if facts["pairs"]:
+                numbers = ["correlation", "correlation_beside", "decoder_cosine", "decoder_cosine_beside"]
+                shown = ["-" if facts[key] is None else f"{facts[key]:.2f}" for key in numbers]
+                rows.append([f"`{beside}`", name, facts["pairs"], facts["apart"], facts["halved"], *shown])
     header = [
-        "class", "pairs", "one feature in the SAE", "correlation halved", "correlation", "in the SAE", "decoder cosine",
-        "in the SAE",
+        "SAE beside the twin", "class", "pairs of the twin", "with counterparts", "correlation halved", "correlation",
+        "of the counterparts", "decoder cosine", "of the counterparts",
     ]  # fmt: skip
+    control = (
+        f" `{found['control']}`, without penalty, says how far counterparts differ anyway."
+        if "control" in found
+        else ""
+    )
     return (
-        f"## Pairs to read\n\nThe most correlated pairs of `{found['sweep']}/none` on held-out text, and "
-        f"the features of "
-        f"`{found['sweep']}/{found['variant']}` (seed {found['seed']}) that point most like theirs; "
-        f"medians are over pairs "
-        "whose two features have two counterparts. *duplicate*: each fires where the other does, and they point alike; "
-        "*nested*: one fires within the other.\n\n"
-        f"{table(header, rows)}\n\nPairs that fire on much the same tokens and that the penalty "
-        f"separated:\n\n{_pairs(found['separated'])}\n\n"
-        "Pairs that it separated and should have left alone, as one feature is nested in the other:\n\n"
-        f"{_pairs(found['nested'])}"
+        f"## Pairs to read\n\nThe most correlated pairs of `{found['sweep']}/none` on held-out text, and their "
+        f"counterparts in `{found['sweep']}/{found['variant']}` (seed {found['seed']}): two features of a decoder "
+        f"cosine of at least {MATCH} with those of the pair. Medians are over the pairs that have counterparts."
+        f"{control} *duplicate*: each fires where the other does, and they point alike; *nested*: one fires within the other.\n\n"
+        f"{_duplicates(found['classes'])}\n\n{table(header, rows)}\n\nPairs that fire on much the same tokens and "
+        f"whose counterparts are correlated least beside them:\n\n{_pairs(found['separated'])}\n\nNested pairs, one "
+        f"feature within the other, whose counterparts are correlated least beside them: what a penalty should have "
+        f"left alone:\n\n{_pairs(found['nested'])}"
+    )
+
+
+def _duplicates(classes: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many of the most correlated pairs are what the penalty is meant for."""
+    total = sum(facts["pairs"] for facts in classes.values())
+    return (
+        f"Of the twin's {total} most correlated pairs, {classes['duplicate']['pairs']} are duplicates and "
+        f"{classes['nested']['pairs']} nested; the others fire together and point elsewhere."
     )
 
 
