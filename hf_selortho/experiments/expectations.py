@@ -19,19 +19,20 @@ from .comparison import comparisons
 from .findings import Findings
 from .plan import load_plan
 from .sections.truth import by_world, gain_over_twin
-from .summaries import TWIN
+from .summaries import TWIN, Figure
 
 _SCORES = ("mcc", "uniqueness", "f1", "absorption")
 _DEFAULTS = {field.name: field.default for field in fields(SelOrthoConfig)}
 
 
 def expectations(findings: Findings) -> dict[str, Any]:
-    """Of every variant its settings, and the differences from its twin as means over the seeds.
+    """Of every variant its settings, and mean and standard deviation of the differences from its twin.
 
     Returns:
         "source": language model, layer and number of seeds. "saes": one entry for each variant of the sweeps with a
-        fixed coefficient; "fvu", "correlation" and "cosine" are relative, "dead" counts features. "worlds": one entry
-        for each variant on synthetic worlds, with the number of trainings; "absorption" is of hierarchies alone.
+        fixed coefficient and all seeds; "fvu", "correlation" and "cosine" are relative, "dead" counts features.
+        "worlds": one entry for each variant on synthetic worlds, with the number of trainings, over which means and
+        deviations are; "absorption" is of hierarchies alone.
     """
     plan = findings.plan
     fixed = [sweep for sweep in plan.sweeps if sweep.name in findings.pareto]
@@ -42,16 +43,21 @@ def expectations(findings: Findings) -> dict[str, Any]:
                 "variant": one.summary.variant,
                 "activation": sweep.arguments["activation"],
                 **_penalty({**sweep.arguments, **sweep.variants[one.summary.variant]}),
-                "fvu": round(one.relative_excess.mean, 4),
-                "correlation": round(one.correlation.mean, 4),
-                "cosine": round(one.cosine.mean, 4),
-                "dead": round(one.dead.mean, 2),
+                "fvu": _rounded(one.relative_excess),
+                "correlation": _rounded(one.correlation),
+                "cosine": _rounded(one.cosine),
+                "dead": _rounded(one.dead),
             }
             for sweep in fixed
             for one in comparisons(findings.of(sweep.name))
+            if len(one.fvu_excess.values) == plan.seeds
         ],
         "worlds": [found for name in _world_variants(findings) if (found := _of_worlds(findings, name)) is not None],
     }
+
+
+def _rounded(figure: Figure) -> list[float]:
+    return [round(figure.mean, 4), round(figure.std or 0.0, 4)]
 
 
 def _penalty(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def _of_worlds(findings: Findings, variant: str) -> dict[str, Any] | None:
         gain = gain_over_twin(records, variant, key) if records else None
         if gain is None:
             return None
-        found[key] = round(gain.mean, 4)
+        found[key] = _rounded(gain)
     counts = {"worlds": len(by_world(findings.worlds)), "trainings": len(findings.worlds)}
     return {"variant": variant, **_penalty(_world_variants(findings)[variant]), **found, **counts}
 

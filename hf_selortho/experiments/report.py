@@ -44,13 +44,34 @@ def head(findings: Findings, command: str, place: str) -> str:
         "training steps and of the page, measured apart, is in [docs/performance.md](docs/performance.md).\n\n"
         f"{findings.plan.description} {_of(len(findings.saes), planned)} SAEs on activations, "
         f"{_of(of_worlds, planned_worlds)} on synthetic worlds, {findings.plan.seeds} seeds of each; ± is the standard "
-        f"deviation over seeds. {_times(findings)}\n\n"
+        f"deviation over seeds, not over texts. {_times(findings)}\n\n{_sizes(findings)}"
         f"- machine: {'; '.join(machines)}\n- versions: {_versions([record['versions'] for record in records])}"
     )
 
 
 def _of(count: int, planned: int) -> str:
     return f"{count} of {planned}" if count < planned else str(count)
+
+
+def _sizes(findings: Findings) -> str:
+    """How large the compared SAEs are, how long they were trained, and on how much they were measured."""
+    lines = []
+    for name in findings.pareto:
+        sweep = next(sweep for sweep in findings.plan.sweeps if sweep.name == name)
+        own, evaluation = sweep.arguments, findings.of(name)[0].by_seed
+        sparsity = f"k {own['k']}" if "k" in own else f"L1 {own.get('l1_coefficient')}"
+        measured = next(iter(evaluation.values()))["evaluation"]
+        counts = ", ".join(
+            f"{what} on {measured[key]:,} tokens"
+            for what, key in (("measured", "tokens"), ("cross-entropies", "ce_tokens"))
+            if key in measured
+        )
+        lines.append(
+            f"- `{name}`: {own['d_sae']} features, {own['activation']}, {sparsity}; {own['max_steps']} steps of "
+            f"{own['batch_size']} tokens, drawn from {findings.plan.harvest.get('max_tokens', 'all')} harvested ones; "
+            f"pairs selected every {own.get('selection_interval', 1)} steps{'; ' * bool(counts)}{counts}\n"
+        )
+    return "".join(lines)
 
 
 def _times(findings: Findings) -> str:

@@ -130,6 +130,8 @@ def penalty_facts(config: Mapping[str, Any], beside: Measured) -> dict[str, Any]
         "min_support": number(config["min_support"]) if config.get("min_support") else None,
         "space": "centred (Pearson) correlation" if config.get("correlation") == "pearson" else "cosine",
         "squares": squares,
+        "companion": config.get("decoder_pairs", "alike") if config.get("decoder_ratio", 0) > 0 else None,
+        "companion_weight": number(config["decoder_ratio"], "exact") if config.get("decoder_ratio", 0) > 0 else None,
         "selects": score_of_selection(squares, config.get("selection_space", "same")),
         "churn": number(training["pair_churn"], "percent") if _known(training.get("pair_churn")) else None,
         "before": number(start["top_correlation"]) if _known(start.get("top_correlation")) else None,

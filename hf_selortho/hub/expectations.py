@@ -18,6 +18,7 @@ PENALTY_SETTINGS = (
     "decoder_pairs",
 )  # fmt: skip
 _NAMES = {"relu": "ReLU", "topk": "TopK"}
+_FARTHEST = 4.0  # factor of a strength beyond which a measurement says nothing
 _LIKE = {"relu": "relu", "jumprelu": "relu", "topk": "topk", "batchtopk": "topk"}  # that was measured
 
 
@@ -44,12 +45,12 @@ def expectation_facts(config: Mapping[str, Any]) -> dict[str, str] | None:
     facts = {
         "where": f"{source['model']}, layer {source['layer']}, {_NAMES[found['activation']]}, {source['seeds']} seeds",
         "setting": _setting(found),
-        **{key: f"{100 * found[key]:+.1f}%" for key in ("correlation", "cosine", "fvu")},
-        "dead": f"{found['dead']:+.1f}",
+        **{key: _figure(found[key], 1, 100) + "%" for key in ("correlation", "cosine", "fvu")},
+        "dead": _figure(found["dead"], 1),
     }
     world = _nearest(config, known["worlds"])
     if world is not None:
-        scores = {key: f"{world[key]:+.3f}" for key in ("mcc", "uniqueness", "f1", "absorption")}
+        scores = {key: _figure(world[key], 3) for key in ("mcc", "uniqueness", "f1", "absorption")}
         facts |= {"world_setting": _setting(world), "trainings": str(world["trainings"]), **scores}
     return facts
 
@@ -61,9 +62,9 @@ def _measured() -> dict[str, Any]:
 
 
 def _nearest(config: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The entry of the same penalty whose coefficient and share of pairs differ by the least factor."""
-    same = [one for one in measured if _kind(one) == _kind(config)]
-    return min(same, key=lambda one: _distance(one, config), default=None)
+    """The entry of the same penalty whose strengths differ by the smallest factors; None beyond [`_FARTHEST`]."""
+    near = [one for one in measured if _kind(one) == _kind(config) and _distance(one, config) <= math.log(_FARTHEST)]
+    return min(near, key=lambda one: _distance(one, config), default=None)
 
 
 def _kind(settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -75,10 +76,17 @@ def _kind(settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _distance(one: Mapping[str, Any], config: Mapping[str, Any]) -> float:
-    keys = ("ortho_coefficient", "pair_fraction")[: 2 if one["penalty"] == "selective" else 1]
-    return sum(abs(math.log(one[key] / config[key])) for key in keys if config.get(key))
+    """Logarithms of the factors by which strengths differ, summed up."""
+    keys = ["ortho_coefficient"] + ["pair_fraction", "decoder_ratio"] * (one["penalty"] == "selective")
+    return sum(abs(math.log(one[key] / config[key])) for key in keys if config.get(key) and one[key])
+
+
+def _figure(found: Sequence[float], digits: int, unit: float = 1.0) -> str:
+    mean, deviation = found
+    return f"{unit * mean:+.{digits}f} ± {unit * deviation:.{digits}f}"
 
 
 def _setting(one: Mapping[str, Any]) -> str:
     pairs = f" on {100 * one['pair_fraction']:g}% of the pairs" if one["penalty"] == "selective" else ""
-    return f"`ortho_coefficient` {one['ortho_coefficient']:g}{pairs}"
+    beside = f", `decoder_ratio` {one['decoder_ratio']:g}" if one["decoder_ratio"] else ""
+    return f"`ortho_coefficient` {one['ortho_coefficient']:g}{pairs}{beside}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 
 from hf_selortho import SelOrthoError
-from hf_selortho.experiments.claims import FAILS, HOLDS, UNKNOWN, Evidence, useful_range, verdicts
-from hf_selortho.experiments.comparison import best_by, comparisons, nearest_to_both
+from hf_selortho.experiments.claims import FAILS, HOLDS, SMALLER, UNKNOWN, Evidence, useful_range, verdicts
+from hf_selortho.experiments.comparison import best_by, cheapest_by, comparisons, nearest_to_both
 from hf_selortho.experiments.records import Records, thinned
 from hf_selortho.experiments.summaries import Figure, at_equal_l0, interpolate, paired, summarise, value_of
 
@@ -65,7 +66,10 @@ def test_equal_l0_is_interpolated_and_never_extrapolated() -> None:
     found = summarise([*twins, record("a", 0, l0=110, fvu=0.095), record("b", 0, l0=90, fvu=0.1)])
     references = [found["topk", 8, "none"], found["topk", 8, "none-l0.03"]]
     excess = at_equal_l0(found["topk", 8, "a"], references)
-    assert excess is not None and excess.values == pytest.approx((0.005,))
+    expected = 0.10 * 0.8 ** (math.log(1.1) / math.log(1.2))  # a power law through both twins
+    assert excess is not None and excess.values == pytest.approx((0.095 - expected,))
+    share = at_equal_l0(found["topk", 8, "a"], references, relative=True)
+    assert share is not None and share.values == pytest.approx((0.095 / expected - 1,))
     assert at_equal_l0(found["topk", 8, "b"], references) is None
 
 
@@ -87,16 +91,32 @@ def test_what_is_worth_it() -> None:
     assert near is not None and near.summary.variant == "both-1"
 
 
+def test_the_cheapest_that_reaches_a_cut_and_the_one_that_misses_both_least() -> None:
+    variants = {
+        "none": {}, "a-1": {"top_correlation": 0.5, "fvu": 0.081}, "a-2": {"top_correlation": 0.3, "fvu": 0.083},
+        "b-1": {"top_correlation": 0.53, "max_decoder_cosine": 0.17, "fvu": 0.0809},
+    }  # fmt: skip
+    found = comparisons(list(summarise([record(n, s, **own) for n, own in variants.items() for s in (0, 1)]).values()))
+    cheapest, most = cheapest_by(found, "correlation"), best_by(found, "correlation")
+    assert cheapest is not None and cheapest.summary.variant == "a-1"
+    assert most is not None and most.summary.variant == "a-2"
+    best = cheapest_by(found, "cosine")
+    assert best is not None and best.summary.variant == "b-1", "none reaches the cut, so the one that comes nearest"
+    near = nearest_to_both(found)
+    assert near is not None and near.summary.variant == "b-1"
+
+
 def evidence(**changes: dict[str, float]) -> Evidence:
     """Three seeds of the paper's variants; by variant, what differs from the twin."""
     variants = {
         "none": {}, "selective-0.1": {"peak_correlation": 0.5}, "full-0.1": {"peak_correlation": 0.6},
-        "selective-0.05": {"peak_correlation": 0.55}, "selective-0.2": {"mse": 1.3},
-        "share-0.05": {"dead_features": 12.0},
+        "selective-0.05": {"peak_correlation": 0.55}, "selective-0.2": {"fvu": 0.1},
+        "share-0.05": {"dead_features": 12.0}, "none-l0.03": {"l0": 40.0, "fvu": 0.07},
+        "none-l0.055": {"l0": 25.0, "fvu": 0.1},
     }  # fmt: skip
     saes = [
         record(name, seed, sweep="paper", **{**own, **changes.get(name, {})})
-        for name, own in variants.items()
+        for name, own in {**variants, **{name: {} for name in changes.keys() - variants.keys()}}.items()
         for seed in (0, 1, 2)
     ]
     return Evidence(summarise(saes), 8, (8,), None)
@@ -109,10 +129,21 @@ def test_verdicts_follow_the_numbers() -> None:
     assert found["Twice the coefficient (0.2) costs reconstruction"].verdict == HOLDS
     assert found["Fewer pairs (0.05%) leave more dead features"].verdict == HOLDS
     assert found["A step is faster than with full orthogonality"].verdict == UNKNOWN
-    turned = evidence(**{"full-0.1": {"peak_correlation": 0.4}, "selective-0.2": {"mse": 1.01}, "share-0.05": {}})
+    turned = evidence(
+        **{
+            "full-0.1": {"peak_correlation": 0.4},
+            "selective-0.2": {"fvu": 0.082},
+            "share-0.05": {"dead_features": 10.0},
+        }
+    )
     found = {v.claim: v for v in verdicts(turned)}
     assert found["Selective reaches a lower peak correlation than full orthogonality"].verdict == FAILS
-    assert found["Twice the coefficient (0.2) costs reconstruction"].verdict == FAILS
+    assert found["Twice the coefficient (0.2) costs reconstruction"].verdict == SMALLER
+    assert found["Fewer pairs (0.05%) leave more dead features"].verdict == UNKNOWN, "no difference says nothing"
+    full_sum = {"peak_correlation": 0.4}
+    found = {v.claim: v for v in verdicts(evidence(**{"selective-sum": {}, "full-sum": full_sum}))}
+    judged = found["Selective reaches a lower peak correlation than full orthogonality"]
+    assert judged.verdict == UNKNOWN and judged.why == "as a mean it holds; as a sum it does not"
 
 
 def test_useful_range_asks_for_a_cut_and_a_price() -> None:

@@ -23,7 +23,8 @@ def test_a_preset_and_single_arguments_on_top() -> None:
 def test_presets_hold_the_papers_numbers(layer) -> None:
     a = parse_arguments(["--preset", f"gemma2-2b-l{layer}"])
     assert (a.model.model, a.sae.layer, a.sae.d_sae, a.sae.activation) == ("google/gemma-2-2b", layer, 2304, "relu")
-    assert (a.sae.l1_coefficient, a.sae.ortho_coefficient, a.sae.pair_fraction) == (0.04, 0.1, 0.001)
+    assert (a.sae.l1_coefficient, a.sae.pair_fraction) == (0.04, 0.001)
+    assert a.sae.ortho_coefficient == 0.03, "not the paper's 0.1, but what RESULTS.md finds worth its price"
     assert (a.data.dataset, a.sae.context_length, a.run.batch_size) == ("fancyzhx/ag_news", 128, 32 * 128)
     assert (a.data.buffer_contexts, a.data.refresh_every, a.run.max_steps) == (2048, 24, 1000)
     assert (a.run.learning_rate, a.run.adam_beta1, a.run.adam_beta2) == (3e-4, 0.9, 0.999)
@@ -34,6 +35,7 @@ def test_presets_hold_the_papers_numbers(layer) -> None:
 def test_the_papers_own_form_has_a_preset() -> None:
     a = parse_arguments(["--preset", "gemma2-2b-l12-paper"])
     assert (a.sae.reduction, a.sae.input_normalization, a.sae.min_support) == ("sum", "none", 1)
+    assert a.sae.ortho_coefficient == 0.1
     assert a.sae.max_norm_ratio is None
 
 

@@ -47,6 +47,6 @@ def test_the_command_line_takes_those_of_its_layer() -> None:
 
     assert settings_at(*argv, "--layer", "5").ortho_coefficient == 0.05
     assert settings_at(*argv, "--layer", "12").pair_fraction == 0.0005
-    assert settings_at(*argv, "--layer", "6").ortho_coefficient == 0.1
+    assert settings_at(*argv, "--layer", "6").ortho_coefficient == 0.03
     with pytest.raises(SelOrthoError, match="pair_fraction=7"):
         settings_at(*argv[:2], "--layer", "5", "--layer_settings", '{"5": {"pair_fraction": 7}}')

@@ -15,7 +15,7 @@ from .truth import by_world, gain_over_twin, rules
 
 PAPER = "activation"  # family of the paper's own penalty
 WORDS = {  # for families of variants
-    PAPER: "the paper's penalty on correlations, as a mean over the pairs",
+    PAPER: "the paper's penalty as a mean over the pairs",
     "activation-wide": "a penalty on the correlations of 1% of the pairs",
     "full": "the penalty on the correlations of all pairs",
     "decoder": "a penalty on decoder cosines",

@@ -173,11 +173,11 @@ def example_pairs(findings: Findings, figures: Path, link: str) -> str:
         f"## Pairs to read\n\nThe most correlated pairs of `{found['sweep']}/none` on held-out text, and their "
         f"counterparts in `{found['sweep']}/{found['variant']}` (seed {found['seed']}): two features of a decoder "
         f"cosine of at least {MATCH} with those of the pair. Medians are over the pairs that have counterparts."
-        f"{control} *duplicate*: each fires where the other does, and they point alike; *nested*: one fires within the other.\n\n"
-        f"{_duplicates(found['classes'])}\n\n{table(header, rows)}\n\nPairs that fire on much the same tokens and "
-        f"whose counterparts are correlated least beside them:\n\n{_pairs(found['separated'])}\n\nNested pairs, one "
-        f"feature within the other, whose counterparts are correlated least beside them: what a penalty should have "
-        f"left alone:\n\n{_pairs(found['nested'])}"
+        f"{control} *duplicate*: each fires where the other does, and they point alike; *nested*: one fires within the "
+        f"other.\n\n{_duplicates(found['classes'])}\n\n{table(header, rows)}\n\nPairs that fire on much the same "
+        f"tokens and whose counterparts are correlated least beside them:\n\n{_pairs(found['separated'])}\n\n"
+        "Nested pairs, one feature within the other, whose counterparts are correlated least beside them: what a "
+        f"penalty should have left alone:\n\n{_pairs(found['nested'])}"
     )
 
 
