@@ -100,6 +100,8 @@ def shown_command(arguments: ReproduceArguments) -> str:
     """What somebody else types for the same records; a local text is named by its file."""
     command = f"python scripts/reproduce_paper.py --preset {Path(arguments.preset).name}"
     command += " --quick" * arguments.quick
+    command += f" --seeds {arguments.seeds}" if arguments.seeds is not None else ""
+    command += f" --label_column {arguments.label_column}" if arguments.label_column is not None else ""
     if arguments.dataset is not None:
         command += (
             f" --dataset {Path(arguments.dataset).name if Path(arguments.dataset).exists() else arguments.dataset}"

@@ -187,6 +187,24 @@ def test_the_results_are_what_their_records_give(tmp_path) -> None:
         assert (ROOT / link).is_file(), link
 
 
+def test_the_records_are_of_the_plan_as_it_is() -> None:
+    plan, records = load_plan("demo"), Records(ROOT / "results" / "demo")
+    seen = 0
+    for unit in plan.units():
+        for variant, settings in unit.sweep.variants.items():
+            if records.has(name := unit.record(variant)):
+                wanted = {**unit.sweep.arguments, **settings, "seed": unit.seed}
+                arguments = records.read(name)["arguments"]
+                assert {key: arguments.get(key) for key in wanted} == wanted, name
+                seen += 1
+    assert seen == len(list(records.all("sae"))), "there are records of variants that the plan does not have"
+    for run in plan.worlds:
+        if records.has(run.name):
+            known = records.read(run.name)
+            assert World.from_json(known["world"]) == World.from_json(run.world)
+            assert (known["settings"], known["variants"]) == (run.settings, run.variants)
+
+
 def test_model_cards_expect_what_the_records_give() -> None:
     plan = load_plan("demo")
     found = expectations(Findings.read(plan, ROOT / "results" / "demo"))
