@@ -44,6 +44,7 @@ ALLOWED = {
         "training",
         "evaluation",
         "features",
+        "hub",
         "benchmarking",
         "command_line",
         "pictures",

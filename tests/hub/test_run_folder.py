@@ -56,7 +56,7 @@ def test_the_twin_beside_the_folder_is_found_and_an_impostor_is_not(tmp_path) ->
     other = save_run(tmp_path / "y", d_sae=32, ortho_coefficient=0.0)
     with pytest.raises(SelOrthoError, match="without the penalty: d_sae is 32 and not 16"):
         with_others(run, other, [])
-    with pytest.raises(SelOrthoError, match=r"its ortho_coefficient is 0\.1"):
+    with pytest.raises(SelOrthoError, match=r"its ortho_coefficient is 0\.03"):
         with_others(run, save_run(tmp_path / "z"), [])
     other.rename(tmp_path / "z-twin")
     assert fvus(with_others(read_run(tmp_path / "z"), None, [])) == [0.1, None, [], []]
