@@ -149,8 +149,8 @@ class TestMiniature:
         text = sitting.report.read_text()
         headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
         assert set(headings) == {
-            "In short", "Methods at equal reconstruction", "Adaptive coefficient", "On the language model", "Known ground truth",
-            "Pairs to read", "The paper's claims", "Table 1", "Ablations", "Limits",
+            "In short", "Methods at equal reconstruction", "Adaptive coefficient", "On the language model",
+            "Known ground truth", "Pairs to read", "The paper's claims", "Table 1", "Ablations", "Limits",
         }  # fmt: skip
         for link in re.findall(r"\]\(([^)]*\.png)\)", text):
             assert (sitting.report.parent / link).is_file(), link
