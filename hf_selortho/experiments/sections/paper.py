@@ -158,7 +158,7 @@ def limits(findings: Findings, figures: Path, link: str) -> str:
     if not rows:
         return ""
     found = useful_range(evidence)
-    words = f"{found[0]:g} to {found[-1]:g}" if found else "none of those tried"
+    words = ", ".join(f"{coefficient:g}" for coefficient in found) or "none"
     header = [
         "variant",
         "top 0.1%, std over batches",
@@ -171,6 +171,6 @@ def limits(findings: Findings, figures: Path, link: str) -> str:
         "between seeds; and "
         "which share of the selected pairs was not selected the step before.\n\n"
         + table(header, rows)
-        + f"\n\nThe coefficient is useful, at this layer and width, from {words}: it then cuts the mean of the top "
-        f"correlations by {CORRELATION_CUT:.0%} or more for at most {RELATIVE_ROOM:.0%} of FVU."
+        + f"\n\nOf the coefficients tried, useful at this layer and width: {words}. Useful is what cuts the mean of the "
+        f"top correlations by {CORRELATION_CUT:.0%} or more for at most {RELATIVE_ROOM:.0%} of FVU, at equal L0."
     )
