@@ -172,5 +172,6 @@ def limits(findings: Findings, figures: Path, link: str) -> str:
         "which share of the selected pairs was not selected the step before.\n\n"
         + table(header, rows)
         + f"\n\nOf the coefficients tried, useful at this layer and width: {words}. Useful is what cuts the "
-        f"mean of the top correlations by {CORRELATION_CUT:.0%} or more for at most {RELATIVE_ROOM:.0%} of FVU, at equal L0."
+        f"mean of the top correlations by {CORRELATION_CUT:.0%} or more for at most {RELATIVE_ROOM:.0%} of FVU, at "
+        "equal L0."
     )
