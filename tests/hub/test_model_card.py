@@ -389,7 +389,9 @@ def test_the_card_says_what_may_be_expected_of_its_penalty() -> None:
     measured = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))
     (known,) = [one for one in measured["saes"] if (one["activation"], one["variant"]) == ("topk", "decoder-0.1")]
     (world,) = [one for one in measured["worlds"] if one["variant"] == "decoder-0.1"]
-    text = render_model_card(settings(penalty_space="decoder", activation="batchtopk", k=32), METRICS, RUN).text
+    text = render_model_card(
+        settings(penalty_space="decoder", ortho_coefficient=0.1, activation="batchtopk", k=32), METRICS, RUN
+    ).text
     assert "(gemma-3-270m, layer 8, TopK, 3 seeds), the nearest setting (`ortho_coefficient` 0.1 on 0.1% of" in text
     assert (
         f"the mean maximum decoder cosine by {100 * known['cosine']:+.1f}%, FVU by {100 * known['fvu']:+.1f}%" in text
