@@ -395,7 +395,7 @@ def test_the_card_says_what_may_be_expected_of_its_penalty() -> None:
     assert "(gemma-3-270m, layer 8, TopK, 3 seeds), the nearest setting (`ortho_coefficient` 0.1 on 0.1% of" in text
     assert f"the mean maximum decoder cosine by {100 * known['cosine'][0]:+.1f} ± " in text
     assert f"FVU by {100 * known['fvu'][0]:+.1f} ± {100 * known['fvu'][1]:.1f}%" in text
-    assert f"(MCC) by {world['mcc'][0]:+.3f} ± " in text and f"(uniqueness) by {world['uniqueness'][0]:+.3f} ± " in text
+    assert f"MCC) by {world['mcc'][0]:+.3f} ± " in text and f"(uniqueness) by {world['uniqueness'][0]:+.3f} ± " in text
     assert "Alike is not the same as redundant" in text and "may reward feature absorption" not in text
 
 
