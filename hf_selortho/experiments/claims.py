@@ -112,8 +112,9 @@ def _ratio(claim: str, paper: str, key: str, least: float) -> Judge:
         found = timing_ratio(evidence.timing, key, "full", "selective")
         if found is None:
             return Verdict(claim, paper, "not measured", UNKNOWN)
-        verdict = HOLDS if found >= least else SMALLER if found > _TOLD else FAILS
-        return Verdict(claim, paper, f"{found:.2f} times", verdict, "docs/performance.md has more features")
+        return Verdict(
+            claim, paper, f"{found:.2f} times", _sized(found, least, _TOLD), "docs/performance.md has more features"
+        )
 
     return judge
 
@@ -162,11 +163,12 @@ def _more_pairs(evidence: Evidence) -> Verdict:
     found = (evidence.timing or {}).get("memory_of_more_pairs")
     if found is None:
         return Verdict(claim, paper, "not measured", UNKNOWN)
-    return Verdict(claim, paper, f"{100 * (found - 1):+.0f}% of what a step takes", _more(found))
+    return Verdict(claim, paper, f"{100 * (found - 1):+.0f}% of what a step takes", _sized(found, 1.22, _TOLD))
 
 
-def _more(ratio: float) -> str:
-    return HOLDS if ratio >= 1.22 else SMALLER if ratio > _TOLD else FAILS
+def _sized(value: float, least: float, none: float) -> str:
+    """Whether a value reaches a size, or at least exceeds what would be no difference."""
+    return HOLDS if value >= least else SMALLER if value > none else FAILS
 
 
 def _depth(evidence: Evidence) -> Verdict:
@@ -196,8 +198,7 @@ def _spread(evidence: Evidence) -> Verdict:
     if top is None or churn is None:
         return Verdict(claim, paper, "not measured", UNKNOWN)
     ours = f"peak correlation {top.text()}; {100 * churn.mean:.0f}% of the selected pairs are new at every step"
-    verdict = HOLDS if top.mean >= 0.021 else SMALLER if top.mean > 0 else FAILS
-    return Verdict(claim, paper, ours, verdict, "the paper does not say of what")
+    return Verdict(claim, paper, ours, _sized(top.mean, 0.021, 0.0), "the paper does not say of what")
 
 
 def useful_range(evidence: Evidence, most: float = 0.01, least: float = 0.25) -> list[float]:

@@ -116,6 +116,11 @@ def cheapest_by(found: Sequence[Comparison], key: str) -> Comparison | None:
     return min(reach, key=lambda one: one.fvu_excess.mean, default=best_by(found, key))
 
 
+def best_of_both(found: Sequence[Comparison]) -> Comparison | None:
+    """Among the variants that buy both cuts, the one whose cuts are largest together."""
+    return min((one for one in found if one.both), key=lambda one: one.correlation.mean + one.cosine.mean, default=None)
+
+
 def nearest_to_both(found: Sequence[Comparison]) -> Comparison | None:
     """Among the variants without more dead features, the one that misses price, correlation or cosine least.
 

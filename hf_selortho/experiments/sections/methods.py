@@ -13,6 +13,7 @@ from ..comparison import (
     RELATIVE_ROOM,
     Comparison,
     best_by,
+    best_of_both,
     comparisons,
     fvu_at_equal_l0,
     is_twin,
@@ -79,9 +80,7 @@ def pareto_words(name: str, found: Sequence[Comparison]) -> str:
                 f"`{best.summary.variant}` changes {what} "
                 f"most: {cut.percent()} for {best.fvu_excess.signed(4)} FVU."
             )
-    both = [one for one in found if one.both]
-    if both:
-        best = min(both, key=lambda one: one.correlation.mean + one.cosine.mean)
+    if (best := best_of_both(found)) is not None:
         words.append(
             f"Both at once, for at most {RELATIVE_ROOM:.0%} of FVU: `{best.summary.variant}`, correlation "
             f"{best.correlation.percent()} and cosine {best.cosine.percent()} for {best.relative_excess.percent()}."
@@ -153,8 +152,9 @@ def steered_words(one: Comparison, found: Sequence[Comparison], steered: Collect
         (("correlation", "correlation"), ("cosine", "decoder cosine")), key=lambda pair: -getattr(one, pair[0]).mean
     )
     name = family(one.summary.variant)
-    fixed = [c for c in found if c.summary.variant not in steered and family(c.summary.variant) == name]
     own: Figure = getattr(one, key)
+    same = [c for c in found if c.summary.variant not in steered and family(c.summary.variant) == name]
+    fixed = [c for c in same if len(c.fvu_excess.values) == len(own.values)]  # others lack a seed as yet
     prices = ", ".join(f"{100 * price:+.1f}%" for price in one.relative_excess.values)
     words = f"`{one.summary.variant}`: {what} {own.percent()} for {prices} of FVU, by seed"
     gains = []

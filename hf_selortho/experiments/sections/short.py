@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..comparison import CORRELATION_CUT, COSINE_CUT, RELATIVE_ROOM, Comparison, cheapest_by, comparisons
+from ..comparison import CORRELATION_CUT, COSINE_CUT, RELATIVE_ROOM, Comparison, best_of_both, cheapest_by, comparisons
 from ..figures import family
 from ..findings import Findings
 from ..summaries import Figure
 from .methods import NAMES
-from .truth import by_world, gain_over_twin, rules
+from .truth import RAISED, by_world, gain_over_twin, rules
 
 PAPER = "activation"  # family of the paper's own penalty
 WORDS = {  # for families of variants
@@ -56,9 +56,7 @@ def sae_words(name: str, found: Sequence[Comparison]) -> str:
 
 def _both(found: Sequence[Comparison]) -> str:
     """Whether a setting buys both cuts, and which."""
-    both = [one for one in found if one.both]
-    if both:
-        best = min(both, key=lambda one: one.correlation.mean + one.cosine.mean)
+    if (best := best_of_both(found)) is not None:
         cuts = f"{-best.correlation.mean:.0%} less correlation and {-best.cosine.mean:.0%} less cosine"
         return f"{_named(best)} buys both, {cuts} for {_price(best)}"
     assert CORRELATION_CUT == 0.25  # or the words below are wrong
@@ -86,7 +84,7 @@ def world_words(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -
     runs = [record for records in groups.values() for record in records]
     if not runs:
         return ""
-    gains = {name: [gain_over_twin(runs, name, key) for key in ("mcc", "uniqueness", "f1")] for name in rules(runs)}
+    gains = {name: [gain_over_twin(runs, name, key) for key in RAISED] for name in rules(runs)}
     known: dict[str, list[Figure]] = {
         name: [one for one in found if one is not None] for name, found in gains.items() if None not in found
     }
