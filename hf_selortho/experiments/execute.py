@@ -67,7 +67,7 @@ def missing(unit: Unit, records: Records, places: Places, plan: Plan) -> list[st
 def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bool:
     """Whether something is still to be found out that its record does not say."""
     compared = variant in unit.sweep.compared and plan.seeds > 1
-    if compared and not records.has(seeds_record(unit.sweep, variant, unit.layer)):
+    if compared and not _are_compared(records, plan, unit.sweep, variant, unit.layer):
         return True
     referring = [sweep for sweep in plan.sweeps if sweep.referred == (unit.sweep.name, variant)]
     followers = [Unit(sweep, unit.layer, unit.seed) for sweep in referring if unit.layer in sweep.layers]
@@ -99,6 +99,12 @@ def example_variants(plan: Plan) -> list[str]:
 def seeds_record(sweep: Sweep, variant: str, layer: int) -> str:
     """Name of the record that compares the seeds of a variant."""
     return f"{sweep.name}/{variant}-layer{layer}-seeds"
+
+
+def _are_compared(records: Records, plan: Plan, sweep: Sweep, variant: str, layer: int) -> bool:
+    """Whether the record that compares the seeds is there and has all that the plan asks for."""
+    name = seeds_record(sweep, variant, layer)
+    return records.has(name) and records.read(name)["seeds"] >= plan.seeds
 
 
 def sae_folder(places: Places, unit: Unit, variant: str) -> Path | None:
@@ -135,21 +141,11 @@ def compare_sweep(plan: Plan, places: Places, sweep: Sweep, layer: int) -> None:
     records = Records(places.results)
     units = [Unit(sweep, layer, seed) for seed in range(plan.seeds)]
     for variant in sweep.compared:
-        name = seeds_record(sweep, variant, layer)
         folders = [sae_folder(places, unit, variant) for unit in units]
-        if plan.seeds > 1 and not records.has(name) and all(folders):
+        if plan.seeds > 1 and not _are_compared(records, plan, sweep, variant, layer) and all(folders):
             found = compare_seeds([folder for folder in folders if folder is not None])
-            records.write(
-                name,
-                {
-                    "kind": "seeds",
-                    "sweep": sweep.name,
-                    "variant": variant,
-                    "layer": layer,
-                    "seeds": plan.seeds,
-                    **found,
-                },
-            )
+            facts = {"kind": "seeds", "sweep": sweep.name, "variant": variant, "layer": layer, "seeds": plan.seeds}
+            records.write(seeds_record(sweep, variant, layer), {**facts, **found})
 
 
 class _Job:

@@ -42,6 +42,7 @@ PANELS = {  # figure of the evaluation: title, and whether lower is better
     "loss_recovered": ("Loss recovered", False),
     "absorption_rate": ("First-letter absorption rate", True),
 }
+SCORES = {"mcc": "MCC", "uniqueness": "uniqueness", "f1": "F1"}  # of known features, that a selection rule is to raise
 
 
 def family(variant: str) -> str:
@@ -205,11 +206,10 @@ def world_figure_plot(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any
     if not names:
         return None
     with rc_context(STYLE):
-        panels = {"mcc": "MCC", "uniqueness": "uniqueness", "f1": "F1"}
-        picture = Picture(figsize=(4.0 * len(panels), 2.0 + 0.26 * len(names)), layout="constrained")
+        picture = Picture(figsize=(4.0 * len(SCORES), 2.0 + 0.26 * len(names)), layout="constrained")
         picture.suptitle("Recovery of known features, difference from the twin (dots: seeds)", x=0.01, ha="left")
-        for number, (key, words) in enumerate(panels.items()):
-            axes = picture.add_subplot(1, len(panels), number + 1)
+        for number, (key, words) in enumerate(SCORES.items()):
+            axes = picture.add_subplot(1, len(SCORES), number + 1)
             axes.axvline(0, color=BLACK, linewidth=0.8)
             for color, ((world, recipe), records) in zip(_WORLD_COLORS, groups.items(), strict=False):
                 points = [

@@ -39,6 +39,12 @@ def test_the_papers_own_form_has_a_preset() -> None:
     assert a.sae.max_norm_ratio is None
 
 
+def test_what_brings_features_nearer_to_true_ones_has_a_preset() -> None:
+    a, paper = parse_arguments(["--preset", "gemma2-2b-l12-decoder"]), parse_arguments(["--preset", "gemma2-2b-l12"])
+    penalty = {"penalty_space": "decoder", "pair_fraction": 0.01, "ortho_coefficient": 0.1}
+    assert vars(a.sae) == {**vars(paper.sae), **penalty}
+
+
 def test_every_preset_parses_and_says_what_it_is() -> None:
     assert {"demo", "gemma2-2b-l5", "gemma2-2b-l12", "gemma2-2b-l19", "gemma2-2b-l12-paper"} <= set(list_presets())
     for name in list_presets():

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import CORRELATION_CUT, COSINE_CUT, RELATIVE_ROOM, Comparison, best_of_both, cheapest_by, comparisons
-from ..figures import family
+from ..figures import SCORES, family
 from ..findings import Findings
 from ..summaries import Figure
 from .methods import NAMES
-from .truth import RAISED, by_world, gain_over_twin, rules
+from .truth import by_world, gain_over_twin, rules
 
 PAPER = "activation"  # family of the paper's own penalty
 WORDS = {  # for families of variants
@@ -84,7 +84,7 @@ def world_words(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -
     runs = [record for records in groups.values() for record in records]
     if not runs:
         return ""
-    gains = {name: [gain_over_twin(runs, name, key) for key in RAISED] for name in rules(runs)}
+    gains = {name: [gain_over_twin(runs, name, key) for key in SCORES] for name in rules(runs)}
     known: dict[str, list[Figure]] = {
         name: [one for one in found if one is not None] for name, found in gains.items() if None not in found
     }

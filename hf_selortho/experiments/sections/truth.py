@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from ..examples import MATCH
-from ..figures import world_figure_plot
+from ..figures import SCORES, world_figure_plot
 from ..findings import Findings
 from ..summaries import TWIN, Figure
 from ..tables import Column, table, world_table
@@ -31,7 +31,6 @@ HIERARCHY_COLUMNS: tuple[Column, ...] = (
     ("of pairs", "absorption_pairs", 0),
     ("merged", "merged", 3),
 )
-RAISED = ("mcc", "uniqueness", "f1")  # what a selection rule is to raise
 
 
 def ground_truth(findings: Findings, figures: Path, link: str) -> str:
@@ -93,7 +92,7 @@ def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
     if not names:
         return ""
     lines = []
-    for key in RAISED:
+    for key, score in SCORES.items():
         told = []
         for word, sign in (("raise", 1), ("lower", -1)):
             found = []
@@ -102,7 +101,7 @@ def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
                 if gain is not None and consistent(gain, sign, len(names)):
                     found.append(f"`{name}` ({gain.signed()})")
             told.append(f"{', '.join(found) or 'none'} {word} it")
-        lines.append(f"- {_NAMES[key]}: {'; '.join(told)}.")
+        lines.append(f"- {score}: {'; '.join(told)}.")
     return (
         f"Of the {len(names)} rules, these change a score in the same direction in more of the {len(records)} "
         f"trainings than chance would (sign test, {_LEVEL:.0%} divided by the number of rules); means over worlds and "
@@ -111,7 +110,6 @@ def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-_NAMES = {"mcc": "MCC", "uniqueness": "uniqueness", "f1": "F1"}
 _LEVEL = 0.05
 
 
@@ -123,16 +121,16 @@ def consistent(gain: Figure, sign: int, tried: int) -> bool:
 
 def over_worlds_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Gains of every rule over its twin, over all worlds and seeds, and in how many trainings there is one."""
-    rows = []
+    over, rows = (*SCORES, "absorption"), []
     for name in rules(records):
         row = [f"`{name}`"]
-        for key in (*RAISED, "absorption"):
+        for key in over:
             having = [r for r in records if key != "absorption" or r["world"]["structure"] == "hierarchical"]
             gain = gain_over_twin(having, name, key) if having else None
             raised = "" if gain is None else f" ({sum(value > 0 for value in gain.values)} of {len(gain.values)})"
             row.append("-" if gain is None else gain.signed() + raised)
         rows.append(row)
-    return table(["rule", *(f"{_NAMES.get(key, key)} (raised in)" for key in (*RAISED, "absorption"))], rows)
+    return table(["rule", *(f"{SCORES.get(key, key)} (raised in)" for key in over)], rows)
 
 
 def gain_over_twin(records: Sequence[Mapping[str, Any]], variant: str, key: str) -> Figure | None:
