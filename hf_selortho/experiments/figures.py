@@ -83,14 +83,18 @@ def _panel(axes: Axes, summaries: Sequence[Summary], prices: Mapping[str, Figure
         if known:
             color, marker, words = LOOKS.get(name, (GREY, ".", name))
             _errorbar(axes, [x for x, _ in known], [y for _, y in known], color, marker, words)
-    _of_counts(axes, key)
+    _from_zero(axes, key)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # more numbers would run into one another
 
 
-def _of_counts(axes: Axes, key: str) -> None:
-    """Numbers of features are whole, and an axis of nothing but zeros needs no fractions."""
-    if key == "dead_features":
-        axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+def _from_zero(axes: Axes, key: str) -> None:
+    """Counts and rates are not negative; numbers of features are whole, and an axis of zeros needs no fractions."""
+    if key in ("dead_features", "absorption_rate"):
+        top = axes.get_ylim()[1]
+        if key == "dead_features":
+            top = max(1.0, top)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(-0.03 * top, top)
 
 
 def _errorbar(axes: Axes, x: Sequence[Figure], y: Sequence[Figure], color: str, marker: str, words: str) -> None:
@@ -177,7 +181,7 @@ def curves_figure(
             axes = picture.add_subplot(lines, columns, number + 1)
             for color, (name, seeds) in zip((BLACK, VERMILION, BLUE, GREEN), curves.items(), strict=False):
                 _band(axes, seeds, key, color, name)
-            _of_counts(axes, key)
+            _from_zero(axes, key)
             axes.set_title(words)
             axes.set_xlabel("step")
         handles, labels = picture.axes[0].get_legend_handles_labels()
