@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..training.arguments import SETTING_NAMES, read_named
+from .world_sampling import derived_seed
 
 PLANS = Path(__file__).with_name("plans")
 SECTIONS = ("table1", "ablations", "layers", "limits", "pareto", "ground_truth")
@@ -215,8 +216,9 @@ class _Reader:
                 settings = self._named("recipe", recipe, recipes, f"world {name!r}")
                 variants = self._variants(block.get("variants", ()), content, "ground_truth")
                 peers = tuple(block.get("peers", {}).get(recipe, ()))
-                for seed in range(seeds):
-                    own = {"name": name, **{key: value for key, value in world.items() if key != "recipes"}}
+                for seed in range(seeds):  # every seed has a world of its own, the same one for each recipe
+                    own = {"name": name, "seed": derived_seed(f"world {name}", seed), **world}
+                    own.pop("recipes", None)
                     yield WorldRun(own, recipe, seed, settings, variants, block.get("training", {}), peers)
 
     def _check_reference(self, sweep: Sweep, sweeps: Sequence[Sweep]) -> None:

@@ -75,7 +75,16 @@ def test_worlds_may_choose_among_the_recipes(tmp_path: Path) -> None:
     assert [(run.world["name"], run.recipe, run.peers) for run in runs] == [
         ("a", "relu", ()), ("b", "topk", ("topk",)), ("b", "relu", ()),
     ]  # fmt: skip
-    assert runs[0].world == {"name": "a", "features": 64}
+    assert runs[0].world == {"name": "a", "features": 64, "seed": runs[0].world["seed"]}
+
+
+def test_every_seed_has_a_world_of_its_own_and_the_recipes_share_it(tmp_path: Path) -> None:
+    worlds = {"a": {"features": 64}, "b": {"features": 64}, "c": {"features": 64, "seed": 5}}
+    block = {"worlds": worlds, "recipes": {"topk": {"k": 2}, "relu": {}}, "variants": ["a"]}
+    runs = load_plan(write(tmp_path, ground_truth=block), seeds=2).worlds
+    seeds = {(run.world["name"], run.recipe, run.seed): run.world["seed"] for run in runs}
+    assert all(seeds[name, "topk", seed] == seeds[name, "relu", seed] for name in "ab" for seed in (0, 1))
+    assert len(set(seeds.values())) == 5 and seeds["c", "topk", 0] == seeds["c", "relu", 1] == 5
 
 
 def test_merged_goes_key_by_key() -> None:
