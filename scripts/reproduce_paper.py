@@ -24,7 +24,7 @@ from hf_selortho.experiments.execute import run_examples, run_trainings
 from hf_selortho.experiments.plan import SECTIONS, Plan, list_plans, load_plan
 from hf_selortho.experiments.processes import Machine, stop_on_sigterm
 from hf_selortho.experiments.report import write_results
-from hf_selortho.experiments.stages import Places, harvest, prepare, run_worlds, time_steps
+from hf_selortho.experiments.stages import Places, harvest, local_name, prepare, run_worlds, time_steps
 from hf_selortho.training.arguments import OneLineParser, argument
 
 
@@ -103,9 +103,7 @@ def shown_command(arguments: ReproduceArguments) -> str:
     command += f" --seeds {arguments.seeds}" if arguments.seeds is not None else ""
     command += f" --label_column {arguments.label_column}" if arguments.label_column is not None else ""
     if arguments.dataset is not None:
-        command += (
-            f" --dataset {Path(arguments.dataset).name if Path(arguments.dataset).exists() else arguments.dataset}"
-        )
+        command += f" --dataset {local_name(arguments.dataset)}"
     return command
 
 

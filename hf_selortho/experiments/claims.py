@@ -10,7 +10,7 @@ from .comparison import is_twin
 from .summaries import TWIN, Figure, Summary, at_equal_l0, paired
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be judged here"
-SMALLER = "holds, but less than half as much"
+SMALLER = "in the same direction, less than half as much"
 Summaries = Mapping[tuple[str, int, str], Summary]
 
 
@@ -85,20 +85,23 @@ def _comparison(claim: str, paper: str, key: str, sign: float, digits: int) -> J
     """
 
     def judge(evidence: Evidence) -> Verdict:
-        found, verdicts = [], {}
+        found, verdicts, prices = [], {}, []
         for words, own, full in (("mean", MAIN, FULL), ("sum", MAIN_SUM, FULL_SUM)):
             a, b = evidence.figure(key, own), evidence.figure(key, full)
             if a is not None and b is not None:
                 found.append(f"{words}: selective {a.text(digits)}, full {b.text(digits)}")
+                prices += [f"{words} {_pair_words(evidence, 'fvu', own, full)}"]
                 verdicts[words] = _by_seeds(evidence.difference(key, own, full), sign)
         told = set(verdicts.values())
         verdict = told.pop() if len(told) == 1 else UNKNOWN
         why = "; ".join(f"as a {words} it {_VERBS[one]}" for words, one in verdicts.items()) if told else ""
+        why = why or (f"at other prices, FVU: {'; '.join(prices)}" if verdict != UNKNOWN else "")
         return Verdict(claim, paper, "; ".join(found) or "not measured", verdict, why)
 
     return judge
 
 
+_AT_OTHER_WIDTHS = "at this plan's width; docs/performance.md has that of the paper and larger ones"
 _VERBS = {HOLDS: "holds", FAILS: "does not", UNKNOWN: "cannot be told"}
 
 
@@ -112,9 +115,7 @@ def _ratio(claim: str, paper: str, key: str, least: float) -> Judge:
         found = timing_ratio(evidence.timing, key, "full", "selective")
         if found is None:
             return Verdict(claim, paper, "not measured", UNKNOWN)
-        return Verdict(
-            claim, paper, f"{found:.2f} times", _sized(found, least, _TOLD), "docs/performance.md has more features"
-        )
+        return Verdict(claim, paper, f"{found:.2f} times", _sized(found, least, _TOLD), _AT_OTHER_WIDTHS)
 
     return judge
 
@@ -197,8 +198,10 @@ def _spread(evidence: Evidence) -> Verdict:
     churn = None if summary is None else summary.figure("spread_over_batches.pair_churn.mean")
     if top is None or churn is None:
         return Verdict(claim, paper, "not measured", UNKNOWN)
-    ours = f"peak correlation {top.text()}; {100 * churn.mean:.0f}% of the selected pairs are new at every step"
-    return Verdict(claim, paper, ours, _sized(top.mean, 0.021, 0.0), "the paper does not say of what")
+    new = f"{100 * churn.mean:.0f}% of the selected pairs are new at every step"
+    ours = f"standard deviation of the peak correlation {top.text()}; {new}"
+    verdict = HOLDS if churn.mean >= 0.25 else FAILS
+    return Verdict(claim, paper, ours, verdict, "the paper does not say of what its deviation is")
 
 
 def useful_range(evidence: Evidence, most: float = 0.01, least: float = 0.25) -> list[float]:

@@ -9,6 +9,7 @@ from .summaries import TWIN, Figure, Summary, at_equal_l0, paired
 
 FVU_ROOM = 0.004  # absolute, above the twin's at equal L0
 RELATIVE_ROOM = 0.01  # of the twin's FVU, for both cuts at once
+AS_THEY_ARE = ("dead_features", "absorption_rate")  # often zero, which no power law goes through
 CORRELATION_CUT, COSINE_CUT = 0.25, 0.40  # shares of the twin's top correlation and maximum decoder cosine
 
 
@@ -24,6 +25,17 @@ class Comparison:
     cosine: Figure  # relative difference of the mean maximum decoder cosine, at equal L0
     dead: Figure  # difference in dead features
     recovered: Figure | None = None  # difference in the loss recovered, at equal L0
+    twins: tuple[Summary, ...] = ()  # of other L0, that are interpolated; empty where the L0 is fixed
+
+    def at_twins_l0(self, key: str) -> Figure | None:
+        """What a figure would be at the twin's L0, by its difference there; those of [`AS_THEY_ARE`] are the own ones.
+
+        None if it is not known.
+        """
+        if not self.twins or key in AS_THEY_ARE:
+            return self.summary.figure(key)
+        twin, change = self.twin.figure(key), at_equal_l0(self.summary, self.twins, key)
+        return None if twin is None or change is None else Figure(tuple(twin.mean + value for value in change.values))
 
     @property
     def no_more_dead(self) -> bool:
@@ -78,7 +90,8 @@ def comparisons(summaries: Sequence[Summary]) -> list[Comparison]:
         if len(known) == len(figures):
             excess, share, correlation, cosine, dead = known
             recovered = against("loss_recovered", relative=False)
-            found.append(Comparison(summary, twin, excess, share, correlation, cosine, dead, recovered))
+            interpolated = () if fixed else tuple(twins)
+            found.append(Comparison(summary, twin, excess, share, correlation, cosine, dead, recovered, interpolated))
     return found
 
 
@@ -91,17 +104,6 @@ def left_out(summaries: Sequence[Summary], found: Sequence[Comparison]) -> list[
 def is_twin(summary: Summary) -> bool:
     """Whether a variant has no penalty; besides the twin proper there are some of other sparsities."""
     return summary.variant == TWIN or summary.variant.startswith(f"{TWIN}-")
-
-
-def fvu_at_equal_l0(found: Sequence[Comparison]) -> dict[str, Figure]:
-    """By variant what its FVU would be at the L0 of the twin, which is among them."""
-    fvus = {}
-    for one in found:
-        twin = one.twin.figure("fvu")
-        assert twin is not None  # or there were no comparison
-        fvus[TWIN] = twin
-        fvus[one.summary.variant] = Figure(tuple(twin.mean + value for value in one.fvu_excess.values))
-    return fvus
 
 
 def best_by(found: Sequence[Comparison], key: str) -> Comparison | None:

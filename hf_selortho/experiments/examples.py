@@ -23,10 +23,11 @@ _WORDS = 24  # tokens around the strongest one
 
 
 def examples(index: FeatureIndex) -> dict[str, Any]:
-    """What an index says about its pairs and those of the SAE beside it."""
+    """What an index says about its pairs and those of the SAE beside it; `tokens` are those that it was built on."""
     pairs = [pair for pair in every_pair(index) if pair.correlation is not None]
     by_class = {name: [pair for pair in pairs if pair.pair_class == name] for name in PAIR_CLASSES}
     return {
+        "tokens": index.facts["text"]["tokens"],
         "classes": {name: class_facts(found) for name, found in by_class.items()},
         "separated": [shown(index, pair) for pair in most_changed([pair for pair in pairs if fires_alike(pair)])],
         "nested": [shown(index, pair) for pair in most_changed(by_class.get("nested", []))],
@@ -51,7 +52,7 @@ def class_facts(pairs: Sequence[PairRecord]) -> dict[str, Any]:
 
     `merged`: both features of the pair point most like one and the same feature of the other SAE. `apart`: each has a
     counterpart of its own, of a decoder cosine of at least 0.9. `halved`: the correlation of the counterparts is at
-    most half of the pair's.
+    most half of the pair's. `fires`: tokens on which the rarer of the two fires, in the median of all pairs.
     """
     known = [pair for pair in pairs if pair.twin_correlation is not None and has_counterparts(pair)]
     apart = [pair for pair in known if pair.twin_a != pair.twin_b]
@@ -59,6 +60,7 @@ def class_facts(pairs: Sequence[PairRecord]) -> dict[str, Any]:
         "pairs": len(pairs),
         "merged": sum(pair.twin_a == pair.twin_b for pair in pairs),
         "apart": len(apart),
+        "fires": _median([min(pair.fires_a, pair.fires_b) for pair in pairs]),
         "halved": sum(_drop(pair) >= 0.5 for pair in apart),
         "correlation": _median([pair.correlation for pair in apart]),
         "correlation_beside": _median([pair.twin_correlation for pair in apart]),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from ..training.outputs import write_json
 from .comparison import comparisons
 from .findings import Findings
 from .plan import load_plan
-from .sections.truth import by_world, gain_over_twin
-from .summaries import TWIN, Figure
+from .summaries import Figure
+from .world_gains import by_recipe, gain_over_twin, hierarchies, price_over_twin, rules
 
-_SCORES = ("mcc", "uniqueness", "f1", "absorption")
+_SCORES = ("mcc", "uniqueness", "recovered", "f1", "absorption")
 _DEFAULTS = {field.name: field.default for field in fields(SelOrthoConfig)}
 
 
@@ -31,8 +31,8 @@ def expectations(findings: Findings) -> dict[str, Any]:
     Returns:
         "source": language model, layer and number of seeds. "saes": one entry for each variant of the sweeps with a
         fixed coefficient and all seeds; "fvu", "correlation" and "cosine" are relative, "dead" counts features.
-        "worlds": one entry for each variant on synthetic worlds, with the number of trainings, over which means and
-        deviations are; "absorption" is of hierarchies alone.
+        "worlds": one entry for each variant and activation function on synthetic worlds, with the number of trainings,
+        over which means and deviations are; "fvu" is relative, "absorption" of hierarchies alone.
     """
     plan = findings.plan
     fixed = [sweep for sweep in plan.sweeps if sweep.name in findings.pareto]
@@ -52,7 +52,12 @@ def expectations(findings: Findings) -> dict[str, Any]:
             for one in comparisons(findings.of(sweep.name))
             if len(one.fvu_excess.values) == plan.seeds
         ],
-        "worlds": [found for name in _world_variants(findings) if (found := _of_worlds(findings, name)) is not None],
+        "worlds": [
+            {"activation": records[0]["settings"]["activation"], **found}
+            for records in by_recipe(findings.worlds).values()
+            for name in rules(records)
+            if (found := _of_worlds(records, name)) is not None
+        ],
     }
 
 
@@ -64,21 +69,16 @@ def _penalty(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings.get(name, _DEFAULTS[name]) for name in PENALTY_SETTINGS}
 
 
-def _world_variants(findings: Findings) -> dict[str, dict[str, Any]]:
-    return {name: settings for run in findings.plan.worlds for name, settings in run.variants.items() if name != TWIN}
-
-
-def _of_worlds(findings: Findings, variant: str) -> dict[str, Any] | None:
-    """Means of a variant over all worlds and seeds; None if a run lacks it."""
-    found: dict[str, Any] = {}
-    for key in _SCORES:
-        records = [r for r in findings.worlds if key != "absorption" or r["world"]["structure"] == "hierarchical"]
-        gain = gain_over_twin(records, variant, key) if records else None
-        if gain is None:
-            return None
-        found[key] = _rounded(gain)
-    counts = {"worlds": len(by_world(findings.worlds)), "trainings": len(findings.worlds)}
-    return {"variant": variant, **_penalty(_world_variants(findings)[variant]), **found, **counts}
+def _of_worlds(records: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
+    """Means of a variant over the worlds and seeds of a recipe; None if a score is missing."""
+    price = price_over_twin(records, variant)
+    of = {key: hierarchies(records) if key == "absorption" else records for key in _SCORES}
+    gains = {key: gain_over_twin(having, variant, key) for key, having in of.items() if having}
+    if price is None or len(gains) < len(_SCORES) or any(gain is None for gain in gains.values()):
+        return None
+    settings = {**records[0]["settings"], **records[0]["variants"][variant]}
+    found = {key: _rounded(gain) for key, gain in {"fvu": price, **gains}.items() if gain is not None}
+    return {"variant": variant, **_penalty(settings), **found, "trainings": len(records)}
 
 
 def main() -> None:

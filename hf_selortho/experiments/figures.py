@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 from .comparison import Comparison
-from .summaries import TWIN, Figure, Summary
+from .summaries import NAMES, TWIN, Figure, Summary
+from .world_gains import SCORES, gain_over_twin, rules
 
 _NUMBER = re.compile(r"^(?P<family>[a-z][a-z-]*?)(-(?P<number>[a-z]?\d+(\.\d+)?|adaptive))?$")
 ORANGE, SKY, PURPLE, YELLOW, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#B8A800", "#000000"  # the rest of the palette
@@ -23,10 +24,12 @@ BROWN, MINT, MAGENTA = "#8C510A", "#66C2A5", "#AA3377"
 LOOKS = {  # by family of variants: colour, marker, words
     "none": (BLACK, "o", "no penalty"),
     "activation": (VERMILION, "s", "selective, activations"),
+    "activation-seldom": ("#E78AC3", "H", "selective, activations, every 12 steps"),
     "activation-wide": (BROWN, ">", "selective, activations, 1% of pairs"),
     "decoder": (BLUE, "^", "selective, decoder"),
     "decoder-wide": (SKY, "<", "selective, decoder, 1% of pairs"),
     "exclusion": (YELLOW, "*", "selective, exclusion"),
+    "exclusion-wide": ("#66A61E", "h", "selective, exclusion, 1% of pairs"),
     "both": (GREEN, "D", "selective, both"),
     "both-nearest": (MINT, "d", "selective and nearest"),
     "both-nearest-wide": (MAGENTA, "p", "selective and nearest, 1% of pairs"),
@@ -42,7 +45,6 @@ PANELS = {  # figure of the evaluation: title, and whether lower is better
     "loss_recovered": ("Loss recovered", False),
     "absorption_rate": ("First-letter absorption rate", True),
 }
-SCORES = {"mcc": "MCC", "uniqueness": "uniqueness", "f1": "F1"}  # of known features, that a selection rule is to raise
 
 
 def family(variant: str) -> str:
@@ -51,15 +53,17 @@ def family(variant: str) -> str:
     return match.group("family") if match else variant
 
 
-def pareto_figure(summaries: Sequence[Summary], prices: Mapping[str, Figure], path: Path, title: str) -> Path:
-    """Every figure against FVU, a line for each family of variants, error bars of one standard deviation over seeds.
+def pareto_figure(found: Sequence[Comparison], path: Path, title: str) -> Path:
+    """Every figure against FVU at the twin's L0, a line for each family, error bars of one standard deviation.
+
+    Figures that are zero for all of them are left out.
 
     Args:
-        summaries: of the variants.
-        prices: FVU by variant, at equal L0; variants without one are left out.
+        found: comparisons with one twin, at least one.
     """
-    summaries = [summary for summary in summaries if summary.variant in prices]
-    shown = [key for key in PANELS if any(s.figure(key) for s in summaries)]
+    twin = found[0].twin
+    points = {key: _at_twins_l0(found, key) for key in PANELS}
+    shown = [key for key, figures in points.items() if any(any(figure.values) for figure in figures.values())]
     with rc_context(STYLE):
         columns = 3
         lines = math.ceil(len(shown) / columns)
@@ -67,7 +71,8 @@ def pareto_figure(summaries: Sequence[Summary], prices: Mapping[str, Figure], pa
         picture.suptitle(title, x=0.01, ha="left")
         for number, key in enumerate(shown):
             axes = picture.add_subplot(lines, columns, number + 1)
-            _panel(axes, summaries, prices, key)
+            _panel(axes, [twin, *(one.summary for one in found)], _at_twins_l0(found, "fvu"), points[key])
+            _from_zero(axes, key)
             axes.set_title(PANELS[key][0] + (" (lower is better)" if PANELS[key][1] else " (higher is better)"))
             if number >= len(shown) - columns:
                 axes.set_xlabel("FVU (unexplained variance) at the twin's L0")
@@ -76,14 +81,18 @@ def pareto_figure(summaries: Sequence[Summary], prices: Mapping[str, Figure], pa
         return save_picture(picture, path)
 
 
-def _panel(axes: Axes, summaries: Sequence[Summary], prices: Mapping[str, Figure], key: str) -> None:
+def _at_twins_l0(found: Sequence[Comparison], key: str) -> dict[str, Figure]:
+    """A figure by variant, the twin's among them."""
+    figures = {TWIN: found[0].twin.figure(key)} | {one.summary.variant: one.at_twins_l0(key) for one in found}
+    return {variant: figure for variant, figure in figures.items() if figure is not None}
+
+
+def _panel(axes: Axes, summaries: Sequence[Summary], x: Mapping[str, Figure], y: Mapping[str, Figure]) -> None:
     for name, group in by_family(summaries).items():
-        points = [(prices[s.variant], s.figure(key)) for s in group]
-        known = sorted(((x, y) for x, y in points if y), key=lambda point: point[0].mean)
+        known = sorted(((x[s.variant], y[s.variant]) for s in group if s.variant in y), key=lambda point: point[0].mean)
         if known:
             color, marker, words = LOOKS.get(name, (GREY, ".", name))
-            _errorbar(axes, [x for x, _ in known], [y for _, y in known], color, marker, words)
-    _from_zero(axes, key)
+            _errorbar(axes, [one for one, _ in known], [one for _, one in known], color, marker, words)
     axes.xaxis.set_major_locator(MaxNLocator(5))  # more numbers would run into one another
 
 
@@ -118,6 +127,11 @@ HEADLINE = ("activation", "activation-wide", "decoder", "decoder-wide", "both-ne
 HEADLINE_ROOM = 0.12  # of the twin's FVU; beyond that nobody wants a setting, and the others would be a dot
 
 
+def drawn_in_headline(one: Comparison) -> bool:
+    """Whether the price of a variant is one that the figure has room for, and its family among those drawn."""
+    return one.relative_excess.mean <= HEADLINE_ROOM and family(one.summary.variant) in HEADLINE
+
+
 def headline_figure(found: Mapping[str, Sequence[Comparison]], path: Path) -> Path:
     """What is bought against what it costs, both in percent of the twin's: a row for each kind of SAE.
 
@@ -147,8 +161,7 @@ def _headline_panel(axes: Axes, comparisons: Sequence[Comparison], key: str) -> 
     axes.axhline(0, color=GREY, linewidth=0.8)
     for name in HEADLINE:
         color, marker, words = LOOKS[name]
-        near = [one for one in comparisons if one.relative_excess.mean <= HEADLINE_ROOM]
-        group = [one for one in near if family(one.summary.variant) == name]
+        group = [one for one in comparisons if drawn_in_headline(one) and family(one.summary.variant) == name]
         points = [(one.relative_excess, getattr(one, key)) for one in group]
         ordered = sorted(points, key=lambda point: point[0].mean)
         x, y = [_percent(a) for a, _ in ordered], [_percent(b) for _, b in ordered]
@@ -204,27 +217,31 @@ def _band(axes: Axes, seeds: Sequence[Mapping[str, Sequence[float | None]]], key
     )
 
 
-def world_figure_plot(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
-    """MCC, uniqueness and F1 of every variant in each world, as differences from the twin; None if there are none."""
-    names = list(dict.fromkeys(name for records in groups.values() for name in records[0]["scores"] if name != TWIN))
+def world_figure(recipes: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
+    """Every score of every rule as differences from the twin, a dot for each training; None if there are no rules.
+
+    Args:
+        recipes: records of worlds by the name of their recipe.
+    """
+    names = list(dict.fromkeys(name for records in recipes.values() for name in rules(records)))
     if not names:
         return None
     with rc_context(STYLE):
-        picture = Picture(figsize=(4.0 * len(SCORES), 2.0 + 0.26 * len(names)), layout="constrained")
-        picture.suptitle("Recovery of known features, difference from the twin (dots: seeds)", x=0.01, ha="left")
+        picture = Picture(figsize=(3.4 * len(SCORES), 1.5 + 0.34 * len(names)), layout="constrained")
+        title = "Recovery of known features, difference from the twin (dots: trainings; bars: means)"
+        picture.suptitle(title, x=0.01, ha="left")
         for number, (key, words) in enumerate(SCORES.items()):
             axes = picture.add_subplot(1, len(SCORES), number + 1)
             axes.axvline(0, color=BLACK, linewidth=0.8)
-            for color, ((world, recipe), records) in zip(_WORLD_COLORS, groups.items(), strict=False):
-                points = [
-                    (r["scores"][name][key] - r["scores"][TWIN][key], row)
-                    for row, name in enumerate(names)
-                    for r in records
-                    if r["scores"].get(name, {}).get(key) is not None and r["scores"].get(TWIN, {}).get(key) is not None
-                ]
+            for shift, color, (recipe, records) in zip((-0.17, 0.17), (BLUE, VERMILION), recipes.items(), strict=False):
+                gains = {row: gain_over_twin(records, name, key) for row, name in enumerate(names)}
+                known = {row + shift: gain for row, gain in gains.items() if gain is not None}
+                points = [(value, row) for row, gain in known.items() for value in gain.values]
+                axes.plot([x for x, _ in points], [y for _, y in points], "o", color=color, markersize=3, alpha=0.45)
                 axes.plot(
-                    *zip(*points, strict=True), "o", color=color, markersize=4, alpha=0.7, label=f"{world}, {recipe}"
-                )
+                    [gain.mean for gain in known.values()], list(known), "|", color=color, markersize=11,
+                    markeredgewidth=2.2, label=NAMES.get(recipe, recipe),
+                )  # fmt: skip
             axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
             axes.invert_yaxis()
             axes.xaxis.set_major_locator(MaxNLocator(5))  # more numbers would run into one another
@@ -232,6 +249,3 @@ def world_figure_plot(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any
         handles, labels = picture.axes[0].get_legend_handles_labels()
         picture.legend(handles, labels, loc="outside lower center", ncols=3)
         return save_picture(picture, path)
-
-
-_WORLD_COLORS = (BLUE, SKY, VERMILION, ORANGE, GREEN, PURPLE, GREY, YELLOW)

@@ -9,7 +9,7 @@ from typing import Any
 from .claims import Evidence
 from .examples import EXAMPLES
 from .plan import Plan
-from .records import Records
+from .records import HARVEST, Records
 from .summaries import Summary, summarise
 from .task_files import TASKS
 from .timing import TIMING
@@ -27,6 +27,7 @@ class Findings:
     tasks: dict[int, dict[str, Any]]  # facts by layer
     timing: dict[str, Any] | None
     examples: dict[str, Any] | None
+    harvest: dict[str, Any] | None = None
     summaries: dict[tuple[str, int, str], Summary] = field(default_factory=dict)
 
     @classmethod
@@ -43,6 +44,7 @@ class Findings:
             {record["layer"]: record for record in records.all(TASKS)},
             records.read(TIMING) if records.has(TIMING) else None,
             records.read(EXAMPLES) if records.has(EXAMPLES) else None,
+            records.read(HARVEST) if records.has(HARVEST) else None,
             summarise(saes),
         )
 

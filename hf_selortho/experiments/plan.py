@@ -159,6 +159,7 @@ class _Reader:
             raise SelOrthoError(f"seeds {count!r}: expected a whole number of at least 1")
         for sweep in sweeps:
             self._check_reference(sweep, sweeps)
+        self._check_examples(content.get("examples", {}), sweeps)
         return Plan(
             name=f"{name}-quick" if quick else name,
             description=content.get("description", ""),
@@ -236,6 +237,15 @@ class _Reader:
                     f"{self.path}, sweep {sweep.name!r}: {what} {lacking[0]!r} is not among those of its reference "
                     f"{sweep.reference!r}: {', '.join(map(str, getattr(referred, what)))}"
                 )
+
+    def _check_examples(self, examples: Mapping[str, str], sweeps: Sequence[Sweep]) -> None:
+        if not examples:
+            return
+        self._refuse_unknown("examples", examples, {"sweep", "variant", "control"})
+        variants = {sweep.name: tuple(sweep.variants) for sweep in sweeps}
+        self._one_of("examples: sweep", examples.get("sweep"), tuple(variants))
+        for key in {"variant", "control"} & examples.keys() | {"variant"}:
+            self._one_of(f"examples: {key}", examples.get(key), variants[examples["sweep"]])
 
     def _named(self, kind: str, name: Any, known: Mapping[str, Any], where: str) -> Any:
         self._one_of(f"{where}: {kind}", name, tuple(known))

@@ -12,6 +12,7 @@ from ..errors import SelOrthoError
 from ..training.outputs import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows, write_json
 
 SCHEMA_VERSION = 1
+HARVEST = "harvest"  # name and kind of the record of language model and text
 CURVE_POINTS = 30
 CURVES = ("fvu", "l1", "l0", "peak_correlation", "top_correlation", "dead_features", "active_features")
 _LAST = 100  # steps whose batches tell how much a figure varies from batch to batch, as in the paper

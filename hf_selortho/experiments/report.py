@@ -44,8 +44,20 @@ def head(findings: Findings, command: str, place: str) -> str:
         "training steps and of the page, measured apart, is in [docs/performance.md](docs/performance.md).\n\n"
         f"{findings.plan.description} {_of(len(findings.saes), planned)} SAEs on activations, "
         f"{_of(of_worlds, planned_worlds)} on synthetic worlds, {findings.plan.seeds} seeds of each; ± is the standard "
-        f"deviation over seeds, not over texts. {_times(findings)}\n\n{_sizes(findings)}"
+        f"deviation over seeds, not over texts. {_times(findings)}\n\n{_source(findings)}{_sizes(findings)}"
         f"- machine: {'; '.join(machines)}\n- versions: {_versions([record['versions'] for record in records])}"
+    )
+
+
+def _source(findings: Findings) -> str:
+    """Language model and text, so that somebody else can tell whether theirs are the same."""
+    if findings.harvest is None:
+        return ""
+    model, text = findings.harvest["model"], findings.harvest["text"]
+    rows = "" if text["rows"] is None else f", {text['rows']:,} rows"
+    return (
+        f"- language model `{model['name']}` at revision `{model['revision']}`; text `{text['dataset']}`{rows}, split "
+        f"`{text['split']}`, fingerprint `{text['fingerprint']}`\n"
     )
 
 

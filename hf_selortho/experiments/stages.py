@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from ..activations.shards import ActivationStore
+from ..activations.disk import sha256_of
+from ..activations.shards import MANIFEST, ActivationStore
 from ..errors import SelOrthoError
 from ..training.outputs import write_json
 from .examples import EXAMPLES, read_examples
 from .plan import Plan, Unit, WorldRun
 from .processes import Machine, Progress, launcher, run_process, side_by_side
-from .records import Records
+from .records import HARVEST, Records
 from .summaries import TWIN
 from .task_files import TASKS, has_tasks, load_facts
 from .timing import TIMING
@@ -52,18 +53,18 @@ def harvest(plan: Plan, places: Places, machine: Machine) -> None:
     """Harvest the activations of all layers of the plan, unless that is done.
 
     Raises:
-        SelOrthoError: the folder holds the activations of another plan or text.
+        SelOrthoError: the folder holds the activations of another plan or text, or the records are of another one.
     """
     arguments = {"layers": plan.layers, **plan.harvest}
     done = places.work / "harvest.json"
     if done.is_file():
         before = json.loads(done.read_text(encoding="utf-8"))
         if set(before.pop("layers")) >= set(arguments["layers"]) and before == plan.harvest:
+            _record_harvest(places)
             return
         raise SelOrthoError(
-            f"{places.shards} holds the activations of layers and text that {done} names, not those of "
-            f"this plan: choose "
-            "another --work_dir"
+            f"{places.shards} holds the activations of layers and text that {done} names, not those of this plan: "
+            "choose another --work_dir"
         )
     preset = places.work / "harvest_arguments.json"
     write_json(preset, arguments)
@@ -73,6 +74,30 @@ def harvest(plan: Plan, places: Places, machine: Machine) -> None:
     ]  # fmt: skip
     run_process(command, places.work / "harvest.log", dict(os.environ), "the harvest")
     write_json(done, arguments)
+    _record_harvest(places)
+
+
+def _record_harvest(places: Places) -> None:
+    """Keep what language model and text the records are of."""
+    records, content = Records(places.results), ActivationStore(str(places.shards)).manifest.content
+    text = {**content["text"], "dataset": local_name(content["text"]["dataset"])}
+    source = {"model": content["model"], "text": text, "contexts": content["contexts"], "rows": content["rows"]}
+    if records.has(HARVEST):
+        before = records.read(HARVEST)
+        for what, key in (("text", "fingerprint"), ("model", "revision")):
+            if before[what][key] != source[what][key]:
+                raise SelOrthoError(
+                    f"the records in {places.results} are of the {what} {before[what][key]}, not of that of this plan, "
+                    f"{source[what][key]}: choose another --results_dir"
+                )
+        return
+    sha256 = sha256_of(places.shards / MANIFEST)
+    records.write(HARVEST, {"kind": HARVEST, **source, "manifest_sha256": sha256, "versions": content["versions"]})
+
+
+def local_name(dataset: str) -> str:
+    """How a text is called in records: one on this machine by its file."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
 
 
 def prepare(plan: Plan, places: Places, machine: Machine) -> None:

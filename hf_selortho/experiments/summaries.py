@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TWIN = "none"  # the variant without penalty, which every other one of its sweep is compared with
+NAMES = {"topk": "TopK", "relu": "ReLU + L1", "batchtopk": "BatchTopK"}  # of recipes and of the sweeps that have them
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 EXPECTATIONS = Path(__file__).with_name("expectations.json")
 PENALTY_SETTINGS = (
     "penalty", "penalty_space", "selection_space", "ortho_coefficient", "pair_fraction", "decoder_ratio",
-    "decoder_pairs",
+    "decoder_pairs", "selection_interval",
 )  # fmt: skip
 _NAMES = {"relu": "ReLU", "topk": "TopK"}
 _FARTHEST = 4.0  # factor of a strength beyond which a measurement says nothing
@@ -31,8 +31,8 @@ def expectation_facts(config: Mapping[str, Any]) -> dict[str, str] | None:
     Returns:
         Strings for the template: "where" (language model, layer, activation function, seeds), "setting", the changes
         against the twin ("correlation", "cosine", "fvu", "dead") and, where synthetic worlds were trained with such a
-        penalty, "world_setting", "trainings", "mcc", "uniqueness", "f1" and "absorption". None if no such penalty was
-        measured.
+        penalty, "world_setting", "trainings", "world_fvu", "mcc", "uniqueness", "recovered", "f1" and "absorption".
+        None if no such penalty was measured.
     """
     if config.get("reduction", "mean") == "sum":  # its coefficient is another quantity
         return None
@@ -48,10 +48,11 @@ def expectation_facts(config: Mapping[str, Any]) -> dict[str, str] | None:
         **{key: _figure(found[key], 1, 100) + "%" for key in ("correlation", "cosine", "fvu")},
         "dead": _figure(found["dead"], 1),
     }
-    world = _nearest(config, known["worlds"])
+    world = _nearest(config, [one for one in known["worlds"] if one["activation"] == like])
     if world is not None:
-        scores = {key: _figure(world[key], 3) for key in ("mcc", "uniqueness", "f1", "absorption")}
+        scores = {key: _figure(world[key], 3) for key in ("mcc", "uniqueness", "recovered", "f1", "absorption")}
         facts |= {"world_setting": _setting(world), "trainings": str(world["trainings"]), **scores}
+        facts["world_fvu"] = _figure(world["fvu"], 0, 100) + "%"
     return facts
 
 
@@ -62,9 +63,16 @@ def _measured() -> dict[str, Any]:
 
 
 def _nearest(config: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The entry of the same penalty whose strengths differ by the smallest factors; None beyond [`_FARTHEST`]."""
+    """The entry of the same penalty whose strengths differ by the smallest factors; None beyond [`_FARTHEST`].
+
+    Among those of equal strengths, the one whose pairs were selected most nearly as often.
+    """
     near = [one for one in measured if _kind(one) == _kind(config) and _distance(one, config) <= math.log(_FARTHEST)]
-    return min(near, key=lambda one: _distance(one, config), default=None)
+
+    def far(one: Mapping[str, Any]) -> tuple[float, float]:
+        return _distance(one, config), abs(math.log(one["selection_interval"] / config.get("selection_interval", 12)))
+
+    return min(near, key=far, default=None)
 
 
 def _kind(settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -87,6 +95,7 @@ def _figure(found: Sequence[float], digits: int, unit: float = 1.0) -> str:
 
 
 def _setting(one: Mapping[str, Any]) -> str:
-    pairs = f" on {100 * one['pair_fraction']:g}% of the pairs" if one["penalty"] == "selective" else ""
+    selected = f", selected every {one['selection_interval']} steps"
+    pairs = f" on {100 * one['pair_fraction']:g}% of the pairs{selected}" if one["penalty"] == "selective" else ""
     beside = f", `decoder_ratio` {one['decoder_ratio']:g}" if one["decoder_ratio"] else ""
     return f"`ortho_coefficient` {one['ortho_coefficient']:g}{pairs}{beside}"

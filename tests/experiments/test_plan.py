@@ -134,6 +134,9 @@ def test_merged_goes_key_by_key() -> None:
             "world 'w': recipe 'x': expected one of topk",
         ),
         ({"sweps": {}}, "'sweps' is not known"),
+        ({"examples": {"sweep": "three", "variant": "x"}}, "examples: sweep 'three': expected one of one, two"),
+        ({"examples": {"sweep": "two", "variant": "y"}}, "examples: variant 'y': expected one of x"),
+        ({"examples": {"sweep": "two", "variant": "x", "control": "z"}}, "examples: control 'z': expected one of x"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:

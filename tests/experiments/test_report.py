@@ -62,7 +62,8 @@ def written(tmp_path_factory) -> Path:
             records.write(unit.record(variant), record)
     for run in plan.worlds:
         names = {name: 0.01 * number for number, name in enumerate(run.variants)}
-        score = {"explained_variance": 0.9, "l0": 12.0, "uniqueness": 0.8, "f1": 0.5, "training_seconds": 30.0}
+        score = {"explained_variance": 0.9, "l0": 12.0, "uniqueness": 0.8, "f1": 0.5, "precision": 0.5}
+        score |= {"recovered": 0.3, "absorption": 0.1, "training_seconds": 30.0}
         scores = {name: {**score, "mcc": 0.5 + gain + 0.001 * run.seed} for name, gain in names.items()}
         records.write(
             run.name,
@@ -91,7 +92,7 @@ def section(folder: Path, heading: str) -> str:
 def test_every_section_is_written_and_every_picture_is_there(written) -> None:
     text = (written / "RESULTS.md").read_text()
     assert set(re.findall(r"^## (.*)$", text, re.MULTILINE)) == {
-        "In short", "Methods at equal reconstruction", "Adaptive coefficient", "On the language model",
+        "In short", "Names", "Methods at equal L0", "Adaptive coefficient", "On the language model",
         "Known ground truth", "The paper's claims", "Table 1", "Ablations", "Layers", "Limits",
     }  # fmt: skip
     for link in re.findall(r"\]\(([^)]*\.png)\)", text):
@@ -105,7 +106,7 @@ def test_every_section_is_written_and_every_picture_is_there(written) -> None:
 
 
 def test_what_is_worth_it_is_marked(written) -> None:
-    methods = section(written, "## Methods at equal reconstruction")
+    methods = section(written, "## Methods at equal L0")
     topk = methods.split("### TopK", 1)[1].split("### ", 1)[0]
     (cheap,) = [line for line in topk.splitlines() if line.startswith("| `activation-0.03` | +")]
     assert cheap.endswith("| correlation |") and "-42.9" in cheap
@@ -117,7 +118,7 @@ def test_what_is_worth_it_is_marked(written) -> None:
 
 
 def test_relu_is_compared_at_equal_l0(written) -> None:
-    methods = section(written, "## Methods at equal reconstruction")
+    methods = section(written, "## Methods at equal L0")
     relu = methods.split("### ReLU + L1", 1)[1]
     (line,) = [line for line in relu.splitlines() if line.startswith("| `activation-0.03` | ")][:1]
     assert (
@@ -128,10 +129,13 @@ def test_relu_is_compared_at_equal_l0(written) -> None:
 def test_verdicts_and_table_one(written) -> None:
     claims = section(written, "## The paper's claims")
     assert (
-        "| A step is faster than with full orthogonality | 0.42 s and 0.12 s, 3.5 times | 3.00 times | **holds** (docs"
+        "| A step is faster than with full orthogonality | 0.42 s and 0.12 s, 3.5 times | 3.00 times | **holds** (at "
         in claims
     )
-    assert "| It takes less memory | 14.8 GB and 5.3 GB, 2.8 times | 4.00 times | **holds** (docs" in claims
+    assert (
+        "| It takes less memory | 14.8 GB and 5.3 GB, 2.8 times | 4.00 times | **holds** (at this plan's width"
+        in claims
+    )
     assert re.search(r"The mean correlation falls with depth .* 0.085 .*, 0.060 .*, 0.035 .* \*\*holds\*\*", claims)
     assert (
         "Over the last 100 steps: FVU 0.0801 (no penalty), 0.0801 (selective), 0.0801 (full); L0 120 (no penalty)"
@@ -143,11 +147,13 @@ def test_verdicts_and_table_one(written) -> None:
 def test_ground_truth_names_what_raises_a_score_in_more_trainings_than_chance(written) -> None:
     truth = section(written, "## Known ground truth")
     last = list(load_plan("demo").worlds[0].variants)[-1]
-    count = len(load_plan("demo").worlds)
-    assert f"`{last}` (+" in truth.split("- MCC: ", 1)[1].split(" raise it", 1)[0]
-    assert "- uniqueness: none raise it; none lower it." in truth
-    assert f" ({count} of {count}) | +0.000 ± 0.000 (0 of {count}) |" in truth
-    assert "SAELens `matryoshka`" in truth
+    for recipe in ("TopK", "ReLU + L1"):
+        part = truth.split(f"### All worlds, {recipe}\n", 1)[1].split("### ", 1)[0]
+        count = len([run for run in load_plan("demo").worlds if run.recipe == {"TopK": "topk"}.get(recipe, "relu")])
+        assert f"`{last}` (+" in part.split("- MCC: raised by ", 1)[1].split("; lowered by none.", 1)[0]
+        assert "- uniqueness: raised by none; lowered by none." in part
+        assert f" ({count} of {count}) | +0.000 (0 of {count}) |" in part and f"of the {count} trainings" in part
+    assert "SAELens `matryoshka` 0.400 and 0.500" in truth and "SAELens `standard` 0.400 and 0.500" in truth
 
 
 def test_a_report_of_a_part_says_what_is_missing(tmp_path) -> None:
@@ -160,17 +166,28 @@ def test_a_report_of_a_part_says_what_is_missing(tmp_path) -> None:
 
 def test_in_short_says_what_the_tables_say(written) -> None:
     topk, relu, truth = section(written, "## In short").strip().splitlines()
-    assert topk.startswith(
-        "- **TopK**: the paper's penalty as a mean over the pairs (`activation-0.03`) cuts the mean of"
-    )
-    assert "of the top 0.1% correlations by 43% for 1.9% more unexplained variance" in topk
+    assert topk.startswith("- **TopK**: the paper's penalty (`activation-0.03`) cuts the mean of the top 0.1% ")
+    assert "correlations by 43% for 1.9% more unexplained variance" in topk
     assert "a penalty on decoder cosines (`decoder-0.1`) cuts the mean maximum decoder cosine by 44% for 0.9%" in topk
     count = len([name for name in load_plan("demo").sweeps[0].variants if not name.startswith("none")])
     assert f"none of the {count} settings tried buys both" in topk and relu.startswith("- **ReLU + L1**: ")
     runs = load_plan("demo").worlds
     *_, last = variants = list(runs[0].variants)
-    assert f"{len(runs)} trainings" in truth and "(`activation-0.3`) changes MCC by +0.020 ± 0.000" in truth
-    assert f"(`{last}`), MCC by +{0.01 * (len(variants) - 1):.3f} ± 0.000, uniqueness by +0.000" in truth
+    assert f"({len(runs)} trainings" in truth and "(`activation-0.03`) changes the F1" in truth
+    assert "+0.000 (TopK, FVU +0%) and +0.000 (ReLU + L1, FVU +0%)" in truth
+    raised = {name: f"(`{name}`) raises MCC (+{0.01 * number:.3f})" for number, name in enumerate(variants)}
+    assert any(words in truth for words in list(raised.values())[1:]), last
+
+
+def test_a_cut_that_costs_dead_features_is_told_as_such(tmp_path) -> None:
+    plan, records = load_plan("demo"), Records(tmp_path / "r")
+    for name, changes in {"none": {}, "ortsae-0.1": {"max_decoder_cosine": 0.1, "dead_features": 9.0}}.items():
+        for seed in range(plan.seeds):
+            record = sae_record(plan, "topk", name, 8, seed)
+            records.write(f"topk/{name}-layer8-seed{seed}", {**record, "evaluation": {**TWIN, **changes}})
+    write_results(plan, tmp_path / "r", tmp_path / "RESULTS.md", "x")
+    short = section(tmp_path, "## In short")
+    assert "OrtSAE (`ortsae-0.1`) by 60% for 0.0% more unexplained variance and 8.0 more dead features of 1280" in short
 
 
 ROOT = Path(__file__).parents[2]

@@ -13,6 +13,7 @@ from hf_selortho import SelOrthoError
 from hf_selortho.experiments.claims import FAILS, HOLDS, SMALLER, UNKNOWN, Evidence, useful_range, verdicts
 from hf_selortho.experiments.comparison import best_by, cheapest_by, comparisons, nearest_to_both
 from hf_selortho.experiments.records import Records, thinned
+from hf_selortho.experiments.sections.methods import steered_words
 from hf_selortho.experiments.summaries import Figure, at_equal_l0, interpolate, paired, summarise, value_of
 
 
@@ -104,6 +105,35 @@ def test_the_cheapest_that_reaches_a_cut_and_the_one_that_misses_both_least() ->
     assert best is not None and best.summary.variant == "b-1", "none reaches the cut, so the one that comes nearest"
     near = nearest_to_both(found)
     assert near is not None and near.summary.variant == "b-1"
+
+
+def test_figures_at_the_l0_of_the_twin() -> None:
+    twins = {"none": {"l0": 100.0}, "none-l0.03": {"l0": 200.0, "fvu": 0.04, "max_decoder_cosine": 0.125}}
+    own = {"a-1": {"l0": 200.0, "fvu": 0.05, "max_decoder_cosine": 0.15, "dead_features": 3.0}}
+    names = {**twins, **own}
+    (one,) = comparisons(
+        list(summarise([record(n, s, sweep="relu", **names[n]) for n in names for s in (0, 1)]).values())
+    )
+    shown = {key: one.at_twins_l0(key) for key in ("fvu", "max_decoder_cosine", "dead_features", "not_there")}
+    assert shown["fvu"] is not None and shown["fvu"].values == pytest.approx((0.09, 0.09)), "0.01 above the twin there"
+    assert shown["max_decoder_cosine"] is not None
+    assert shown["max_decoder_cosine"].values == pytest.approx((0.275, 0.275))
+    assert shown["dead_features"] == Figure((3.0, 3.0)) and shown["not_there"] is None
+    (fixed,) = comparisons(list(summarise([record(n, 0) for n in ("none", "a-1")]).values()))
+    assert fixed.at_twins_l0("fvu") == Figure((0.08,)), "TopK has the twin's L0 anyway"
+
+
+def test_a_steered_coefficient_is_more_only_whichever_way_one_interpolates() -> None:
+    fixed = {
+        "none": {},
+        "a-1": {"fvu": 0.0808, "top_correlation": 0.56},
+        "a-2": {"fvu": 0.088, "top_correlation": 0.42},
+    }
+    for bought, word in ((0.40, "; more than fixed"), (0.5, "; about what fixed"), (0.65, "; less than fixed")):
+        variants = {**fixed, "a-adaptive": {"fvu": 0.0832, "top_correlation": bought}}
+        found = comparisons(list(summarise([record(n, s, **v) for n, v in variants.items() for s in (0, 1)]).values()))
+        one = next(one for one in found if one.summary.variant == "a-adaptive")
+        assert word in steered_words(one, found, {"a-adaptive"}), bought
 
 
 def evidence(**changes: dict[str, float]) -> Evidence:

@@ -387,15 +387,22 @@ def test_the_card_says_what_the_penalty_squares_and_by_what_pairs_are_chosen(cha
 
 def test_the_card_says_what_may_be_expected_of_its_penalty() -> None:
     measured = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))
-    (known,) = [one for one in measured["saes"] if (one["activation"], one["variant"]) == ("topk", "decoder-0.1")]
-    (world,) = [one for one in measured["worlds"] if one["variant"] == "decoder-0.1"]
+    (known,) = [one for one in measured["saes"] if (one["activation"], one["variant"]) == ("topk", "decoder-wide-0.1")]
+    (world,) = [
+        one for one in measured["worlds"] if (one["activation"], one["variant"]) == ("topk", "decoder-wide-0.1")
+    ]
     text = render_model_card(
-        settings(penalty_space="decoder", ortho_coefficient=0.1, activation="batchtopk", k=32), METRICS, RUN
+        settings(penalty_space="decoder", ortho_coefficient=0.1, pair_fraction=0.01, activation="batchtopk", k=32),
+        METRICS,
+        RUN,
     ).text
-    assert "(gemma-3-270m, layer 8, TopK, 3 seeds), the nearest setting (`ortho_coefficient` 0.1 on 0.1% of" in text
+    assert "(gemma-3-270m, layer 8, TopK, 3 seeds), the nearest setting (`ortho_coefficient` 0.1 on 1% of" in text
+    assert "% of the pairs, selected every 4 steps) changed, against its twin" in text
     assert f"the mean maximum decoder cosine by {100 * known['cosine'][0]:+.1f} ± " in text
     assert f"FVU by {100 * known['fvu'][0]:+.1f} ± {100 * known['fvu'][1]:.1f}%" in text
     assert f"MCC) by {world['mcc'][0]:+.3f} ± " in text and f"(uniqueness) by {world['uniqueness'][0]:+.3f} ± " in text
+    assert f"(recovered) by {world['recovered'][0]:+.3f} ± " in text
+    assert f"for a change of {100 * world['fvu'][0]:+.0f} ± {100 * world['fvu'][1]:.0f}% in FVU there." in text
     assert "Alike is not the same as redundant" in text and "may reward feature absorption" not in text
 
 

@@ -93,10 +93,10 @@ class Sitting:
         """When each record was written."""
         return {str(p.relative_to(self.results)): p.stat().st_mtime_ns for p in self.results.rglob("*.json")}
 
-    def row(self, heading: str, first: str) -> list[str]:
-        """Cells of a row of the table under a heading, by its first cell."""
+    def row(self, heading: str, first: str, last: bool = False) -> list[str]:
+        """Cells of a row of the first (or last) table under a heading that has one, by its first cell."""
         section = self.report.read_text(encoding="utf-8").split(f"\n{heading}\n", 1)[1].split("\n## ", 1)[0]
-        line = next(line for line in section.splitlines() if line.startswith(f"| {first} |"))
+        line = [line for line in section.splitlines() if line.startswith(f"| {first} |")][-last]
         return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -117,7 +117,10 @@ class TestMiniature:
                 assert f"topk/{variant}-layer1-seed{seed}.json" in names
             assert f"topk-adaptive/activation-adaptive-layer1-seed{seed}.json" in names
             assert f"ground_truth/tree-topk-seed{seed}.json" in names
-        assert {"timing.json", "examples.json", "tasks-layer1.json", "topk/none-layer1-seeds.json"} <= names
+        assert {"timing.json", "examples.json", "tasks-layer1.json", "harvest.json"} <= names
+        assert "topk/none-layer1-seeds.json" in names
+        harvested = sitting.record("harvest")
+        assert harvested["text"]["dataset"].endswith(".csv") and "/" not in harvested["text"]["dataset"]
         record = sitting.record("topk/decoder-5.0-layer1-seed1")
         assert record["arguments"]["penalty_space"] == "decoder" and record["arguments"]["seed"] == 1
         assert record["arguments"]["penalty"] == "selective" and record["arguments"]["ortho_coefficient"] == 5.0
@@ -129,7 +132,7 @@ class TestMiniature:
     def test_numbers_of_the_report_are_those_of_the_records(self, sitting) -> None:
         for variant in ("none", "selective-0.1", "full-0.1"):
             values = [sitting.record(f"paper/{variant}-layer1-seed{s}")["evaluation"] for s in (0, 1)]
-            row = sitting.row("## Ablations", f"`{variant}`")
+            row = sitting.row("## Ablations", f"`{variant}`", last=True)
             for cell, key, digits in ((row[1], "fvu", 4), (row[2], "l0", 1), (row[4], "top_correlation", 3)):
                 seeds = [value[key] for value in values]
                 assert cell == f"{statistics.fmean(seeds):.{digits}f} ± {statistics.stdev(seeds):.{digits}f}"
@@ -149,7 +152,7 @@ class TestMiniature:
         text = sitting.report.read_text()
         headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
         assert set(headings) == {
-            "In short", "Methods at equal reconstruction", "Adaptive coefficient", "On the language model",
+            "In short", "Names", "Methods at equal L0", "Adaptive coefficient", "On the language model",
             "Known ground truth", "Pairs to read", "The paper's claims", "Table 1", "Ablations", "Limits",
         }  # fmt: skip
         for link in re.findall(r"\]\(([^)]*\.png)\)", text):
@@ -179,6 +182,12 @@ class TestMiniature:
     def test_another_text_is_refused(self, sitting, sample_text_files) -> None:
         with pytest.raises(SelOrthoError, match="choose another --work_dir"):
             sitting.run("--dataset", str(sample_text_files.jsonl))
+        other = sitting.folder / "other.csv"
+        other.write_text(sample_text_files.csv.read_text(encoding="utf-8").replace("market", "harbour"), "utf-8")
+        before = sitting.times()
+        with pytest.raises(SelOrthoError, match=r"are of the text .*: choose another --results_dir"):
+            sitting.run("--dataset", str(other), "--work_dir", str(sitting.folder / "other"))
+        assert sitting.times() == before, "no record is touched"
 
 
 @pytest.mark.parametrize(

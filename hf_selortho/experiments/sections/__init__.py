@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..findings import Findings
+from .glossary import glossary
 from .methods import adaptive, on_the_model, pareto
+from .pairs import example_pairs
 from .paper import ablations, claims, layers, limits, table_one
 from .short import in_short
-from .truth import example_pairs, ground_truth
+from .truth import ground_truth
 
 Section = Callable[[Findings, Path, str], str]  # findings, folder for figures, how to link to it
 
 ALL: tuple[Section, ...] = (
-    in_short, pareto, adaptive, on_the_model, ground_truth, example_pairs, claims, table_one, ablations, layers, limits,
+    in_short, glossary, pareto, adaptive, on_the_model, ground_truth, example_pairs, claims, table_one, ablations,
+    layers, limits,
 )  # fmt: skip

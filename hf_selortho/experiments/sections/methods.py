@@ -1,8 +1,9 @@
-"""Sections that compare methods: at equal reconstruction, steered, and on the language model."""
+"""Sections that compare methods: at equal L0, steered, and on the language model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +16,73 @@ from ..comparison import (
     best_by,
     best_of_both,
     comparisons,
-    fvu_at_equal_l0,
     is_twin,
     left_out,
     nearest_to_both,
 )
-from ..figures import family, headline_figure, pareto_figure
+from ..figures import drawn_in_headline, family, headline_figure, pareto_figure
 from ..findings import Findings
-from ..summaries import TWIN, Figure, interpolate
-from ..tables import METHOD_COLUMNS, MODEL_COLUMNS, comparison_table, seeds_table, summary_table
+from ..summaries import NAMES, TWIN, Figure, Summary, interpolate, paired
+from ..tables import METHOD_COLUMNS, MODEL_COLUMNS, comparison_table, in_order, seeds_table, summary_table
 
 LETTERS_F1 = 0.5  # of the main features, below which absorption means little
-NAMES = {"topk": "TopK", "relu": "ReLU + L1", "batchtopk": "BatchTopK"}
 
 
 def pareto(findings: Findings, figures: Path, link: str) -> str:
-    """Methods against one another at equal reconstruction."""
+    """Methods against one another at equal L0."""
     if not findings.pareto:
         return ""
     parts = [
-        "## Methods at equal reconstruction\n\nEvery variant against its twin, the same run without penalty: same "
+        "## Methods at equal L0\n\nEvery variant against its twin, the same run without penalty: same "
         "batches, same initial weights. *FVU*: how much more than the twin's at equal L0 (for ReLU, twins of several "
         "L1 are interpolated, as logarithms). The other columns are differences from the twin at equal L0: relative "
         "ones of correlation and cosine, absolute ones of dead features (at its own L0) and loss recovered. *Worth "
         f"it*, in the means over the seeds: at most {FVU_ROOM} more FVU and no more dead features than the twin's "
         f"number varies by between seeds, for {CORRELATION_CUT:.0%} less of the top correlations (correlation) or "
         f"{COSINE_CUT:.0%} less of the mean maximum decoder cosine (cosine); *both*: both of them for at most "
-        f"{RELATIVE_ROOM:.0%} of the twin's FVU. A coefficient weighs a mean over the pairs that it acts on: on each "
-        "pair, `full-1.0` weighs 30 times less than `activation-0.03`."
+        f"{RELATIVE_ROOM:.0%} of the twin's FVU. A coefficient multiplies a mean over the pairs that the penalty acts "
+        "on, a thousand times as many with `full` as with the paper's share of 0.1%."
     ]
     compared = {NAMES.get(sweep, sweep): comparisons(findings.of(sweep)) for sweep in findings.pareto}
     if drawn := {name: found for name, found in compared.items() if found}:
         headline_figure(drawn, figures / "headline.png")
-        parts.append(f"![What each penalty buys and costs]({link}/headline.png)")
+        parts.append(f"![What each penalty buys and costs]({link}/headline.png)\n\n{headline_words(drawn)}")
     for sweep in findings.pareto:
         summaries = findings.of(sweep)
         name = NAMES.get(sweep, sweep)
         parts.append(f"### {name}")
         if found := compared[name]:
             title = f"{name}: what each method buys, against its price"
-            pareto_figure(summaries, fvu_at_equal_l0(found), figures / f"pareto_{sweep}.png", title)
+            pareto_figure(found, figures / f"pareto_{sweep}.png", title)
             parts += [f"![{name}]({link}/pareto_{sweep}.png)", pareto_words(name, found), comparison_table(found)]
+            parts += filter(None, [pruned_words(found), sparser_words(summaries)])
             if outside := left_out(summaries, found):
                 names = ", ".join(f"`{variant}`" for variant in outside)
                 parts.append(f"Left out, as the L0 of no twins encloses theirs: {names}.")
         parts.append(summary_table(summaries, METHOD_COLUMNS))
     return "\n\n".join(parts)
+
+
+TELLING = 0.1  # relative change from which a penalty is said to lower something
+
+
+def headline_words(compared: Mapping[str, Sequence[Comparison]]) -> str:
+    """What the figure shows: which families lower correlations, cosines or both."""
+    lines = []
+    for name, found in compared.items():
+        kinds: dict[str, list[str]] = {"correlations alone": [], "cosines alone": [], "both": []}
+        for group in dict.fromkeys(family(one.summary.variant) for one in found):
+            shown = [one for one in found if family(one.summary.variant) == group and drawn_in_headline(one)]
+            lowers = [any(getattr(one, key).mean <= -TELLING for one in shown) for key in ("correlation", "cosine")]
+            if any(lowers):
+                kind = "both" if all(lowers) else "correlations alone" if lowers[0] else "cosines alone"
+                kinds[kind].append(f"`{group}`")
+        told = [f"{kind}: {', '.join(groups)}" for kind, groups in kinds.items() if groups]
+        lines.append(f"{name}: {'; '.join(told) or 'none'}.")
+    return (
+        f"Penalties that lower these figures by {TELLING:.0%} or more, at prices that the figure has room for. "
+        f"{' '.join(lines)} Families that are not drawn are in the tables below."
+    )
 
 
 def pareto_words(name: str, found: Sequence[Comparison]) -> str:
@@ -94,6 +116,40 @@ def pareto_words(name: str, found: Sequence[Comparison]) -> str:
     return f"{name}: " + " ".join(words)
 
 
+PRUNED = -0.05  # of the twin's L0, below which a penalty counts as one that makes activations sparser
+
+
+def pruned_words(found: Sequence[Comparison]) -> str:
+    """Which penalties lower L0 by themselves, and what their FVU is at the twin's L1."""
+    told = []
+    for one in found:
+        l0 = paired(one.summary, one.twin, "l0", relative=True)
+        fvu = paired(one.summary, one.twin, "fvu", relative=True)
+        if one.twins and l0 is not None and fvu is not None and l0.mean <= PRUNED:
+            told.append(f"`{one.summary.variant}` ({l0.mean:+.0%} L0, {fvu.mean:+.1%} FVU)")
+    if not told:
+        return ""
+    return (
+        "Some penalties lower L0 by themselves, as a larger L1 would. At equal L0 they then cost less than at the same "
+        f"L1, whose users see: {', '.join(told)}."
+    )
+
+
+def sparser_words(summaries: Sequence[Summary]) -> str:
+    """What twins of another k lose and what they gain: what is to be had without a penalty."""
+    twin = next((s for s in summaries if s.variant == TWIN), None)
+    told = []
+    for other in summaries:
+        if twin is None or other is twin or not is_twin(other) or not twin.settings.get("k"):
+            continue
+        figures = [paired(other, twin, key, relative=True) for key in ("fvu", "top_correlation", "max_decoder_cosine")]
+        known = [figure.percent() for figure in figures if figure is not None]
+        if len(known) == len(figures):
+            fvu, correlation, cosine = known
+            told.append(f"`{other.variant}`: FVU {fvu}, correlation {correlation}, cosine {cosine}")
+    return f"Without penalty, at another k: {'; '.join(told)}." if told else ""
+
+
 def on_the_model(findings: Findings, figures: Path, link: str) -> str:
     """Probing, absorption and stability."""
     if not findings.pareto:
@@ -107,6 +163,7 @@ def on_the_model(findings: Findings, figures: Path, link: str) -> str:
             if r["sweep"] == sweep and (r["variant"] == TWIN or not r["variant"].startswith(f"{TWIN}-"))
         ]
         parts.append(f"### {NAMES.get(sweep, sweep)} inside the model\n\n{summary_table(summaries, MODEL_COLUMNS)}")
+        parts += filter(None, [changed_words(summaries)])
         twin = next((s for s in summaries if s.variant == TWIN), None)
         if twin is not None and (f1 := twin.figure("first_letter_f1")) is not None and f1.mean < LETTERS_F1:
             parts.append(
@@ -120,6 +177,34 @@ def on_the_model(findings: Findings, figures: Path, link: str) -> str:
                 "distinct directions: 1 if all seeds find the same, 3 if none of three do).\n\n" + seeds_table(records)
             )
     return "\n\n".join(parts)
+
+
+TASKS = {
+    "probing_accuracy_k1": "probing with one feature", "probing_accuracy_k5": "with five",
+    "first_letter_f1": "first-letter F1",
+}  # fmt: skip
+
+
+def changed_words(summaries: Sequence[Summary]) -> str:
+    """Which variants differ from the twin on the tasks in every seed."""
+    twin = next((s for s in summaries if s.variant == TWIN), None)
+    lines = []
+    for key, words in TASKS.items():
+        changes = (
+            {} if twin is None else {s.variant: paired(s, twin, key) for s in in_order(summaries) if s is not twin}
+        )
+        known = {name: change for name, change in changes.items() if change is not None and len(change.values) > 2}
+        told = []
+        for word, sign in (("higher", 1), ("lower", -1)):
+            found = {name: change for name, change in known.items() if all(sign * v > 0 for v in change.values)}
+            listed = ", ".join(f"`{name}` ({change.mean:+.3f})" for name, change in found.items())
+            told.append(f"{word}: {listed or 'none'}")
+        lines += [f"- {words}, {'; '.join(told)}."] * bool(known)
+    if not lines:
+        return ""
+    return "Different from the twin in every seed (of as many variants, a few would be by chance):\n\n" + "\n".join(
+        lines
+    )
 
 
 def _task_words(findings: Findings) -> str:
@@ -157,16 +242,27 @@ def steered_words(one: Comparison, found: Sequence[Comparison], steered: Collect
     fixed = [c for c in same if len(c.fvu_excess.values) == len(own.values)]  # others lack a seed as yet
     prices = ", ".join(f"{100 * price:+.1f}%" for price in one.relative_excess.values)
     words = f"`{one.summary.variant}`: {what} {own.percent()} for {prices} of FVU, by seed"
-    gains = []
+    gains, seeds = [], 0
     for number, (price, bought) in enumerate(zip(one.relative_excess.values, own.values, strict=True)):
         points = sorted((c.relative_excess.values[number], getattr(c, key).values[number]) for c in fixed)
-        expected = interpolate(points, price)
-        gains += [] if expected is None else [bought - expected]
-    if len(gains) < len(own.values):
-        return f"{words}; fixed coefficients of these prices enclose it in {len(gains)} seeds."
-    beside = f"beside fixed ones of that price, interpolated, {Figure(tuple(gains)).percent()}"
-    agreed = "more" if max(gains) < 0 else "less" if min(gains) > 0 else "neither more nor less, as seeds disagree"
-    return f"{words}; {beside}: steering buys {agreed}."
+        expected = _between(points, price)
+        gains += [bought - each for each in expected]
+        seeds += bool(expected)
+    if seeds < len(own.values):
+        return f"{words}; fixed coefficients enclose its price in {seeds} of {len(own.values)} seeds."
+    points_apart = f"{100 * min(gains):+.1f} to {100 * max(gains):+.1f} points"
+    if min(gains) <= 0 <= max(gains):
+        return f"{words}; about what fixed ones of that price buy ({points_apart} by seed and way of interpolating)."
+    return f"{words}; {'more' if max(gains) < 0 else 'less'} than fixed ones of that price buy ({points_apart})."
+
+
+def _between(points: Sequence[tuple[float, float]], price: float) -> list[float]:
+    """What a price buys between fixed ones, by straight lines over the price and, as the gain grows ever more slowly,
+    over its logarithm; nothing outside of them."""
+    straight = interpolate(points, price)
+    positive = [(math.log(x), y) for x, y in points if x > 0]
+    curved = interpolate(positive, math.log(price)) if price > 0 else None
+    return [expected for expected in (straight, curved) if expected is not None]
 
 
 def adaptive(findings: Findings, figures: Path, link: str) -> str:

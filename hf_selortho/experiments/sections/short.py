@@ -6,40 +6,49 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..comparison import CORRELATION_CUT, COSINE_CUT, RELATIVE_ROOM, Comparison, best_of_both, cheapest_by, comparisons
-from ..figures import SCORES, family
+from ...configuration_selortho import SelOrthoConfig
+from ..comparison import (
+    CORRELATION_CUT,
+    COSINE_CUT,
+    FVU_ROOM,
+    RELATIVE_ROOM,
+    Comparison,
+    best_of_both,
+    cheapest_by,
+    comparisons,
+)
+from ..figures import family
 from ..findings import Findings
-from ..summaries import Figure
-from .methods import NAMES
-from .truth import by_world, gain_over_twin, rules
+from ..summaries import NAMES
+from ..world_gains import SCORES, by_recipe, gain_over_twin, price_over_twin, raised_and_lowered, rules
+from .pairs import duplicates_words
 
 PAPER = "activation"  # family of the paper's own penalty
-WORDS = {  # for families of variants
-    PAPER: "the paper's penalty as a mean over the pairs",
-    "activation-wide": "a penalty on the correlations of 1% of the pairs",
-    "full": "the penalty on the correlations of all pairs",
+BRIEF = {  # in words, by the first part of a family's name
+    PAPER: "the paper's penalty",
+    "full": "the penalty on all pairs",
     "decoder": "a penalty on decoder cosines",
-    "decoder-wide": "a penalty on the decoder cosines of 1% of the pairs",
-    "both": "a penalty on correlations and decoder cosines",
-    "both-nearest": "a penalty on correlations and each feature's nearest direction",
-    "both-nearest-wide": "a penalty on the correlations of 1% of the pairs and each feature's nearest direction",
+    "both": "one on correlations and decoder cosines",
     "redundancy": "a penalty on the decoder cosines of pairs that fire together",
     "exclusion": "a penalty on the decoder cosines of pairs that do not fire together",
-    "exclusion-wide": "a penalty on the decoder cosines of pairs that do not fire together, 1% of all",
     "ortsae": "OrtSAE",
 }
 
 
 def in_short(findings: Findings, figures: Path, link: str) -> str:
     """A sentence for each kind of SAE on activations, and one for the synthetic worlds."""
-    lines = [sae_words(NAMES.get(sweep, sweep), comparisons(findings.of(sweep))) for sweep in findings.pareto]
-    lines.append(world_words(by_world(findings.worlds)))
+    lines = []
+    for sweep in findings.pareto:
+        of_pairs = findings.examples is not None and findings.examples["sweep"] == sweep
+        duplicates = duplicates_words(findings.examples) if of_pairs else ""
+        lines.append(sae_words(NAMES.get(sweep, sweep), comparisons(findings.of(sweep)), duplicates))
+    lines.append(world_words(by_recipe(findings.worlds)))
     shown = [f"- {line}" for line in lines if line]
     return "## In short\n\n" + "\n".join(shown) if shown else ""
 
 
-def sae_words(name: str, found: Sequence[Comparison]) -> str:
-    """What the paper's penalty and the best others of a sweep buy, and what they cost."""
+def sae_words(name: str, found: Sequence[Comparison], more: str = "") -> str:
+    """What the paper's penalty and the best others of a sweep buy, and what they cost; and what else is to be said."""
     if not found:
         return ""
     own = [one for one in found if family(one.summary.variant) == PAPER]
@@ -51,14 +60,29 @@ def sae_words(name: str, found: Sequence[Comparison]) -> str:
         )
         if one is not None and getattr(one, key).mean < 0 and not one.both
     ]
-    return f"**{name}**: {'; '.join([*bought, _both(found)])}."
+    return f"**{name}**: {'; '.join([*bought, *_more_dead(found), _both(found), *filter(None, [more])])}."
+
+
+def _more_dead(found: Sequence[Comparison]) -> list[str]:
+    """Whether a cut of the cosine is to be had for less by whoever puts up with dead features."""
+    strict = cheapest_by(found, "cosine")
+    reach = [one for one in found if one.cuts_cosine and one.fvu_excess.mean <= FVU_ROOM]
+    cheapest = min(reach, key=lambda one: one.fvu_excess.mean, default=None)
+    if cheapest is None or cheapest is strict or cheapest.no_more_dead:
+        return []
+    features = cheapest.summary.settings["d_sae"]
+    return [
+        f"{_named(cheapest)} by {-cheapest.cosine.mean:.0%} for {_price(cheapest)} and {cheapest.dead.mean:.1f} more "
+        f"dead features of {features}"
+    ]
 
 
 def _both(found: Sequence[Comparison]) -> str:
     """Whether a setting buys both cuts, and which."""
     if (best := best_of_both(found)) is not None:
         cuts = f"{-best.correlation.mean:.0%} less correlation and {-best.cosine.mean:.0%} less cosine"
-        return f"{_named(best)} buys both, {cuts} for {_price(best)}"
+        lost = "" if best.recovered is None else f" and {-best.recovered.mean:.3f} less loss recovered"
+        return f"{_named(best)} buys both, {cuts} for {_price(best)} at equal L0{lost}"
     assert CORRELATION_CUT == 0.25  # or the words below are wrong
     asked = f"a quarter less correlation and {COSINE_CUT:.0%} less cosine for {RELATIVE_ROOM:.0%}"
     return f"none of the {len(found)} settings tried buys both ({asked})"
@@ -70,7 +94,7 @@ def _named(one: Comparison) -> str:
 
 def named_variant(variant: str) -> str:
     """A variant in words, with its name."""
-    words = WORDS.get(family(variant))
+    words = BRIEF.get(family(variant).partition("-")[0])
     return f"`{variant}`" if words is None else f"{words} (`{variant}`)"
 
 
@@ -79,33 +103,54 @@ def _price(one: Comparison) -> str:
     return f"{abs(excess):.1f}% {'more' if excess >= 0 else 'less'} unexplained variance"
 
 
-def world_words(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> str:
-    """What the paper's penalty and the rule that does best by it do to the recovery of known features."""
-    runs = [record for records in groups.values() for record in records]
-    if not runs:
+def world_words(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What the paper's penalty and the rule that raises most do to the recovery of known features.
+
+    Args:
+        groups: records of worlds by the name of their recipe.
+    """
+    own = [name for records in groups.values() for name in rules(records) if family(name) == PAPER]
+    if not own:
         return ""
-    gains = {name: [gain_over_twin(runs, name, key) for key in SCORES] for name in rules(runs)}
-    known: dict[str, list[Figure]] = {
-        name: [one for one in found if one is not None] for name, found in gains.items() if None not in found
-    }
-    own = [name for name in known if family(name) == PAPER]
-    others = [name for name in known if family(name) != PAPER]
-    if not own or not others:
-        return ""
-    mildest = max(own, key=lambda name: _sum(known[name]))
-    best = max(others, key=lambda name: _sum(known[name]))
-    worlds = f"{len(groups)} synthetic worlds of known features" if len(groups) > 1 else "known features"
-    return (
-        f"**Ground truth** ({worlds}, {len(runs)} trainings): {named_variant(mildest)} changes "
-        f"{_gains(known[mildest])}; the other rule with the largest sum of the three, "
-        f"{named_variant(best)}, {_gains(known[best])}."
-    )
+    defaults = {field.name: field.default for field in SelOrthoConfig.own_fields()}
+    wanted = f"{PAPER}-{defaults['ortho_coefficient']}"
+    shown = wanted if wanted in own else own[0]
+    count = sum(len(records) for records in groups.values())
+    told = [f"{named_variant(shown)} changes {_changes(groups, shown)}"]
+    told += [f"with {NAMES.get(recipe, recipe)}, {_raising(records)}" for recipe, records in groups.items()]
+    return f"**Known features** ({count} trainings on synthetic worlds): {'; '.join(told)}."
 
 
-def _sum(gains: Sequence[Figure]) -> float:
-    return sum(gain.mean for gain in gains)
+def _changes(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> str:
+    """What a rule does to F1, and at what price, by kind of SAE."""
+    found = []
+    for recipe, records in groups.items():
+        gain, price = gain_over_twin(records, name, "f1"), price_over_twin(records, name)
+        if gain is not None and price is not None:
+            found.append(f"{gain.mean:+.3f} ({NAMES.get(recipe, recipe)}, FVU {price.mean:+.0%})")
+    return f"the F1 of features as detectors of true ones by {' and '.join(found)}"
 
 
-def _gains(gains: Sequence[Figure]) -> str:
-    mcc, uniqueness, f1 = gains
-    return f"MCC by {mcc.signed()}, uniqueness by {uniqueness.signed()} and F1 by {f1.signed()}"
+def _raising(records: Sequence[Mapping[str, Any]]) -> str:
+    """The rule that raises the most scores in all but a few trainings and lowers the fewest."""
+    raised: dict[str, list[str]] = {name: [] for name in rules(records)}
+    lowered = dict.fromkeys(raised, 0)
+    for key, score in SCORES.items():
+        up, down = raised_and_lowered(records, key)
+        for name, gain in up.items():
+            raised[name].append(f"{score} ({gain.mean:+.3f})")
+        for name in down:
+            lowered[name] += 1
+
+    def merit(name: str) -> tuple[float, float]:
+        price = price_over_twin(records, name)
+        return len(raised[name]) - lowered[name], -(price.mean if price is not None else 0.0)
+
+    best = max(raised, key=merit)
+    if not raised[best]:
+        return "no rule raises a score in more trainings than chance would have it"
+    return f"{named_variant(best)} raises {_listed(raised[best])}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -1,0 +1,88 @@
+"""Scores on synthetic worlds against the twin's: what a rule raises or lowers, and in how many trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from scipy.stats import binomtest
+
+from .summaries import TWIN, Figure
+
+SCORES = {"mcc": "MCC", "uniqueness": "uniqueness", "recovered": "recovered", "f1": "F1"}  # that a rule is to raise
+LEVEL = 0.05  # of the sign tests, all of a kind of SAE taken together
+
+World = Mapping[str, Any]  # a record of one world, recipe and seed
+
+
+def by_world(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Records by the names of world and recipe."""
+    return _by_key(records, lambda record: (record["world"]["name"], record["recipe"]))
+
+
+def by_recipe(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records by the name of the recipe, those of TopK first, as elsewhere in the report."""
+    groups = _by_key(records, lambda record: str(record["recipe"]))
+    return {name: groups[name] for name in sorted(groups, reverse=True)}
+
+
+def _by_key(records: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+def hierarchies(records: Sequence[World]) -> list[World]:
+    """Those of worlds whose features have parents, in which there is absorption."""
+    return [record for record in records if record["world"]["structure"] == "hierarchical"]
+
+
+def rules(records: Sequence[World]) -> list[str]:
+    """Variants with a penalty that every one of the trainings has."""
+    names = list(records[0]["scores"]) if records else []
+    return [name for name in names if all(gain_over_twin([record], name, "mcc") is not None for record in records)]
+
+
+def gain_over_twin(records: Sequence[World], variant: str, key: str) -> Figure | None:
+    """Difference of a score from the twin's of the same seed; None for the twin itself, or where a seed lacks it."""
+    pairs = _pairs(records, variant, key)
+    return None if pairs is None else Figure(tuple(own - twin for own, twin in pairs))
+
+
+def price_over_twin(records: Sequence[World], variant: str) -> Figure | None:
+    """How much more variance is unexplained than by the twin, as a share of that."""
+    pairs = _pairs(records, variant, "explained_variance")
+    return None if pairs is None else Figure(tuple((1 - own) / (1 - twin) - 1 for own, twin in pairs))
+
+
+def _pairs(records: Sequence[World], variant: str, key: str) -> list[tuple[float, float]] | None:
+    if variant == TWIN or variant.startswith(f"{TWIN}-"):
+        return None
+    pairs = [(r["scores"].get(variant, {}).get(key), r["scores"].get(TWIN, {}).get(key)) for r in records]
+    return None if not pairs or any(own is None or twin is None for own, twin in pairs) else pairs
+
+
+def consistent(gain: Figure, sign: int, tests: int) -> bool:
+    """Whether a gain has a sign in more of the trainings than chance would have it, by a sign test.
+
+    Args:
+        gain: one value for each training.
+        sign: 1 or -1.
+        tests: how many there are, all of which are to be right at the [`LEVEL`] (Bonferroni).
+    """
+    agreeing = sum(value * sign > 0 for value in gain.values)
+    return bool(binomtest(agreeing, len(gain.values), alternative="greater").pvalue < LEVEL / tests)
+
+
+def raised_and_lowered(records: Sequence[World], key: str) -> tuple[dict[str, Figure], dict[str, Figure]]:
+    """The rules that raise a score over the twin's and those that lower it in more trainings than chance would."""
+    names = rules(records)
+    tests = 2 * len(names) * len(SCORES)
+    found: tuple[dict[str, Figure], dict[str, Figure]] = ({}, {})
+    for name in names:
+        gain = gain_over_twin(records, name, key)
+        for held, sign in zip(found, (1, -1), strict=True):
+            if gain is not None and consistent(gain, sign, tests):
+                held[name] = gain
+    return found
