@@ -201,7 +201,8 @@ def _spread(evidence: Evidence) -> Verdict:
     new = f"{100 * churn.mean:.0f}% of the selected pairs are new at every step"
     ours = f"standard deviation of the peak correlation {top.text()}; {new}"
     verdict = HOLDS if churn.mean >= 0.25 else FAILS
-    return Verdict(claim, paper, ours, verdict, "the paper does not say of what its deviation is")
+    rule = "varies: a quarter or more of them are new; the paper does not say of what its deviation is"
+    return Verdict(claim, paper, ours, verdict, rule)
 
 
 def useful_range(evidence: Evidence, most: float = 0.01, least: float = 0.25) -> list[float]:

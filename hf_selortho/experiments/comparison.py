@@ -1,4 +1,4 @@
-"""Variants against their twin at equal reconstruction: what each buys, what it costs, and which of them is worth it."""
+"""Variants against their twin at equal L0: what each buys, what it costs, and which of them is worth it."""
 
 from __future__ import annotations
 

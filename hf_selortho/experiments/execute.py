@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
 from ..training.outputs import CHECKPOINTS, METRICS_LOG, RUN, read_rows, write_json
 from .compare_seeds import compare_seeds
 from .examples import EXAMPLES
@@ -55,13 +56,36 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
 
 
 def missing(unit: Unit, records: Records, places: Places, plan: Plan) -> list[str]:
-    """Variants of the unit to be trained: without a record, or whose weights are gone and still needed."""
+    """Variants of the unit to be trained: without a record, or whose weights are gone and still needed.
+
+    Raises:
+        SelOrthoError: a record is of other settings than the plan's.
+    """
+    for variant in unit.sweep.variants:
+        if records.has(unit.record(variant)):
+            check_settings(unit, variant, records)
     return [
         variant
         for variant in unit.sweep.variants
         if not records.has(unit.record(variant))
         or (weights_needed(unit, variant, records, plan) and sae_folder(places, unit, variant) is None)
     ]
+
+
+def check_settings(unit: Unit, variant: str, records: Records) -> None:
+    """Refuse a record of other settings than those that the plan gives the variant.
+
+    Raises:
+        SelOrthoError: names the record, the setting and both values.
+    """
+    wanted = {**unit.sweep.arguments, **unit.sweep.variants[variant], "seed": unit.seed}
+    arguments = records.read(name := unit.record(variant)).get("arguments", {})
+    for key, value in wanted.items():
+        if key in arguments and arguments[key] != value:
+            raise SelOrthoError(
+                f"{records.path(name)} is of {key} {arguments[key]}, the plan has {value}: remove the record, or "
+                "choose another --results_dir"
+            )
 
 
 def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bool:
@@ -74,12 +98,12 @@ def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bo
     if any(not records.has(follower.record(name)) for follower in followers for name in follower.sweep.variants):
         return True
     shown = (unit.sweep.name, unit.seed) == (plan.examples.get("sweep"), EXAMPLE_SEED)
-    return shown and variant in (TWIN, *example_variants(plan)) and not records.has(EXAMPLES)
+    return shown and variant in (TWIN, *example_variants(plan)) and not _has_examples(records, plan)
 
 
 def run_examples(plan: Plan, places: Places) -> None:
     """Keep pairs to read, of a twin and its SAE."""
-    if not plan.examples or Records(places.results).has(EXAMPLES):
+    if not plan.examples or _has_examples(Records(places.results), plan):
         return
     sweep = next(sweep for sweep in plan.sweeps if sweep.name == plan.examples["sweep"])
     unit = Unit(sweep, sweep.layers[0], EXAMPLE_SEED)
@@ -89,6 +113,12 @@ def run_examples(plan: Plan, places: Places) -> None:
         assert folder is not None  # it counts as missing until it is there
         folders[variant] = folder
     find_examples(plan, places, folders, EXAMPLE_SEED)
+
+
+def _has_examples(records: Records, plan: Plan) -> bool:
+    """Whether there are examples, of those SAEs that the plan names."""
+    known = records.read(EXAMPLES) if records.has(EXAMPLES) else {}
+    return bool(known) and all(known.get(key) == plan.examples.get(key) for key in ("sweep", "variant", "control"))
 
 
 def example_variants(plan: Plan) -> list[str]:

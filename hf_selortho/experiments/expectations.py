@@ -31,8 +31,9 @@ def expectations(findings: Findings) -> dict[str, Any]:
     Returns:
         "source": language model, layer and number of seeds. "saes": one entry for each variant of the sweeps with a
         fixed coefficient and all seeds; "fvu", "correlation" and "cosine" are relative, "dead" counts features.
-        "worlds": one entry for each variant and activation function on synthetic worlds, with the number of trainings,
-        over which means and deviations are; "fvu" is relative, "absorption" of hierarchies alone.
+        "worlds": one entry for each variant and activation function on synthetic worlds, once all of them are there,
+        with the number of trainings, over which means and deviations are; "fvu" is relative, "absorption" of
+        hierarchies alone.
     """
     plan = findings.plan
     fixed = [sweep for sweep in plan.sweeps if sweep.name in findings.pareto]
@@ -54,7 +55,8 @@ def expectations(findings: Findings) -> dict[str, Any]:
         ],
         "worlds": [
             {"activation": records[0]["settings"]["activation"], **found}
-            for records in by_recipe(findings.worlds).values()
+            for recipe, records in by_recipe(findings.worlds).items()
+            if len(records) == sum(run.recipe == recipe for run in findings.plan.worlds)
             for name in rules(records)
             if (found := _of_worlds(records, name)) is not None
         ],
@@ -76,7 +78,7 @@ def _of_worlds(records: Sequence[dict[str, Any]], variant: str) -> dict[str, Any
     gains = {key: gain_over_twin(having, variant, key) for key, having in of.items() if having}
     if price is None or len(gains) < len(_SCORES) or any(gain is None for gain in gains.values()):
         return None
-    settings = {**records[0]["settings"], **records[0]["variants"][variant]}
+    settings = {**records[0]["settings"], **records[0]["variants"].get(variant, {})}
     found = {key: _rounded(gain) for key, gain in {"fvu": price, **gains}.items() if gain is not None}
     return {"variant": variant, **_penalty(settings), **found, "trainings": len(records)}
 

@@ -1,4 +1,4 @@
-"""Figures of a plan: methods against one another at equal reconstruction, and the paper's curves of a training."""
+"""Figures of a plan: methods against one another at equal L0, and the paper's curves of a training."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def _band(axes: Axes, seeds: Sequence[Mapping[str, Sequence[float | None]]], key
     )
 
 
-def world_figure(recipes: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
+def recovery_figure(recipes: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path | None:
     """Every score of every rule as differences from the twin, a dot for each training; None if there are no rules.
 
     Args:
@@ -233,7 +233,8 @@ def world_figure(recipes: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         for number, (key, words) in enumerate(SCORES.items()):
             axes = picture.add_subplot(1, len(SCORES), number + 1)
             axes.axvline(0, color=BLACK, linewidth=0.8)
-            for shift, color, (recipe, records) in zip((-0.17, 0.17), (BLUE, VERMILION), recipes.items(), strict=False):
+            for color, (at, (recipe, records)) in zip(_RECIPE_COLORS, enumerate(recipes.items()), strict=False):
+                shift = 0.34 * (at - (len(recipes) - 1) / 2)
                 gains = {row: gain_over_twin(records, name, key) for row, name in enumerate(names)}
                 known = {row + shift: gain for row, gain in gains.items() if gain is not None}
                 points = [(value, row) for row, gain in known.items() for value in gain.values]
@@ -249,3 +250,6 @@ def world_figure(recipes: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         handles, labels = picture.axes[0].get_legend_handles_labels()
         picture.legend(handles, labels, loc="outside lower center", ncols=3)
         return save_picture(picture, path)
+
+
+_RECIPE_COLORS = (BLUE, VERMILION, GREEN, PURPLE)

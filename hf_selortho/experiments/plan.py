@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..training.arguments import SETTING_NAMES, read_named
+from .summaries import TWIN
 from .world_sampling import derived_seed
 
 PLANS = Path(__file__).with_name("plans")
@@ -246,6 +247,7 @@ class _Reader:
         self._one_of("examples: sweep", examples.get("sweep"), tuple(variants))
         for key in {"variant", "control"} & examples.keys() | {"variant"}:
             self._one_of(f"examples: {key}", examples.get(key), variants[examples["sweep"]])
+        self._one_of(f"examples: sweep {examples['sweep']!r} needs the twin", TWIN, variants[examples["sweep"]])
 
     def _named(self, kind: str, name: Any, known: Mapping[str, Any], where: str) -> Any:
         self._one_of(f"{where}: {kind}", name, tuple(known))

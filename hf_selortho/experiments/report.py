@@ -55,9 +55,10 @@ def _source(findings: Findings) -> str:
         return ""
     model, text = findings.harvest["model"], findings.harvest["text"]
     rows = "" if text["rows"] is None else f", {text['rows']:,} rows"
+    which = f"fingerprint `{text['fingerprint']}`" if text["fingerprint"] else f"revision `{text['revision']}`"
     return (
         f"- language model `{model['name']}` at revision `{model['revision']}`; text `{text['dataset']}`{rows}, split "
-        f"`{text['split']}`, fingerprint `{text['fingerprint']}`\n"
+        f"`{text['split']}`, {which}\n"
     )
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,21 @@ def _record_harvest(places: Places) -> None:
     source = {"model": content["model"], "text": text, "contexts": content["contexts"], "rows": content["rows"]}
     if records.has(HARVEST):
         before = records.read(HARVEST)
-        for what, key in (("text", "fingerprint"), ("model", "revision")):
-            if before[what][key] != source[what][key]:
+        for what in ("text", "model"):
+            if (known := identity(before[what])) != (own := identity(source[what])):
                 raise SelOrthoError(
-                    f"the records in {places.results} are of the {what} {before[what][key]}, not of that of this plan, "
-                    f"{source[what][key]}: choose another --results_dir"
+                    f"the records in {places.results} are of the {what} {known}, not of that of this plan, {own}: "
+                    "choose another --results_dir"
                 )
         return
     sha256 = sha256_of(places.shards / MANIFEST)
     records.write(HARVEST, {"kind": HARVEST, **source, "manifest_sha256": sha256, "versions": content["versions"]})
+
+
+def identity(source: Mapping[str, Any]) -> str:
+    """What a text or a language model is told from others by: the fingerprint of local files, else name and commit."""
+    named = " ".join(str(source[key]) for key in ("dataset", "name", "config", "split", "revision") if source.get(key))
+    return str(source.get("fingerprint") or named)
 
 
 def local_name(dataset: str) -> str:

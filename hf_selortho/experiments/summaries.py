@@ -102,7 +102,7 @@ def at_equal_l0(
 
     Between twins of several L0 the logarithm of a figure is taken as linear in that of L0: the FVU falls ever more
     slowly, so that straight lines would lie above it. Seeds whose L0 lies outside that of the twins are left out:
-    nothing is extrapolated.
+    nothing is extrapolated. Nor do twins count whose figure is not positive.
     """
     values = []
     for seed, record in sorted(summary.by_seed.items()):
@@ -111,7 +111,7 @@ def at_equal_l0(
             for twin in twins
             if seed in twin.by_seed
             and (l0 := value_of(twin.by_seed[seed], "l0"))
-            and (figure := value_of(twin.by_seed[seed], key))
+            and (figure := value_of(twin.by_seed[seed], key) or 0.0) > 0
         )
         own, l0 = value_of(record, key), value_of(record, "l0")
         if own is None or not l0:

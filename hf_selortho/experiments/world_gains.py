@@ -53,7 +53,9 @@ def gain_over_twin(records: Sequence[World], variant: str, key: str) -> Figure |
 def price_over_twin(records: Sequence[World], variant: str) -> Figure | None:
     """How much more variance is unexplained than by the twin, as a share of that."""
     pairs = _pairs(records, variant, "explained_variance")
-    return None if pairs is None else Figure(tuple((1 - own) / (1 - twin) - 1 for own, twin in pairs))
+    if pairs is None or any(twin >= 1 for _, twin in pairs):
+        return None
+    return Figure(tuple((1 - own) / (1 - twin) - 1 for own, twin in pairs))
 
 
 def _pairs(records: Sequence[World], variant: str, key: str) -> list[tuple[float, float]] | None:
@@ -64,23 +66,32 @@ def _pairs(records: Sequence[World], variant: str, key: str) -> list[tuple[float
 
 
 def consistent(gain: Figure, sign: int, tests: int) -> bool:
-    """Whether a gain has a sign in more of the trainings than chance would have it, by a sign test.
+    """Whether a gain has a sign in more of the trainings than chance would have it, by a sign test without ties.
 
     Args:
         gain: one value for each training.
         sign: 1 or -1.
         tests: how many there are, all of which are to be right at the [`LEVEL`] (Bonferroni).
     """
-    agreeing = sum(value * sign > 0 for value in gain.values)
-    return bool(binomtest(agreeing, len(gain.values), alternative="greater").pvalue < LEVEL / tests)
+    told = [value * sign > 0 for value in gain.values if value != 0]
+    return bool(told) and bool(binomtest(sum(told), len(told), alternative="greater").pvalue < LEVEL / tests)
+
+
+def count_of_tests(records: Sequence[World]) -> int:
+    """Sign tests of all rules and scores, in both directions."""
+    return 2 * len(rules(records)) * len(SCORES)
+
+
+def enough(records: Sequence[World]) -> bool:
+    """Whether there are so many trainings that a rule could pass, if all of them agreed."""
+    return bool(records) and 2.0 ** -len(records) * count_of_tests(records) < LEVEL
 
 
 def raised_and_lowered(records: Sequence[World], key: str) -> tuple[dict[str, Figure], dict[str, Figure]]:
     """The rules that raise a score over the twin's and those that lower it in more trainings than chance would."""
-    names = rules(records)
-    tests = 2 * len(names) * len(SCORES)
+    tests = count_of_tests(records)
     found: tuple[dict[str, Figure], dict[str, Figure]] = ({}, {})
-    for name in names:
+    for name in rules(records):
         gain = gain_over_twin(records, name, key)
         for held, sign in zip(found, (1, -1), strict=True):
             if gain is not None and consistent(gain, sign, tests):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..command_line import run_script, use_all_cores
+from ..errors import SelOrthoError
 from ..training.outputs import hardware, library_versions
 from .plan import WorldRun
 from .records import Records
@@ -25,11 +26,32 @@ from .worlds import World
 
 
 def missing_scores(run: WorldRun, records: Records) -> tuple[list[str], list[str]]:
-    """Variants and peers that the record of a run does not have."""
+    """Variants and peers that the record of a run does not have.
+
+    Raises:
+        SelOrthoError: the record is of another world, or of other settings.
+    """
     known = records.read(run.name) if records.has(run.name) else {}
+    if known:
+        _check_same(run, known, records)
     variants = [name for name in run.variants if name not in known.get("scores", {})]
     peers = [name for name in run.peers if name not in known.get("peers", {})]
     return variants, peers
+
+
+def _check_same(run: WorldRun, known: dict[str, Any], records: Records) -> None:
+    shared = run.variants.keys() & known["variants"].keys()
+    wanted = {
+        "world": World.from_json(run.world).to_json(), "settings": run.settings, "training": run.training,
+        "variants": {name: run.variants[name] for name in shared},
+    }  # fmt: skip
+    found = {**known, "variants": {name: known["variants"][name] for name in shared}}
+    for what, value in wanted.items():
+        if found[what] != value:
+            raise SelOrthoError(
+                f"{records.path(run.name)} is of the {what} {found[what]}, the plan has {value}: remove the record, or "
+                "choose another --results_dir"
+            )
 
 
 def score_world(run: WorldRun, records: Records, samples: int) -> None:
@@ -56,7 +78,8 @@ def add_scores(run: WorldRun, records: Records, samples: int, part: str, found: 
         run.name,
         {
             "kind": "world", "world": World.from_json(run.world).to_json(), "recipe": run.recipe, "seed": run.seed,
-            "settings": run.settings, "variants": run.variants, "training": run.training, "samples": samples, **parts,
+            "settings": run.settings, "variants": {**known.get("variants", {}), **run.variants},
+            "training": run.training, "samples": samples, **parts,
             "hardware": hardware(torch.device("cpu"), 1),
             "versions": {**library_versions(), "sae-lens": version("sae-lens")},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

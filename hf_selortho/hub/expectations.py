@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..configuration_selortho import SelOrthoConfig, score_of_selection
+
 EXPECTATIONS = Path(__file__).with_name("expectations.json")
 PENALTY_SETTINGS = (
     "penalty", "penalty_space", "selection_space", "ortho_coefficient", "pair_fraction", "decoder_ratio",
@@ -34,10 +36,11 @@ def expectation_facts(config: Mapping[str, Any]) -> dict[str, str] | None:
         penalty, "world_setting", "trainings", "world_fvu", "mcc", "uniqueness", "recovered", "f1" and "absorption".
         None if no such penalty was measured.
     """
-    if config.get("reduction", "mean") == "sum":  # its coefficient is another quantity
+    config = {**_defaults(), **{key: value for key, value in config.items() if value is not None}}
+    if config["reduction"] == "sum" or not config["ortho_coefficient"]:  # a sum's coefficient is another quantity
         return None
     known = _measured()
-    like = _LIKE.get(config.get("activation", "relu"))
+    like = _LIKE.get(config["activation"])
     found = _nearest(config, [one for one in known["saes"] if one["activation"] == like])
     if found is None:
         return None
@@ -57,6 +60,11 @@ def expectation_facts(config: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 @cache
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in SelOrthoConfig.own_fields()}
+
+
+@cache
 def _measured() -> dict[str, Any]:
     content: dict[str, Any] = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))
     return content
@@ -70,7 +78,7 @@ def _nearest(config: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -
     near = [one for one in measured if _kind(one) == _kind(config) and _distance(one, config) <= math.log(_FARTHEST)]
 
     def far(one: Mapping[str, Any]) -> tuple[float, float]:
-        return _distance(one, config), abs(math.log(one["selection_interval"] / config.get("selection_interval", 12)))
+        return _distance(one, config), abs(math.log(one["selection_interval"] / config["selection_interval"]))
 
     return min(near, key=far, default=None)
 
@@ -80,7 +88,8 @@ def _kind(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     if settings.get("penalty", "selective") != "selective":
         return (settings["penalty"],)
     companion = settings.get("decoder_pairs", "alike") if settings.get("decoder_ratio", 0) > 0 else None
-    return settings.get("penalty_space", "activation"), settings.get("selection_space", "same"), companion
+    space = settings.get("penalty_space", "activation")
+    return space, score_of_selection(space, settings.get("selection_space", "same")), companion
 
 
 def _distance(one: Mapping[str, Any], config: Mapping[str, Any]) -> float:

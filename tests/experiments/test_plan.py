@@ -135,8 +135,15 @@ def test_merged_goes_key_by_key() -> None:
         ),
         ({"sweps": {}}, "'sweps' is not known"),
         ({"examples": {"sweep": "three", "variant": "x"}}, "examples: sweep 'three': expected one of one, two"),
+        (
+            {"examples": {"sweep": "two", "variant": "x"}},
+            "examples: sweep 'two' needs the twin 'none': expected one of x",
+        ),
         ({"examples": {"sweep": "two", "variant": "y"}}, "examples: variant 'y': expected one of x"),
-        ({"examples": {"sweep": "two", "variant": "x", "control": "z"}}, "examples: control 'z': expected one of x"),
+        (
+            {"examples": {"sweep": "one", "variant": "full-1", "control": "z"}},
+            "examples: control 'z': expected one of none, full-1",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:

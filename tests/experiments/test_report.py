@@ -33,6 +33,17 @@ TWIN = {
 }  # fmt: skip
 
 
+CLASS = {
+    "pairs": 5, "fires": 1000, "apart": 3, "halved": 2, "correlation": 0.8, "correlation_beside": 0.2,
+    "decoder_cosine": 0.1, "decoder_cosine_beside": None,
+}  # fmt: skip
+PAIR = {
+    "label_a": "the|a", "label_b": "of", "fires_a": 2000, "fires_b": 1000, "a_given_b": 0.9, "b_given_a": 0.8,
+    "correlation": 0.75, "correlation_beside": 0.1, "decoder_cosine": 0.3, "decoder_cosine_beside": 0.2,
+    "context": None,
+}  # fmt: skip
+
+
 def sae_record(plan: Plan, sweep: str, variant: str, layer: int, seed: int) -> dict[str, Any]:
     arguments = next(one.arguments for one in plan.sweeps if one.name == sweep)
     evaluation = {key: value * (1 + 0.001 * seed) for key, value in {**TWIN, **CHANGES.get(variant, {})}.items()}
@@ -74,6 +85,13 @@ def written(tmp_path_factory) -> Path:
                 "hardware": "two cores", "versions": {"torch": "2.13.0"},
             },
         )  # fmt: skip
+    classes = {name: dict(CLASS) for name in ("duplicate", "nested", "co-occurring")}
+    examples = {"sweep": "topk", "variant": "activation-0.03", "control": "none-k28", "seed": 0, "tokens": 20_000}
+    pairs = {"separated": [PAIR], "nested": [], "control_classes": classes}
+    records.write("examples", {"kind": "examples", **examples, "classes": classes, **pairs})
+    text = {"dataset": "news.csv", "rows": 3800, "split": "train", "fingerprint": "40b2", "revision": None}
+    source = {"model": {"name": "gemma-3-270m", "revision": "a5fd"}, "text": text}
+    records.write("harvest", {"kind": "harvest", **source})
     records.write("tasks-layer8", {"kind": "tasks", "layer": 8, "no_probing": "the texts have no labels"})
     rows = [
         {"label": "no penalty", "seconds_per_step": 0.1, "memory_bytes": 1e8},
@@ -93,11 +111,11 @@ def test_every_section_is_written_and_every_picture_is_there(written) -> None:
     text = (written / "RESULTS.md").read_text()
     assert set(re.findall(r"^## (.*)$", text, re.MULTILINE)) == {
         "In short", "Names", "Methods at equal L0", "Adaptive coefficient", "On the language model",
-        "Known ground truth", "The paper's claims", "Table 1", "Ablations", "Layers", "Limits",
+        "Known ground truth", "Pairs to read", "The paper's claims", "Table 1", "Ablations", "Layers", "Limits",
     }  # fmt: skip
     for link in re.findall(r"\]\(([^)]*\.png)\)", text):
         assert (written / link).stat().st_size > 5000, link
-    assert "nan" not in text.lower().split()
+    assert not re.search(r"\bnan\b", text.lower())
     assert re.search(r"\. \d+ SAEs on activations, \d+ on synthetic worlds, 3 seeds of each", text), (
         "nothing is missing"
     )
@@ -156,6 +174,15 @@ def test_ground_truth_names_what_raises_a_score_in_more_trainings_than_chance(wr
     assert "SAELens `matryoshka` 0.400 and 0.500" in truth and "SAELens `standard` 0.400 and 0.500" in truth
 
 
+def test_pairs_are_told_with_how_often_they_fire(written) -> None:
+    pairs = section(written, "## Pairs to read")
+    assert "- “the a” (10% of tokens) and “of” (5% of tokens): correlation 0.75 → 0.10, P(a|b) 0.90" in pairs
+    assert "| `activation-0.03` | duplicate | 5 | 5% | 3 | 2 | 0.80 | 0.20 | 0.10 | - |" in pairs
+    assert "Of the twin's 15 most correlated pairs, 5 are duplicates and 5 nested" in pairs
+    assert "of the 15 most correlated pairs without penalty, 5 are duplicates" in section(written, "## In short")
+    assert "text `news.csv`, 3,800 rows, split `train`, fingerprint `40b2`" in (written / "RESULTS.md").read_text()
+
+
 def test_a_report_of_a_part_says_what_is_missing(tmp_path) -> None:
     plan = load_plan("demo")
     unit = plan.units()[0]
@@ -187,7 +214,8 @@ def test_a_cut_that_costs_dead_features_is_told_as_such(tmp_path) -> None:
             records.write(f"topk/{name}-layer8-seed{seed}", {**record, "evaluation": {**TWIN, **changes}})
     write_results(plan, tmp_path / "r", tmp_path / "RESULTS.md", "x")
     short = section(tmp_path, "## In short")
-    assert "OrtSAE (`ortsae-0.1`) by 60% for 0.0% more unexplained variance and 8.0 more dead features of 1280" in short
+    told = "OrtSAE (`ortsae-0.1`) cuts the cosine by 60% for 0.0% more unexplained variance and 8.0 more dead features"
+    assert f"{told} of 1280" in short
 
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +234,7 @@ def test_the_results_are_what_their_records_give(tmp_path) -> None:
 
 def test_the_records_are_of_the_plan_as_it_is() -> None:
     plan, records = load_plan("demo"), Records(ROOT / "results" / "demo")
-    seen = 0
+    seen = seen_worlds = 0
     for unit in plan.units():
         for variant, settings in unit.sweep.variants.items():
             if records.has(name := unit.record(variant)):
@@ -220,6 +248,9 @@ def test_the_records_are_of_the_plan_as_it_is() -> None:
             known = records.read(run.name)
             assert World.from_json(known["world"]) == World.from_json(run.world)
             assert (known["settings"], known["variants"]) == (run.settings, run.variants)
+            assert known["training"] == run.training and known["seed"] == run.seed
+            seen_worlds += 1
+    assert seen_worlds == len(list(records.all("world"))) == len(plan.worlds)
 
 
 def test_model_cards_expect_what_the_records_give() -> None:

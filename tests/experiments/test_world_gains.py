@@ -10,6 +10,7 @@ from hf_selortho.experiments.summaries import Figure
 from hf_selortho.experiments.world_gains import (
     by_recipe,
     consistent,
+    enough,
     gain_over_twin,
     hierarchies,
     price_over_twin,
@@ -32,6 +33,8 @@ def test_gains_and_prices_are_against_the_twin_of_the_same_training() -> None:
     assert price is not None and price.values == pytest.approx((0.2, 0.0)), "of the variance that the twin leaves"
     assert gain_over_twin(records, "none", "mcc") is None and gain_over_twin([], "a", "mcc") is None
     assert gain_over_twin(records, "a", "f1") is None
+    perfect = record(none={"explained_variance": 1.0}, a={"explained_variance": 1.0})
+    assert price_over_twin([perfect], "a") is None
     assert rules(records) == ["a"] and rules([*records, record(none={"mcc": 0.5})]) == []
 
 
@@ -40,6 +43,9 @@ def test_a_sign_counts_where_chance_would_seldom_have_it() -> None:
     assert consistent(twelve, 1, 96) and not consistent(twelve, -1, 96)  # 2**-12 * 96 = 0.023
     assert not consistent(eleven, 1, 96) and consistent(eleven, 1, 15)  # 13 / 2**12 * 15 = 0.048
     assert not consistent(Figure((0.0,) * 12), 1, 1), "no difference has no sign"
+    assert consistent(Figure((0.1,) * 12 + (0.0,) * 12), 1, 96), "ties say nothing"
+    records = [record(none={"mcc": 0.5}, a={"mcc": 0.6}) for _ in range(8)]
+    assert enough(records) and not enough(records[:7])  # 8 tests: 2**-7 * 8 = 0.0625
 
 
 def test_what_is_raised_and_what_is_lowered() -> None:

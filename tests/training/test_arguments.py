@@ -40,8 +40,8 @@ def test_the_papers_own_form_has_a_preset() -> None:
 
 
 def test_what_finds_more_of_the_true_features_has_a_preset() -> None:
-    a, paper = parse_arguments(["--preset", "gemma2-2b-l12-decoder"]), parse_arguments(["--preset", "gemma2-2b-l12"])
-    penalty = {"penalty_space": "decoder", "pair_fraction": 0.01, "ortho_coefficient": 0.1}
+    a, paper = parse_arguments(["--preset", "gemma2-2b-l12-exclusion"]), parse_arguments(["--preset", "gemma2-2b-l12"])
+    penalty = {"penalty_space": "exclusion", "pair_fraction": 0.01, "ortho_coefficient": 0.1}
     assert vars(a.sae) == {**vars(paper.sae), **penalty}
 
 

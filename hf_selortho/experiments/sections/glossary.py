@@ -49,7 +49,7 @@ def glossary(findings: Findings, figures: Path, link: str) -> str:
     aligned = table(["name", "what it is", "settings beside the coefficient"], rows).replace("|--:|--:|", "|:--|:--|")
     return (
         "## Names\n\nThe number in a name is `--ortho_coefficient`, which multiplies the penalty. "
-        f"`{TWIN}` is the twin without penalty, `{TWIN}-k28` and `{TWIN}-l0.03` are twins of another k or L1."
+        f"`{TWIN}` is the twin without penalty; `{TWIN}-k...` and `{TWIN}-l...` are twins of another k or L1."
         f"\n\n{aligned}\n\n{FIGURES}"
     )
 

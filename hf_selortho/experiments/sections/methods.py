@@ -174,7 +174,8 @@ def on_the_model(findings: Findings, figures: Path, link: str) -> str:
         if records:
             parts.append(
                 "How alike the seeds are (decoder cosines; features are shared if their matched cosine exceeds 0.7; "
-                "distinct directions: 1 if all seeds find the same, 3 if none of three do).\n\n" + seeds_table(records)
+                "distinct directions: 1 if all seeds find the same, the number of seeds if none do).\n\n"
+                + seeds_table(records)
             )
     return "\n\n".join(parts)
 
@@ -202,8 +203,9 @@ def changed_words(summaries: Sequence[Summary]) -> str:
         lines += [f"- {words}, {'; '.join(told)}."] * bool(known)
     if not lines:
         return ""
-    return "Different from the twin in every seed (of as many variants, a few would be by chance):\n\n" + "\n".join(
-        lines
+    return (
+        "Higher or lower than the twin in every seed, with the mean difference; of three seeds, chance alone would "
+        "have a quarter of all variants agree:\n\n" + "\n".join(lines)
     )
 
 
@@ -239,10 +241,12 @@ def steered_words(one: Comparison, found: Sequence[Comparison], steered: Collect
     name = family(one.summary.variant)
     own: Figure = getattr(one, key)
     same = [c for c in found if c.summary.variant not in steered and family(c.summary.variant) == name]
-    fixed = [c for c in same if len(c.fvu_excess.values) == len(own.values)]  # others lack a seed as yet
+    fixed = [c for c in same if seeds_of(c) == seeds_of(one)]  # others lack a seed as yet
     prices = ", ".join(f"{100 * price:+.1f}%" for price in one.relative_excess.values)
     words = f"`{one.summary.variant}`: {what} {own.percent()} for {prices} of FVU, by seed"
     gains, seeds = [], 0
+    if len(own.values) != len(one.relative_excess.values):
+        return f"{words}."
     for number, (price, bought) in enumerate(zip(one.relative_excess.values, own.values, strict=True)):
         points = sorted((c.relative_excess.values[number], getattr(c, key).values[number]) for c in fixed)
         expected = _between(points, price)
@@ -254,6 +258,12 @@ def steered_words(one: Comparison, found: Sequence[Comparison], steered: Collect
     if min(gains) <= 0 <= max(gains):
         return f"{words}; about what fixed ones of that price buy ({points_apart} by seed and way of interpolating)."
     return f"{words}; {'more' if max(gains) < 0 else 'less'} than fixed ones of that price buy ({points_apart})."
+
+
+def seeds_of(one: Comparison) -> list[tuple[int, ...]]:
+    """Seeds of a variant, and how many of them its figures are of."""
+    figures = (one.relative_excess, one.correlation, one.cosine)
+    return [tuple(sorted(one.summary.by_seed)), *((len(figure.values),) for figure in figures)]
 
 
 def _between(points: Sequence[tuple[float, float]], price: float) -> list[float]:

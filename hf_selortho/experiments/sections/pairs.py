@@ -67,7 +67,7 @@ def _duplicates(classes: Mapping[str, Mapping[str, Any]]) -> str:
     total = sum(facts["pairs"] for facts in classes.values())
     return (
         f"Of the twin's {total} most correlated pairs, {classes['duplicate']['pairs']} are duplicates and "
-        f"{classes['nested']['pairs']} nested; the others fire together and point elsewhere."
+        f"{classes['nested']['pairs']} nested; the others fire together on some tokens only, or point elsewhere."
     )
 
 

@@ -22,7 +22,7 @@ def claims(findings: Findings, figures: Path, link: str) -> str:
         "this plan's language model and text; unless said otherwise with the penalty as a mean over the pairs and on "
         "activations scaled to a mean squared norm of 1. A comparison holds, or does not, if every seed says so; else "
         "it cannot be judged. The paper speaks of 28% less correlation; its numbers, 0.31 and 0.28, are 9.7% apart. "
-        "Absolute seconds, gigabytes and its language model cannot be judged here.\n\n"
+        "Absolute seconds and gigabytes cannot be judged on another machine.\n\n"
         + verdict_table(verdicts(findings.evidence))
     )
 

@@ -20,15 +20,17 @@ from ..comparison import (
 from ..figures import family
 from ..findings import Findings
 from ..summaries import NAMES
-from ..world_gains import SCORES, by_recipe, gain_over_twin, price_over_twin, raised_and_lowered, rules
+from ..world_gains import SCORES, by_recipe, enough, gain_over_twin, price_over_twin, raised_and_lowered, rules
 from .pairs import duplicates_words
 
 PAPER = "activation"  # family of the paper's own penalty
-BRIEF = {  # in words, by the first part of a family's name
+BRIEF = {  # in words, by family or the first part of its name
     PAPER: "the paper's penalty",
+    "activation-wide": "a penalty on the correlations of 1% of the pairs",
+    "activation-seldom": "the paper's penalty with pairs selected every 12 steps",
     "full": "the penalty on all pairs",
     "decoder": "a penalty on decoder cosines",
-    "both": "one on correlations and decoder cosines",
+    "both": "a penalty on correlations and decoder cosines",
     "redundancy": "a penalty on the decoder cosines of pairs that fire together",
     "exclusion": "a penalty on the decoder cosines of pairs that do not fire together",
     "ortsae": "OrtSAE",
@@ -72,8 +74,8 @@ def _more_dead(found: Sequence[Comparison]) -> list[str]:
         return []
     features = cheapest.summary.settings["d_sae"]
     return [
-        f"{_named(cheapest)} by {-cheapest.cosine.mean:.0%} for {_price(cheapest)} and {cheapest.dead.mean:.1f} more "
-        f"dead features of {features}"
+        f"{_named(cheapest)} cuts the cosine by {-cheapest.cosine.mean:.0%} for {_price(cheapest)} and "
+        f"{cheapest.dead.mean:.1f} more dead features of {features}"
     ]
 
 
@@ -81,7 +83,10 @@ def _both(found: Sequence[Comparison]) -> str:
     """Whether a setting buys both cuts, and which."""
     if (best := best_of_both(found)) is not None:
         cuts = f"{-best.correlation.mean:.0%} less correlation and {-best.cosine.mean:.0%} less cosine"
-        lost = "" if best.recovered is None else f" and {-best.recovered.mean:.3f} less loss recovered"
+        lost = ""
+        if best.recovered is not None:
+            word = "less" if best.recovered.mean < 0 else "more"
+            lost = f" and {abs(best.recovered.mean):.3f} {word} loss recovered"
         return f"{_named(best)} buys both, {cuts} for {_price(best)} at equal L0{lost}"
     assert CORRELATION_CUT == 0.25  # or the words below are wrong
     asked = f"a quarter less correlation and {COSINE_CUT:.0%} less cosine for {RELATIVE_ROOM:.0%}"
@@ -94,7 +99,8 @@ def _named(one: Comparison) -> str:
 
 def named_variant(variant: str) -> str:
     """A variant in words, with its name."""
-    words = BRIEF.get(family(variant).partition("-")[0])
+    name = family(variant)
+    words = BRIEF.get(name, BRIEF.get(name.partition("-")[0]))
     return f"`{variant}`" if words is None else f"{words} (`{variant}`)"
 
 
@@ -132,24 +138,27 @@ def _changes(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> st
 
 
 def _raising(records: Sequence[Mapping[str, Any]]) -> str:
-    """The rule that raises the most scores in all but a few trainings and lowers the fewest."""
-    raised: dict[str, list[str]] = {name: [] for name in rules(records)}
-    lowered = dict.fromkeys(raised, 0)
+    """The rule that raises the most scores, less those that it lowers; of equal ones, the cheapest."""
+    if not enough(records):
+        return "too few trainings to tell a rise from chance"
+    raised: dict[str, list[str]] = {}
+    lowered: dict[str, list[str]] = {}
     for key, score in SCORES.items():
-        up, down = raised_and_lowered(records, key)
-        for name, gain in up.items():
-            raised[name].append(f"{score} ({gain.mean:+.3f})")
-        for name in down:
-            lowered[name] += 1
+        for told, found in zip((raised, lowered), raised_and_lowered(records, key), strict=True):
+            for name, gain in found.items():
+                told.setdefault(name, []).append(f"{score} ({gain.mean:+.3f})")
 
     def merit(name: str) -> tuple[float, float]:
         price = price_over_twin(records, name)
-        return len(raised[name]) - lowered[name], -(price.mean if price is not None else 0.0)
+        return len(raised[name]) - len(lowered.get(name, ())), -(price.mean if price is not None else 0.0)
 
-    best = max(raised, key=merit)
-    if not raised[best]:
+    best = max(raised, key=merit, default=None)
+    if best is None:
         return "no rule raises a score in more trainings than chance would have it"
-    return f"{named_variant(best)} raises {_listed(raised[best])}"
+    but = f" and lowers {_listed(lowered[best])}" if best in lowered else ""
+    price = price_over_twin(records, best)
+    cost = "" if price is None else f", FVU {price.mean:+.1%}"
+    return f"{named_variant(best)} raises {_listed(raised[best])}{but}{cost}"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..figures import world_figure
+from ..figures import recovery_figure
 from ..findings import Findings
 from ..summaries import NAMES, TWIN
 from ..tables import Column, table, world_table
@@ -16,6 +16,7 @@ from ..world_gains import (
     SCORES,
     by_recipe,
     by_world,
+    enough,
     gain_over_twin,
     hierarchies,
     price_over_twin,
@@ -49,20 +50,20 @@ def ground_truth(findings: Findings, figures: Path, link: str) -> str:
     if not findings.worlds:
         return ""
     parts = [
-        "## Known ground truth\n\nSynthetic activations of SAELens's models, whose features are known; every seed has "
-        "features and a hierarchy of its own. *MCC*: mean cosine of the best one-to-one matching of features and true "
-        "ones; *uniqueness*: how many different true ones are nearest to a feature, over the number of features; "
+        "## Known ground truth\n\nSynthetic activations of SAELens's models, whose features are known. *MCC*: mean "
+        "cosine of the best one-to-one matching of features and true ones; *uniqueness*: how many different true "
+        "ones are nearest to a feature, over the number of features; "
         f"*recovered*: share of the true ones that a feature points like, with a cosine of at least {RECOVERED}; "
         "*precision*, *recall* and *F1*: of features as detectors of the true ones nearest to them. *absorption*: how "
         "much more often a parent's feature is silent where a child is active than where none is; *merged*: cosine of "
-        "the child's decoder direction with the parent's true one, beyond that of the true directions. All but "
-        "recovered, absorption and merged are SAELens's own."
+        "the child's decoder direction with the parent's true one, beyond that of the true directions. MCC, "
+        "uniqueness, precision, recall, F1, explained variance, L0 and dead features are SAELens's figures."
     ]
     for recipe, records in by_recipe(findings.worlds).items():
         words = raised_words(records)
         parts += [f"### All worlds, {NAMES.get(recipe, recipe)}", words, over_worlds_table(records)] if words else []
-        parts += [beside_peers(records)] * any(record["peers"] for record in records)
-    if world_figure(by_recipe(findings.worlds), figures / "ground_truth.png") is not None:
+        parts += filter(None, [beside_peers(records)])
+    if recovery_figure(by_recipe(findings.worlds), figures / "ground_truth.png") is not None:
         parts.append(f"![Recovery of known features]({link}/ground_truth.png)")
     for (world, recipe), records in by_world(findings.worlds).items():
         columns = WORLD_COLUMNS + (HIERARCHY_COLUMNS if hierarchies(records) else ())
@@ -71,14 +72,16 @@ def ground_truth(findings: Findings, figures: Path, link: str) -> str:
 
 
 def _world_words(records: Sequence[Mapping[str, Any]]) -> str:
-    world, training = records[0]["world"], records[0]["training"]
+    world, training = records[0]["world"], {"batch_size": 1024, "learning_rate": 1e-3, **records[0]["training"]}
+    seeds = len({record["world"].get("seed") for record in records})
+    own = "; each seed has features of its own" * (seeds == len(records) > 1)
     tree = f", {world['roots']} roots with {world['children']} children each to depth {world['depth']}" * (
         world["structure"] == "hierarchical"
     )
     noise = f", noise {world['noise']:g}" if world["noise"] else ""
     settings = ", ".join(f"{key} {value}" for key, value in records[0]["settings"].items())
     words = (
-        f"{world['features']} features in {world['dimensions']} dimensions{tree}{noise}; {settings}; "
+        f"{world['features']} features in {world['dimensions']} dimensions{tree}{noise}{own}; {settings}; "
         f"{training['steps']} steps of {training['batch_size']} tokens, learning rate {training['learning_rate']:g}."
     )
     peers = [name for record in records for name in record["peers"]]
@@ -90,6 +93,8 @@ def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
     names = rules(records)
     if not names:
         return ""
+    if not enough(records):
+        return f"{len(records)} trainings are too few to tell a rise of a score from chance."
     lines = []
     for key, score in SCORES.items():
         told = []
@@ -99,9 +104,9 @@ def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"- {score}: {'; '.join(told)}.")
     return (
         f"Of the {len(names)} rules, those whose change of a score has the same sign in more of the {len(records)} "
-        f"trainings than chance would have it (sign test, {LEVEL:.0%} over all rules and scores of this table), with "
-        "their mean change; below, the mean change of all, and in how many trainings it is a rise. Rules differ in "
-        "price: read a score beside FVU and L0.\n\n" + "\n".join(lines)
+        f"trainings than chance would have it (sign test, {LEVEL:.0%} over all rules and these {len(SCORES)} scores), "
+        "with their mean change; below, the mean change of all, and in how many trainings it is a rise. Rules differ "
+        "in price: read a score beside FVU and L0.\n\n" + "\n".join(lines)
     )
 
 
@@ -113,9 +118,11 @@ def beside_peers(records: Sequence[Mapping[str, Any]]) -> str:
     told = []
     for name, scores in {**ours, **theirs}.items():
         known = [score for score in scores if score is not None]
-        if len(known) == len(scores):
+        if len(known) == len(scores) and all(score.get(key) is not None for score in known for key in ("mcc", "f1")):
             mcc, f1 = (statistics.fmean(score[key] for score in known) for key in ("mcc", "f1"))
             told.append(f"{name if name != TWIN else 'ours without penalty'} {mcc:.3f} and {f1:.3f}")
+    if len(told) < 2:
+        return ""
     return f"MCC and F1, mean over the {len(records)} trainings, on the same tokens and steps: {', '.join(told)}."
 
 
