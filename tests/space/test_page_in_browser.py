@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 SENTENCE = "The function returns a list of the names in the current local scope."
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
-SHORTER = {"max_steps": 40, "buffer_contexts": 320, "refresh_every": 8, "eval_samples": 60, "eval_ce_samples": 6}
+SHORTER = {"max_steps": 30, "buffer_contexts": 240, "refresh_every": 8, "eval_samples": 40, "eval_ce_samples": 4}
 
 
 def python(*command: str) -> None:
@@ -51,7 +51,7 @@ def run(tmp_path_factory) -> Path:
     python("scripts/train.py", "--preset", "demo", "--twin", *settings, "--output_dir", str(folder))
     labels = folder / "labels.json"
     labels.write_text(json.dumps({"3": HOSTILE}), encoding="utf-8")
-    build = ("scripts/build_feature_index.py", "--tokens", "12_000")
+    build = ("scripts/build_feature_index.py", "--tokens", "7_000")
     python(*build, str(folder / "layer_8"), "--labels", str(labels))
     python(*build, str(folder / "layer_8_twin"))
     return folder
