@@ -19,7 +19,7 @@ from ..comparison import (
 )
 from ..figures import family
 from ..findings import Findings
-from ..summaries import NAMES
+from ..summaries import NAMES, Figure
 from ..world_gains import SCORES, by_recipe, enough, gain_over_twin, price_over_twin, raised_and_lowered, rules
 from .pairs import duplicates_words
 
@@ -105,7 +105,11 @@ def named_variant(variant: str) -> str:
 
 
 def _price(one: Comparison) -> str:
-    excess = 100 * one.relative_excess.mean
+    return _share(one.relative_excess)
+
+
+def _share(price: Figure) -> str:
+    excess = 100 * price.mean
     return f"{abs(excess):.1f}% {'more' if excess >= 0 else 'less'} unexplained variance"
 
 
@@ -123,7 +127,12 @@ def world_words(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     shown = wanted if wanted in own else own[0]
     count = sum(len(records) for records in groups.values())
     told = [f"{named_variant(shown)} changes {_changes(groups, shown)}"]
-    told += [f"with {NAMES.get(recipe, recipe)}, {_raising(records)}" for recipe, records in groups.items()]
+    if not all(enough(records) for records in groups.values()):
+        told.append("too few trainings to tell a rise of a score from chance")
+    elif (best := _best_rule(groups)) is None:
+        told.append("no rule raises a score in more trainings than chance would have it")
+    else:
+        told.append(f"{named_variant(best)} {'; '.join(_raising(one, name, best) for name, one in groups.items())}")
     return f"**Known features** ({count} trainings on synthetic worlds): {'; '.join(told)}."
 
 
@@ -137,28 +146,33 @@ def _changes(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> st
     return f"the F1 of features as detectors of true ones by {' and '.join(found)}"
 
 
-def _raising(records: Sequence[Mapping[str, Any]]) -> str:
-    """The rule that raises the most scores, less those that it lowers; of equal ones, the cheapest."""
-    if not enough(records):
-        return "too few trainings to tell a rise from chance"
-    raised: dict[str, list[str]] = {}
-    lowered: dict[str, list[str]] = {}
+def _best_rule(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+    """The rule that raises the most scores, less those that it lowers; of equal ones, that with the largest F1."""
+    merits: dict[str, int] = {}
+    for records in groups.values():
+        for key in SCORES:
+            for found, sign in zip(raised_and_lowered(records, key), (1, -1), strict=True):
+                for name in found:
+                    merits[name] = merits.get(name, 0) + sign
+
+    def merit(name: str) -> tuple[int, float]:
+        gains = [gain_over_twin(records, name, "f1") for records in groups.values()]
+        return merits[name], sum(gain.mean for gain in gains if gain is not None)
+
+    return max((name for name, count in merits.items() if count > 0), key=merit, default=None)
+
+
+def _raising(records: Sequence[Mapping[str, Any]], recipe: str, name: str) -> str:
+    """What a rule raises and lowers with a kind of SAE, and its price."""
+    told: dict[str, list[str]] = {"raises": [], "lowers": []}
     for key, score in SCORES.items():
-        for told, found in zip((raised, lowered), raised_and_lowered(records, key), strict=True):
-            for name, gain in found.items():
-                told.setdefault(name, []).append(f"{score} ({gain.mean:+.3f})")
-
-    def merit(name: str) -> tuple[float, float]:
-        price = price_over_twin(records, name)
-        return len(raised[name]) - len(lowered.get(name, ())), -(price.mean if price is not None else 0.0)
-
-    best = max(raised, key=merit, default=None)
-    if best is None:
-        return "no rule raises a score in more trainings than chance would have it"
-    but = f" and lowers {_listed(lowered[best])}" if best in lowered else ""
-    price = price_over_twin(records, best)
-    cost = "" if price is None else f", FVU {price.mean:+.1%}"
-    return f"{named_variant(best)} raises {_listed(raised[best])}{but}{cost}"
+        for words, found in zip(told.values(), raised_and_lowered(records, key), strict=True):
+            full = "the share of true features recovered" if key == "recovered" else score
+            words += [f"{full} ({found[name].mean:+.3f})"] if name in found else []
+    price = price_over_twin(records, name)
+    cost = "" if price is None else f" for {_share(price)}"
+    does = [f"{verb} {_listed(words)}" for verb, words in told.items() if words]
+    return f"with {NAMES.get(recipe, recipe)} {' and '.join(does) or 'raises nothing'}{cost}"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -102,12 +102,24 @@ def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
             listed = [f"`{name}` ({gain.mean:+.3f})" for name, gain in found.items()]
             told.append(f"{word} by {', '.join(listed) or 'none'}")
         lines.append(f"- {score}: {'; '.join(told)}.")
+    lines += absorption_words(records)
     return (
         f"Of the {len(names)} rules, those whose change of a score has the same sign in more of the {len(records)} "
         f"trainings than chance would have it (sign test, {LEVEL:.0%} over all rules and these {len(SCORES)} scores), "
         "with their mean change; below, the mean change of all, and in how many trainings it is a rise. Rules differ "
         "in price: read a score beside FVU and L0.\n\n" + "\n".join(lines)
     )
+
+
+def absorption_words(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rules under which a parent's feature is silent more often, or less often, in every hierarchy."""
+    having = hierarchies(records)
+    gains = {name: gain_over_twin(having, name, "absorption") for name in rules(records)}
+    told = []
+    for word, sign in (("higher", 1), ("lower", -1)):
+        found = [n for n, gain in gains.items() if gain is not None and all(sign * v > 0 for v in gain.values)]
+        told.append(f"{word} in all of them with {', '.join(f'`{name}`' for name in found) or 'none'}")
+    return [f"- absorption, in the {len(having)} trainings on hierarchies: {'; '.join(told)}."] if having else []
 
 
 def beside_peers(records: Sequence[Mapping[str, Any]]) -> str:
