@@ -65,7 +65,7 @@ def pareto_figure(found: Sequence[Comparison], path: Path, title: str) -> Path:
     points = {key: _at_twins_l0(found, key) for key in PANELS}
     shown = [key for key, figures in points.items() if any(any(figure.values) for figure in figures.values())]
     with rc_context(STYLE):
-        columns = 3
+        columns = 2 if len(shown) in (2, 4) else 3
         lines = math.ceil(len(shown) / columns)
         picture = Picture(figsize=(4.3 * columns, 3.4 * lines + 0.7), layout="constrained")
         picture.suptitle(title, x=0.01, ha="left")
