@@ -409,7 +409,9 @@ def test_the_card_says_what_may_be_expected_of_its_penalty() -> None:
 @pytest.mark.parametrize(
     ("changes", "variant"),
     [
-        ({"ortho_coefficient": 0.04}, "activation-0.03"),
+        ({"ortho_coefficient": 0.04, "selection_interval": 1}, "activation-0.03"),
+        ({"ortho_coefficient": 0.04}, "activation-seldom-0.03"),  # of the two, the one that selected every 12 steps
+        ({"ortho_coefficient": 0.0}, None),
         ({"ortho_coefficient": 1.0}, "activation-0.3"),
         ({"ortho_coefficient": 5.0}, None),  # too far from everything that was measured
         ({"ortho_coefficient": 0.1, "pair_fraction": 0.02}, "activation-wide-0.1"),
