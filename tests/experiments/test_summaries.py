@@ -13,7 +13,7 @@ from hf_selortho import SelOrthoError
 from hf_selortho.experiments.claims import FAILS, HOLDS, SMALLER, UNKNOWN, Evidence, useful_range, verdicts
 from hf_selortho.experiments.comparison import best_by, cheapest_by, comparisons, nearest_to_both
 from hf_selortho.experiments.records import Records, thinned
-from hf_selortho.experiments.sections.methods import steered_words
+from hf_selortho.experiments.sections.steering import steered_words
 from hf_selortho.experiments.summaries import Figure, at_equal_l0, interpolate, paired, summarise, value_of
 
 

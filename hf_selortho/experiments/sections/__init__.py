@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ..findings import Findings
 from .glossary import glossary
-from .methods import adaptive, on_the_model, pareto
+from .language_model import on_the_model
+from .methods import pareto
 from .pairs import example_pairs
 from .paper import ablations, claims, layers, limits, table_one
 from .short import in_short
+from .steering import adaptive
 from .truth import ground_truth
 
 Section = Callable[[Findings, Path, str], str]  # findings, folder for figures, how to link to it
