@@ -200,7 +200,7 @@ def test_in_short_says_what_the_tables_say(written) -> None:
     assert f"none of the {count} settings tried buys both" in topk and relu.startswith("- **ReLU + L1**: ")
     runs = load_plan("demo").worlds
     assert f"({len(runs)} trainings" in truth and "(`activation-0.03`) changes the F1" in truth
-    assert "+0.000 (TopK, FVU +0%) and +0.000 (ReLU + L1, FVU +0%)" in truth
+    assert "+0.000 (TopK, for 0.0% more unexplained variance) and +0.000 (ReLU + L1, for 0.0% more" in truth
     told = [
         f"(`{name}`) with TopK raises MCC (+{0.01 * n:.3f}) for 0.0% more" for n, name in enumerate(runs[0].variants)
     ]

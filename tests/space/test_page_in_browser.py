@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 SENTENCE = "The function returns a list of the names in the current local scope."
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
-SHORTER = {"max_steps": 30, "buffer_contexts": 240, "refresh_every": 8, "eval_samples": 40, "eval_ce_samples": 4}
+SHORTER = {"max_steps": 30, "buffer_contexts": 256, "refresh_every": 8, "eval_samples": 40, "eval_ce_samples": 4}
 
 
 def python(*command: str) -> None:

@@ -142,7 +142,7 @@ def _changes(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> st
     for recipe, records in groups.items():
         gain, price = gain_over_twin(records, name, "f1"), price_over_twin(records, name)
         if gain is not None and price is not None:
-            found.append(f"{gain.mean:+.3f} ({NAMES.get(recipe, recipe)}, FVU {price.mean:+.0%})")
+            found.append(f"{gain.mean:+.3f} ({NAMES.get(recipe, recipe)}, for {_share(price)})")
     return f"the F1 of features as detectors of true ones by {' and '.join(found)}"
 
 
