@@ -42,10 +42,10 @@ def test_report_of_a_batch(penalty) -> None:
     reconstruction = out.reconstruction.detach()
     h = out.feature_acts
     unit = h / h.norm(dim=0)
-    correlations = (unit.T @ unit).triu(1).flatten().sort(descending=True).values[:4]  # ceil(0.02 * 190)
+    correlations = (unit.T @ unit).triu(1).flatten().sort(descending=True).values[:4].detach()  # ceil(0.02 * 190)
     assert report["fvu"] == pytest.approx(float((reconstruction - x).square().sum() / (x - x.mean(0)).square().sum()))
     assert report["l0"] == pytest.approx(float((h > 0).sum() / 200))
-    assert report["peak_correlation"] == pytest.approx(float(correlations[0].detach()), abs=1e-6)
+    assert report["peak_correlation"] == pytest.approx(float(correlations[0]), abs=1e-6)
     assert report["top_correlation"] == pytest.approx(float(correlations.mean()), abs=1e-6)
     assert report["selected_pairs"] == 4
     assert report["loss"] == pytest.approx(report["reconstruction"] + report["l1"] + report["ortho"], rel=1e-5)
