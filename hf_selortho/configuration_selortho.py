@@ -239,6 +239,11 @@ class SelOrthoConfig(PreTrainedConfig):
         return [f for f in fields(cls) if "help" in f.metadata]
 
     @classmethod
+    def default_settings(cls) -> dict[str, Any]:
+        """Default of every field by name."""
+        return {f.name: f.default for f in cls.own_fields()}
+
+    @classmethod
     def describe(cls) -> dict[str, str]:
         """Description of every field by name."""
         return {f.name: f.metadata["help"] for f in cls.own_fields()}

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .comparison import is_twin
-from .summaries import TWIN, Figure, Summary, at_equal_l0, paired
+from .summaries import TWIN, Figure, Summary, at_equal_l0, is_twin, paired
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be judged here"
 SMALLER = "in the same direction, less than half as much"
@@ -53,7 +52,7 @@ class Evidence:
         """What a figure of a variant exceeds the twin's by, as a share of it, at equal L0."""
         own = self.of(variant)
         twins = [s for (sweep, layer, _), s in self.summaries.items() if (sweep, layer) == ("paper", self.layer)]
-        return None if own is None else at_equal_l0(own, [s for s in twins if is_twin(s)], key, relative=True)
+        return None if own is None else at_equal_l0(own, [s for s in twins if is_twin(s.variant)], key, relative=True)
 
 
 MAIN, FULL = "selective-0.1", "full-0.1"  # Table 1's two columns
@@ -73,9 +72,9 @@ def _by_seeds(difference: Figure | None, sign: float, least: float = 0.0) -> str
     """
     if difference is None:
         return UNKNOWN
-    if all(value * sign > 0 for value in difference.values):
+    if difference.agrees(sign):
         return HOLDS if difference.mean * sign >= least else SMALLER
-    return FAILS if all(value * sign < 0 for value in difference.values) else UNKNOWN
+    return FAILS if difference.agrees(-sign) else UNKNOWN
 
 
 def _comparison(claim: str, paper: str, key: str, sign: float, digits: int) -> Judge:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .summaries import TWIN, Figure, Summary, at_equal_l0, paired
+from .summaries import Figure, Summary, at_equal_l0, is_twin, paired, twin_among
 
 FVU_ROOM = 0.004  # absolute, above the twin's at equal L0
 RELATIVE_ROOM = 0.01  # of the twin's FVU, for both cuts at once
@@ -67,14 +67,14 @@ class Comparison:
 
 def comparisons(summaries: Sequence[Summary]) -> list[Comparison]:
     """Of every variant of a sweep at one layer with its twin; variants whose L0 no twins enclose are left out."""
-    twin = next((summary for summary in summaries if summary.variant == TWIN), None)
+    twin = twin_among(summaries)
     if twin is None:
         return []
-    twins = [summary for summary in summaries if is_twin(summary)]
+    twins = [summary for summary in summaries if is_twin(summary.variant)]
     fixed = twin.settings.get("activation") in ("topk", "batchtopk")
     found = []
     for summary in summaries:
-        if is_twin(summary):
+        if is_twin(summary.variant):
             continue
 
         def against(key: str, relative: bool = True, own: Summary = summary) -> Figure | None:
@@ -98,12 +98,7 @@ def comparisons(summaries: Sequence[Summary]) -> list[Comparison]:
 def left_out(summaries: Sequence[Summary], found: Sequence[Comparison]) -> list[str]:
     """Variants that could not be compared."""
     compared = {one.summary.variant for one in found}
-    return [s.variant for s in summaries if not is_twin(s) and s.variant not in compared]
-
-
-def is_twin(summary: Summary) -> bool:
-    """Whether a variant has no penalty; besides the twin proper there are some of other sparsities."""
-    return summary.variant == TWIN or summary.variant.startswith(f"{TWIN}-")
+    return [s.variant for s in summaries if not is_twin(s.variant) and s.variant not in compared]
 
 
 def best_by(found: Sequence[Comparison], key: str) -> Comparison | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
-from ..errors import SelOrthoError
 from ..training.outputs import CHECKPOINTS, METRICS_LOG, RUN, read_rows, write_json
 from .compare_seeds import compare_seeds
 from .examples import EXAMPLES
@@ -36,11 +35,15 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
     """Train and measure every SAE of the plan that has no record, then compare the seeds of every sweep.
 
     Raises:
-        SelOrthoError: a process has failed; says which, where its log is, and that the plan goes on from there.
+        SelOrthoError: a record is of other settings than the plan's; or a process has failed: says which, where its log
+            is, and that the plan goes on from there.
     """
     records = Records(places.results)
-    units = [unit for unit in plan.units() if missing(unit, records, places, plan)]
-    cost = sum(_cost(unit, missing(unit, records, places, plan)) for unit in units)
+    for unit in plan.units():
+        check_settings(unit, records)
+    left = [(unit, missing(unit, records, places, plan)) for unit in plan.units()]
+    units = [unit for unit, variants in left if variants]
+    cost = sum(_cost(unit, variants) for unit, variants in left)
     progress, comparing = Progress(cost, "trainings", "SAE step"), threading.Lock()
 
     def work(unit: Unit, slot: int) -> None:
@@ -56,14 +59,7 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
 
 
 def missing(unit: Unit, records: Records, places: Places, plan: Plan) -> list[str]:
-    """Variants of the unit to be trained: without a record, or whose weights are gone and still needed.
-
-    Raises:
-        SelOrthoError: a record is of other settings than the plan's.
-    """
-    for variant in unit.sweep.variants:
-        if records.has(unit.record(variant)):
-            check_settings(unit, variant, records)
+    """Variants of the unit to be trained: without a record, or whose weights are gone and still needed."""
     return [
         variant
         for variant in unit.sweep.variants
@@ -72,20 +68,17 @@ def missing(unit: Unit, records: Records, places: Places, plan: Plan) -> list[st
     ]
 
 
-def check_settings(unit: Unit, variant: str, records: Records) -> None:
-    """Refuse a record of other settings than those that the plan gives the variant.
+def check_settings(unit: Unit, records: Records) -> None:
+    """Refuse records of other settings than those that the plan gives the unit's variants.
 
     Raises:
         SelOrthoError: names the record, the setting and both values.
     """
-    wanted = {**unit.sweep.arguments, **unit.sweep.variants[variant], "seed": unit.seed}
-    arguments = records.read(name := unit.record(variant)).get("arguments", {})
-    for key, value in wanted.items():
-        if key in arguments and arguments[key] != value:
-            raise SelOrthoError(
-                f"{records.path(name)} is of {key} {arguments[key]}, the plan has {value}: remove the record, or "
-                "choose another --results_dir"
-            )
+    for variant, settings in unit.sweep.variants.items():
+        if records.has(name := unit.record(variant)):
+            wanted = {**unit.sweep.arguments, **settings, "seed": unit.seed}
+            arguments = records.read(name).get("arguments", {})
+            records.refuse_other(name, ((key, arguments.get(key, value), value) for key, value in wanted.items()))
 
 
 def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bool:
@@ -156,7 +149,7 @@ def members_of(folder: Path, layer: int) -> dict[str, Path]:
 
 def beside(sweep: Sweep, own: str, variant: str) -> dict[str, Any]:
     """Settings of a variant in the training of another one, whose own settings are not the variant's."""
-    defaults = {f.name: f.default for f in SelOrthoConfig.own_fields()}
+    defaults = SelOrthoConfig.default_settings()
     undone = {key: sweep.arguments.get(key, defaults[key]) for key in sweep.variants[own]}
     return {**undone, **sweep.variants[variant]}
 

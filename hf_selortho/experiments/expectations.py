@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from .comparison import comparisons
 from .findings import Findings
 from .plan import load_plan
 from .summaries import Figure
-from .world_gains import by_recipe, gain_over_twin, hierarchies, price_over_twin, rules
+from .world_gains import by_recipe, gain_over_twin, price_over_twin, rules
 
 _SCORES = ("mcc", "uniqueness", "recovered", "f1", "absorption")
-_DEFAULTS = {field.name: field.default for field in fields(SelOrthoConfig)}
+_DEFAULTS = SelOrthoConfig.default_settings()
 
 
 def expectations(findings: Findings) -> dict[str, Any]:
@@ -74,12 +73,11 @@ def _penalty(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _of_worlds(records: Sequence[dict[str, Any]], variant: str) -> dict[str, Any] | None:
     """Means of a variant over the worlds and seeds of a recipe; None if a score is missing."""
     price = price_over_twin(records, variant)
-    of = {key: hierarchies(records) if key == "absorption" else records for key in _SCORES}
-    gains = {key: gain_over_twin(having, variant, key) for key, having in of.items() if having}
-    if price is None or len(gains) < len(_SCORES) or any(gain is None for gain in gains.values()):
+    gains = {"fvu": price} | {key: gain_over_twin(records, variant, key) for key in _SCORES}
+    found = {key: _rounded(gain) for key, gain in gains.items() if gain is not None}
+    if len(found) < len(gains):
         return None
     settings = {**records[0]["settings"], **records[0]["variants"].get(variant, {})}
-    found = {key: _rounded(gain) for key, gain in {"fvu": price, **gains}.items() if gain is not None}
     return {"variant": variant, **_penalty(settings), **found, "trainings": len(records)}
 
 

@@ -62,7 +62,7 @@ def pareto_figure(found: Sequence[Comparison], path: Path, title: str) -> Path:
         found: comparisons with one twin, at least one.
     """
     twin = found[0].twin
-    points = {key: _at_twins_l0(found, key) for key in PANELS}
+    prices, points = _at_twins_l0(found, "fvu"), {key: _at_twins_l0(found, key) for key in PANELS}
     shown = [key for key, figures in points.items() if any(any(figure.values) for figure in figures.values())]
     with rc_context(STYLE):
         columns = 2 if len(shown) in (2, 4) else 3
@@ -71,7 +71,7 @@ def pareto_figure(found: Sequence[Comparison], path: Path, title: str) -> Path:
         picture.suptitle(title, x=0.01, ha="left")
         for number, key in enumerate(shown):
             axes = picture.add_subplot(lines, columns, number + 1)
-            _panel(axes, [twin, *(one.summary for one in found)], _at_twins_l0(found, "fvu"), points[key])
+            _panel(axes, [twin, *(one.summary for one in found)], prices, points[key])
             _from_zero(axes, key)
             axes.set_title(PANELS[key][0] + (" (lower is better)" if PANELS[key][1] else " (higher is better)"))
             if number >= len(shown) - columns:

@@ -245,7 +245,7 @@ class _Reader:
         self._refuse_unknown("examples", examples, {"sweep", "variant", "control"})
         variants = {sweep.name: tuple(sweep.variants) for sweep in sweeps}
         self._one_of("examples: sweep", examples.get("sweep"), tuple(variants))
-        for key in {"variant", "control"} & examples.keys() | {"variant"}:
+        for key in ("variant", *({"control"} & examples.keys())):
             self._one_of(f"examples: {key}", examples.get(key), variants[examples["sweep"]])
         self._one_of(f"examples: sweep {examples['sweep']!r} needs the twin", TWIN, variants[examples["sweep"]])
 

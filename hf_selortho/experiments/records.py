@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,22 @@ class Records:
                 f"expected {SCHEMA_VERSION}: remove it and run the plan again"
             )
         return content
+
+    def refuse_other(self, name: str, facts: Iterable[tuple[str, Any, Any]]) -> None:
+        """Refuse a record that is of something else than the plan.
+
+        Args:
+            facts: what it is of in words, what the record has, and what the plan has.
+
+        Raises:
+            SelOrthoError: names the record, and the first thing that differs with both values.
+        """
+        for what, found, wanted in facts:
+            if found != wanted:
+                raise SelOrthoError(
+                    f"{self.path(name)} is of {what} {found}, the plan has {wanted}: remove the record, or choose "
+                    "another --results_dir"
+                )
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a record, whole or not at all."""

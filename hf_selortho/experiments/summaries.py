@@ -28,6 +28,10 @@ class Figure:
         """Sample standard deviation over the seeds; None of a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
+    def agrees(self, sign: float) -> bool:
+        """Whether every seed has this sign."""
+        return all(value * sign > 0 for value in self.values)
+
     def text(self, digits: int = 3) -> str:
         """Mean ± standard deviation, such as "0.083 ± 0.001"."""
         spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
@@ -64,6 +68,16 @@ class Summary:
         """Arguments of the training."""
         arguments: dict[str, Any] = next(iter(self.by_seed.values()))["arguments"]
         return arguments
+
+
+def is_twin(variant: str) -> bool:
+    """Whether a variant has no penalty; besides the twin proper there are some of other sparsities."""
+    return variant == TWIN or variant.startswith(f"{TWIN}-")
+
+
+def twin_among(summaries: Iterable[Summary]) -> Summary | None:
+    """The twin proper; None if it is not there."""
+    return next((summary for summary in summaries if summary.variant == TWIN), None)
 
 
 def value_of(record: Mapping[str, Any], key: str) -> float | None:

@@ -7,12 +7,12 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from .summaries import TWIN, Figure
+from .summaries import NAMES, TWIN, Figure, is_twin
 
 SCORES = {"mcc": "MCC", "uniqueness": "uniqueness", "recovered": "recovered", "f1": "F1"}  # that a rule is to raise
 LEVEL = 0.05  # of the sign tests, all of a kind of SAE taken together
 
-World = Mapping[str, Any]  # a record of one world, recipe and seed
+WorldRecord = Mapping[str, Any]  # a record of one world, recipe and seed
 
 
 def by_world(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -21,9 +21,10 @@ def by_world(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[di
 
 
 def by_recipe(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records by the name of the recipe, those of TopK first, as elsewhere in the report."""
+    """Records by the name of the recipe, in the order of [`NAMES`]."""
     groups = _by_key(records, lambda record: str(record["recipe"]))
-    return {name: groups[name] for name in sorted(groups, reverse=True)}
+    order = {name: number for number, name in enumerate(NAMES)}
+    return {name: groups[name] for name in sorted(groups, key=lambda name: order.get(name, len(order)))}
 
 
 def _by_key(records: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> dict[Any, list[Any]]:
@@ -33,24 +34,27 @@ def _by_key(records: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], A
     return groups
 
 
-def hierarchies(records: Sequence[World]) -> list[World]:
+def hierarchies(records: Sequence[WorldRecord]) -> list[WorldRecord]:
     """Those of worlds whose features have parents, in which there is absorption."""
     return [record for record in records if record["world"]["structure"] == "hierarchical"]
 
 
-def rules(records: Sequence[World]) -> list[str]:
+def rules(records: Sequence[WorldRecord]) -> list[str]:
     """Variants with a penalty that every one of the trainings has."""
     names = list(records[0]["scores"]) if records else []
     return [name for name in names if all(gain_over_twin([record], name, "mcc") is not None for record in records)]
 
 
-def gain_over_twin(records: Sequence[World], variant: str, key: str) -> Figure | None:
-    """Difference of a score from the twin's of the same seed; None for the twin itself, or where a seed lacks it."""
-    pairs = _pairs(records, variant, key)
+def gain_over_twin(records: Sequence[WorldRecord], variant: str, key: str) -> Figure | None:
+    """Difference of a score from the twin's of the same seed; None for the twin itself, or where a seed lacks it.
+
+    Absorption is a score of hierarchies alone, and its difference one of those among the records.
+    """
+    pairs = _pairs(hierarchies(records) if key == "absorption" else records, variant, key)
     return None if pairs is None else Figure(tuple(own - twin for own, twin in pairs))
 
 
-def price_over_twin(records: Sequence[World], variant: str) -> Figure | None:
+def price_over_twin(records: Sequence[WorldRecord], variant: str) -> Figure | None:
     """How much more variance is unexplained than by the twin, as a share of that."""
     pairs = _pairs(records, variant, "explained_variance")
     if pairs is None or any(twin >= 1 for _, twin in pairs):
@@ -58,8 +62,8 @@ def price_over_twin(records: Sequence[World], variant: str) -> Figure | None:
     return Figure(tuple((1 - own) / (1 - twin) - 1 for own, twin in pairs))
 
 
-def _pairs(records: Sequence[World], variant: str, key: str) -> list[tuple[float, float]] | None:
-    if variant == TWIN or variant.startswith(f"{TWIN}-"):
+def _pairs(records: Sequence[WorldRecord], variant: str, key: str) -> list[tuple[float, float]] | None:
+    if is_twin(variant):
         return None
     pairs = [(r["scores"].get(variant, {}).get(key), r["scores"].get(TWIN, {}).get(key)) for r in records]
     return None if not pairs or any(own is None or twin is None for own, twin in pairs) else pairs
@@ -77,17 +81,17 @@ def consistent(gain: Figure, sign: int, tests: int) -> bool:
     return bool(told) and bool(binomtest(sum(told), len(told), alternative="greater").pvalue < LEVEL / tests)
 
 
-def count_of_tests(records: Sequence[World]) -> int:
+def count_of_tests(records: Sequence[WorldRecord]) -> int:
     """Sign tests of all rules and scores, in both directions."""
     return 2 * len(rules(records)) * len(SCORES)
 
 
-def enough(records: Sequence[World]) -> bool:
+def enough(records: Sequence[WorldRecord]) -> bool:
     """Whether there are so many trainings that a rule could pass, if all of them agreed."""
     return bool(records) and 2.0 ** -len(records) * count_of_tests(records) < LEVEL
 
 
-def raised_and_lowered(records: Sequence[World], key: str) -> tuple[dict[str, Figure], dict[str, Figure]]:
+def raised_and_lowered(records: Sequence[WorldRecord], key: str) -> tuple[dict[str, Figure], dict[str, Figure]]:
     """The rules that raise a score over the twin's and those that lower it in more trainings than chance would."""
     tests = count_of_tests(records)
     found: tuple[dict[str, Figure], dict[str, Figure]] = ({}, {})

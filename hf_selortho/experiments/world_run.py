@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..command_line import run_script, use_all_cores
-from ..errors import SelOrthoError
 from ..training.outputs import hardware, library_versions
 from .plan import WorldRun
 from .records import Records
@@ -41,17 +40,13 @@ def missing_scores(run: WorldRun, records: Records) -> tuple[list[str], list[str
 
 def _check_same(run: WorldRun, known: dict[str, Any], records: Records) -> None:
     shared = run.variants.keys() & known["variants"].keys()
-    wanted = {
-        "world": World.from_json(run.world).to_json(), "settings": run.settings, "training": run.training,
-        "variants": {name: run.variants[name] for name in shared},
-    }  # fmt: skip
-    found = {**known, "variants": {name: known["variants"][name] for name in shared}}
-    for what, value in wanted.items():
-        if found[what] != value:
-            raise SelOrthoError(
-                f"{records.path(run.name)} is of the {what} {found[what]}, the plan has {value}: remove the record, or "
-                "choose another --results_dir"
-            )
+    facts = [
+        ("the world", known["world"], World.from_json(run.world).to_json()),
+        ("the settings", known["settings"], run.settings),
+        ("the training", known["training"], run.training),
+        ("the variants", {n: known["variants"][n] for n in shared}, {n: run.variants[n] for n in shared}),
+    ]
+    records.refuse_other(run.name, facts)
 
 
 def score_world(run: WorldRun, records: Records, samples: int) -> None:

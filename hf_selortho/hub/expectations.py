@@ -36,7 +36,7 @@ def expectation_facts(config: Mapping[str, Any]) -> dict[str, str] | None:
         penalty, "world_setting", "trainings", "world_fvu", "mcc", "uniqueness", "recovered", "f1" and "absorption".
         None if no such penalty was measured.
     """
-    config = {**_defaults(), **{key: value for key, value in config.items() if value is not None}}
+    config = {**SelOrthoConfig.default_settings(), **{key: value for key, value in config.items() if value is not None}}
     if config["reduction"] == "sum" or not config["ortho_coefficient"]:  # a sum's coefficient is another quantity
         return None
     known = _measured()
@@ -60,11 +60,6 @@ def expectation_facts(config: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 @cache
-def _defaults() -> dict[str, Any]:
-    return {field.name: field.default for field in SelOrthoConfig.own_fields()}
-
-
-@cache
 def _measured() -> dict[str, Any]:
     content: dict[str, Any] = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))
     return content
@@ -85,11 +80,14 @@ def _nearest(config: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -
 
 def _kind(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two penalties the same but for their strength."""
-    if settings.get("penalty", "selective") != "selective":
+    if settings["penalty"] != "selective":
         return (settings["penalty"],)
-    companion = settings.get("decoder_pairs", "alike") if settings.get("decoder_ratio", 0) > 0 else None
-    space = settings.get("penalty_space", "activation")
-    return space, score_of_selection(space, settings.get("selection_space", "same")), companion
+    companion = settings["decoder_pairs"] if settings["decoder_ratio"] > 0 else None
+    return (
+        settings["penalty_space"],
+        score_of_selection(settings["penalty_space"], settings["selection_space"]),
+        companion,
+    )
 
 
 def _distance(one: Mapping[str, Any], config: Mapping[str, Any]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_selortho import SelOrthoError
-from hf_selortho.experiments.execute import missing, seeds_record
+from hf_selortho.experiments.execute import check_settings, missing, seeds_record
 from hf_selortho.experiments.plan import Plan, WorldRun, load_plan
 from hf_selortho.experiments.records import Records
 from hf_selortho.experiments.stages import Places
@@ -67,7 +67,7 @@ def test_records_of_other_settings_are_refused(places, tmp_path) -> None:
     (tmp_path / "small.json").write_text(json.dumps(changed), encoding="utf-8")
     plan = load_plan(str(tmp_path / "small.json"), seeds=2)
     with pytest.raises(SelOrthoError, match=r"none-layer1-seed0.json is of k 4, the plan has 8: remove the record, or"):
-        missing(plan.units()[0], Records(places.results), places, plan)
+        check_settings(plan.units()[0], Records(places.results))
 
 
 def test_a_record_of_another_world_is_refused(tmp_path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..figures import LOOKS, family
 from ..findings import Findings
-from ..summaries import TWIN
+from ..summaries import TWIN, is_twin
 from ..tables import table
 
 WORDS = {  # by family of variants
@@ -62,7 +62,7 @@ def settings_by_family(findings: Findings) -> dict[str, str]:
         variants |= {name: settings for name, settings in one.items() if name not in variants}
     found: dict[str, list[str]] = {}
     for name, settings in variants.items():
-        if family(name) != TWIN and not name.startswith(f"{TWIN}-"):
+        if not is_twin(name):
             told = [f"--{key} {value}" for key, value in settings.items() if key != "ortho_coefficient"]
             known = found.setdefault(family(name), [])
             known += [" ".join(told)] * (" ".join(told) not in known)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..comparison import is_twin
 from ..findings import Findings
-from ..summaries import NAMES, TWIN, Summary, paired
+from ..summaries import NAMES, TWIN, Summary, is_twin, paired, twin_among
 from ..tables import MODEL_COLUMNS, in_order, seeds_table, summary_table
 
 LETTERS_F1 = 0.5  # of the main features, below which absorption means little
@@ -19,15 +18,12 @@ def on_the_model(findings: Findings, figures: Path, link: str) -> str:
         return ""
     parts = ["## On the language model", _task_words(findings)]
     for sweep in findings.pareto:
-        summaries = [s for s in findings.of(sweep) if s.variant == TWIN or not is_twin(s)]
-        records = [
-            r
-            for r in findings.seeds
-            if r["sweep"] == sweep and (r["variant"] == TWIN or not r["variant"].startswith(f"{TWIN}-"))
-        ]
+        summaries = [s for s in findings.of(sweep) if s.variant == TWIN or not is_twin(s.variant)]
+        shown = {summary.variant for summary in summaries}
+        records = [r for r in findings.seeds if r["sweep"] == sweep and r["variant"] in shown]
         parts.append(f"### {NAMES.get(sweep, sweep)} inside the model\n\n{summary_table(summaries, MODEL_COLUMNS)}")
         parts += filter(None, [changed_words(summaries)])
-        twin = next((s for s in summaries if s.variant == TWIN), None)
+        twin = twin_among(summaries)
         if twin is not None and (f1 := twin.figure("first_letter_f1")) is not None and f1.mean < LETTERS_F1:
             parts.append(
                 f"The features that stand best for a letter reach a mean F1 of {f1.text(2)} without "
@@ -51,16 +47,16 @@ TASKS = {
 
 def changed_words(summaries: Sequence[Summary]) -> str:
     """Which variants differ from the twin on the tasks in every seed."""
-    twin = next((s for s in summaries if s.variant == TWIN), None)
+    twin = twin_among(summaries)
+    if twin is None:
+        return ""
     lines = []
     for key, words in TASKS.items():
-        changes = (
-            {} if twin is None else {s.variant: paired(s, twin, key) for s in in_order(summaries) if s is not twin}
-        )
+        changes = {s.variant: paired(s, twin, key) for s in in_order(summaries) if s is not twin}
         known = {name: change for name, change in changes.items() if change is not None and len(change.values) > 2}
         told = []
         for word, sign in (("higher", 1), ("lower", -1)):
-            found = {name: change for name, change in known.items() if all(sign * v > 0 for v in change.values)}
+            found = {name: change for name, change in known.items() if change.agrees(sign)}
             listed = ", ".join(f"`{name}` ({change.mean:+.3f})" for name, change in found.items())
             told.append(f"{word}: {listed or 'none'}")
         lines += [f"- {words}, {'; '.join(told)}."] * bool(known)

@@ -15,13 +15,12 @@ from ..comparison import (
     best_by,
     best_of_both,
     comparisons,
-    is_twin,
     left_out,
     nearest_to_both,
 )
 from ..figures import drawn_in_headline, family, headline_figure, pareto_figure
 from ..findings import Findings
-from ..summaries import NAMES, TWIN, Summary, paired
+from ..summaries import NAMES, Summary, is_twin, paired, twin_among
 from ..tables import METHOD_COLUMNS, comparison_table, summary_table
 
 
@@ -134,10 +133,12 @@ def pruned_words(found: Sequence[Comparison]) -> str:
 
 def sparser_words(summaries: Sequence[Summary]) -> str:
     """What twins of another k lose and what they gain: what is to be had without a penalty."""
-    twin = next((s for s in summaries if s.variant == TWIN), None)
+    twin = twin_among(summaries)
+    if twin is None or not twin.settings.get("k"):
+        return ""
     told = []
     for other in summaries:
-        if twin is None or other is twin or not is_twin(other) or not twin.settings.get("k"):
+        if other is twin or not is_twin(other.variant):
             continue
         figures = [paired(other, twin, key, relative=True) for key in ("fvu", "top_correlation", "max_decoder_cosine")]
         known = [figure.percent() for figure in figures if figure is not None]

@@ -50,10 +50,8 @@ def example_pairs(findings: Findings, figures: Path, link: str) -> str:
     )
 
 
-def duplicates_words(found: Mapping[str, Any] | None) -> str:
+def duplicates_words(found: Mapping[str, Any]) -> str:
     """How many of the most correlated pairs are what the penalty is meant for, in half a sentence."""
-    if found is None:
-        return ""
     total = sum(facts["pairs"] for facts in found["classes"].values())
     count = found["classes"]["duplicate"]["pairs"]
     return (

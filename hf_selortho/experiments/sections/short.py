@@ -21,28 +21,19 @@ from ..figures import family
 from ..findings import Findings
 from ..summaries import NAMES, Figure
 from ..world_gains import SCORES, by_recipe, enough, gain_over_twin, price_over_twin, raised_and_lowered, rules
+from .glossary import WORDS
 from .pairs import duplicates_words
 
 PAPER = "activation"  # family of the paper's own penalty
-BRIEF = {  # in words, by family or the first part of its name
-    PAPER: "the paper's penalty",
-    "activation-wide": "a penalty on the correlations of 1% of the pairs",
-    "activation-seldom": "the paper's penalty with pairs selected every 12 steps",
-    "full": "the penalty on all pairs",
-    "decoder": "a penalty on decoder cosines",
-    "both": "a penalty on correlations and decoder cosines",
-    "redundancy": "a penalty on the decoder cosines of pairs that fire together",
-    "exclusion": "a penalty on the decoder cosines of pairs that do not fire together",
-    "ortsae": "OrtSAE",
-}
+BRIEF = {PAPER: "the paper's penalty", "full": "the penalty on all pairs"}  # where WORDS has more than a sentence needs
 
 
 def in_short(findings: Findings, figures: Path, link: str) -> str:
     """A sentence for each kind of SAE on activations, and one for the synthetic worlds."""
     lines = []
     for sweep in findings.pareto:
-        of_pairs = findings.examples is not None and findings.examples["sweep"] == sweep
-        duplicates = duplicates_words(findings.examples) if of_pairs else ""
+        pairs = findings.examples
+        duplicates = duplicates_words(pairs) if pairs is not None and pairs["sweep"] == sweep else ""
         lines.append(sae_words(NAMES.get(sweep, sweep), comparisons(findings.of(sweep)), duplicates))
     lines.append(world_words(by_recipe(findings.worlds)))
     shown = [f"- {line}" for line in lines if line]
@@ -100,7 +91,9 @@ def _named(one: Comparison) -> str:
 def named_variant(variant: str) -> str:
     """A variant in words, with its name."""
     name = family(variant)
-    words = BRIEF.get(name, BRIEF.get(name.partition("-")[0]))
+    if not name.startswith(f"{PAPER}-"):  # those differ from the paper's penalty in what their names add
+        name = name.partition("-")[0]
+    words = BRIEF.get(name, WORDS.get(name))
     return f"`{variant}`" if words is None else f"{words} (`{variant}`)"
 
 
@@ -122,8 +115,7 @@ def world_words(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     own = [name for records in groups.values() for name in rules(records) if family(name) == PAPER]
     if not own:
         return ""
-    defaults = {field.name: field.default for field in SelOrthoConfig.own_fields()}
-    wanted = f"{PAPER}-{defaults['ortho_coefficient']}"
+    wanted = f"{PAPER}-{SelOrthoConfig.default_settings()['ortho_coefficient']}"
     shown = wanted if wanted in own else own[0]
     count = sum(len(records) for records in groups.values())
     told = [f"{named_variant(shown)} changes {_changes(groups, shown)}"]

@@ -114,10 +114,10 @@ def raised_words(records: Sequence[Mapping[str, Any]]) -> str:
 def absorption_words(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Rules under which a parent's feature is silent more often, or less often, in every hierarchy."""
     having = hierarchies(records)
-    gains = {name: gain_over_twin(having, name, "absorption") for name in rules(records)}
+    gains = {name: gain_over_twin(records, name, "absorption") for name in rules(records)}
     told = []
     for word, sign in (("higher", 1), ("lower", -1)):
-        found = [n for n, gain in gains.items() if gain is not None and all(sign * v > 0 for v in gain.values)]
+        found = [n for n, gain in gains.items() if gain is not None and gain.agrees(sign)]
         told.append(f"{word} in all of them with {', '.join(f'`{name}`' for name in found) or 'none'}")
     return [f"- absorption, in the {len(having)} trainings on hierarchies: {'; '.join(told)}."] if having else []
 
@@ -146,7 +146,7 @@ def over_worlds_table(records: Sequence[Mapping[str, Any]]) -> str:
         price = price_over_twin(records, name)
         row = [f"`{name}`", "-" if price is None else f"{price.mean:+.1%}"]
         for key, count in digits.items():
-            gain = gain_over_twin(hierarchies(records) if key == "absorption" else records, name, key)
+            gain = gain_over_twin(records, name, key)
             raised = "" if gain is None else f" ({sum(value > 0 for value in gain.values)} of {len(gain.values)})"
             row.append("-" if gain is None else f"{gain.mean:+.{count}f}{raised * (key != 'l0')}")
         rows.append(row)
