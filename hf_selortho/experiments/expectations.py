@@ -63,7 +63,7 @@ def expectations(findings: Findings) -> dict[str, Any]:
 
 
 def _rounded(figure: Figure) -> list[float]:
-    return [round(figure.mean, 4), round(figure.std or 0.0, 4)]
+    return [round(figure.mean, 6), round(figure.std or 0.0, 6)]
 
 
 def _penalty(settings: Mapping[str, Any]) -> dict[str, Any]:
