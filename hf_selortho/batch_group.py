@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor
 
 from .sparse_ops import ActiveFeatures, row_offsets
@@ -59,14 +61,14 @@ class BatchGroup:
         return ActiveFeatures(row_offsets(counts), cols.long(), values, active.n)
 
 
-_kept: list[Any] = []  # process groups that were destroyed
+def leave_process_group(accelerator: Accelerator) -> None:
+    """End what `accelerator` has started and destroy the process group, whose threads are gone when this returns.
 
-
-def keep_process_group() -> None:
-    """Let the process group stay in memory when it is destroyed, until the interpreter ends; call it before that.
-
-    Otherwise a `DistributedDataParallel` may be its last owner, whose end waits for the threads of the group without
-    letting go of Python's lock, while one of them waits for that lock (gloo, torch 2.13): the process hangs.
+    They must be: gloo's threads drop the tensors of a collective a moment after it is over, and need Python's lock for
+    that (torch 2.13). Where the interpreter ends before they have, the process aborts. And where the group outlives
+    its destruction in a `DistributedDataParallel`, the end of that model waits for the threads without letting go of
+    the lock: the process hangs. So whoever holds such a model lets go of it before calling this (`Trainer.release`).
     """
-    if dist.is_available() and dist.is_initialized():
-        _kept.append(dist.group.WORLD)
+    accelerator.free_memory()  # its own references to the models
+    gc.collect()
+    accelerator.end_training()

@@ -33,6 +33,7 @@ from hf_selortho.activations.shards import STORED_DTYPES
 from hf_selortho.activations.statistics import LayerStatistics
 from hf_selortho.activations.texts import Documents, open_documents
 from hf_selortho.activations.tokens import Context, ContextStream, count_tokens, estimate_tokens, held_out_contexts
+from hf_selortho.batch_group import leave_process_group
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
 from hf_selortho.hub.dataset_card import render_shards_card
 from hf_selortho.memory_use import existing_folder, free_disk, peak_memory
@@ -53,16 +54,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     harvest = Harvest(model, text, arguments, accelerator)
     if arguments.dry_run:
         harvest.dry_run()
+        leave_process_group(accelerator)
         return
     with ExitStack() as stack:
         with ProcessWatch("run the same command again, which goes on with the shards that are there"):
             if accelerator.is_main_process:
                 stack.enter_context(FolderLock(harvest.folder.folder, "harvesting"))
-            if not harvest.begin():
-                sys.stdout.write(f"{harvest.folder.folder} holds this harvest already, complete\n")
-                return
-            speed = harvest.run()
-        if accelerator.is_main_process:
+            speed = harvest.run() if harvest.begin() else None
+        leave_process_group(accelerator)
+        if not accelerator.is_main_process:
+            return
+        if speed is None:
+            sys.stdout.write(f"{harvest.folder.folder} holds this harvest already, complete\n")
+        else:
             manifest = harvest.finish()
             memory = peak_memory(accelerator.device)
             sys.stdout.write(closing_words(harvest.folder.folder, manifest, speed, accelerator.num_processes, memory))

@@ -28,7 +28,7 @@ from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.buffer import ActivationStatistics
 from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.shards import ActivationStore
-from hf_selortho.batch_group import keep_process_group
+from hf_selortho.batch_group import leave_process_group
 from hf_selortho.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.model_card import Publisher
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = make_accelerator(arguments)
     if arguments.run.dry_run:
         Run(arguments, accelerator).dry_run()
+        leave_process_group(accelerator)
         return
     with ExitStack() as stack:
         with ProcessWatch(resume_hint(arguments.run)):
@@ -79,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.wait_for_everyone()
             run = Run(arguments, accelerator)
             exit_code = run.train()
-        keep_process_group()
-        accelerator.end_training()
+        leave_process_group(accelerator)
         if exit_code is not None:
             if accelerator.is_main_process:
                 say(run.words_of_a_stop(command))
@@ -150,6 +150,8 @@ class Run:
             signal = train_together(self.trainers, self.data.source, run, self.checkpoints, signals)
         self.totals = self.data.source.totals()
         self.data.source.release()
+        for trainer in self.trainers:
+            trainer.release()
         return None if signal is None else 128 + signal  # as shells have it of a process that a signal has ended
 
     def words_of_a_stop(self, command: str) -> str:

@@ -198,6 +198,7 @@ import os, sys, time
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from hf_selortho.batch_group import leave_process_group
 from hf_selortho.command_line import start_cpu_processes
 from hf_selortho.process_watch import ProcessWatch
 
@@ -212,6 +213,7 @@ if __name__ == "__main__":
         path.with_suffix(".new").rename(path)
         if sys.argv[1] == "hang":
             time.sleep(300)
+    leave_process_group(accelerator)
 """
 
 

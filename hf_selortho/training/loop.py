@@ -185,6 +185,10 @@ class Trainer:
         """Note that the state comes from a checkpoint: times are counted from here."""
         self._reported_at = self.state.step
 
+    def release(self) -> None:
+        """Let go of the model that shares its gradients with other processes: the training is over."""
+        self.model = self.sae
+
     def learn(self, batch: ActivationBatch, last: bool, data_seconds: float = 0.0) -> dict[str, Any] | None:
         """Add the gradient of a batch and, if it is the step's last one, take the step.
 

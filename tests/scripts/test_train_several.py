@@ -337,7 +337,8 @@ def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT / "tests" / "no_threads_left"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
         [*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
     )
@@ -354,6 +355,8 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
     }  # fmt: skip
     done = _launch(["scripts/cache_activations.py", *command(settings, {})], 2)
     assert done.returncode == 0, done.stderr
+    again = _launch(["scripts/cache_activations.py", *command(settings, {})], 2)
+    assert again.returncode == 0 and again.stdout.count("holds this harvest already, complete") == 1
     store = ActivationStore(str(tmp_path / "acts"))
     documents: dict[int, set[int]] = {0: set(), 1: set()}
     for entry in store.manifest.shards:

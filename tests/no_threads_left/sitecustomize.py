@@ -1,0 +1,20 @@
+"""With this folder first in PYTHONPATH, a process fails if it ends while a thread of a gloo process group is there.
+
+Such a thread can abort it (`hf_selortho.batch_group.leave_process_group`). Linux only: elsewhere nothing is seen.
+"""
+
+import atexit
+import os
+import sys
+from pathlib import Path
+
+
+def _fail_if_threads_are_left() -> None:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    if any(name.startswith("pt_gloo") for name in names):
+        sys.stderr.write("a thread of the process group is left\n")
+        sys.stderr.flush()
+        os._exit(70)
+
+
+atexit.register(_fail_if_threads_are_left)  # the first to register is the last to run
