@@ -192,19 +192,22 @@ def test_a_report_of_a_part_says_what_is_missing(tmp_path) -> None:
 
 
 def test_in_short_says_what_the_tables_say(written) -> None:
-    topk, relu, truth = section(written, "## In short").strip().splitlines()
+    topk, relu, truth, _, prices = section(written, "## In short").strip().splitlines()
     assert topk.startswith("- **TopK**: the paper's penalty (`activation-0.03`) cuts the mean of the top 0.1% ")
-    assert "correlations by 43% for 1.9% more unexplained variance" in topk
-    assert "a penalty on decoder cosines (`decoder-0.1`) cuts the mean maximum decoder cosine by 44% for 0.9%" in topk
+    assert "correlations by 43% (FVU +1.9%); " in topk and prices.startswith("*FVU* here: relative to the twin's")
+    assert (
+        "a penalty on decoder cosines (`decoder-0.1`) cuts the mean maximum decoder cosine by 44% (FVU +0.9%)" in topk
+    )
     count = len([name for name in load_plan("demo").sweeps[0].variants if not name.startswith("none")])
-    assert f"none of the {count} settings tried buys both" in topk and relu.startswith("- **ReLU + L1**: ")
+    assert f"none of the {count} settings tried buys a quarter less" in topk and relu.startswith("- **ReLU + L1**: ")
     runs = load_plan("demo").worlds
-    assert f"({len(runs)} trainings" in truth and "(`activation-0.03`) changes the F1" in truth
-    assert "+0.000 (TopK, for 0.0% more unexplained variance) and +0.000 (ReLU + L1, for 0.0% more" in truth
+    assert f"({len(runs)} trainings" in truth and "(`activation-0.03`) changes the features' F1" in truth
+    assert "+0.000 (TopK, FVU +0.0%) and +0.000 (ReLU + L1, FVU +0.0%)" in truth
     told = [
-        f"(`{name}`) with TopK raises MCC (+{0.01 * n:.3f}) for 0.0% more" for n, name in enumerate(runs[0].variants)
+        f"(`{name}`) buys with TopK MCC +{0.01 * n:.3f} (FVU +0.0%), with ReLU + L1 MCC +0."
+        for n, name in enumerate(runs[0].variants)
     ]
-    assert sum(words in truth for words in told[1:]) == 1 and "; with ReLU + L1 raises MCC (+0." in truth
+    assert sum(words in truth for words in told[1:]) == 1
 
 
 def test_a_cut_that_costs_dead_features_is_told_as_such(tmp_path) -> None:
@@ -215,8 +218,10 @@ def test_a_cut_that_costs_dead_features_is_told_as_such(tmp_path) -> None:
             records.write(f"topk/{name}-layer8-seed{seed}", {**record, "evaluation": {**TWIN, **changes}})
     write_results(plan, tmp_path / "r", tmp_path / "RESULTS.md", "x")
     short = section(tmp_path, "## In short")
-    told = "OrtSAE (`ortsae-0.1`) cuts the cosine by 60% for 0.0% more unexplained variance and 8.0 more dead features"
-    assert f"{told} of 1280" in short
+    cut = (
+        "OrtSAE (`ortsae-0.1`) cuts the mean maximum decoder cosine by 60% (FVU +0.0%, 8.0 more dead features of 1280)"
+    )
+    assert cut in short
 
 
 ROOT = Path(__file__).parents[2]

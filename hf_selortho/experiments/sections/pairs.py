@@ -54,10 +54,7 @@ def duplicates_words(found: Mapping[str, Any]) -> str:
     """How many of the most correlated pairs are what the penalty is meant for, in half a sentence."""
     total = sum(facts["pairs"] for facts in found["classes"].values())
     count = found["classes"]["duplicate"]["pairs"]
-    return (
-        f"of the {total} most correlated pairs without penalty, {count} are duplicates, features that fire together "
-        "and point alike"
-    )
+    return f"of the {total} most correlated pairs without penalty, {count} are duplicates"
 
 
 def _duplicates(classes: Mapping[str, Mapping[str, Any]]) -> str:

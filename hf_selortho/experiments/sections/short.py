@@ -37,7 +37,10 @@ def in_short(findings: Findings, figures: Path, link: str) -> str:
         lines.append(sae_words(NAMES.get(sweep, sweep), comparisons(findings.of(sweep)), duplicates))
     lines.append(world_words(by_recipe(findings.worlds)))
     shown = [f"- {line}" for line in lines if line]
-    return "## In short\n\n" + "\n".join(shown) if shown else ""
+    if not shown:
+        return ""
+    prices = "*FVU* here: relative to the twin's, the same run without penalty; on real activations at equal L0."
+    return "## In short\n\n" + "\n".join(shown) + f"\n\n{prices}"
 
 
 def sae_words(name: str, found: Sequence[Comparison], more: str = "") -> str:
@@ -45,43 +48,43 @@ def sae_words(name: str, found: Sequence[Comparison], more: str = "") -> str:
     if not found:
         return ""
     own = [one for one in found if family(one.summary.variant) == PAPER]
-    bought = [
-        f"{_named(one)} cuts {what} by {-getattr(one, key).mean:.0%} for {_price(one)}"
-        for one, key, what in (
-            (cheapest_by(own, "correlation"), "correlation", "the mean of the top 0.1% correlations"),
-            (cheapest_by(found, "cosine"), "cosine", "the mean maximum decoder cosine"),
-        )
-        if one is not None and getattr(one, key).mean < 0 and not one.both
-    ]
-    return f"**{name}**: {'; '.join([*bought, *_more_dead(found), _both(found), *filter(None, [more])])}."
+    correlation = "the mean of the top 0.1% correlations"
+    cosines = _cuts("the mean maximum decoder cosine", "cosine", cheapest_by(found, "cosine"), _with_more_dead(found))
+    told = [_cuts(correlation, "correlation", cheapest_by(own, "correlation")), cosines, _both(found), more]
+    return f"**{name}**: {'; '.join(filter(None, told))}."
 
 
-def _more_dead(found: Sequence[Comparison]) -> list[str]:
-    """Whether a cut of the cosine is to be had for less by whoever puts up with dead features."""
-    strict = cheapest_by(found, "cosine")
+def _cuts(what: str, key: str, *by: Comparison | None) -> str:
+    """By how much some variants cut a quantity, and at what price; those that buy both cuts are told of elsewhere."""
+    told: list[str] = []
+    for one in by:
+        if one is not None and getattr(one, key).mean < 0 and not one.both:
+            dead = "" if one.no_more_dead else f", {one.dead.mean:.1f} more dead features of {_d_sae(one)}"
+            verb = "" if told else f" cuts {what}"
+            told.append(f"{_named(one)}{verb} by {-getattr(one, key).mean:.0%} ({_price(one)}{dead})")
+    return ", ".join(told)
+
+
+def _d_sae(one: Comparison) -> int:
+    return int(one.summary.settings["d_sae"])
+
+
+def _with_more_dead(found: Sequence[Comparison]) -> Comparison | None:
+    """What cuts the cosine for less than `cheapest_by` names, if one puts up with dead features."""
     reach = [one for one in found if one.cuts_cosine and one.fvu_excess.mean <= FVU_ROOM]
     cheapest = min(reach, key=lambda one: one.fvu_excess.mean, default=None)
-    if cheapest is None or cheapest is strict or cheapest.no_more_dead:
-        return []
-    features = cheapest.summary.settings["d_sae"]
-    return [
-        f"{_named(cheapest)} cuts the cosine by {-cheapest.cosine.mean:.0%} for {_price(cheapest)} and "
-        f"{cheapest.dead.mean:.1f} more dead features of {features}"
-    ]
+    return None if cheapest is None or cheapest.no_more_dead else cheapest
 
 
 def _both(found: Sequence[Comparison]) -> str:
     """Whether a setting buys both cuts, and which."""
     if (best := best_of_both(found)) is not None:
-        cuts = f"{-best.correlation.mean:.0%} less correlation and {-best.cosine.mean:.0%} less cosine"
-        lost = ""
-        if best.recovered is not None:
-            word = "less" if best.recovered.mean < 0 else "more"
-            lost = f" and {abs(best.recovered.mean):.3f} {word} loss recovered"
-        return f"{_named(best)} buys both, {cuts} for {_price(best)} at equal L0{lost}"
+        cuts = f"{-best.correlation.mean:.0%} less correlation and {-best.cosine.mean:.0%} less maximum decoder cosine"
+        lost = "" if best.recovered is None else f", loss recovered {best.recovered.mean:+.3f}"
+        return f"{_named(best)} buys {cuts} ({_price(best)}{lost})"
     assert CORRELATION_CUT == 0.25  # or the words below are wrong
-    asked = f"a quarter less correlation and {COSINE_CUT:.0%} less cosine for {RELATIVE_ROOM:.0%}"
-    return f"none of the {len(found)} settings tried buys both ({asked})"
+    asked = f"a quarter less correlation and {COSINE_CUT:.0%} less cosine for {RELATIVE_ROOM:.0%} of FVU"
+    return f"none of the {len(found)} settings tried buys {asked}"
 
 
 def _named(one: Comparison) -> str:
@@ -98,12 +101,11 @@ def named_variant(variant: str) -> str:
 
 
 def _price(one: Comparison) -> str:
-    return _share(one.relative_excess)
+    return _as_price(one.relative_excess)
 
 
-def _share(price: Figure) -> str:
-    excess = 100 * price.mean
-    return f"{abs(excess):.1f}% {'more' if excess >= 0 else 'less'} unexplained variance"
+def _as_price(relative_fvu: Figure) -> str:
+    return f"FVU {100 * relative_fvu.mean:+.1f}%"
 
 
 def world_words(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -124,7 +126,9 @@ def world_words(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     elif (best := _best_rule(groups)) is None:
         told.append("no rule raises a score in more trainings than chance would have it")
     else:
-        told.append(f"{named_variant(best)} {'; '.join(_raising(one, name, best) for name, one in groups.items())}")
+        told.append(
+            f"{named_variant(best)} buys {', '.join(_changing(one, name, best) for name, one in groups.items())}"
+        )
     return f"**Known features** ({count} trainings on synthetic worlds): {'; '.join(told)}."
 
 
@@ -134,8 +138,8 @@ def _changes(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> st
     for recipe, records in groups.items():
         gain, price = gain_over_twin(records, name, "f1"), price_over_twin(records, name)
         if gain is not None and price is not None:
-            found.append(f"{gain.mean:+.3f} ({NAMES.get(recipe, recipe)}, for {_share(price)})")
-    return f"the F1 of features as detectors of true ones by {' and '.join(found)}"
+            found.append(f"{gain.mean:+.3f} ({NAMES.get(recipe, recipe)}, {_as_price(price)})")
+    return f"the features' F1 as detectors of true ones by {' and '.join(found)}"
 
 
 def _best_rule(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
@@ -154,18 +158,16 @@ def _best_rule(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
     return max((name for name, count in merits.items() if count > 0), key=merit, default=None)
 
 
-def _raising(records: Sequence[Mapping[str, Any]], recipe: str, name: str) -> str:
-    """What a rule raises and lowers with a kind of SAE, and its price."""
-    told: dict[str, list[str]] = {"raises": [], "lowers": []}
+def _changing(records: Sequence[Mapping[str, Any]], recipe: str, name: str) -> str:
+    """The scores that a rule raises or lowers with a kind of SAE in more trainings than chance, and its price."""
+    told = []
     for key, score in SCORES.items():
-        for words, found in zip(told.values(), raised_and_lowered(records, key), strict=True):
-            full = "the share of true features recovered" if key == "recovered" else score
-            words += [f"{full} ({found[name].mean:+.3f})"] if name in found else []
+        words = "true features recovered" if key == "recovered" else score
+        told += [f"{words} {found[name].mean:+.3f}" for found in raised_and_lowered(records, key) if name in found]
     price = price_over_twin(records, name)
-    cost = "" if price is None else f" for {_share(price)}"
-    does = [f"{verb} {_listed(words)}" for verb, words in told.items() if words]
-    return f"with {NAMES.get(recipe, recipe)} {' and '.join(does) or 'raises nothing'}{cost}"
+    cost = "" if price is None else f" ({_as_price(price)})"
+    return f"with {NAMES.get(recipe, recipe)} {_listed(told) or 'nothing'}{cost}"
 
 
 def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
