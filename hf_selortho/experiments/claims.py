@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .comparison import CORRELATION_CUT, RELATIVE_ROOM
 from .summaries import TWIN, Figure, Summary, at_equal_l0, is_twin, paired
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be judged here"
@@ -204,14 +205,14 @@ def _spread(evidence: Evidence) -> Verdict:
     return Verdict(claim, paper, ours, verdict, rule)
 
 
-def useful_range(evidence: Evidence, most: float = 0.01, least: float = 0.25) -> list[float]:
+def useful_range(evidence: Evidence) -> list[float]:
     """Coefficients that cut the mean of the top correlations by a quarter for at most 1% of FVU, both at equal L0."""
     found = []
     for sweep, layer, variant in evidence.summaries:
         if sweep != "paper" or layer != evidence.layer or not variant.startswith("selective-0"):
             continue
         cost, gain = (evidence.cost(variant, key) for key in ("fvu", "top_correlation"))
-        if cost is not None and gain is not None and cost.mean <= most and gain.mean <= -least:
+        if cost is not None and gain is not None and cost.mean <= RELATIVE_ROOM and gain.mean <= -CORRELATION_CUT:
             found.append(float(variant.removeprefix("selective-")))
     return sorted(found)
 
