@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor
 
 from .sparse_ops import ActiveFeatures, row_offsets
@@ -59,16 +57,3 @@ class BatchGroup:
         cols = torch.cat(self.gather(active.cols.int()))
         values = torch.cat(self.gather(active.values))
         return ActiveFeatures(row_offsets(counts), cols.long(), values, active.n)
-
-
-def leave_process_group(accelerator: Accelerator) -> None:
-    """End what `accelerator` has started and destroy the process group, whose threads are gone when this returns.
-
-    They must be: gloo's threads drop the tensors of a collective a moment after it is over, and need Python's lock for
-    that (torch 2.13). Where the interpreter ends before they have, the process aborts. And where the group outlives
-    its destruction in a `DistributedDataParallel`, the end of that model waits for the threads without letting go of
-    the lock: the process hangs. So whoever holds such a model lets go of it before calling this (`Trainer.release`).
-    """
-    accelerator.free_memory()  # its own references to the models
-    gc.collect()
-    accelerator.end_training()

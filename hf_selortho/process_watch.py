@@ -2,10 +2,13 @@
 
 Nobody else sees to that: torchrun ends the processes of its own machine only, and a process in a long computation, or
 blocked in a collective, would not notice for as long as the computation or the collective's timeout lasts.
+
+How processes that are done leave their group without harm is here, too.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import selectors
@@ -17,6 +20,7 @@ from types import TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from .errors import SelOrthoError
 
@@ -200,6 +204,19 @@ class ProcessWatch:
             f"\nanother process of this run{which} has ended or cannot be reached; this one stops too: "
             f"{self.resume_hint}\n"
         )
+
+
+def leave_process_group(accelerator: Accelerator) -> None:
+    """End what `accelerator` has started and destroy the process group, whose threads are gone when this returns.
+
+    They must be: gloo's threads drop the tensors of a collective a moment after it is over, and need Python's lock for
+    that (torch 2.13). Where the interpreter ends before they have, the process aborts. And where the group outlives
+    its destruction in a `DistributedDataParallel`, the end of that model waits for the threads without letting go of
+    the lock: the process hangs. So whoever holds such a model lets go of it before calling this (`Trainer.release`).
+    """
+    accelerator.free_memory()  # its own references to the models
+    gc.collect()
+    accelerator.end_training()
 
 
 class _Peer:

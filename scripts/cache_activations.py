@@ -33,11 +33,10 @@ from hf_selortho.activations.shards import STORED_DTYPES
 from hf_selortho.activations.statistics import LayerStatistics
 from hf_selortho.activations.texts import Documents, open_documents
 from hf_selortho.activations.tokens import Context, ContextStream, count_tokens, estimate_tokens, held_out_contexts
-from hf_selortho.batch_group import leave_process_group
 from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
 from hf_selortho.hub.dataset_card import render_shards_card
 from hf_selortho.memory_use import existing_folder, free_disk, peak_memory
-from hf_selortho.process_watch import ProcessWatch
+from hf_selortho.process_watch import ProcessWatch, leave_process_group
 from hf_selortho.training.arguments import ModelArguments, TextArguments
 from hf_selortho.training.harvest_arguments import HarvestArguments, parse_harvest_arguments
 from hf_selortho.training.outputs import library_versions

@@ -28,7 +28,6 @@ from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.activations.buffer import ActivationStatistics
 from hf_selortho.activations.disk import FolderLock
 from hf_selortho.activations.shards import ActivationStore
-from hf_selortho.batch_group import leave_process_group
 from hf_selortho.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.model_card import Publisher
@@ -38,7 +37,7 @@ from hf_selortho.hub.repository import Repository, check_repo_id
 from hf_selortho.hub.run_folder import read_run, with_others
 from hf_selortho.hub.summary import SaeReport
 from hf_selortho.memory_use import available_memory, memory_now, peak_memory
-from hf_selortho.process_watch import ProcessWatch
+from hf_selortho.process_watch import ProcessWatch, leave_process_group
 from hf_selortho.training.arguments import HubArguments, RunArguments, TrainingArguments, parse_arguments, sae_config
 from hf_selortho.training.checkpoint import Checkpoints, agreed_checkpoint
 from hf_selortho.training.checkpoint_files import is_checkpoint_of, set_later_aside, step_of

@@ -33,7 +33,8 @@ import sys
 import torch
 from accelerate import Accelerator
 from late_threads import gloo_threads, make_them_late
-from hf_selortho.batch_group import BatchGroup, leave_process_group
+from hf_selortho.batch_group import BatchGroup
+from hf_selortho.process_watch import leave_process_group
 
 accelerator = Accelerator(cpu=True)
 torch.set_num_threads(1)

@@ -198,9 +198,8 @@ import os, sys, time
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from hf_selortho.batch_group import leave_process_group
 from hf_selortho.command_line import start_cpu_processes
-from hf_selortho.process_watch import ProcessWatch
+from hf_selortho.process_watch import ProcessWatch, leave_process_group
 
 if __name__ == "__main__":
     start_cpu_processes()
