@@ -215,7 +215,7 @@ def leave_process_group(accelerator: Accelerator) -> None:
     the lock: the process hangs. So whoever holds such a model lets go of it before calling this (`Trainer.release`).
     """
     accelerator.free_memory()  # its own references to the models
-    gc.collect()
+    gc.collect()  # which the line above does before it lets go of them
     accelerator.end_training()
 
 

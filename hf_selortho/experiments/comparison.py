@@ -11,6 +11,7 @@ FVU_ROOM = 0.004  # absolute, above the twin's at equal L0
 RELATIVE_ROOM = 0.01  # of the twin's FVU, for both cuts at once
 AS_THEY_ARE = ("dead_features", "absorption_rate")  # often zero, which no power law goes through
 CORRELATION_CUT, COSINE_CUT = 0.25, 0.40  # shares of the twin's top correlation and maximum decoder cosine
+BOUGHT = {"correlation": "mean of the top 0.1% correlations", "cosine": "mean maximum decoder cosine"}  # by attribute
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,14 @@ class Comparison:
         return self.dead.mean <= ((twin.std if twin is not None else None) or 0.0)
 
     @property
+    def within_room(self) -> bool:
+        """At most [`FVU_ROOM`] more FVU at equal L0, in the mean over the seeds."""
+        return self.fvu_excess.mean <= FVU_ROOM
+
+    @property
     def affordable(self) -> bool:
-        """At most [`FVU_ROOM`] more FVU at equal L0 and no more dead features, in the means over the seeds."""
-        return self.fvu_excess.mean <= FVU_ROOM and self.no_more_dead
+        """Within the room, and no more dead features."""
+        return self.within_room and self.no_more_dead
 
     @property
     def cuts_correlation(self) -> bool:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import MaxNLocator
 
 from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
-from .comparison import Comparison
+from .comparison import BOUGHT, Comparison
 from .summaries import NAMES, TWIN, Figure, Summary
 from .world_gains import SCORES, gain_over_twin, rules
 
@@ -143,9 +143,7 @@ def headline_figure(found: Mapping[str, Sequence[Comparison]], path: Path) -> Pa
         title = "What each penalty buys, and what it costs"
         picture.suptitle(f"{title} (up to {HEADLINE_ROOM:.0%} more FVU; error bars: seeds)", x=0.01, ha="left")
         for row, (name, comparisons) in enumerate(found.items()):
-            for column, (key, words) in enumerate(
-                {"correlation": "mean of the top 0.1% correlations", "cosine": "mean maximum decoder cosine"}.items()
-            ):
+            for column, (key, words) in enumerate(BOUGHT.items()):
                 axes = picture.add_subplot(len(found), 2, 2 * row + column + 1)
                 _headline_panel(axes, comparisons, key)
                 axes.set_title(f"{name}: {words}")

@@ -13,7 +13,7 @@ import torch
 from ..errors import SelOrthoError
 from .world_sampling import SyntheticWorld
 from .world_training import TrainedSAE, input_statistics, scored, training_stream
-from .worlds import World, library, make_world
+from .worlds import BATCH_SIZE, LEARNING_RATE, World, library, make_world
 
 # by the names of this module, what SAELens calls them
 PEERS = {
@@ -104,8 +104,8 @@ def run_peers(
     recipe: Mapping[str, Any],
     *,
     steps: int,
-    batch_size: int = 1024,
-    learning_rate: float = 1e-3,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     samples: int = 50_000,
 ) -> dict[str, dict[str, float]]:

@@ -23,7 +23,7 @@ from ..training.guard import NonFiniteGuard
 from ..training.loop import Trainer
 from .world_sampling import SyntheticWorld, WorldStream, derived_seed
 from .world_scores import Scored, score_sae
-from .worlds import World, make_world
+from .worlds import BATCH_SIZE, LEARNING_RATE, World, make_world
 
 _STATISTICS_TOKENS = 16384  # that the input normalisation is estimated on
 
@@ -159,8 +159,8 @@ def run_world(
     variants: Mapping[str, Mapping[str, Any]],
     *,
     steps: int,
-    batch_size: int = 1024,
-    learning_rate: float = 1e-3,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     samples: int = 50_000,
     progress: bool = True,

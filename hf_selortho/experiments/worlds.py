@@ -19,6 +19,8 @@ import torch
 from ..errors import SelOrthoError
 from .world_sampling import SyntheticWorld, derived_seed
 
+BATCH_SIZE, LEARNING_RATE = 1024, 1e-3  # tokens of a step and rate of Adam, where a training does not say its own
+
 Structure = Literal["flat", "hierarchical"]
 Firing = Literal["zipfian", "linear", "random", "constant"]
 

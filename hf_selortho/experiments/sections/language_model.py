@@ -26,9 +26,9 @@ def on_the_model(findings: Findings, figures: Path, link: str) -> str:
         twin = twin_among(summaries)
         if twin is not None and (f1 := twin.figure("first_letter_f1")) is not None and f1.mean < LETTERS_F1:
             parts.append(
-                f"The features that stand best for a letter reach a mean F1 of {f1.text(2)} without "
-                f"penalty: an SAE of this "
-                "size has few features of letters that could be absorbed, so the absorption figures say little here."
+                f"The features that stand best for a letter reach a mean F1 of {f1.text(2)} without penalty: an SAE of "
+                "this size has few features of letters that could be absorbed, so the absorption figures say little "
+                "here."
             )
         if records:
             parts.append(
@@ -74,17 +74,15 @@ def _task_words(findings: Findings) -> str:
         if "probing_accuracy_lm" in facts:
             lines.append(
                 f"Layer {layer}: {facts['probing_texts']} texts of {facts['probing_classes']} classes; a probe on the "
-                f"activations themselves reaches {facts['probing_accuracy_lm']:.3f} (balanced accuracy, "
-                f"one class against "
-                "the rest)."
+                f"activations themselves reaches {facts['probing_accuracy_lm']:.3f} (balanced accuracy, one class "
+                "against the rest)."
             )
         elif "no_probing" in facts:
             lines.append(f"Layer {layer}: no sparse probing, {facts['no_probing']}.")
         if "spelling_accuracy" in facts:
             lines.append(
-                f"First letters, layer {layer}: the language model names that of "
-                f"{facts['spelling_accuracy']:.0%} of the "
-                f"words; linear probes reach a mean F1 of {facts['first_letter_probe_f1']:.2f}. "
+                f"First letters, layer {layer}: the language model names that of {facts['spelling_accuracy']:.0%} of "
+                f"the words; linear probes reach a mean F1 of {facts['first_letter_probe_f1']:.2f}. "
                 + (facts.get("first_letter_caution") or "")
             )
         elif "no_first_letter" in facts:

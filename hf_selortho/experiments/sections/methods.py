@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import (
+    BOUGHT,
     CORRELATION_CUT,
     COSINE_CUT,
     FVU_ROOM,
@@ -84,19 +85,15 @@ def headline_words(compared: Mapping[str, Sequence[Comparison]]) -> str:
 def pareto_words(name: str, found: Sequence[Comparison]) -> str:
     """What a figure shows, in sentences."""
     words = []
-    for key, what in (
-        ("correlation", "the mean of the top 0.1% correlations"),
-        ("cosine", "the mean maximum decoder cosine"),
-    ):
+    for key, what in BOUGHT.items():
         best = best_by(found, key)
         if best is None:
             words.append(f"No variant stays within {FVU_ROOM} of the twin's FVU without more dead features.")
         else:
             cut: Any = getattr(best, key)
             words.append(
-                f"Within {FVU_ROOM} of the twin's FVU and without more dead features, "
-                f"`{best.summary.variant}` changes {what} "
-                f"most: {cut.percent()} for {best.fvu_excess.signed(4)} FVU."
+                f"Within {FVU_ROOM} of the twin's FVU and without more dead features, `{best.summary.variant}` "
+                f"changes the {what} most: {cut.percent()} for {best.fvu_excess.signed(4)} FVU."
             )
     if (best := best_of_both(found)) is not None:
         words.append(

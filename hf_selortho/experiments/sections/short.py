@@ -8,9 +8,9 @@ from typing import Any
 
 from ...configuration_selortho import SelOrthoConfig
 from ..comparison import (
+    BOUGHT,
     CORRELATION_CUT,
     COSINE_CUT,
-    FVU_ROOM,
     RELATIVE_ROOM,
     Comparison,
     best_of_both,
@@ -48,30 +48,28 @@ def sae_words(name: str, found: Sequence[Comparison], more: str = "") -> str:
     if not found:
         return ""
     own = [one for one in found if family(one.summary.variant) == PAPER]
-    correlation = "the mean of the top 0.1% correlations"
-    cosines = _cuts("the mean maximum decoder cosine", "cosine", cheapest_by(found, "cosine"), _with_more_dead(found))
-    told = [_cuts(correlation, "correlation", cheapest_by(own, "correlation")), cosines, _both(found), more]
+    correlations = _cuts("correlation", cheapest_by(own, "correlation"))
+    cosines = _cuts("cosine", cheapest_by(found, "cosine"), _with_more_dead(found))
+    told = [correlations, cosines, _both(found), more]
     return f"**{name}**: {'; '.join(filter(None, told))}."
 
 
-def _cuts(what: str, key: str, *by: Comparison | None) -> str:
-    """By how much some variants cut a quantity, and at what price; those that buy both cuts are told of elsewhere."""
+def _cuts(key: str, *by: Comparison | None) -> str:
+    """By how much some variants cut one of [`BOUGHT`], and at what price; those that buy both are told of elsewhere."""
     told: list[str] = []
     for one in by:
         if one is not None and getattr(one, key).mean < 0 and not one.both:
-            dead = "" if one.no_more_dead else f", {one.dead.mean:.1f} more dead features of {_d_sae(one)}"
-            verb = "" if told else f" cuts {what}"
-            told.append(f"{_named(one)}{verb} by {-getattr(one, key).mean:.0%} ({_price(one)}{dead})")
+            of = one.summary.settings["d_sae"]
+            dead = "" if one.no_more_dead else f", {one.dead.mean:.1f} more dead features of {of}"
+            verb = "" if told else f" cuts the {BOUGHT[key]}"
+            by_how_much = f"by {-getattr(one, key).mean:.0%} ({_price(one.relative_excess)}{dead})"
+            told.append(f"{_named(one.summary.variant)}{verb} {by_how_much}")
     return ", ".join(told)
-
-
-def _d_sae(one: Comparison) -> int:
-    return int(one.summary.settings["d_sae"])
 
 
 def _with_more_dead(found: Sequence[Comparison]) -> Comparison | None:
     """What cuts the cosine for less than `cheapest_by` names, if one puts up with dead features."""
-    reach = [one for one in found if one.cuts_cosine and one.fvu_excess.mean <= FVU_ROOM]
+    reach = [one for one in found if one.cuts_cosine and one.within_room]
     cheapest = min(reach, key=lambda one: one.fvu_excess.mean, default=None)
     return None if cheapest is None or cheapest.no_more_dead else cheapest
 
@@ -81,17 +79,13 @@ def _both(found: Sequence[Comparison]) -> str:
     if (best := best_of_both(found)) is not None:
         cuts = f"{-best.correlation.mean:.0%} less correlation and {-best.cosine.mean:.0%} less maximum decoder cosine"
         lost = "" if best.recovered is None else f", loss recovered {best.recovered.mean:+.3f}"
-        return f"{_named(best)} buys {cuts} ({_price(best)}{lost})"
+        return f"{_named(best.summary.variant)} buys {cuts} ({_price(best.relative_excess)}{lost})"
     assert CORRELATION_CUT == 0.25  # or the words below are wrong
     asked = f"a quarter less correlation and {COSINE_CUT:.0%} less cosine for {RELATIVE_ROOM:.0%} of FVU"
     return f"none of the {len(found)} settings tried buys {asked}"
 
 
-def _named(one: Comparison) -> str:
-    return named_variant(one.summary.variant)
-
-
-def named_variant(variant: str) -> str:
+def _named(variant: str) -> str:
     """A variant in words, with its name."""
     name = family(variant)
     if not name.startswith(f"{PAPER}-"):  # those differ from the paper's penalty in what their names add
@@ -100,11 +94,7 @@ def named_variant(variant: str) -> str:
     return f"`{variant}`" if words is None else f"{words} (`{variant}`)"
 
 
-def _price(one: Comparison) -> str:
-    return _as_price(one.relative_excess)
-
-
-def _as_price(relative_fvu: Figure) -> str:
+def _price(relative_fvu: Figure) -> str:
     return f"FVU {100 * relative_fvu.mean:+.1f}%"
 
 
@@ -120,15 +110,13 @@ def world_words(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     wanted = f"{PAPER}-{SelOrthoConfig.default_settings()['ortho_coefficient']}"
     shown = wanted if wanted in own else own[0]
     count = sum(len(records) for records in groups.values())
-    told = [f"{named_variant(shown)} changes {_changes(groups, shown)}"]
+    told = [f"{_named(shown)} changes {_changes(groups, shown)}"]
     if not all(enough(records) for records in groups.values()):
         told.append("too few trainings to tell a rise of a score from chance")
     elif (best := _best_rule(groups)) is None:
         told.append("no rule raises a score in more trainings than chance would have it")
     else:
-        told.append(
-            f"{named_variant(best)} buys {', '.join(_changing(one, name, best) for name, one in groups.items())}"
-        )
+        told.append(f"{_named(best)} buys {', '.join(_changing(one, name, best) for name, one in groups.items())}")
     return f"**Known features** ({count} trainings on synthetic worlds): {'; '.join(told)}."
 
 
@@ -138,7 +126,7 @@ def _changes(groups: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> st
     for recipe, records in groups.items():
         gain, price = gain_over_twin(records, name, "f1"), price_over_twin(records, name)
         if gain is not None and price is not None:
-            found.append(f"{gain.mean:+.3f} ({NAMES.get(recipe, recipe)}, {_as_price(price)})")
+            found.append(f"{gain.mean:+.3f} ({NAMES.get(recipe, recipe)}, {_price(price)})")
     return f"the features' F1 as detectors of true ones by {' and '.join(found)}"
 
 
@@ -165,7 +153,7 @@ def _changing(records: Sequence[Mapping[str, Any]], recipe: str, name: str) -> s
         words = "true features recovered" if key == "recovered" else score
         told += [f"{words} {found[name].mean:+.3f}" for found in raised_and_lowered(records, key) if name in found]
     price = price_over_twin(records, name)
-    cost = "" if price is None else f" ({_as_price(price)})"
+    cost = "" if price is None else f" ({_price(price)})"
     return f"with {NAMES.get(recipe, recipe)} {_listed(told) or 'nothing'}{cost}"
 
 

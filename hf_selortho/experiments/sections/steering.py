@@ -63,7 +63,7 @@ def adaptive(findings: Findings, figures: Path, link: str) -> str:
             continue
         base = findings.of(sweep.referred[0])
         fixed = [s for s in base if s.variant == TWIN or family(s.variant) in {family(o.variant) for o in own}]
-        found = [c for c in comparisons([*fixed, *own])]
+        found = comparisons([*fixed, *own])
         budget = sweep.arguments.get("ortho_budget_value", float("nan"))
         steered = {summary.variant for summary in own}
         words = [steered_words(one, found, steered) for one in found if one.summary.variant in steered]

@@ -24,6 +24,7 @@ from ..world_gains import (
     rules,
 )
 from ..world_scores import RECOVERED
+from ..worlds import BATCH_SIZE, LEARNING_RATE
 
 WORLD_COLUMNS: tuple[Column, ...] = (
     ("explained variance", "explained_variance", 3),
@@ -72,7 +73,8 @@ def ground_truth(findings: Findings, figures: Path, link: str) -> str:
 
 
 def _world_words(records: Sequence[Mapping[str, Any]]) -> str:
-    world, training = records[0]["world"], {"batch_size": 1024, "learning_rate": 1e-3, **records[0]["training"]}
+    world = records[0]["world"]
+    training = {"batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE, **records[0]["training"]}
     seeds = len({record["world"].get("seed") for record in records})
     own = "; each seed has features of its own" * (seeds == len(records) > 1)
     tree = f", {world['roots']} roots with {world['children']} children each to depth {world['depth']}" * (
