@@ -67,7 +67,7 @@ def pareto_figure(found: Sequence[Comparison], path: Path, title: str) -> Path:
     with rc_context(STYLE):
         columns = 2 if len(shown) in (2, 4) else 3
         lines = math.ceil(len(shown) / columns)
-        picture = Picture(figsize=(4.3 * columns, 3.4 * lines + 0.7), layout="constrained")
+        picture = Picture(figsize=(4.3 * columns, 3.4 * lines), layout="constrained")
         picture.suptitle(title, x=0.01, ha="left")
         for number, key in enumerate(shown):
             axes = picture.add_subplot(lines, columns, number + 1)
@@ -77,7 +77,9 @@ def pareto_figure(found: Sequence[Comparison], path: Path, title: str) -> Path:
             if number >= len(shown) - columns:
                 axes.set_xlabel("FVU (unexplained variance) at the twin's L0")
         handles, labels = picture.axes[0].get_legend_handles_labels()
-        picture.legend(handles, labels, loc="outside lower center", ncols=4)
+        beside = {2: 2, 3: 4}[columns]  # names that fit beside one another
+        picture.set_figheight(picture.get_figheight() + 0.25 * math.ceil(len(labels) / beside))
+        picture.legend(handles, labels, loc="outside lower center", ncols=beside)
         return save_picture(picture, path)
 
 
