@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .batch_group import BatchGroup
+from .process_group import BatchGroup
 from .sparse_ops import ActiveFeatures, row_offsets, sparse_encode
 
 CHUNK_ROWS = 128  # tokens whose pre-activations are held at once: enough for matrix products at full speed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch_group import BatchGroup
 from .decorrelation import feature_norms
 from .pair_scores import FeatureNorms
 from .pair_selection import (
@@ -19,6 +18,7 @@ from .pair_selection import (
     power_of_two_scale,
     strongest,
 )
+from .process_group import BatchGroup
 from .sparse_ops import ActiveFeatures, active_features
 
 # Decayed tokens below which a feature starts afresh: what it carried no longer shows beside a single new token, but its

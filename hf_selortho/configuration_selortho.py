@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .errors import ConfigError
-from .saved_files import CONFIG, LOOKUP, find_file, no_such_sae, read_object, within_reach
+from .utils.saved_files import CONFIG, LOOKUP, find_file, no_such_sae, read_object, within_reach
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import logging
 import torch
 from torch import Tensor
 
-from .batch_group import BatchGroup
 from .errors import NonFiniteError, SelOrthoError
 from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
 from .pair_selection import Columns, Pairs, best_pairs, pair_count, source_of
 from .pair_sums import pair_sums
 from .penalty_operator import DensePenalty, Operator, SparsePenalty
+from .process_group import BatchGroup
 from .sparse_ops import ActiveFeatures, active_features, as_float
 
 __all__ = [

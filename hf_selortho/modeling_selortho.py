@@ -17,13 +17,13 @@ from transformers.utils import ModelOutput
 
 from .activation_functions import ActivationFunction, Encoded
 from .baselines import ortsae_penalty
-from .batch_group import BatchGroup
 from .configuration_selortho import SelOrthoConfig
 from .decorrelation import full_penalty, penalty_by_space, penalty_of_selection, select_by_score
 from .errors import SelOrthoError
 from .pair_selection import Pairs
-from .saved_files import LOOKUP, at_one_commit, read_weights
+from .process_group import BatchGroup
 from .sparse_ops import ActiveFeatures, sparse_decode
+from .utils.saved_files import LOOKUP, at_one_commit, read_weights
 
 ROWS_IN_CACHE = 512  # decoder rows handled at once on a CPU
 

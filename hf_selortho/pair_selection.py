@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch_group import BatchGroup
 from .pair_scores import SCORES, FeatureNorms, Features, Score
 from .pair_sums import pair_sums
+from .process_group import BatchGroup
 from .sparse_ops import ActiveFeatures, csr, row_offsets, times_dense
 
 TILE_ROWS, TILE_COLUMNS = 2048, 512  # a float32 tile takes 4 MB

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.lm import load_language_model
 from hf_selortho.benchmarking.cases import ACTIVATIONS, MODES, Case, base_config, cases_of
 from hf_selortho.benchmarking.checkpoints import checkpoints_words, measure_checkpoints
 from hf_selortho.benchmarking.harvest import harvest_table, measure_harvest
@@ -34,9 +33,10 @@ from hf_selortho.benchmarking.plot import plot_times
 from hf_selortho.benchmarking.report import load_peers, report
 from hf_selortho.benchmarking.rounds import rows_of, run_rounds
 from hf_selortho.benchmarking.steps import TrainingSteps
-from hf_selortho.command_line import run_script, use_all_cores
+from hf_selortho.language_models.loading import load_language_model
 from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.training.outputs import hardware, library_versions, write_json, write_text
+from hf_selortho.training.run_folder import hardware, library_versions, write_json, write_text
+from hf_selortho.utils.command_line import run_script, use_all_cores
 
 SYNTHETIC_BATCHES = 8
 D_IN = 640  # of synthetic activations

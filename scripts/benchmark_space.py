@@ -26,12 +26,12 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.command_line import run_script
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import BINS, FeatureContext, FeatureRecord, Neighbour, PairRecord, TokenEffect
 from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.training.outputs import write_json
+from hf_selortho.training.run_folder import write_json
+from hf_selortho.utils.command_line import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.lm import LanguageModel
-from hf_selortho.activations.texts import open_documents
-from hf_selortho.activations.tokens import count_tokens
-from hf_selortho.command_line import run_script
+from hf_selortho.data.contexts import count_tokens
+from hf_selortho.data.pair_history import PairSnapshot, read_pair_history
+from hf_selortho.data.texts import open_documents
 from hf_selortho.features.build import build_feature_index, chosen_pairs, gather, gathered
 from hf_selortho.features.index_writer import FACTS, INDEX, IndexWriter, check_index_folder
 from hf_selortho.features.labels import read_labels
@@ -31,8 +30,9 @@ from hf_selortho.features.text_pass import taken, weights_sha256
 from hf_selortho.hub.interop import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
 from hf_selortho.hub.run_folder import holds_sae, read_run, shown_name, twin_beside
-from hf_selortho.pair_history import PairSnapshot, read_pair_history
+from hf_selortho.language_models.loading import LanguageModel
 from hf_selortho.training.arguments import OneLineParser, argument
+from hf_selortho.utils.command_line import run_script
 
 logger = logging.getLogger("hf_selortho.build_feature_index")
 

@@ -21,25 +21,25 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from hf_selortho import SelOrthoError
-from hf_selortho.activations.capture import ActivationCapture
-from hf_selortho.activations.disk import FolderLock
-from hf_selortho.activations.harvest import HarvestSettings, ShardHarvest, Speed, assemble_manifest, tokenizer_hash
-from hf_selortho.activations.harvest_plan import forecast_words, probe_harvest, refuse_what_cannot_fit
-from hf_selortho.activations.lm import check_context_length, load_language_model
-from hf_selortho.activations.processes import sum_over_processes
-from hf_selortho.activations.report import report_table
-from hf_selortho.activations.shard_writing import ShardFolder
-from hf_selortho.activations.shards import STORED_DTYPES
-from hf_selortho.activations.statistics import LayerStatistics
-from hf_selortho.activations.texts import Documents, open_documents
-from hf_selortho.activations.tokens import Context, ContextStream, count_tokens, estimate_tokens, held_out_contexts
-from hf_selortho.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.data.activation_cache import STORED_DTYPES
+from hf_selortho.data.cache_folder import ShardFolder
+from hf_selortho.data.cache_forecast import forecast_words, probe_harvest, refuse_what_cannot_fit
+from hf_selortho.data.cache_report import report_table
+from hf_selortho.data.cache_statistics import LayerStatistics
+from hf_selortho.data.cache_writer import HarvestSettings, ShardHarvest, Speed, assemble_manifest, tokenizer_hash
+from hf_selortho.data.contexts import Context, ContextStream, count_tokens, estimate_tokens, held_out_contexts
+from hf_selortho.data.texts import Documents, open_documents
 from hf_selortho.hub.dataset_card import render_shards_card
-from hf_selortho.memory_use import existing_folder, free_disk, peak_memory
-from hf_selortho.process_watch import ProcessWatch, leave_process_group
+from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.loading import check_context_length, load_language_model
 from hf_selortho.training.arguments import ModelArguments, TextArguments
-from hf_selortho.training.harvest_arguments import HarvestArguments, parse_harvest_arguments
-from hf_selortho.training.outputs import library_versions
+from hf_selortho.training.cache_arguments import HarvestArguments, parse_harvest_arguments
+from hf_selortho.training.run_folder import library_versions
+from hf_selortho.utils.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.utils.files import FolderLock
+from hf_selortho.utils.memory import existing_folder, free_disk, peak_memory
+from hf_selortho.utils.process_watch import ProcessWatch, leave_process_group
+from hf_selortho.utils.processes import sum_over_processes
 
 logger = logging.getLogger("hf_selortho.cache")
 
@@ -260,7 +260,7 @@ def closing_words(folder: Path, manifest: dict[str, Any], speed: Speed, processe
         f"\n{report_table(manifest)}\n\n{folder}/ holds {len(manifest['shards'])} shards of {manifest['rows']:,} "
         f"tokens and {manifest['held_out_counts']['rows']:,} held-out ones\n{fast}\nNext:\n"
         f"  accelerate launch scripts/train.py --activations {name} --layers {layers} --twin --output_dir runs/sae\n"
-        f"  python -m hf_selortho.activations.report {name} --output norms.png\n"
+        f"  python -m hf_selortho.data.cache_report {name} --output norms.png\n"
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from hf_selortho.command_line import run_script
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.hub.publication import Publication, size_in_words, size_table
 from hf_selortho.hub.push import check_repo_id
@@ -24,6 +23,7 @@ from hf_selortho.hub.space import assemble_space, deploy_space, is_private, no_p
 from hf_selortho.hub.space_requirements import OwnPackage, build_wheel, check_wheel_url
 from hf_selortho.hub.space_saes import SpaceSaes, advice, pin_sae
 from hf_selortho.training.arguments import OneLineParser, argument
+from hf_selortho.utils.command_line import run_script
 
 logger = logging.getLogger("hf_selortho.deploy_space")
 

@@ -17,9 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from hf_selortho import SelOrthoError
-from hf_selortho.activations.texts import open_documents
-from hf_selortho.activations.tokens import held_out_contexts
-from hf_selortho.command_line import run_script
+from hf_selortho.data.contexts import held_out_contexts
+from hf_selortho.data.texts import open_documents
 from hf_selortho.evaluation.evaluator import evaluate_sae
 from hf_selortho.evaluation.stability import stability
 from hf_selortho.evaluation.tasks import prepare_tasks
@@ -27,7 +26,8 @@ from hf_selortho.hub.interop import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
 from hf_selortho.hub.report import metrics_table
 from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.training.outputs import write_json
+from hf_selortho.training.run_folder import write_json
+from hf_selortho.utils.command_line import run_script
 
 logger = logging.getLogger("hf_selortho.evaluate")
 

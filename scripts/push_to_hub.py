@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_selortho.command_line import run_script
 from hf_selortho.hub.model_card import Publisher
 from hf_selortho.hub.publication import Publication, publish_run, size_in_words, size_table
 from hf_selortho.hub.push import check_repo_id, push_publication
 from hf_selortho.hub.run_folder import FinishedRun, read_run, with_others
 from hf_selortho.training.arguments import OneLineParser, argument
+from hf_selortho.utils.command_line import run_script
 
 logger = logging.getLogger("hf_selortho.push_to_hub")
 

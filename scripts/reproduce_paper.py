@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from hf_selortho import SelOrthoError
-from hf_selortho.activations.disk import FolderLock
-from hf_selortho.command_line import run_script
 from hf_selortho.experiments.execute import run_examples, run_trainings
 from hf_selortho.experiments.plan import SECTIONS, Plan, list_plans, load_plan
 from hf_selortho.experiments.processes import Machine, stop_on_sigterm
 from hf_selortho.experiments.report import write_results
 from hf_selortho.experiments.stages import Places, harvest, local_name, prepare, run_worlds, time_steps
 from hf_selortho.training.arguments import OneLineParser, argument
+from hf_selortho.utils.command_line import run_script
+from hf_selortho.utils.files import FolderLock
 
 
 @dataclass

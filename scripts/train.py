@@ -25,10 +25,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.buffer import ActivationStatistics
-from hf_selortho.activations.disk import FolderLock
-from hf_selortho.activations.shards import ActivationStore
-from hf_selortho.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
+from hf_selortho.data.activation_cache import ActivationStore
+from hf_selortho.data.buffer import ActivationStatistics
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.model_card import Publisher
 from hf_selortho.hub.push import push_run
@@ -36,17 +34,15 @@ from hf_selortho.hub.report import metrics_table, summary_table, write_report, w
 from hf_selortho.hub.repository import Repository, check_repo_id
 from hf_selortho.hub.run_folder import read_run, with_others
 from hf_selortho.hub.summary import SaeReport
-from hf_selortho.memory_use import available_memory, memory_now, peak_memory
-from hf_selortho.process_watch import ProcessWatch, leave_process_group
 from hf_selortho.training.arguments import HubArguments, RunArguments, TrainingArguments, parse_arguments, sae_config
 from hf_selortho.training.checkpoint import Checkpoints, agreed_checkpoint
 from hf_selortho.training.checkpoint_files import is_checkpoint_of, set_later_aside, step_of
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
 from hf_selortho.training.dry_run import check_memory, forecast, forecast_words, in_small, refuse_what_cannot_fit
-from hf_selortho.training.guard import NonFiniteGuard
-from hf_selortho.training.loop import LAST_STEPS, Trainer, train_together
-from hf_selortho.training.members import Member, all_settings, run_members, with_inputs_of
-from hf_selortho.training.outputs import (
+from hf_selortho.training.non_finite import NonFiniteGuard
+from hf_selortho.training.pair_history import PairHistory
+from hf_selortho.training.penalty import full_penalty_notice, make_controller
+from hf_selortho.training.run_folder import (
     MetricsLog,
     check_output_folder,
     hardware,
@@ -54,10 +50,14 @@ from hf_selortho.training.outputs import (
     prepare_output_folder,
     save_sae,
 )
-from hf_selortho.training.pair_history import PairHistory
-from hf_selortho.training.penalty import full_penalty_notice, make_controller
 from hf_selortho.training.state import Controller
 from hf_selortho.training.stop_signals import StopSignals
+from hf_selortho.training.trainer import LAST_STEPS, Trainer, train_together
+from hf_selortho.training.variants import Member, all_settings, run_members, with_inputs_of
+from hf_selortho.utils.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
+from hf_selortho.utils.files import FolderLock
+from hf_selortho.utils.memory import available_memory, memory_now, peak_memory
+from hf_selortho.utils.process_watch import ProcessWatch, leave_process_group
 
 logger = logging.getLogger("hf_selortho.train")
 

@@ -20,7 +20,7 @@ from feature_browser.shelf import Settings, open_shelf, settings_from
 from feature_browser.views import Views
 
 from hf_selortho import SelOrthoError
-from hf_selortho.command_line import run_script
+from hf_selortho.utils.command_line import run_script
 
 EXAMPLES = (
     "The weather in Paris was cold, so the match was moved to Monday.",

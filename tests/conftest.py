@@ -58,7 +58,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from hf_selortho.activations.lm import LanguageModel
+    from hf_selortho.language_models.loading import LanguageModel
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(4, torch.get_num_threads()))  # on models this small, more only wait for one another
@@ -254,7 +254,7 @@ def tiny_lm_dir(
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_lm_dir: Callable[[str], Path]) -> Callable[[str], LanguageModel]:
     """`tiny_lm(arch)`: the same models, loaded as the package loads them, in float32 on the CPU."""
-    from hf_selortho.activations.lm import load_language_model
+    from hf_selortho.language_models.loading import load_language_model
 
     return functools.cache(lambda arch: load_language_model(str(tiny_lm_dir(arch)), dtype="float32"))
 
@@ -262,7 +262,7 @@ def tiny_lm(tiny_lm_dir: Callable[[str], Path]) -> Callable[[str], LanguageModel
 @pytest.fixture(scope="session")
 def embedded_lm() -> LanguageModel:
     """The real Gemma 3 270M of the extra `demo`; the first use on a machine converts it, which takes a minute."""
-    from hf_selortho.activations.lm import load_language_model
+    from hf_selortho.language_models.loading import load_language_model
 
     return load_language_model("gemma-3-270m")
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hf_selortho import select_pairs
-from hf_selortho.batch_group import BatchGroup
 from hf_selortho.carried import CarriedSums
+from hf_selortho.process_group import BatchGroup
 
 N = 30
 

@@ -12,10 +12,10 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE, activation_functions
-from hf_selortho.batch_group import BatchGroup
 from hf_selortho.carried import CarriedSums
 from hf_selortho.decorrelation import decorrelation_penalty, select_pairs
 from hf_selortho.modeling_selortho import PenaltyPlan
+from hf_selortho.process_group import BatchGroup
 from hf_selortho.sparse_ops import active_features
 
 SETTINGS = [

@@ -41,10 +41,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging as transformers_logging
 
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE, select_pairs
-from hf_selortho.activations.report import read_manifest, report_table
-from hf_selortho.activations.shard_batches import layer_statistics
-from hf_selortho.activations.shards import HELD_OUT, TRAIN, ActivationStore
-from hf_selortho.activations.texts import TextSource, open_documents
+from hf_selortho.data.activation_cache import HELD_OUT, TRAIN, ActivationStore
+from hf_selortho.data.cache_batches import layer_statistics
+from hf_selortho.data.cache_report import read_manifest, report_table
+from hf_selortho.data.pair_history import PAIR_HISTORY, read_pair_history, snapshot_bytes, snapshot_name
+from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import (
@@ -57,7 +58,6 @@ from hf_selortho.features.records import (
     TokenEffect,
 )
 from hf_selortho.hub.model_card import render_model_card
-from hf_selortho.pair_history import PAIR_HISTORY, read_pair_history, snapshot_bytes, snapshot_name
 from scripts import cache_activations
 
 ROOT = Path(__file__).parents[1]

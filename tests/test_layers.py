@@ -1,4 +1,4 @@
-"""The layers, read from the imports: core <- activations <- training | evaluation | features <- hub <- scripts."""
+"""The layers, read from the imports: core, utils <- language_models, data <- training, evaluation, features <- hub."""
 
 from __future__ import annotations
 
@@ -25,34 +25,19 @@ COMPOSERS = {"scripts", "spaces_app"}
 
 # What each layer may import of the package besides itself: layers, or single files of core.
 # core: the flat files; __init__: the public names. Every folder of the package is a layer of its own.
+BELOW = {"__init__", "core", "utils", "language_models", "data"}
 ALLOWED = {
     "__init__": {"core"},
-    "core": set(),
-    # not the SAE; its report is a program too
-    "activations": {"errors", "hub_access", "safe_paths", "pictures", "memory_use", "command_line"},
-    # the arguments of a training are those of its command line
-    "training": {"__init__", "core", "activations", "command_line", "memory_use"},
-    "evaluation": {"__init__", "core", "activations", "pictures"},
-    "features": {"__init__", "core", "activations"},
-    "hub": {"__init__", "core", "activations", "training", "evaluation", "features", "command_line"},
-    "benchmarking": {"__init__", "core", "activations", "training", "evaluation", "pictures", "memory_use"},
-    # composes all of it, like a script
-    "experiments": {
-        "__init__",
-        "core",
-        "activations",
-        "training",
-        "evaluation",
-        "features",
-        "hub",
-        "benchmarking",
-        "command_line",
-        "pictures",
-    },
-    "process_watch": {"errors"},
-    "memory_use": set(),
-    "command_line": {"errors", "memory_use"},  # a flat file, but not one that goes to the Hub
-    "pictures": {"errors"},  # a flat file, but not one that goes to the Hub
+    "core": {"utils"},
+    "utils": {"errors"},
+    "language_models": {"errors", "process_group", "utils", "data"},  # not the SAE
+    "data": {"errors", "process_group", "utils", "language_models"},  # not the SAE
+    "training": BELOW,
+    "evaluation": BELOW,
+    "features": BELOW,
+    "hub": BELOW | {"training", "evaluation", "features"},
+    "benchmarking": BELOW | {"training", "evaluation"},
+    "experiments": BELOW | {"training", "evaluation", "features", "hub", "benchmarking"},  # composes all, like a script
 }
 # What a copy of core on the Hub can count on; transformers itself needs the others.
 CORE_THIRD_PARTY = {"torch", "transformers", "safetensors", "huggingface_hub"}
@@ -133,17 +118,17 @@ def test_imports_go_upward_only() -> None:
     [
         ("decorrelation.py", "import numpy", "core imports torch"),
         ("decorrelation.py", "from hf_selortho.errors import SelOrthoError", "relatively"),
-        ("decorrelation.py", "from .activations.lm import LanguageModel", "core must not know activations"),
-        ("activations/lm.py", "from ..modeling_selortho import SelOrthoSAE", "must not know modeling_selortho"),
-        ("activations/lm.py", "from hf_selortho import SelOrthoSAE", "must not know __init__"),
-        ("training/loop.py", "def f():\n    from ..evaluation import metrics", "training must not know evaluation"),
-        ("features/build.py", "from hf_selortho.training.loop import train", "features must not know training"),
+        ("decorrelation.py", "from .data.texts import Documents", "core must not know data"),
+        ("data/texts.py", "from ..modeling_selortho import SelOrthoSAE", "must not know modeling_selortho"),
+        ("data/texts.py", "from hf_selortho import SelOrthoSAE", "must not know __init__"),
+        ("training/trainer.py", "def f():\n    from ..evaluation import metrics", "training must not know evaluation"),
+        ("features/build.py", "from hf_selortho.training.trainer import train", "features must not know training"),
         ("hub/push.py", "import scripts.train", "does not know scripts"),
         ("extras/x.py", "import os", "no layer yet"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, file: str, statement: str, fault: str) -> None:
-    for name in ("__init__", "errors", "modeling_selortho", "activations/lm", "evaluation/metrics", "training/loop"):
+    for name in ("__init__", "errors", "modeling_selortho", "data/texts", "evaluation/metrics", "training/trainer"):
         (tmp_path / PACKAGE / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / PACKAGE / f"{name}.py").touch()
     assert violations(tmp_path) == []

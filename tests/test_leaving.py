@@ -15,8 +15,8 @@ PROCESS = """
 import sys
 import torch
 from accelerate import Accelerator
-from hf_selortho.batch_group import BatchGroup
-from hf_selortho.process_watch import leave_process_group
+from hf_selortho.process_group import BatchGroup
+from hf_selortho.utils.process_watch import leave_process_group
 from tests.gloo_threads import gloo_threads, gloo_threads_stay, make_them_late
 
 accelerator = Accelerator(cpu=True)

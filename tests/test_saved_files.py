@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.safe_paths import target_outside
+from hf_selortho.utils.safe_paths import target_outside
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c0ffee" + "0" * 34
@@ -395,7 +395,7 @@ from transformers import {config} as EvilConfig, {model} as EvilModel, PreTraine
 LOADERS = """
 import json, os, sys
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.lm import load_language_model
+from hf_selortho.language_models.loading import load_language_model
 from transformers import AutoModelForCausalLM
 
 marker, *folders = sys.argv[1:]

@@ -11,7 +11,7 @@ import torch
 from ..configuration_selortho import SelOrthoConfig
 from ..decorrelation import full_penalty_bytes
 from ..errors import SelOrthoError
-from ..memory_use import available_memory
+from ..utils.memory import available_memory
 
 ENCODER, NONE = "encoder", "none"  # the yardsticks
 ORTSAE_INTERVALS = (1, 5)

@@ -16,7 +16,7 @@ from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import parse_arguments, sae_config
 from ..training.checkpoint import Checkpoints
 from ..training.data import LiveData
-from ..training.loop import Trainer, look_around, take_step
+from ..training.trainer import Trainer, look_around, take_step
 
 EVERY = 100  # steps between two checkpoints
 _WARM_UP = 10

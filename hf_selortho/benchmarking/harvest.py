@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from ..activations.capture import ActivationCapture, length_batches
-from ..activations.harvest import HarvestSettings
-from ..activations.harvest_plan import throwaway_harvest
-from ..activations.lm import LanguageModel, load_language_model
-from ..activations.texts import Documents, TextSource, open_documents
-from ..activations.tokens import Context, ContextStream, count_tokens, pad_batch
+from ..data.cache_forecast import throwaway_harvest
+from ..data.cache_writer import HarvestSettings
+from ..data.contexts import Context, ContextStream, count_tokens, pad_batch
+from ..data.texts import Documents, TextSource, open_documents
+from ..language_models.capture import ActivationCapture, length_batches
+from ..language_models.loading import LanguageModel, load_language_model
 from .pipeline import wait_for
 from .report import table
 

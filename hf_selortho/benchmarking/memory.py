@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..configuration_selortho import SelOrthoConfig
-from ..memory_use import memory_now, recent_peak, start_peak
 from ..modeling_selortho import SelOrthoSAE
+from ..utils.memory import memory_now, recent_peak, start_peak
 from .cases import ENCODER, NONE, Case
 from .inputs import Batches
 from .pipeline import wait_for

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations.buffer import ActivationBuffer
-from ..activations.capture import ActivationCapture
-from ..activations.lm import LanguageModel, check_context_length
-from ..activations.texts import TextSource, open_documents
-from ..activations.tokens import ContextStream
+from ..data.buffer import ActivationBuffer
+from ..data.contexts import ContextStream
+from ..data.texts import TextSource, open_documents
+from ..language_models.capture import ActivationCapture
+from ..language_models.loading import LanguageModel, check_context_length
 
 BATCHES = 6  # that the buffer holds
 CONTEXT_LENGTH = 128

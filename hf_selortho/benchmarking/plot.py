@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
+from ..utils.plots import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 from .cases import ACTIVATIONS
 
 # Okabe and Ito's palette again: one colour a mode; longer intervals are dashed

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.capture import ActivationCapture, length_batches, only
-from ..activations.tokens import Context, pad_batch
+from ..data.contexts import Context, pad_batch
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture, length_batches, only
 from ..modeling_selortho import SelOrthoSAE
 from .functional import batch_correlation_summary, correlation_histogram, cross_entropy, max_decoder_cosine
 from .metrics import CorrelationMetric, LossRecoveredMetric, ReconstructionMetric, SparsityMetric

@@ -23,9 +23,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..activations.capture import ActivationCapture, only
-from ..activations.tokens import Context
+from ..data.contexts import Context
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture, only
 from .absorption import FirstLetterTask, f1_score
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from ..activations.python_docs import PYTHON_DOCS
-from ..activations.text_loading import READ_ERRORS, load_texts, read_error
-from ..activations.texts import TextSource, open_documents
+from ..data.python_docs import PYTHON_DOCS
+from ..data.text_loading import READ_ERRORS, load_texts, read_error
+from ..data.texts import TextSource, open_documents
 from ..errors import SelOrthoError
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
 
 from ..errors import SelOrthoError
-from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
+from ..utils.plots import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 
 _COLORS = (BLUE, VERMILION, GREEN)
 

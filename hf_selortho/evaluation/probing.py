@@ -20,9 +20,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import Tensor
 
-from ..activations.capture import ActivationCapture
-from ..activations.tokens import Context, Cutter
+from ..data.contexts import Context, Cutter
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)

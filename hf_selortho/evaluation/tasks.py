@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from ..activations.capture import ActivationCapture
-from ..activations.texts import TextSource
+from ..data.texts import TextSource
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
 from .absorption import absorption
 from .first_letter import FirstLetterTask, first_letter_task

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..command_line import run_script
 from ..configuration_selortho import SelOrthoConfig
 from ..hub.expectations import EXPECTATIONS, PENALTY_SETTINGS
-from ..training.outputs import write_json
+from ..training.run_folder import write_json
+from ..utils.command_line import run_script
 from .comparison import comparisons
 from .findings import Findings
 from .plan import load_plan

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import MaxNLocator
 
-from ..pictures import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
+from ..utils.plots import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 from .comparison import BOUGHT, Comparison
 from .summaries import NAMES, TWIN, Figure, Summary
 from .world_gains import SCORES, gain_over_twin, rules

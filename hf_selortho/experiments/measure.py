@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from ..activations.capture import ActivationCapture
-from ..activations.lm import load_language_model
-from ..activations.shard_batches import held_out_batches
-from ..activations.shards import ActivationStore
-from ..activations.texts import TextSource
-from ..command_line import run_script, use_all_cores
+from ..data.activation_cache import ActivationStore
+from ..data.cache_batches import held_out_batches
+from ..data.texts import TextSource
 from ..evaluation.evaluator import evaluate_saes
 from ..evaluation.tasks import prepare_tasks
+from ..language_models.capture import ActivationCapture
+from ..language_models.loading import load_language_model
 from ..modeling_selortho import SelOrthoSAE
+from ..utils.command_line import run_script, use_all_cores
 from .records import Records, training_facts
 from .task_files import has_tasks, load_tasks, save_tasks
 

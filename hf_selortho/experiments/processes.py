@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from ..command_line import end_with_parent, own_cores
 from ..errors import SelOrthoError
+from ..utils.command_line import end_with_parent, own_cores
 
 _POLL = 2.0  # seconds between two looks at a process
 _stopping = threading.Event()  # somebody asks for the end

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..activations.disk import sha256_of
-from ..activations.shards import MANIFEST, ActivationStore
+from ..data.activation_cache import MANIFEST, ActivationStore
 from ..errors import SelOrthoError
-from ..training.outputs import write_json
+from ..training.run_folder import write_json
+from ..utils.files import sha256_of
 from .examples import EXAMPLES, read_examples
 from .plan import Plan, Unit, WorldRun
 from .processes import Machine, Progress, launcher, run_process, side_by_side

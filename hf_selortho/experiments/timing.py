@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.shards import ActivationStore
 from ..benchmarking.cases import Case, base_config, cases_of
 from ..benchmarking.inputs import Batches, prepare
 from ..benchmarking.memory import peak_in_own_process
 from ..benchmarking.rounds import rows_of, run_rounds
 from ..benchmarking.steps import TrainingSteps
-from ..command_line import run_script, use_all_cores
 from ..configuration_selortho import SelOrthoConfig
+from ..data.activation_cache import ActivationStore
 from ..modeling_selortho import SelOrthoSAE
-from ..training.outputs import hardware, library_versions
+from ..training.run_folder import hardware, library_versions
+from ..utils.command_line import run_script, use_all_cores
 from .records import Records
 
 TIMING = "timing"  # name of the record

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..command_line import run_script, use_all_cores
-from ..training.outputs import hardware, library_versions
+from ..training.run_folder import hardware, library_versions
+from ..utils.command_line import run_script, use_all_cores
 from .plan import WorldRun
 from .records import Records
 from .world_peers import peer_settings, run_peers

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.buffer import ActivationBatch
-from ..activations.capture import TokenOrigins
 from ..configuration_selortho import SelOrthoConfig
+from ..data.buffer import ActivationBatch
 from ..errors import ConfigError
+from ..language_models.capture import TokenOrigins
 from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import RunArguments
-from ..training.guard import NonFiniteGuard
-from ..training.loop import Trainer
+from ..training.non_finite import NonFiniteGuard
+from ..training.trainer import Trainer
 from .world_sampling import SyntheticWorld, WorldStream, derived_seed
 from .world_scores import Scored, score_sae
 from .worlds import BATCH_SIZE, LEARNING_RATE, World, make_world

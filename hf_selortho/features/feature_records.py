@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..activations.tokens import spelling
+from ..data.contexts import spelling
 from ..sparse_ops import ActiveFeatures
 from .feature_statistics import BANDS, PER_BAND, FeatureStatistics, quantiles
 from .keepers import Window

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..activations.disk import reason, sync
 from ..errors import SelOrthoError
+from ..utils.files import reason, sync
 from .records import FEATURE_TABLE, FEATURES, PAIR_TABLE, PAIRS, SCHEMA_VERSION, FeatureRecord, PairRecord, as_row
 
 INDEX = "feature_index"  # folder of the index, beside the config.json of its SAE

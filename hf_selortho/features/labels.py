@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SelOrthoError
-from ..hub_access import one_line
+from ..utils.hub import one_line
 from .render import visible
 
 LONGEST_LABEL = 200

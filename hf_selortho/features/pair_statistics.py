@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pair_history import PairSnapshot
+from ..data.pair_history import PairSnapshot
 from .keepers import Accepted, Batch, Keeper, Windows
 from .records import JOINT_KINDS
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations.lm import LanguageModel
 from ..errors import SelOrthoError
+from ..language_models.loading import LanguageModel
 
 
 @dataclass(frozen=True)

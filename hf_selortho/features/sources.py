@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..activations.capture import ActivationCapture
-from ..activations.texts import Documents
-from ..activations.tokens import Context, stream_held_out_contexts
+from ..data.contexts import Context, stream_held_out_contexts
+from ..data.pair_history import PairSnapshot
+from ..data.texts import Documents
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
-from ..pair_history import PairSnapshot
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..activations.capture import ActivationCapture
-from ..activations.lm import LanguageModel
-from ..activations.tokens import Cutter, spelling
+from ..data.contexts import Cutter, spelling
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture
+from ..language_models.loading import LanguageModel
 from ..modeling_selortho import SelOrthoSAE
 from .sampling import Sampling, choose, end_ids
 from .token_features import FeatureCapture

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.capture import ActivationCapture, Harvest
-from ..activations.disk import sha256_of
-from ..activations.tokens import Context, pad_batch
 from ..configuration_selortho import SelOrthoConfig
+from ..data.contexts import Context, pad_batch
+from ..language_models.capture import ActivationCapture, Harvest
 from ..modeling_selortho import SelOrthoSAE
+from ..utils.files import sha256_of
 from .keepers import Batch
 
 WEIGHTS = "model.safetensors"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..activations.lm import LanguageModel
-from ..activations.tokens import spelling
+from ..data.contexts import spelling
 from ..errors import SelOrthoError
+from ..language_models.loading import LanguageModel
 from .records import TokenEffect
 
 _CHUNK_BYTES = 48 * 2**20  # of embeddings, and of logits, held in float32 at once

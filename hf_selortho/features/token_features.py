@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.capture import ActivationCapture, length_batches
-from ..activations.lm import LanguageModel, load_language_model
-from ..activations.tokens import Context, Cutter, pad_batch, spelling
 from ..configuration_selortho import SelOrthoConfig
+from ..data.contexts import Context, Cutter, pad_batch, spelling
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture, length_batches
+from ..language_models.loading import LanguageModel, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from huggingface_hub import RepoCard
 
-from ..command_line import without_secrets
 from ..errors import SelOrthoError
 from ..features.index_writer import INDEX
 from ..modeling_selortho import SelOrthoSAE
-from ..saved_files import CONFIG, read_object
-from ..training.outputs import CARD, METRICS, METRICS_LOG, PICTURES, RUN, jsonable, save_sae
+from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN, jsonable, save_sae
+from ..utils.command_line import without_secrets
+from ..utils.saved_files import CONFIG, read_object
 from .card_facts import SAELENS_FOLDER
 from .card_results import Measured
 from .interop import write_saelens

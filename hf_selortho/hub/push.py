@@ -17,10 +17,10 @@ from huggingface_hub import errors as hub
 
 from .. import __version__
 from ..errors import SelOrthoError
-from ..hub_access import ATTEMPTS, one_line, pause, pause_of_busy
 from ..modeling_selortho import SelOrthoSAE
-from ..repository_contents import listed
-from ..saved_files import CONFIG
+from ..utils.hub import ATTEMPTS, one_line, pause, pause_of_busy
+from ..utils.repository_contents import listed
+from ..utils.saved_files import CONFIG
 from .model_card import Publisher
 from .publication import Publication, publish_run, publish_sae
 from .repository import REQUEST_ERRORS, SIGNATURE, RepoKind, Repository, cause_of, check_repo_id, content_hash

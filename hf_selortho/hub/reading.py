@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..activations.capture import ActivationCapture
-from ..activations.lm import LanguageModel, load_language_model
-from ..activations.texts import TextSource
 from ..configuration_selortho import SelOrthoConfig
+from ..data.texts import TextSource
 from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
+from ..language_models.capture import ActivationCapture
+from ..language_models.loading import LanguageModel, load_language_model
 from ..training.arguments import argument
 
 

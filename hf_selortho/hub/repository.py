@@ -12,10 +12,10 @@ from huggingface_hub import errors as hub
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from ..activations.disk import sha256_of
 from ..errors import SelOrthoError
-from ..hub_access import LOOKUP_ERRORS, one_line, patiently
-from ..saved_files import CONFIG, read_object
+from ..utils.files import sha256_of
+from ..utils.hub import LOOKUP_ERRORS, one_line, patiently
+from ..utils.saved_files import CONFIG, read_object
 
 RepoKind: TypeAlias = Literal["model", "dataset", "space"]
 T = TypeVar("T")

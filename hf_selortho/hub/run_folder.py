@@ -9,9 +9,9 @@ from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
-from ..safe_paths import target_outside
-from ..saved_files import CONFIG, no_such_sae, read_object
-from ..training.outputs import METRICS, PICTURES, RUN
+from ..training.run_folder import METRICS, PICTURES, RUN
+from ..utils.safe_paths import target_outside
+from ..utils.saved_files import CONFIG, no_such_sae, read_object
 from .card_results import Measured
 from .summary import TWIN, SaeReport, beside_twins
 

@@ -14,8 +14,8 @@ from huggingface_hub import errors as hub
 
 from .. import __version__
 from ..errors import SelOrthoError
-from ..hub_access import one_line
-from ..places import Place
+from ..utils.hub import one_line
+from ..utils.repo_ref import Place
 from .card_facts import EMBEDDED_MODEL
 from .publication import Publication
 from .push import Pushed, push_folder

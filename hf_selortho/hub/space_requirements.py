@@ -18,9 +18,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from .. import __version__
-from ..activations.disk import sha256_of
 from ..errors import SelOrthoError
-from ..hub_access import one_line
+from ..utils.files import sha256_of
+from ..utils.hub import one_line
 
 PACKAGE = "hf_selortho"
 SPACE_EXTRA, EMBEDDED_EXTRA = "space", "demo"

@@ -13,8 +13,8 @@ from huggingface_hub import HfApi
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..features.index_writer import INDEX
-from ..hub_access import LOOKUP_ERRORS, hub_error, patiently
-from ..places import Place, parse_place
+from ..utils.hub import LOOKUP_ERRORS, hub_error, patiently
+from ..utils.repo_ref import Place, parse_place
 from .card_facts import EMBEDDED_MODEL, base_model
 from .run_folder import WEIGHTS
 

@@ -13,8 +13,8 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from ..activations.texts import TextSource
 from ..configuration_selortho import SelOrthoConfig
+from ..data.texts import TextSource
 from ..errors import SelOrthoError
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import SelOrthoError
-from .outputs import METRICS_LOG
+from .run_folder import METRICS_LOG
 
 LOWEST, HIGHEST = 1e-6, 1e3  # of a coefficient
 MEDIAN_ROWS = 9  # logged steps whose median stands for the reference's FVU, against the noise of single batches

@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..activations.buffer import BatchSource
-from ..activations.disk import reason
 from ..configuration_selortho import SelOrthoConfig
+from ..data.buffer import BatchSource
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import Pairs
+from ..utils.files import reason
 from .checkpoint_files import (
     TRAINER,
     WEIGHTS,
@@ -39,11 +39,11 @@ from .checkpoint_files import (
     temporary_path,
     write_part,
 )
-from .outputs import jsonable
+from .run_folder import jsonable
 from .state import TrainState, new_carried
 
 if TYPE_CHECKING:
-    from .loop import Trainer
+    from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..activations.disk import let_go, sha256_of, sync
 from ..errors import SelOrthoError
-from .outputs import CHECKPOINTS, as_os_error, holds_unfinished_run, write_json
+from ..utils.files import let_go, sha256_of, sync
+from .run_folder import CHECKPOINTS, as_os_error, holds_unfinished_run, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..activations.buffer import ActivationBuffer, ActivationStatistics, BatchSource
-from ..activations.capture import ActivationCapture
-from ..activations.lm import LanguageModel, check_context_length, find_revision, load_language_model
-from ..activations.shard_batches import ShardBatches, check_layers, held_out_batches
-from ..activations.shards import ActivationStore, Manifest
-from ..activations.texts import Documents, open_documents
-from ..activations.tokens import Context, ContextStream, held_out_contexts
+from ..data.activation_cache import ActivationStore, Manifest
+from ..data.buffer import ActivationBuffer, ActivationStatistics, BatchSource
+from ..data.cache_batches import ShardBatches, check_layers, held_out_batches
+from ..data.contexts import Context, ContextStream, held_out_contexts
+from ..data.texts import Documents, open_documents
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture
+from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
 from .arguments import TrainingArguments
-from .guard import NonFiniteGuard
+from .non_finite import NonFiniteGuard
 
 # Settings that a harvest has decided, by the group of arguments that holds them: where the manifest has them.
 _HARVESTED: dict[str, dict[str, tuple[str, ...]]] = {

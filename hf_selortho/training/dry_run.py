@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..activations.buffer import ActivationBuffer
-from ..activations.processes import mean_over_processes
+from ..data.buffer import ActivationBuffer
 from ..errors import SelOrthoError
-from ..memory_use import available_memory, free_disk, memory_now, recent_peak, start_peak
 from ..modeling_selortho import SelOrthoSAE
+from ..utils.memory import available_memory, free_disk, memory_now, recent_peak, start_peak
+from ..utils.processes import mean_over_processes
 from .arguments import TrainingArguments
 from .data import TrainingData
-from .loop import Trainer
+from .trainer import Trainer
 
 PROBE_SECONDS = 20.0  # of training steps
 _PROBE_BATCHES = 2  # that the buffer holds in small

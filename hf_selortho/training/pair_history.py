@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..activations.disk import replace_file, sync
 from ..configuration_selortho import SelOrthoConfig
-from ..pair_history import PAIR_HISTORY, snapshot_bytes, snapshot_name, step_of_snapshot
+from ..data.pair_history import PAIR_HISTORY, snapshot_bytes, snapshot_name, step_of_snapshot
 from ..pair_selection import Pairs
-from .outputs import SNAPSHOT, cannot_write, when_there_is_room
+from ..utils.files import replace_file, sync
+from .run_folder import SNAPSHOT, cannot_write, when_there_is_room
 
 MOST = 32  # snapshots, besides that of the last selection: between 17 and 32 of a training with as many selections
 

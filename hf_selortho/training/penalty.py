@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..batch_group import BatchGroup
 from ..configuration_selortho import SelOrthoConfig
 from ..decorrelation import full_penalty_bytes
 from ..errors import SelOrthoError
 from ..modeling_selortho import PenaltyPlan, SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
+from ..process_group import BatchGroup
 from ..sparse_ops import ActiveFeatures
 from .arguments import RunArguments
 from .budget import FVUBudget, GradientShare, read_reference

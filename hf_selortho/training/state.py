@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..batch_group import BatchGroup
 from ..carried import CarriedSums
 from ..configuration_selortho import SelOrthoConfig
 from ..decorrelation import pair_count, select_pairs
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
+from ..process_group import BatchGroup
 from ..sparse_ops import ActiveFeatures
 from .budget import FVUBudget, GradientShare
 

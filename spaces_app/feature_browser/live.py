@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.lm import LanguageModel, load_language_model
 from hf_selortho.features import FeatureCapture, TokenFeatures
 from hf_selortho.features.sampling import Sampling
 from hf_selortho.features.steering import Generation, Steer, Steering
 from hf_selortho.hub.interop import load_sae
-from hf_selortho.places import parse_place
+from hf_selortho.language_models.loading import LanguageModel, load_language_model
+from hf_selortho.utils.repo_ref import parse_place
 
 from .shelf import MAIN, Settings, Shown
 

@@ -11,9 +11,9 @@ from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import INDEX
 from hf_selortho.hub.run_folder import shown_name, twin_beside
-from hf_selortho.places import Place, parse_place
-from hf_selortho.saved_files import CONFIG, at_one_commit, find_file, read_object
-from hf_selortho.training.outputs import CARD, METRICS, METRICS_LOG, read_rows
+from hf_selortho.training.run_folder import CARD, METRICS, METRICS_LOG, read_rows
+from hf_selortho.utils.repo_ref import Place, parse_place
+from hf_selortho.utils.saved_files import CONFIG, at_one_commit, find_file, read_object
 
 logger = logging.getLogger("hf_selortho.space")
 

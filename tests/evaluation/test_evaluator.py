@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.activations.capture import ActivationCapture, only
-from hf_selortho.activations.tokens import Context, pad_batch
+from hf_selortho.data.contexts import Context, pad_batch
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation import functional
 from hf_selortho.evaluation.evaluator import evaluate_sae, next_token_losses
+from hf_selortho.language_models.capture import ActivationCapture, only
 
 LAYER = 1
 

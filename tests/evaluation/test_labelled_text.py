@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hf_selortho.activations.texts import TextSource, open_documents
+from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation.labelled_text import labelled_documents
 

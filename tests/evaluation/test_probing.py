@@ -14,7 +14,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.activations.capture import ActivationCapture
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation.probing import (
     LabelledTexts,
@@ -24,6 +23,7 @@ from hf_selortho.evaluation.probing import (
     read_labelled_texts,
     sparse_probing,
 )
+from hf_selortho.language_models.capture import ActivationCapture
 
 LAYER = 1
 

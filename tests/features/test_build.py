@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoError
+from hf_selortho.data.pair_history import PairSnapshot
 from hf_selortho.decorrelation import select_pairs
 from hf_selortho.features import build
 from hf_selortho.features.build import build_feature_index
@@ -20,7 +21,6 @@ from hf_selortho.features.keepers import AFTER, BEFORE
 from hf_selortho.features.pair_statistics import class_of
 from hf_selortho.features.records import BINS, bin_edges
 from hf_selortho.features.sources import IndexSettings
-from hf_selortho.pair_history import PairSnapshot
 from tests.features.index_sources import CONTEXT_LENGTH, make_sae, make_sources, read_everything
 
 TOKENS = 4000

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.capture import ActivationCapture
-from hf_selortho.activations.lm import find_decoder_layers
 from hf_selortho.features.sampling import Sampling, choose
 from hf_selortho.features.steering import Generation, Steer, Steering
+from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.loading import find_decoder_layers
 
 PROMPT = "The minister built two bridges near the coast."
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]

@@ -20,10 +20,10 @@ from transformers import (
 
 import hf_selortho.features.token_effects as module
 from hf_selortho import SelOrthoError
-from hf_selortho.activations.lm import LanguageModel, find_decoder_layers
-from hf_selortho.activations.tokens import spelling
+from hf_selortho.data.contexts import spelling
 from hf_selortho.features.records import TokenEffect
 from hf_selortho.features.token_effects import find_final_norm, token_effects, written_tokens
+from hf_selortho.language_models.loading import LanguageModel, find_decoder_layers
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]
 PADDING_ROWS = 40  # of the vocabulary, beyond the tokenizer's last token

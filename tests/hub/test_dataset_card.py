@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import DatasetCard
 
-from hf_selortho.activations.shards import ActivationStore
+from hf_selortho.data.activation_cache import ActivationStore
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.hub.dataset_card import render_examples_card, render_shards_card, size_category
 from tests.loopback_hub import LoopbackHub

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.command_line import run_script
 from hf_selortho.hub.interop import load_sae, write_saelens
 from hf_selortho.hub.interop.__main__ import main
 from hf_selortho.hub.interop.convert import convert
+from hf_selortho.utils.command_line import run_script
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.activations.lm import load_language_model
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.hub.card_results import Measured
 from hf_selortho.hub.expectations import EXPECTATIONS, expectation_facts
 from hf_selortho.hub.model_card import Publisher, default_template, render_card, render_model_card
 from hf_selortho.hub.summary import SaeReport, beside_twins
+from hf_selortho.language_models.loading import load_language_model
 
 HOSTILE = "a: b\n---\n<img src=x onerror=alert(1)> | `x` ```\n# H [l](javascript:alert(1)) {{ 7 * 7 }} {% raw %}"
 SETTINGS = {

@@ -1,6 +1,6 @@
 """With this folder first in PYTHONPATH, a process fails if it ends while a thread of a gloo process group is there.
 
-Such a thread can abort it (`hf_selortho.process_watch.leave_process_group`). Linux only: elsewhere nothing is seen.
+Such a thread can abort it (`leave_process_group` ends them). Linux only: elsewhere nothing is seen.
 """
 
 import atexit

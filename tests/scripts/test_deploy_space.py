@@ -35,7 +35,7 @@ from hf_selortho.features.records import BINS, FeatureRecord
 from hf_selortho.hub.space import assemble_space
 from hf_selortho.hub.space_requirements import OwnPackage, build_wheel, check_wheel_url, pins
 from hf_selortho.hub.space_saes import PinnedSae, SpaceSaes
-from hf_selortho.places import Place
+from hf_selortho.utils.repo_ref import Place
 from tests.finished_run import save_run
 from tests.hub_client import HubClient
 from tests.loopback_hub import Fault, LoopbackHub

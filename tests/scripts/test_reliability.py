@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError
-from hf_selortho.activations.shards import ActivationStore
+from hf_selortho.data.activation_cache import ActivationStore
 from hf_selortho.errors import NonFiniteError
 from hf_selortho.training.checkpoint_files import best_checkpoint, prune, verify
 from scripts import cache_activations, train

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.capture import ActivationCapture
-from hf_selortho.activations.tokens import Context, pad_batch
+from hf_selortho.data.contexts import Context, pad_batch
+from hf_selortho.data.pair_history import read_pair_history
 from hf_selortho.hub.interop import write_saelens
-from hf_selortho.pair_history import read_pair_history
+from hf_selortho.language_models.capture import ActivationCapture
 from scripts import evaluate_sae, train
 
 ROOT = Path(__file__).parents[2]

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.activations.buffer import ActivationBatch
-from hf_selortho.activations.capture import ActivationCapture
-from hf_selortho.activations.shard_batches import ShardBatches
-from hf_selortho.activations.shards import ActivationStore
-from hf_selortho.activations.texts import TextSource, open_documents
-from hf_selortho.activations.tokens import ContextStream
+from hf_selortho.data.activation_cache import ActivationStore
+from hf_selortho.data.buffer import ActivationBatch
+from hf_selortho.data.cache_batches import ShardBatches
+from hf_selortho.data.contexts import ContextStream
+from hf_selortho.data.texts import TextSource, open_documents
+from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.training import data as training_data
 from hf_selortho.training import dry_run
 from scripts import cache_activations, train
@@ -260,7 +260,7 @@ def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
 
 
 def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("hf_selortho.activations.harvest_plan.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("hf_selortho.data.cache_forecast.PROBE_SECONDS", 0.2)
     settings = {
         "model": tiny_lm_dir("llama"), "dataset": sample_text_files.csv, "layers": [1], "cpu": True, "dry_run": True,
         "output_dir": tmp_path / "acts",
@@ -268,7 +268,7 @@ def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, ca
     cache_activations.main(command(settings, {}))
     shown = capsys.readouterr().out
     assert "peak memory of a process" in shown and "tokens/s" in shown and not (tmp_path / "acts").exists()
-    monkeypatch.setattr("hf_selortho.activations.harvest_plan.available_memory", lambda device: -(1 << 40))
+    monkeypatch.setattr("hf_selortho.data.cache_forecast.available_memory", lambda device: -(1 << 40))
     with pytest.raises(SelOrthoError, match="this harvest needs .* GB of memory"):
         cache_activations.main(command(settings, {}))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))

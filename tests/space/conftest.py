@@ -12,10 +12,10 @@ from feature_browser.shelf import Settings, Shown, open_shelf
 from feature_browser.views import Views
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.activations.capture import ActivationCapture
-from hf_selortho.activations.texts import TextSource, open_documents
+from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.build import IndexSettings, Sources, build_feature_index
 from hf_selortho.features.index_writer import INDEX, IndexWriter
+from hf_selortho.language_models.capture import ActivationCapture
 
 HOSTILE = '<img src=x onerror="document.title=1">'
 LABELS = {3: HOSTILE, 5: "rivers & bridges", 7: "‮turned round"}

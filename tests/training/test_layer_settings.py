@@ -8,7 +8,7 @@ import pytest
 from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import parse_arguments
 from hf_selortho.training.layer_settings import parse_layer_settings, settings_of
-from hf_selortho.training.members import run_members
+from hf_selortho.training.variants import run_members
 
 ALLOWED = {"ortho_coefficient", "pair_fraction"}
 SETTINGS = {"5": {"ortho_coefficient": 0.05}, "12": {"pair_fraction": 0.0005}}

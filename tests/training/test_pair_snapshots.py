@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.pair_history import PAIR_HISTORY, read_pair_history
+from hf_selortho.data.pair_history import PAIR_HISTORY, read_pair_history
 from hf_selortho.pair_selection import Pairs
 from hf_selortho.training.pair_history import MOST, PairHistory
 

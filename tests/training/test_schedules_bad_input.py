@@ -9,7 +9,7 @@ from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import parse_arguments
 from hf_selortho.training.budget import FVUBudget, GradientShare, read_reference
 from hf_selortho.training.layer_settings import parse_layer_settings
-from hf_selortho.training.members import run_members
+from hf_selortho.training.variants import run_members
 
 ALLOWED = {"ortho_coefficient", "pair_fraction", "min_support", "penalty", "max_norm_ratio", "matryoshka_prefixes"}
 

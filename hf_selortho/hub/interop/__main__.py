@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ...command_line import run_script
+from ...utils.command_line import run_script
 from . import FORMATS
 from .convert import TARGETS, convert
 

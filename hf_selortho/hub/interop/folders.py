@@ -10,10 +10,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ...activations.disk import reason, sync
 from ...errors import SelOrthoError
-from ...repository_contents import listed
-from ...training.outputs import as_os_error
+from ...training.run_folder import as_os_error
+from ...utils.files import reason, sync
+from ...utils.repository_contents import listed
 
 
 def check_target(folder: Path, replaceable: set[str] | None = None) -> None:

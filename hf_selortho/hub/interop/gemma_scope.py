@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import SelOrthoError
-from ...hub_access import one_line
-from ...repository_contents import listed
-from ...saved_files import find_file
+from ...utils.hub import one_line
+from ...utils.repository_contents import listed
+from ...utils.saved_files import find_file
 from .plain import PlainSae, weight_shapes
 
 WEIGHTS = "params.npz"

@@ -12,8 +12,8 @@ import torch
 from ...configuration_selortho import SelOrthoConfig
 from ...errors import SelOrthoError
 from ...modeling_selortho import SelOrthoSAE
-from ...repository_contents import contents_in_words
-from ...saved_files import CONFIG, LOOKUP, at_one_commit, find_file, read_object, within_reach
+from ...utils.repository_contents import contents_in_words
+from ...utils.saved_files import CONFIG, LOOKUP, at_one_commit, find_file, read_object, within_reach
 from . import gemma_scope, saelens, sparsify
 from .gemma_scope import read_gemma_scope
 from .plain import PlainSae

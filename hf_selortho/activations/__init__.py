@@ -1,1 +1,0 @@
-"""Text to tokens to language-model activations to shuffled batches; knows nothing of the SAE."""

