@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .process_group import BatchGroup
+from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import ActiveFeatures, row_offsets, sparse_encode
 
 CHUNK_ROWS = 128  # tokens whose pre-activations are held at once: enough for matrix products at full speed
@@ -48,7 +48,7 @@ class ActivationFunction:
     bandwidth: float = 0.05  # eps of jumprelu
 
     def dense(
-        self, z: Tensor, threshold: Tensor | None, *, batch: bool = False, group: BatchGroup | None = None
+        self, z: Tensor, threshold: Tensor | None, *, batch: bool = False, group: ProcessGroup = SINGLE_PROCESS
     ) -> Encoded:
         """Apply to pre-activations (..., n).
 
@@ -73,7 +73,7 @@ class ActivationFunction:
         return Encoded(torch.relu_(z))  # (B, n) is large, and nobody else has z
 
     def active(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: BatchGroup | None = None
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: ProcessGroup = SINGLE_PROCESS
     ) -> Encoded | None:
         """The same for tokens `x` (B, d_in), as active entries with gradients to the encoder; None if too dense."""
         with torch.no_grad():
@@ -91,7 +91,7 @@ class ActivationFunction:
         return Encoded(pattern.with_values(values), l0=fired / len(x))
 
     def _find(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: BatchGroup | None
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, group: ProcessGroup
     ) -> tuple[ActiveFeatures, Tensor | None] | None:
         device, n = x.device.type, W_enc.shape[1]
         limit = SPARSE_BELOW.get(device, 0.0)
@@ -110,16 +110,16 @@ class ActivationFunction:
             least = batch_threshold(torch.cat(kept.values), wanted, group)
         return kept.entries_of_batch(least), least
 
-    def wanted(self, tokens: int, device: torch.device, group: BatchGroup | None) -> int:
+    def wanted(self, tokens: int, device: torch.device, group: ProcessGroup) -> int:
         """Entries that batchtopk keeps, `B k`; B counts the tokens of all processes."""
         assert self.k is not None
-        total = tokens if group is None else int(group.sum(torch.tensor([tokens], device=device)))
+        total = tokens if group.size == 1 else int(group.sum(torch.tensor([tokens], device=device)))
         return total * self.k
 
 
-def batch_threshold(z: Tensor, wanted: int, group: BatchGroup | None) -> Tensor:
+def batch_threshold(z: Tensor, wanted: int, group: ProcessGroup) -> Tensor:
     """The `wanted`-th largest of the pre-activations (m,) of all processes, 0 if fewer are positive."""
-    if group is None:
+    if group.size == 1:
         return z.topk(min(wanted, len(z)), sorted=False).values.min().clamp_min(0)
     bits = z[z > 0].float().view(torch.int32).sort().values  # positive floats are ordered as their bits are
     low = torch.zeros(1, dtype=torch.int32, device=z.device)
@@ -199,10 +199,10 @@ def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: int) -> Any:
             yield start, z if dtype == torch.float64 else z.float()
 
 
-def _density(entries: int, z: Tensor, group: BatchGroup | None) -> float:
+def _density(entries: int, z: Tensor, group: ProcessGroup) -> float:
     """Share of entries; under data parallelism all processes have to take the same way, as they talk along it."""
     share = entries / max(1, z.numel())
-    return share if group is None else float(group.sum(torch.tensor([share], device=z.device))) / group.size
+    return share if group.size == 1 else float(group.sum(torch.tensor([share], device=z.device))) / group.size
 
 
 def _near(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

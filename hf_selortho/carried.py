@@ -18,7 +18,7 @@ from .pair_selection import (
     power_of_two_scale,
     strongest,
 )
-from .process_group import BatchGroup
+from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import ActiveFeatures, active_features
 
 # Decayed tokens below which a feature starts afresh: what it carried no longer shows beside a single new token, but its
@@ -48,7 +48,7 @@ class CarriedSums:
         self.tokens = 0.0  # decayed
 
     @torch.no_grad()
-    def update(self, h: Tensor | ActiveFeatures, group: BatchGroup | None = None) -> None:
+    def update(self, h: Tensor | ActiveFeatures, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Add a batch of feature activations (B, n), the global one under data parallelism.
 
         Beside what is carried, memory is that of the active entries and of one block of co-activations.
@@ -60,7 +60,7 @@ class CarriedSums:
         norms = feature_norms(active, "cosine", group)
         everything = FeatureNorms(torch.ones_like(norms.squares), norms.support, None, norms.tokens)  # scales nothing
         columns = Columns(active, everything, 1)
-        if group is not None:
+        if group.size > 1:
             assert columns.active is not None
             columns.active = group.gather_active(columns.active)
         self._decay(norms.squares.device)

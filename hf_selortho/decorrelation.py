@@ -17,11 +17,11 @@ from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
 from .pair_selection import Columns, Pairs, best_pairs, pair_count, source_of
 from .pair_sums import pair_sums
 from .penalty_operator import DensePenalty, Operator, SparsePenalty
-from .process_group import BatchGroup
+from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import ActiveFeatures, active_features, as_float
 
 __all__ = [
-    "ActiveFeatures", "BatchGroup", "FeatureNorms", "Pairs", "decorrelation_penalty", "feature_norms", "full_penalty",
+    "ActiveFeatures", "ProcessGroup", "FeatureNorms", "Pairs", "decorrelation_penalty", "feature_norms", "full_penalty",
     "pair_count", "select_pairs", "selective_penalty",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ CHUNK_ELEMENTS = 1 << 22  # of a dense matrix that are widened to float32 at onc
 
 
 def feature_norms(
-    h: Tensor | ActiveFeatures, correlation: str = "cosine", group: BatchGroup | None = None
+    h: Tensor | ActiveFeatures, correlation: str = "cosine", group: ProcessGroup = SINGLE_PROCESS
 ) -> FeatureNorms:
     """Norm, support and mean of every feature over the batch `h` (B, n), summed over the processes of `group`.
 
@@ -41,8 +41,7 @@ def feature_norms(
     """
     sums = _sums(h)  # (3, n): support, squares, total
     tokens = sums.new_tensor([float(_tokens(h))])
-    if group is not None:
-        sums, tokens = group.sum(sums), group.sum(tokens)
+    sums, tokens = group.sum(sums), group.sum(tokens)
     support, squares, total = sums
     if not bool(torch.isfinite(squares).all()):
         raise NonFiniteError(_non_finite(squares))
@@ -50,8 +49,7 @@ def feature_norms(
         return FeatureNorms(squares, support, None, int(tokens))
     mean = total / tokens
     centred = _squares_about(h, mean)  # two passes: sum(h^2) - B mean^2 would cancel
-    if group is not None:
-        centred = group.sum(centred)
+    centred = group.sum(centred)
     centred[centred <= 1e-12 * squares] = 0  # a constant feature: what is left is rounding
     return FeatureNorms(centred, support, mean, int(tokens))
 
@@ -63,7 +61,7 @@ def select_pairs(
     min_support: int = 1,
     correlation: str = "cosine",
     method: str = "auto",
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
     correlation_threshold: float = 0.0,
 ) -> Pairs:
     """The exact set `T` of eq. 5: the most correlated eligible pairs of features of a batch.
@@ -99,7 +97,7 @@ def select_by_score(
     min_support: int = 1,
     correlation: str = "cosine",
     method: str = "auto",
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
     correlation_threshold: float = 0.0,
 ) -> Pairs:
     """[`select_pairs`] by any of the scores: "activation", "decoder" (cosine of the rows of `W_dec`), "redundancy".
@@ -112,7 +110,7 @@ def select_by_score(
         matrix: Tensor | ActiveFeatures = h
         if kind.of == "decoder":
             assert W_dec is not None
-            matrix, correlation, min_support, group, method = W_dec.T, "cosine", 1, None, "tiles"
+            matrix, correlation, min_support, group, method = W_dec.T, "cosine", 1, SINGLE_PROCESS, "tiles"
         norms = feature_norms(matrix, correlation, group)
         source = source_of(matrix, norms, correlation) if kind.of == "activations" else None
         if kind.of == "pattern":
@@ -133,7 +131,7 @@ def selective_penalty(
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Tensor, Pairs]:
     """[`select_pairs`] and [`decorrelation_penalty`] on the same batch."""
     pairs = select_pairs(h, pair_fraction, min_support, correlation, "auto", group)
@@ -141,7 +139,7 @@ def selective_penalty(
 
 
 def penalty_of_selection(
-    h: Tensor | ActiveFeatures, pairs: Pairs, coefficient: float, reduction: str, group: BatchGroup | None
+    h: Tensor | ActiveFeatures, pairs: Pairs, coefficient: float, reduction: str, group: ProcessGroup
 ) -> Tensor:
     """[`decorrelation_penalty`] on the pairs that [`select_pairs`] has just found in this very `h`, unchanged since."""
     assert pairs.source is not None
@@ -155,7 +153,7 @@ def decorrelation_penalty(
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Penalty `coefficient * R * sum_T c_ij^2` on given pairs, with its closed-form gradient to `h`.
@@ -189,13 +187,13 @@ def _penalty(
     weighted: Tensor,
     norms: FeatureNorms,
     scale: float,
-    group: BatchGroup | None,
+    group: ProcessGroup,
 ) -> Tensor:
     """`scale * sum_T weighted c` with `weighted_ij = w_ij c_ij`, and the gradient of `Operator`."""
     with torch.autocast(_values(h).device.type, enabled=False), torch.no_grad():
         value = scale * (weighted * c).sum()
         operator = Operator.of_pairs(pairs.i, pairs.j, c, weighted, norms)
-    gradient_scale = 2 * scale * (1 if group is None else group.size)
+    gradient_scale = 2 * scale * group.size
     if isinstance(h, ActiveFeatures):
         return SparsePenalty.apply(h.values, h.detach(), value, operator, gradient_scale)
     return DensePenalty.apply(h, value, operator, gradient_scale)
@@ -209,7 +207,7 @@ def penalty_by_space(
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:
     """[`decorrelation_penalty`] on the squares of any of the scores.
 
@@ -226,7 +224,7 @@ def penalty_by_space(
         with torch.no_grad():
             fired = pattern(h)
             joint = pair_sums(fired, pairs.i, pairs.j)
-            joint = joint if group is None else group.sum(joint)
+            joint = group.sum(joint)
             norms = feature_norms(h, "cosine", group)
             share = co_firing(joint, pairs.i, pairs.j, norms)
             if space == "exclusion":
@@ -242,7 +240,7 @@ def full_penalty(
     reduction: str = "mean",
     min_support: int = 1,
     correlation: str = "cosine",
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Tensor:
     """The same penalty on *every* eligible pair (the paper's "full orthogonality").
 
@@ -256,7 +254,7 @@ def full_penalty(
         scale = _scale(coefficient, reduction, m * (m - 1) // 2)
         value = scale * c.square().sum() / 2
         operator = Operator(_dense_operator(c, norms), norms)
-    return DensePenalty.apply(h, value, operator, 2 * scale * (1 if group is None else group.size))
+    return DensePenalty.apply(h, value, operator, 2 * scale * group.size)
 
 
 def full_penalty_bytes(n: int, batch: int) -> int:
@@ -283,22 +281,20 @@ def _dense_operator(c: Tensor, norms: FeatureNorms) -> Tensor:
     return c
 
 
-def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, group: BatchGroup | None) -> Tensor:
+def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, group: ProcessGroup) -> Tensor:
     """Correlations (n, n) of all eligible features, 0 elsewhere and on the diagonal."""
     c = values.T @ values
-    if group is not None:
-        c = group.sum(c)
+    c = group.sum(c)
     inverse = norms.inverse * eligible
     c *= inverse
     c *= inverse[:, None]
     return c.fill_diagonal_(0)
 
 
-def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None) -> Tensor:
+def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: ProcessGroup) -> Tensor:
     """Correlations (T,) of given pairs in this batch."""
     sums = pair_sums(as_float(h) if isinstance(h, Tensor) else h, pairs.i, pairs.j)
-    if group is not None:
-        sums = group.sum(sums)
+    sums = group.sum(sums)
     if norms.mean is not None:
         sums = sums - norms.tokens * norms.mean[pairs.i] * norms.mean[pairs.j]
     inverse = norms.inverse
@@ -306,15 +302,15 @@ def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pai
 
 
 def _columns(
-    matrix: Tensor | ActiveFeatures, norms: FeatureNorms, min_support: int, method: str, group: BatchGroup | None
+    matrix: Tensor | ActiveFeatures, norms: FeatureNorms, min_support: int, method: str, group: ProcessGroup
 ) -> Columns:
     """The eligible columns of the global batch, through the active entries where these are few or travel."""
     if isinstance(matrix, Tensor):
         density = float(norms.support.sum()) / max(1, norms.tokens * matrix.shape[1])
-        if method == "coactivation" or group is not None or density < SPARSE_BELOW:
+        if method == "coactivation" or group.size > 1 or density < SPARSE_BELOW:
             matrix = active_features(matrix)
     columns = Columns(matrix, norms, min_support)
-    if group is not None:
+    if group.size > 1:
         assert columns.active is not None
         columns.active = group.gather_active(columns.active)
     return columns

@@ -21,7 +21,7 @@ from .configuration_selortho import SelOrthoConfig
 from .decorrelation import full_penalty, penalty_by_space, penalty_of_selection, select_by_score
 from .errors import SelOrthoError
 from .pair_selection import Pairs
-from .process_group import BatchGroup
+from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import ActiveFeatures, sparse_decode
 from .utils.saved_files import LOOKUP, at_one_commit, read_weights
 
@@ -254,7 +254,7 @@ class SelOrthoSAE(PreTrainedModel):
     def forward(
         self,
         activations: Tensor,
-        group: BatchGroup | None = None,
+        group: ProcessGroup = SINGLE_PROCESS,
         plan: PenaltyPlan | None = None,
         dead: Tensor | None = None,
         return_feature_acts: bool = True,
@@ -327,7 +327,7 @@ class SelOrthoSAE(PreTrainedModel):
     def _thresholds(self) -> Tensor | None:
         return self.log_threshold.exp() if self.config.activation == "jumprelu" else None
 
-    def _dense(self, x: Tensor, batch: bool = False, group: BatchGroup | None = None) -> Encoded:
+    def _dense(self, x: Tensor, batch: bool = False, group: ProcessGroup = SINGLE_PROCESS) -> Encoded:
         """Feature activations (..., d_sae) of normalised activations (..., d_in)."""
         flat = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
         z = torch.addmm(self.b_enc, flat, self.W_enc).view(*x.shape[:-1], -1)
@@ -393,7 +393,7 @@ class SelOrthoSAE(PreTrainedModel):
         return self.config.aux_coefficient * (explained.to(x.dtype) - residual).square().sum(-1).mean()
 
     def _ortho_loss(
-        self, h: Tensor | ActiveFeatures, group: BatchGroup | None, plan: PenaltyPlan
+        self, h: Tensor | ActiveFeatures, group: ProcessGroup, plan: PenaltyPlan
     ) -> tuple[Tensor, Pairs | None]:
         cfg = self.config
         coefficient = (cfg.ortho_coefficient if plan.coefficient is None else plan.coefficient) * plan.weight
@@ -425,7 +425,7 @@ class SelOrthoSAE(PreTrainedModel):
         return penalty_by_space("decoder", h, self.W_dec, alike, coefficient, self.config.reduction)
 
     @torch.no_grad()
-    def select_pairs(self, h: Tensor | ActiveFeatures, group: BatchGroup | None = None) -> Pairs:
+    def select_pairs(self, h: Tensor | ActiveFeatures, group: ProcessGroup = SINGLE_PROCESS) -> Pairs:
         """The pairs that the configured penalty acts on, for feature activations `h` (B, d_sae)."""
         cfg = self.config
         return select_by_score(

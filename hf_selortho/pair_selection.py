@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .pair_scores import SCORES, FeatureNorms, Features, Score
 from .pair_sums import pair_sums
-from .process_group import BatchGroup
+from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import ActiveFeatures, csr, row_offsets, times_dense
 
 TILE_ROWS, TILE_COLUMNS = 2048, 512  # a float32 tile takes 4 MB
@@ -259,7 +259,7 @@ def best_pairs(
     directions: Tensor | None,
     limit: int,
     method: str = "auto",
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
     at_least: float = 0.0,
 ) -> Pairs:
     """The `limit` eligible pairs of best score (fewer if there are fewer), exactly.
@@ -303,7 +303,7 @@ class _Search:
     columns: Columns
     score: Score
     features: Features  # of the eligible columns
-    group: BatchGroup | None
+    group: ProcessGroup
     at_least: float
 
     def run(self, best: BestPairs, method: str) -> BestPairs:
@@ -360,12 +360,12 @@ class _Search:
 
     def merge(self, best: BestPairs) -> None:
         """Each process has visited its share of the blocks: put their lists together."""
-        if self.group is not None:
+        if self.group.size > 1:
             best.prune()
-            best.replace(torch.cat(self.group.gather(best.squares)), torch.cat(self.group.gather(best.keys)))
+            best.replace(self.group.gather(best.squares), self.group.gather(best.keys))
 
     def is_mine(self, block: int) -> bool:
-        return self.group is None or block % self.group.size == self.group.rank
+        return self.group.size == 1 or block % self.group.size == self.group.rank
 
     def bound(self, threshold: float, rows: slice, cols: slice) -> float:
         """The least |sum| of scaled columns whose score may reach the threshold (a square), less rounding errors.
@@ -464,7 +464,7 @@ def all_pair_sums(columns: Columns) -> Iterator[Candidates]:
     """The sums of all pairs that fire together, in blocks of bounded memory."""
     nothing = BestPairs(0, columns.index.device, columns.scale.dtype)
     features = Features(columns.norms)
-    yield from _Search(columns, SCORES["activation"], features, None, 0.0).co_activations(nothing)
+    yield from _Search(columns, SCORES["activation"], features, SINGLE_PROCESS, 0.0).co_activations(nothing)
 
 
 def _kept(found: Candidates, which: Tensor) -> Candidates:

@@ -1,4 +1,4 @@
-"""The processes whose tokens together form one batch, and what they tell each other."""
+"""The processes of a run, whose tokens together form one batch; a single process is a group of size one."""
 
 from __future__ import annotations
 
@@ -13,47 +13,64 @@ from .sparse_ops import ActiveFeatures, row_offsets
 
 
 @dataclass(frozen=True)
-class BatchGroup:
-    """The processes whose tokens together form one batch (data parallel training)."""
+class ProcessGroup:
+    """The processes whose tokens together form one batch. With one process, every method returns what it is given.
 
-    process_group: Any = None  # None: the default group
+    Each process has to call the methods in the same order.
+    """
 
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return dist.get_world_size(self.process_group)
+    size: int = 1
+    rank: int = 0
+    handle: Any = None  # of torch.distributed; None: all processes
 
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return dist.get_rank(self.process_group)
+    @staticmethod
+    def of_run(handle: Any = None) -> ProcessGroup:
+        """Return the group of all processes of torch.distributed (or of `handle`); where it is not in use, of one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return ProcessGroup()
+        return ProcessGroup(dist.get_world_size(handle), dist.get_rank(handle), handle)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum of `tensor` over the processes, the same on each of them."""
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(tensor, group=self.process_group)
-        return tensor
+        """Sum a tensor over the processes; the result is the same on each of them."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def minimum(self, tensor: Tensor) -> Tensor:
-        """Smallest value of each entry over the processes."""
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.process_group)
-        return tensor
+        """Take the smallest value of each entry over the processes."""
+        return self._reduce(tensor, dist.ReduceOp.MIN)
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors (m_r, ...) of all processes in the order of their ranks; the first axis may differ."""
+    def mean(self, value: float | None, device: torch.device | str = "cpu") -> float | None:
+        """Average a number over the processes that have one (not None); None if none has."""
+        pair = torch.tensor([0.0, 0.0] if value is None else [value, 1.0], dtype=torch.float64, device=device)
+        total, count = self.sum(pair).tolist()
+        return total / count if count else None
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate the tensors (m_r, ...) of all processes by rising rank; their lengths may differ."""
+        if self.size == 1:
+            return tensor
         lengths = torch.zeros(self.size, dtype=torch.int64, device=tensor.device)
         lengths[self.rank] = len(tensor)
         longest = self.sum(lengths).tolist()
         padded = tensor.new_zeros(max(longest), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in longest]
-        dist.all_gather(parts, padded, group=self.process_group)
-        return [part[:length] for part, length in zip(parts, longest, strict=True)]
+        dist.all_gather(parts, padded, group=self.handle)
+        return torch.cat([part[:length] for part, length in zip(parts, longest, strict=True)])
 
     def gather_active(self, active: ActiveFeatures) -> ActiveFeatures:
-        """The global batch: the active entries of all processes, 8 bytes each on the way, never `(B, n)`."""
-        counts = torch.cat(self.gather((active.crow[1:] - active.crow[:-1]).int()))
-        cols = torch.cat(self.gather(active.cols.int()))
-        values = torch.cat(self.gather(active.values))
+        """Put the active entries of all processes together: 8 bytes each on the way, never `(B, n)`."""
+        if self.size == 1:
+            return active
+        counts = self.gather((active.crow[1:] - active.crow[:-1]).int())
+        cols, values = self.gather(active.cols.int()), self.gather(active.values)
         return ActiveFeatures(row_offsets(counts), cols.long(), values, active.n)
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.size == 1:
+            return tensor
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor, operation, group=self.handle)
+        return tensor
+
+
+SINGLE_PROCESS = ProcessGroup()

@@ -32,6 +32,7 @@ from hf_selortho.data.texts import Documents, open_documents
 from hf_selortho.hub.dataset_card import render_shards_card
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.loading import check_context_length, load_language_model
+from hf_selortho.process_group import ProcessGroup
 from hf_selortho.training.arguments import ModelArguments, TextArguments
 from hf_selortho.training.cache_arguments import HarvestArguments, parse_harvest_arguments
 from hf_selortho.training.run_folder import library_versions
@@ -39,7 +40,6 @@ from hf_selortho.utils.command_line import run_script, start_cpu_processes, use_
 from hf_selortho.utils.files import FolderLock
 from hf_selortho.utils.memory import existing_folder, free_disk, peak_memory
 from hf_selortho.utils.process_watch import ProcessWatch, leave_process_group
-from hf_selortho.utils.processes import sum_over_processes
 
 logger = logging.getLogger("hf_selortho.cache")
 
@@ -131,7 +131,7 @@ class Harvest:
         if self.accelerator.is_main_process:
             check_disk(self.folder.folder, self.disk)
             unfinished = int(self.folder.begin(self.plan, overwrite=self.arguments.overwrite_output_dir))
-        total = int(sum_over_processes(torch.tensor(unfinished, device=self.accelerator.device)))
+        total = int(ProcessGroup.of_run().sum(torch.tensor(unfinished, device=self.accelerator.device)))
         if total and not self.folder.work.is_dir():
             raise SelOrthoError(
                 f"this process does not see {self.folder.work}, which another one has made: --output_dir has to be on "

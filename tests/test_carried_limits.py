@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from hf_selortho import select_pairs
 from hf_selortho.carried import CarriedSums
-from hf_selortho.process_group import BatchGroup
+from hf_selortho.process_group import ProcessGroup
 
 N = 30
 
@@ -88,7 +88,7 @@ def test_blocks_are_put_together(monkeypatch) -> None:
 
 
 def carry(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
-    carried, group = CarriedSums(N, 0.5, 40), None if processes == 1 else BatchGroup()
+    carried, group = CarriedSums(N, 0.5, 40), ProcessGroup.of_run()
     for seed in range(4):
         carried.update(batch(seed, 32)[rank::processes], group)
     return {**carried.state_dict(), "selected": carried.select(0.05, 3).keys(N)}

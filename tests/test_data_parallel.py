@@ -15,7 +15,7 @@ from hf_selortho import SelOrthoConfig, SelOrthoSAE, activation_functions
 from hf_selortho.carried import CarriedSums
 from hf_selortho.decorrelation import decorrelation_penalty, select_pairs
 from hf_selortho.modeling_selortho import PenaltyPlan
-from hf_selortho.process_group import BatchGroup
+from hf_selortho.process_group import ProcessGroup
 from hf_selortho.sparse_ops import active_features
 
 SETTINGS = [
@@ -46,7 +46,7 @@ def train(settings: dict, rank: int = 0, processes: int = 1) -> dict[str, torch.
     torch.manual_seed(0)
     sae = SelOrthoSAE(SelOrthoConfig(d_in=12, d_sae=40, pair_fraction=0.02, ortho_coefficient=0.5, **settings)).train()
     model = sae if processes == 1 else DistributedDataParallel(sae)
-    group = None if processes == 1 else BatchGroup()
+    group = ProcessGroup.of_run()
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     carried = CarriedSums(40, sae.config.carry_decay, 10_000)
 
@@ -75,7 +75,7 @@ def train(settings: dict, rank: int = 0, processes: int = 1) -> dict[str, torch.
 def select_from_parts(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
     """Pairs of one large batch, of which each process has a part of another size, and the penalty's value."""
     found = {}
-    group = None if processes == 1 else BatchGroup()
+    group = ProcessGroup.of_run()
     for correlation in ("cosine", "pearson"):
         for method in ("tiles", "coactivation"):
             generator = torch.Generator().manual_seed(5)

@@ -15,7 +15,7 @@ PROCESS = """
 import sys
 import torch
 from accelerate import Accelerator
-from hf_selortho.process_group import BatchGroup
+from hf_selortho.process_group import ProcessGroup
 from hf_selortho.utils.process_watch import leave_process_group
 from tests.gloo_threads import gloo_threads, gloo_threads_stay, make_them_late
 
@@ -25,7 +25,7 @@ model = accelerator.prepare(torch.nn.Linear(64, 64))
 model(torch.randn(4, 64)).sum().backward()
 assert gloo_threads()
 make_them_late()
-BatchGroup().sum(torch.ones(3))
+ProcessGroup.of_run().sum(torch.ones(3))
 if sys.argv[1] == "leaves":
     del model
     leave_process_group(accelerator)

@@ -15,6 +15,7 @@ from ..decorrelation import full_penalty, penalty_by_space, penalty_of_selection
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
+from ..process_group import SINGLE_PROCESS
 from ..sparse_ops import ActiveFeatures
 from ..training.arguments import RunArguments
 from ..training.optimizer import SAEOptimizer
@@ -111,7 +112,7 @@ class TrainingSteps:
         With `phases`, selection and penalty are then timed once more by themselves, on the features of the last batch.
         """
         self.sae.config = config
-        schedule = PenaltySchedule(config, None)
+        schedule = PenaltySchedule(config, SINGLE_PROCESS)
         state = TrainState(torch.zeros(len(self.sae.b_enc), dtype=torch.int64, device=self.device))
         steps = config.selection_interval if steps is None else steps
         selected = None
@@ -129,7 +130,7 @@ class TrainingSteps:
     def _step(self, batch: Tensor, schedule: PenaltySchedule, state: TrainState, watch: Stopwatch) -> SelOrthoOutput:
         """What the training loop does with a batch."""
         sae = self.sae
-        dead = state.dead(self.arguments.dead_after_tokens, None) if sae.revives_dead_features else None
+        dead = state.dead(self.arguments.dead_after_tokens, SINGLE_PROCESS) if sae.revives_dead_features else None
         output = sae(batch, plan=schedule.plan(state), dead=dead, return_feature_acts=False)
         finite = bool(torch.isfinite(output.loss))
         watch.mark("forward")
@@ -197,7 +198,7 @@ class TrainingSteps:
             return full_penalty(dense, cfg.ortho_coefficient, cfg.reduction, cfg.min_support, cfg.correlation)
         assert pairs is not None
         if cfg.penalty_space == "activation" and pairs.source is not None:
-            return penalty_of_selection(h, pairs, cfg.ortho_coefficient, cfg.reduction, None)
+            return penalty_of_selection(h, pairs, cfg.ortho_coefficient, cfg.reduction, SINGLE_PROCESS)
         return penalty_by_space(
             cfg.penalty_space, h, W_dec, pairs, cfg.ortho_coefficient, cfg.reduction, cfg.correlation
         )

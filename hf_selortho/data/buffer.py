@@ -21,7 +21,7 @@ from ..language_models.capture import (
     only,
     within_norms,
 )
-from ..utils.processes import mean_over_processes, sum_over_processes
+from ..process_group import ProcessGroup
 from .contexts import ContextStream
 
 CHUNK = 16384  # rows that are held in float64 at once
@@ -161,7 +161,7 @@ class ActivationBuffer:
         with tqdm(total=self.capacity, desc="filling the buffer", unit="token", disable=not progress) as bar:
             self._allocate()
             norms = self._harvest_into(torch.arange(self.capacity), bar)
-        medians = [mean_over_processes(float(column.median()), capture.device) or 0.0 for column in norms.T]
+        medians = [ProcessGroup.of_run().mean(float(column.median()), capture.device) or 0.0 for column in norms.T]
         capture.max_norms = tuple(max_norm_from_ratio(median, self.max_norm_ratio) for median in medians)
         sinks = (~within_norms(norms, capture.max_norms)).nonzero()[:, 0]
         self.counts.tokens_kept -= len(sinks)
@@ -194,7 +194,7 @@ class ActivationBuffer:
             "dropped_tails": stream["dropped_tails"],
             "processes": 1,
         }
-        sums = sum_over_processes(torch.tensor(list(counts.values()), device=self.capture.device))
+        sums = ProcessGroup.of_run().sum(torch.tensor(list(counts.values()), device=self.capture.device))
         return {**dict(zip(counts, sums.tolist(), strict=True)), "epoch": self.stream.epoch}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -301,8 +301,9 @@ class ActivationBuffer:
 
 def _mean_and_scale(activations: Tensor) -> tuple[Tensor, float]:
     """Mean (d_in,) and root mean squared norm about it of the rows of all processes, summed in float64."""
-    rows = sum_over_processes(torch.tensor(float(len(activations)), dtype=torch.float64, device=activations.device))
+    group = ProcessGroup.of_run()
+    rows = group.sum(torch.tensor(float(len(activations)), dtype=torch.float64, device=activations.device))
     total = torch.stack([chunk.double().sum(0) for chunk in activations.split(CHUNK)]).sum(0)
-    mean = sum_over_processes(total) / rows
+    mean = group.sum(total) / rows
     squares = torch.stack([(chunk.double() - mean).square().sum() for chunk in activations.split(CHUNK)]).sum()
-    return mean.float(), math.sqrt(float(sum_over_processes(squares) / rows))
+    return mean.float(), math.sqrt(float(group.sum(squares) / rows))

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, TokenOrigins, max_norm_from_ratio, within_norms
-from ..utils.processes import mean_over_processes, sum_over_processes
+from ..process_group import ProcessGroup
 from .activation_cache import FORMAT, FORMAT_VERSION, HELD_OUT, STORED_DTYPES, TRAIN
 from .cache_folder import Record, ShardFolder
 from .cache_statistics import LayerStatistics
@@ -188,12 +188,12 @@ class ShardHarvest:
         medians, together = [], self.settings.processes > 1
         for column in range(len(self.capture.layers)):
             median = None if norms is None or len(norms) == 0 else float(norms[:, column].median())
-            medians.append((mean_over_processes(median, self.capture.device) if together else median) or 0.0)
+            medians.append((ProcessGroup.of_run().mean(median, self.capture.device) if together else median) or 0.0)
         limits = tuple(max_norm_from_ratio(median, self.settings.max_norm_ratio) or None for median in medians)
         if self.settings.rank == 0:
             self.folder.write_calibration(self.capture.layers, medians, limits)
         if together:
-            sum_over_processes(torch.zeros(1, device=self.capture.device))  # wait until it is written
+            ProcessGroup.of_run().sum(torch.zeros(1, device=self.capture.device))  # wait until it is written
         self._max_norms = limits
 
     def _write(self, part: str, number: int, raw: _Raw, state: dict[str, Any]) -> None:

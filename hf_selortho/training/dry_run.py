@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from ..data.buffer import ActivationBuffer
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
+from ..process_group import ProcessGroup
 from ..utils.memory import available_memory, free_disk, memory_now, recent_peak, start_peak
-from ..utils.processes import mean_over_processes
 from .arguments import TrainingArguments
 from .data import TrainingData
 from .trainer import Trainer
@@ -206,7 +206,7 @@ def _probe_steps(trainers: Sequence[Trainer], data: TrainingData) -> tuple[float
         started = time.perf_counter()
         for trainer in trainers:
             trainer.learn(batch, last=True)
-        elapsed = mean_over_processes(time.perf_counter() - started, trainers[0].accelerator.device)
+        elapsed = ProcessGroup.of_run().mean(time.perf_counter() - started, trainers[0].accelerator.device)
         seconds.append(elapsed or 0.0)  # of all processes, such that they agree on when to stop
     later = seconds[1:]  # the first one warms up
     return sum(later) / len(later), len(seconds)

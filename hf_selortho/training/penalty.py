@@ -12,7 +12,7 @@ from ..decorrelation import full_penalty_bytes
 from ..errors import SelOrthoError
 from ..modeling_selortho import PenaltyPlan, SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
-from ..process_group import BatchGroup
+from ..process_group import ProcessGroup
 from ..sparse_ops import ActiveFeatures
 from .arguments import RunArguments
 from .budget import FVUBudget, GradientShare, read_reference
@@ -22,7 +22,7 @@ from .state import Controller, TrainState, new_carried
 class PenaltySchedule:
     """Plans of the steps of one run, by the SAE's `selection_interval`, `penalty_schedule` and `carry_decay`."""
 
-    def __init__(self, config: SelOrthoConfig, group: BatchGroup | None) -> None:
+    def __init__(self, config: SelOrthoConfig, group: ProcessGroup) -> None:
         self.config, self.group = config, group
         self.acts = config.penalty != "none" and config.ortho_coefficient > 0
 
@@ -80,7 +80,7 @@ def steer(
     activations: Tensor,
     output: SelOrthoOutput,
     plan: PenaltyPlan,
-    group: BatchGroup | None,
+    group: ProcessGroup,
 ) -> None:
     """Let the controller look at a step before its gradients are computed."""
     controller = state.controller
@@ -90,7 +90,7 @@ def steer(
     if isinstance(controller, FVUBudget):
         x = activations
         sums = torch.stack([(output.reconstruction - x).square().sum(), (x - x.mean(0)).square().sum()]).detach()
-        error, variance = (sums if group is None else group.sum(sums)).tolist()
+        error, variance = group.sum(sums).tolist()
         controller.update(state.step + 1, error / variance)
         return
     if not plan.acts:
@@ -101,12 +101,12 @@ def steer(
     controller.update(norms[0] / plan.weight, norms[1])  # the weight makes up for the steps on which it rests
 
 
-def _gradient_norm(loss: Tensor, target: Tensor | None, group: BatchGroup | None) -> float:
+def _gradient_norm(loss: Tensor, target: Tensor | None, group: ProcessGroup) -> float:
     if target is None or not loss.requires_grad:
         return 0.0
     (gradient,) = torch.autograd.grad(loss, target, retain_graph=True)
     square = gradient.float().square().sum()[None]
-    return float((square if group is None else group.sum(square)).sqrt())
+    return float(group.sum(square).sqrt())
 
 
 def full_penalty_notice(config: SelOrthoConfig, batch: int, available: int | None) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..modeling_selortho import SelOrthoSAE
-from ..process_group import BatchGroup
+from ..process_group import SINGLE_PROCESS, ProcessGroup
 
 ENCODER_NORM = 0.2  # of a resampled feature, as a share of the mean encoder norm of those alive
 
@@ -19,7 +19,7 @@ def resample_dead(
     activations: Tensor,
     errors: Tensor,
     generator: torch.Generator,
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> int:
     """Point dead features at tokens that are reconstructed badly; returns how many there were.
 
@@ -36,8 +36,7 @@ def resample_dead(
     features = dead.nonzero()[:, 0]
     if len(features) == 0:
         return 0
-    if group is not None:
-        activations, errors = torch.cat(group.gather(activations)), torch.cat(group.gather(errors))
+    activations, errors = group.gather(activations), group.gather(errors)
     chance = errors.double().cpu().square()
     chance = chance / chance.max().clamp_min(torch.finfo(torch.float64).tiny) + 1e-12  # enough tokens of some chance
     drawn = torch.multinomial(chance, len(features), replacement=len(features) > len(chance), generator=generator)

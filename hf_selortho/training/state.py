@@ -12,7 +12,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..decorrelation import pair_count, select_pairs
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
-from ..process_group import BatchGroup
+from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..sparse_ops import ActiveFeatures
 from .budget import FVUBudget, GradientShare
 
@@ -41,10 +41,10 @@ class TrainState:
         else:
             self.tokens_since_fired[(features > 0).any(0)] = 0
 
-    def dead(self, after_tokens: int, group: BatchGroup | None) -> Tensor:
+    def dead(self, after_tokens: int, group: ProcessGroup) -> Tensor:
         """Features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
         since = self.tokens_since_fired
-        return (since if group is None else group.minimum(since)) >= after_tokens
+        return group.minimum(since) >= after_tokens
 
 
 def new_carried(config: SelOrthoConfig) -> CarriedSums:
@@ -72,7 +72,7 @@ def step_report(
     activations: Tensor,
     output: SelOrthoOutput,
     pairs: Pairs | None,
-    group: BatchGroup | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float | None]:
     """Figures of one batch (B, d_in); correlations are those of the latest selection, or of one made for the report."""
     assert output.losses is not None and output.loss is not None and output.reconstruction is not None

@@ -17,7 +17,7 @@ from ..data.buffer import ActivationBatch, BatchSource
 from ..errors import NonFiniteError, SelOrthoError
 from ..language_models.capture import only
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from ..process_group import BatchGroup
+from ..process_group import ProcessGroup
 from .arguments import RunArguments
 from .checkpoint import Checkpoints
 from .non_finite import LossSpikes, NonFiniteGuard, first_not_finite, is_finite
@@ -78,7 +78,7 @@ def train_together(
         checkpoints.wait()
         look_around(first, checkpoints, signals)
     except SelOrthoError as error:
-        if first.group is None:  # else the other processes are somewhere else
+        if first.group.size == 1:  # else the other processes are somewhere else
             checkpoints.wait()
             look_around(first, checkpoints, None)
         if not isinstance(error, NonFiniteError):
@@ -118,7 +118,7 @@ def look_around(trainer: Trainer, checkpoints: Checkpoints, signals: StopSignals
     """Learn from all processes how the checkpoint stands that is being written, and which signal asks to stop."""
     received = None if signals is None else signals.received
     own = (*(received == number for number in STOPPING), checkpoints.writing, checkpoints.failed)
-    if trainer.group is not None:
+    if trainer.group.size > 1:
         found = trainer.group.sum(torch.tensor(own, dtype=torch.int32, device=trainer.accelerator.device))
         own = tuple(count > 0 for count in found.tolist())
     *asked, writing, failed = own
@@ -170,7 +170,7 @@ class Trainer:
         self.model, self._adam = accelerator.prepare(self.sae, self.optimizer.adam)
         self.scaler = copy.deepcopy(accelerator.scaler)  # of fp16 losses; each SAE has its own
         self._adam.scaler = self.scaler
-        self.group = BatchGroup() if accelerator.num_processes > 1 else None
+        self.group = ProcessGroup.of_run()
         self.penalty = PenaltySchedule(self.sae.config, self.group)
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
         self.state.controller = controller
@@ -242,7 +242,7 @@ class Trainer:
         """Add the gradient of a batch; None, and nothing has changed, if something was not finite in any process."""
         carried, controller = copy.copy(self.state.carried), copy.copy(self.state.controller)
         finite = is_finite(activations)
-        if self.group is None and activations.device.type == "cpu" and not finite:
+        if self.group.size == 1 and activations.device.type == "cpu" and not finite:
             output, faults = None, [True, False, False, False]
         else:
             # zeros in place of what is not finite: the other processes expect this one to compute with them
@@ -292,8 +292,7 @@ class Trainer:
             torch.ones_like(finite) if gradient is None else gradient.isfinite(),
         ]
         values = torch.stack([*(~check for check in checks), loss.nan_to_num(0.0, 0.0, 0.0)]).double()
-        if self.group is not None:
-            values = self.group.sum(values) / self.group.size
+        values = self.group.sum(values) / self.group.size
         *faults, self._loss = values.tolist()
         return [share > 0 for share in faults]
 
@@ -405,7 +404,7 @@ class Trainer:
         return {**row, **timings}
 
     def _mean_over_processes(self, figures: dict[str, float | None]) -> dict[str, float | None]:
-        if self.group is None:
+        if self.group.size == 1:
             return figures
         names = [name for name, value in figures.items() if value is not None]
         values = torch.tensor([figures[name] for name in names], device=self.accelerator.device)
