@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import SelOrthoError
-from ..utils.safe_paths import target_outside
+from ..utils.files import target_outside
 
 PAIR_HISTORY = "pair_history"
 KEPT = 20_000  # pairs of a snapshot

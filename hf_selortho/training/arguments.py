@@ -28,7 +28,7 @@ _DERIVED_SETTINGS = {
 SAEArguments = make_dataclass(
     "SAEArguments",
     [
-        (f.name, f.type, field(default=f.default, metadata=dict(f.metadata)))
+        (f.name, f.type, field(default=f.default, metadata={"help": f.metadata["help"]}))
         for f in SelOrthoConfig.own_fields()
         if f.name not in _DERIVED_SETTINGS
     ],
