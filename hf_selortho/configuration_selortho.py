@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 try:  # this file also lives on the Hub, without the package
     from hf_selortho.errors import ConfigError
     from hf_selortho.utils import hub
-except ImportError:
+except ModuleNotFoundError:
     hub = None  # type: ignore[assignment]
 
     class ConfigError(ValueError):  # type: ignore[no-redef]

@@ -22,7 +22,7 @@ from hf_selortho.benchmarking.inputs import Batches, load_activations, prepare, 
 from hf_selortho.benchmarking.report import load_peers, stage_speeds
 from hf_selortho.benchmarking.rounds import Measured, ratio, rows_of, run_rounds, turns_of
 from hf_selortho.benchmarking.steps import PHASES, Repetition, TrainingSteps
-from hf_selortho.decorrelation import full_penalty_bytes
+from hf_selortho.penalties import full_penalty_bytes
 from scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
