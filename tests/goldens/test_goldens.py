@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.goldens import trainings
+from tests.goldens.train_without_report import train
 
 ROOT = Path(__file__).parents[2]
 GOLDENS = Path(__file__).with_name("goldens.json")
@@ -21,24 +22,18 @@ TOLERANCE = 1e-4  # relative
 PAIR_SHARE = 0.06  # of the selected pairs, which may differ: correlations that are nearly equal change places
 
 
-def run(folder: Path, runs: dict[str, dict[str, Any]], processes: int = 1) -> dict[str, Any]:
-    """Numbers of the runs by name, which go on at the same time."""
-    inputs = trainings.write_inputs(folder)
-    started = {
-        name: trainings.start_training(ROOT, folder / name, inputs, settings, processes=processes)
-        for name, settings in runs.items()
-    }
-    for name, training in started.items():
-        trainings.finish_training(training, folder / name)
-    return {name: trainings.read_numbers(folder / name) for name in started}
-
-
 def run_one_process(folder: Path) -> dict[str, Any]:
-    return run(folder, trainings.RUNS)
+    """Numbers of the runs by name, in this process."""
+    inputs = trainings.write_inputs(folder)
+    for name, settings in trainings.RUNS.items():
+        train(trainings.command_line(folder / name, inputs, settings))
+    return {name: trainings.read_numbers(folder / name) for name in trainings.RUNS}
 
 
 def run_two_processes(folder: Path) -> dict[str, Any]:
-    return run(folder, {"two-processes": trainings.TWO_PROCESSES}, processes=2)
+    arguments = trainings.command_line(folder / "run", trainings.write_inputs(folder), trainings.TWO_PROCESSES)
+    trainings.finish_training(trainings.start_training(ROOT, folder / "run", arguments, processes=2), folder / "run")
+    return {"two-processes": trainings.read_numbers(folder / "run")}
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -87,7 +82,8 @@ def check(found: dict[str, Any]) -> None:
     assert not wrong, f"{len(wrong)} numbers differ from {GOLDENS.name}:\n" + "\n".join(wrong[:40])
 
 
-def test_trainings_of_one_process_give_the_recorded_numbers(tmp_path: Path) -> None:
+def test_trainings_of_one_process_give_the_recorded_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     check(run_one_process(tmp_path))
 
 

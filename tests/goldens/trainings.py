@@ -138,10 +138,8 @@ def _write_inputs(folder: Path, model: PreTrainedModel, words: list[str], docume
     return {"model": folder / "lm", "dataset": text}
 
 
-def start_training(
-    checkout: Path, output: Path, *settings: dict[str, Any], processes: int = 1, python: str = sys.executable
-) -> subprocess.Popen:
-    """Start `scripts/train.py` of a checkout with its own package; later settings replace earlier ones."""
+def command_line(output: Path, *settings: dict[str, Any]) -> list[str]:
+    """Arguments of `scripts/train.py`; later settings replace earlier ones."""
     merged = {**SETTINGS, "output_dir": output}
     for part in settings:
         merged.update(part)
@@ -149,14 +147,23 @@ def start_training(
         file = output.with_name(f"{output.name}-variants.json")
         file.write_text(json.dumps(merged["variants"]), encoding="utf-8")
         merged["variants"] = file
+    return [
+        word
+        for name, value in merged.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+
+
+def start_training(
+    checkout: Path, output: Path, arguments: list[str], processes: int = 1, python: str = sys.executable
+) -> subprocess.Popen:
+    """Start `scripts/train.py` of a checkout, with its own package, in processes of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [python, *(launcher if processes > 1 else []), str(TRAIN)]
-    for name, value in merged.items():
-        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    command = [python, *(launcher if processes > 1 else []), str(TRAIN), *arguments]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "PYTEST_"))}
-    quiet = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    own = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with output.with_name(f"{output.name}.log").open("w") as log:
-        return subprocess.Popen(command, cwd=checkout, env={**kept, **quiet}, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=checkout, env={**kept, **own}, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish_training(training: subprocess.Popen, output: Path) -> None:
