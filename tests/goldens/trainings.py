@@ -65,8 +65,8 @@ OTHER_SETTINGS: dict[str, dict[str, Any]] = {
     "topk-decoder-activation": {**TOPK, "penalty_space": "decoder", "selection_space": "activation"},
     "relu-activation-decoder": {"selection_space": "decoder"},
     "relu-each-step": {"selection_interval": 1},
-    "topk-aux": {**TOPK, "k": 1, "aux_k": 3, "aux_coefficient": 0.5},
-    "topk-no-aux": {**TOPK, "k": 1, "aux_k": 0},
+    "topk-aux": {**TOPK, "aux_k": 3, "aux_coefficient": 0.5},
+    "topk-no-aux": {**TOPK, "aux_k": 0},
     "relu-raw": {"input_normalization": "none", "min_support": 9},
     "relu-free": {"ortho_coefficient": 0.0},
 }
@@ -76,7 +76,7 @@ SETTINGS: dict[str, Any] = {
     "lm_dtype": "float32", "layer": LAYER, "text_column": "text", "context_length": 32, "max_steps": STEPS,
     "batch_size": 128, "buffer_contexts": 32, "refresh_every": 4, "learning_rate": 3e-3, "logging_steps": 1,
     "eval_samples": 0, "d_sae": D_SAE, "pair_fraction": 0.02, "selection_interval": 4, "ortho_coefficient": 0.3,
-    "dead_after_tokens": 300, "cpu": True, "cpu_threads": 1,
+    "dead_after_tokens": 128, "cpu": True, "cpu_threads": 1,
 }  # fmt: skip
 SEVERAL = {"variants": VARIANTS}
 RESAMPLED = {"resample_every": 6, "l1_coefficient": 3.0, "learning_rate": 0.05}
