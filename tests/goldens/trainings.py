@@ -65,8 +65,8 @@ OTHER_SETTINGS: dict[str, dict[str, Any]] = {
     "topk-decoder-activation": {**TOPK, "penalty_space": "decoder", "selection_space": "activation"},
     "relu-activation-decoder": {"selection_space": "decoder"},
     "relu-each-step": {"selection_interval": 1},
-    "topk-aux": {**TOPK, "aux_k": 3, "aux_coefficient": 0.5},
-    "topk-no-aux": {**TOPK, "aux_k": 0},
+    "topk-aux": {**TOPK, "k": 2, "aux_k": 3, "aux_coefficient": 0.5},
+    "topk-no-aux": {**TOPK, "k": 2, "aux_k": 0},
     "relu-raw": {"input_normalization": "none", "min_support": 9},
     "relu-free": {"ortho_coefficient": 0.0},
 }
