@@ -20,7 +20,7 @@ _COLORS = {
     "encoder": GREY, "none": "#000000", "selective": BLUE, "every-step": "#56B4E9", "decoder": GREEN,
     "ortsae": "#E69F00", "full": VERMILION,
 }  # fmt: skip
-_MARKERS = dict(zip(_COLORS, "osD^vPX*", strict=True))
+_MARKERS = dict(zip(_COLORS, "osD^PX*", strict=True))
 
 
 def plot_times(
