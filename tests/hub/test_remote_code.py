@@ -59,7 +59,8 @@ for place in [("acme/one", ""), *(("acme/several", f"layer_{n}") for n in range(
     with torch.no_grad():
         h = sae.encode(x)
         results["/".join(place)] = [config.layer, h.tolist(), sae.decode(h).tolist()]
-sae.train()(x).loss.backward()
+output = sae.train()(x)
+assert output.loss is None and output.reconstruction.shape == x.shape
 try:
     sae.capture(["text"])
 except Exception as error:
