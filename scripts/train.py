@@ -41,7 +41,6 @@ from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_st
 from hf_selortho.training.dry_run import check_memory, forecast, forecast_words, in_small, refuse_what_cannot_fit
 from hf_selortho.training.non_finite import NonFiniteGuard
 from hf_selortho.training.pair_history import PairHistory
-from hf_selortho.training.penalty import full_penalty_notice, make_controller
 from hf_selortho.training.run_folder import (
     MetricsLog,
     check_output_folder,
@@ -50,7 +49,8 @@ from hf_selortho.training.run_folder import (
     prepare_output_folder,
     save_sae,
 )
-from hf_selortho.training.state import Controller
+from hf_selortho.training.schedules import full_penalty_notice, make_controller
+from hf_selortho.training.state import GradientShare
 from hf_selortho.training.stop_signals import StopSignals
 from hf_selortho.training.trainer import LAST_STEPS, Trainer, train_together
 from hf_selortho.training.variants import Member, all_settings, run_members, with_inputs_of
@@ -111,8 +111,6 @@ class Run:
         settings = all_settings(self.arguments, self.members)
         self.checkpoints = Checkpoints(accelerator, self.output, settings, run.checkpoint_every, run.keep_checkpoints)
         self.resume_at = self.checkpoints.check(self.checkpoint) if self.checkpoint else 0
-        for member in self.members:
-            make_member_controller(member)
 
     def dry_run(self) -> None:
         """Print what the run would do, need and take."""
@@ -258,7 +256,7 @@ def count_parameters(member: Member, data: TrainingData) -> int:
     return 2 * (config.d_in or 0) * (config.d_sae or 0)
 
 
-def make_member_controller(member: Member) -> Controller | None:
+def make_member_controller(member: Member) -> GradientShare | None:
     """What steers the penalty of this SAE, if anything does."""
     sae = member.arguments.sae
     return make_controller(member.arguments.run, sae.penalty, sae.ortho_coefficient)
