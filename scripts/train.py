@@ -27,6 +27,7 @@ from accelerate.utils import GradScalerKwargs, set_seed
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationStore
 from hf_selortho.data.buffer import ActivationStatistics
+from hf_selortho.data.pair_history import PairHistory
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.model_card import Publisher
 from hf_selortho.hub.push import push_run
@@ -40,7 +41,6 @@ from hf_selortho.training.checkpoint_files import is_checkpoint_of, set_later_as
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
 from hf_selortho.training.dry_run import check_memory, forecast, forecast_words, in_small, refuse_what_cannot_fit
 from hf_selortho.training.non_finite import NonFiniteGuard
-from hf_selortho.training.pair_history import PairHistory
 from hf_selortho.training.run_folder import (
     MetricsLog,
     check_output_folder,

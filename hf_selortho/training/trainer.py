@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.buffer import ActivationBatch, BatchSource
+from ..data.pair_history import PairHistory
 from ..errors import NonFiniteError, SelOrthoError
 from ..language_models.capture import only
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
@@ -22,7 +23,6 @@ from .arguments import RunArguments
 from .checkpoint import Checkpoints
 from .non_finite import LossSpikes, NonFiniteGuard, first_not_finite, is_finite
 from .optimizer import SAEOptimizer
-from .pair_history import PairHistory
 from .resampling import resample_dead
 from .run_folder import MetricsLog
 from .schedules import PenaltySchedule, learning_rate_at, steer
@@ -228,7 +228,7 @@ class Trainer:
             if output.pairs is not None:
                 self.state.pairs = output.pairs.detached()
                 if self.history is not None:
-                    self.history.see(self.state.step + 1, self.state.pairs)
+                    self.history.add(self.state.step + 1, self.state.pairs)
         self.state.step += 1
         self._spoilt = False
         if output is not None:
