@@ -34,7 +34,8 @@ from hf_selortho.hub.report import metrics_table, summary_table, write_report, w
 from hf_selortho.hub.repository import Repository, check_repo_id
 from hf_selortho.hub.run_folder import read_run, with_others
 from hf_selortho.hub.summary import SaeReport
-from hf_selortho.training.arguments import HubArguments, RunArguments, TrainingArguments, parse_arguments, sae_config
+from hf_selortho.process_group import leave_process_group
+from hf_selortho.training.arguments import HubArguments, TrainingArguments, parse_arguments, sae_config
 from hf_selortho.training.checkpoint import Checkpoints, agreed_checkpoint
 from hf_selortho.training.checkpoint_files import is_checkpoint_of, set_later_aside, step_of
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
@@ -54,16 +55,16 @@ from hf_selortho.training.state import Controller
 from hf_selortho.training.stop_signals import StopSignals
 from hf_selortho.training.trainer import LAST_STEPS, Trainer, train_together
 from hf_selortho.training.variants import Member, all_settings, run_members, with_inputs_of
-from hf_selortho.utils.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
+from hf_selortho.utils.command_line import check_launcher, launch_command, run_script, say, use_all_cores
 from hf_selortho.utils.files import FolderLock
 from hf_selortho.utils.memory import available_memory, memory_now, peak_memory
-from hf_selortho.utils.process_watch import ProcessWatch, leave_process_group
 
 logger = logging.getLogger("hf_selortho.train")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Activations in; trained, evaluated and documented SAEs out."""
+    check_launcher()
     command = launch_command("scripts/train.py", argv)  # while the process that started this one is there
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments)
@@ -72,13 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave_process_group(accelerator)
         return
     with ExitStack() as stack:
-        with ProcessWatch(resume_hint(arguments.run)):
-            if accelerator.is_main_process:
-                check_publishing(arguments.hub)
-                stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
-            accelerator.wait_for_everyone()
-            run = Run(arguments, accelerator)
-            exit_code = run.train()
+        if accelerator.is_main_process:
+            check_publishing(arguments.hub)
+            stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
+        accelerator.wait_for_everyone()
+        run = Run(arguments, accelerator)
+        exit_code = run.train()
         leave_process_group(accelerator)
         if exit_code is not None:
             if accelerator.is_main_process:
@@ -233,13 +233,6 @@ def publish(output: Path, hub: HubArguments) -> None:
         again = f"python scripts/push_to_hub.py {shlex.quote(str(output))} --repo_id {repo_id}"
         raise SelOrthoError(f"{error}. The run in {output} is complete; to publish it: {again}") from error
     sys.stdout.write(f"{pushed.in_words}\n")
-
-
-def resume_hint(run: RunArguments) -> str:
-    """What to do when a process of this run is lost."""
-    if run.checkpoint_every:
-        return "run the same command again with --resume_from_checkpoint auto"
-    return "run the same command again; --checkpoint_every N would let it resume"
 
 
 def open_data(
@@ -445,5 +438,4 @@ def _tracked(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    start_cpu_processes()
     run_script(main)

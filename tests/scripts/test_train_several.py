@@ -334,13 +334,11 @@ def test_a_run_of_several_that_died_while_it_wrote_its_saes_can_be_replaced(argu
 
 
 def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes),
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     path = os.pathsep.join([str(ROOT / "tests" / "no_threads_left"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
-        [*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
+        [*torchrun, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
     )
 
 
@@ -371,6 +369,6 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
 
 
 def test_two_processes_agree_on_how_long_to_probe(live) -> None:
-    done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True, cpu=None)], 2)
+    done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True)], 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 SAEs with") == 1 and "trained on 1,024 tokens" in done.stdout
