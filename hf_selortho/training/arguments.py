@@ -148,16 +148,10 @@ class RunArguments:
     )
     cpu: bool = argument(False, "Train on the CPU even where there is an accelerator.")
     cpu_threads: Count | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
-    ortho_budget: Annotated[str, one_of("none", "gradient", "fvu")] = argument(
-        "none", "Steer ortho_coefficient to hold a budget: gradient (its share) or fvu (its excess); none: do not."
+    ortho_budget: Annotated[str, one_of("none", "gradient")] = argument(
+        "none", "Steer ortho_coefficient: gradient holds the penalty's gradient at a share; none: do not."
     )
-    ortho_budget_value: Positive = argument(
-        0.01,
-        "gradient: the penalty's over the reconstruction's; fvu: the excess over the twin's, 0.01 for a hundredth.",
-    )
-    ortho_reference: str | None = argument(
-        None, "Run without penalty whose FVU an fvu budget is measured against: its folder or its metrics.jsonl."
-    )
+    ortho_budget_value: Positive = argument(0.01, "That share: the penalty's gradient over the reconstruction's.")
     resample_every: CountOrZero = argument(
         0, "Steps between two resamplings of dead features of a ReLU SAE (Bricken et al. 2023); 0: none."
     )

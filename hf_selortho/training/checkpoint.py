@@ -207,7 +207,7 @@ class Checkpoints:
         trainer.optimizer.load_tensors(read_tensors(folder, "optimizer.safetensors"))
         _load_state(read_tensors(folder, f"state_{self._rank}.safetensors"), trainer.state, trainer.sae.config)
         if trainer.state.controller is not None:
-            trainer.state.controller.load_state_dict(content["controller"])
+            trainer.state.controller.coefficient = content["controller"]
         if trainer.scaler is not None:
             trainer.scaler.load_state_dict(content["scaler"])
         trainer.spikes.load_state_dict(content["spikes"])
@@ -328,7 +328,7 @@ def _steering(trainer: Trainer) -> dict[str, Any]:
     """What goes with an SAE besides tensors."""
     controller, scaler = trainer.state.controller, trainer.scaler
     return {
-        "controller": None if controller is None else controller.state_dict(),
+        "controller": None if controller is None else controller.coefficient,
         "scaler": None if scaler is None else scaler.state_dict(),
         "spikes": trainer.spikes.state_dict(),
         "skipped": trainer.state.skipped,

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import SelOrthoError
-from ..utils.files import let_go, sha256_of, sync
+from ..utils.files import sha256_of, sync
 from .run_folder import CHECKPOINTS, as_os_error, holds_unfinished_run, write_json
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,6 @@ def _write_part(
                 raise as_os_error(error) from error
             sync(path)
             hashes[path.relative_to(temporary).as_posix()] = _hash(path)
-            let_go(path)
     for name, text in texts.items():
         write_json(temporary / name, text)
         hashes[name] = _hash(temporary / name)

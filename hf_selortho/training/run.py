@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
 
 from ..configuration_selortho import SelOrthoConfig
+from ..data.pair_history import PairHistory
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.command_line import use_all_cores
@@ -23,9 +24,8 @@ from .checkpoint_files import is_checkpoint_of, set_later_aside, step_of
 from .data import CachedData, LiveData, TrainingData, open_store
 from .dry_run import check_memory
 from .non_finite import NonFiniteGuard
-from .pair_history import PairHistory
-from .penalty import full_penalty_notice, make_controller
 from .run_folder import TRACKERS, MetricsLog, check_output_folder, prepare_output_folder
+from .schedules import full_penalty_notice, make_controller
 from .stop_signals import StopSignals
 from .trainer import Trainer, train_together
 from .variants import all_settings, make_variants, with_shared_settings

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.buffer import ActivationBatch, BatchSource
+from ..data.pair_history import PairHistory
 from ..errors import NonFiniteError, SelOrthoError
 from ..language_models.capture import only
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
@@ -22,11 +23,10 @@ from .arguments import RunArguments
 from .checkpoint import Checkpoints
 from .non_finite import LossSpikes, NonFiniteGuard, first_not_finite, is_finite
 from .optimizer import SAEOptimizer
-from .pair_history import PairHistory
-from .penalty import PenaltySchedule, steer
 from .resampling import resample_dead
 from .run_folder import MetricsLog
-from .state import Controller, TrainState, learning_rate_at, pair_churn, step_report
+from .schedules import PenaltySchedule, learning_rate_at, steer
+from .state import GradientShare, TrainState, pair_churn, step_report
 from .stop_signals import STOPPING, StopSignals
 
 LAST_STEPS = 100  # the paper averages its training metrics over the last 100 steps; all of them are logged
@@ -158,7 +158,7 @@ class Trainer:
         sae: SelOrthoSAE,
         arguments: RunArguments,
         log: MetricsLog | None,
-        controller: Controller | None = None,
+        controller: GradientShare | None = None,
         name: str = "",
         guard: NonFiniteGuard | None = None,
         history: PairHistory | None = None,
@@ -228,7 +228,7 @@ class Trainer:
             if output.pairs is not None:
                 self.state.pairs = output.pairs.detached()
                 if self.history is not None:
-                    self.history.see(self.state.step + 1, self.state.pairs)
+                    self.history.add(self.state.step + 1, self.state.pairs)
         self.state.step += 1
         self._spoilt = False
         if output is not None:
@@ -276,8 +276,8 @@ class Trainer:
             except NonFiniteError:  # of the sums over all processes, so that it comes up in each of them
                 return None, self._agreed(finite, torch.zeros_like(finite), finite.new_zeros((), dtype=torch.float32))
             loss = output.loss.detach()
-            if last:
-                steer(self.state, self.sae, activations, output, plan, self.group)
+            if last and self.state.controller is not None:
+                steer(self.state.controller, self.sae, output, plan, self.group)
             scaled = output.loss / self.arguments.gradient_accumulation_steps
             (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
         gradient = self._gradient_norm() if last and self.scaler is None else torch.zeros_like(loss)
