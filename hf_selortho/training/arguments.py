@@ -57,6 +57,9 @@ CountOrZero = Annotated[int, Range(lambda v: v >= 0, "at least 0")]
 NotNegative = Annotated[float, Range(lambda v: v >= 0, "at least 0")]
 Positive = Annotated[float, Range(lambda v: 0 < v < math.inf, "a finite number above 0")]
 Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295")]
+Above0 = Annotated[float, Range(lambda v: v > 0, "a number above 0")]
+Above1 = Annotated[float, Range(lambda v: v > 1, "a number above 1")]
+AtLeast1 = Annotated[float, Range(lambda v: 1 <= v < math.inf, "a finite number of at least 1")]
 Share = Annotated[float, Range(lambda v: 0 <= v < 1, "a number in [0, 1)")]
 
 
@@ -118,9 +121,7 @@ class DataArguments(TextArguments):
     )
     buffer_contexts: Count = argument(2048, "Contexts whose activations the buffer holds, over all processes.")
     refresh_every: Count = argument(24, "Batches between two refreshes of the buffer.")
-    buffer_reuse: Annotated[float, Range(lambda v: 1 <= v < math.inf, "a finite number of at least 1")] = argument(
-        1.0, "How often an activation is used on average before it is replaced."
-    )
+    buffer_reuse: AtLeast1 = argument(1.0, "How often an activation is used on average before it is replaced.")
 
 
 @dataclass
@@ -140,9 +141,7 @@ class RunArguments:
         0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0."
     )
     decay_steps: NotNegative = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
-    max_grad_norm: Annotated[float, Range(lambda v: v > 0, "a number above 0")] | None = argument(
-        None, "Gradients are clipped to this norm; default: not clipped."
-    )
+    max_grad_norm: Above0 | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
     mixed_precision: Annotated[str, one_of("no", "bf16", "fp16")] | None = argument(
         None, "no, bf16 or fp16; default: what accelerate launch was given."
     )
@@ -179,7 +178,7 @@ class RunArguments:
     max_skipped: CountOrZero = argument(
         10, "Batches that --non_finite skip leaves out at most; one more stops the run."
     )
-    loss_spike_factor: Annotated[float, Range(lambda v: v > 1, "a number above 1")] | None = argument(
+    loss_spike_factor: Above1 | None = argument(
         10.0, "A loss this many times the running median of 101 steps is reported, with its documents."
     )
 

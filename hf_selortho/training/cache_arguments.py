@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from ..data.activation_cache import STORED_DTYPES
 from ..errors import SelOrthoError
 from .arguments import (
+    Above1,
     Count,
     CountOrZero,
     ModelArguments,
@@ -35,7 +36,7 @@ class HarvestArguments:
         128, "Longest context in tokens, BOS included."
     )
     prepend_bos: bool = argument(True, "Whether each context starts with BOS (left out of the activations).")
-    max_norm_ratio: Annotated[float, Range(lambda v: v > 1, "above 1, or inf")] | None = argument(
+    max_norm_ratio: Above1 | None = argument(
         4.0, "Tokens whose norm exceeds this multiple of the median at one of the layers are left out; inf keeps all."
     )
     max_tokens: Count | None = argument(None, "Tokens to read, BOS included; default: all of the text, once.")

@@ -216,7 +216,7 @@ def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvest
     [
         ({}, "no layer given: choose --layer, or --layers for several, from 1, 2"),
         ({"layer": 3}, "holds no layer 3: choose from 1, 2"),
-        ({"layer": 1, "context_length": 64}, "--context_length 64: .* were harvested with 256"),
+        ({"layer": 1, "context_length": 64}, "--context_length 64: .* were cached with 256"),
         ({"layer": 1, "activations": "nowhere"}, "no such folder of activations: nowhere"),
         ({"layer": 1, "activations": "hub:acme"}, 'activations "hub:acme": expected hub:owner/name'),
         ({"layers": [1, 1]}, "expected each layer once"),
@@ -303,7 +303,7 @@ def test_settings_by_layer_count_in_a_run_of_a_single_layer_from_shards(argument
     settings = '{"1": {"k": 8, "activation": "topk"}, "9": {"k": 4}}'
     train.main(arguments(activations=harvested, layer=1, layer_settings=settings, max_steps=2, eval_samples=0))
     assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.k == 8
-    with pytest.raises(SelOrthoError, match="context_length 9: the activations of .* were harvested with 256"):
+    with pytest.raises(SelOrthoError, match="context_length 9: the activations of .* were cached with 256"):
         train.main(
             arguments(activations=harvested, layer=1, layer_settings='{"1": {"context_length": 9}}', output_dir="none")
         )
