@@ -112,14 +112,6 @@ def test_layers_and_twins_equal_runs_of_their_own(live, tmp_path, capsys) -> Non
     assert (tmp_path / "run" / "layer_1" / "README.md").is_file()
 
 
-def test_variants_by_name(live, tmp_path) -> None:
-    variants = '{"strong": {"ortho_coefficient": 5.0}, "top-4": {"activation": "topk", "k": 4}}'
-    train.main(live(layer=1, variants=variants, eval_samples=0))
-    configs = {p.name: SelOrthoSAE.from_pretrained(p).config for p in (tmp_path / "run").glob("layer_*")}
-    assert set(configs) == {"layer_1", "layer_1_strong", "layer_1_top-4"}
-    assert configs["layer_1_strong"].ortho_coefficient == 5.0 and configs["layer_1_top-4"].k == 4
-
-
 @pytest.mark.parametrize("source", ["live", "shards"])
 def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_path) -> None:
     build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
@@ -255,7 +247,7 @@ def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
     assert "4 SAEs with 16,768 parameters, trained on 1,024 tokens" in shown  # 4 (2 * 32 * 64 + 64 + 32)
     assert "activations held" in shown and "in all" in shown and not (tmp_path / "run").exists()
     monkeypatch.setattr(dry_run, "available_memory", lambda device: 100_000)
-    with pytest.raises(SelOrthoError, match="this run cannot fit: activations held"):
+    with pytest.raises(SelOrthoError, match="this run cannot fit: it needs .* of memory .*activations held"):
         train.main(build(layers=[1, 2], dry_run=True))
 
 
@@ -321,16 +313,6 @@ def test_a_changed_file_of_variants_is_noticed_on_resuming(arguments, harvested,
     variants.write_text('{"weak": {"ortho_coefficient": 0.5}}')
     with pytest.raises(SelOrthoError, match=r"other settings \(saes \['layer_1', 'layer_1_strong'\] -> "):
         train.main(arguments(**again))
-
-
-def test_a_run_of_several_that_died_while_it_wrote_its_saes_can_be_replaced(arguments, harvested, tmp_path) -> None:
-    changes = {"activations": harvested, "layers": [1, 2], "max_steps": 2, "eval_samples": 0}
-    train.main(arguments(**changes))
-    for name in ("run.json", "metrics.json", "README.md"):
-        (tmp_path / "run" / name).unlink()
-        (tmp_path / "run" / "layer_2" / name).unlink()
-    train.main(arguments(**changes, overwrite_output_dir=True))
-    assert (tmp_path / "run" / "run.json").is_file()
 
 
 def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
