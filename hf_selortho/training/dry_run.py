@@ -16,7 +16,7 @@ from ..process_group import ProcessGroup
 from ..utils.memory import available_memory, free_disk, memory_now, recent_peak, start_peak
 from .arguments import TrainingArguments
 from .data import LiveData, TrainingData
-from .trainer import Trainer, take_step
+from .trainer import Trainer
 
 if TYPE_CHECKING:
     from .run import TrainingRun
@@ -69,7 +69,7 @@ def dry_run(run: TrainingRun) -> str:
     started = time.perf_counter()
     saes = run.new_saes()
     filling = time.perf_counter() - started
-    step_seconds, steps = _probe(run.make_trainers(saes), data, arguments)
+    step_seconds, steps = _probe(Trainer(run.make_trainers(saes), data.source, arguments.run, run.checkpoints))
 
     processes, live = run.accelerator.num_processes, isinstance(data, LiveData)
     parameters = sum(parameter.numel() for sae in saes for parameter in sae.parameters())
@@ -98,16 +98,16 @@ def dry_run(run: TrainingRun) -> str:
     return _table(len(saes), parameters, arguments, memory, disk, seconds)
 
 
-def _probe(trainers: Sequence[Trainer], data: TrainingData, arguments: TrainingArguments) -> tuple[float, int]:
+def _probe(trainer: Trainer) -> tuple[float, int]:
     """Time steps of all SAEs, the language model's part included; returns seconds a step and the steps timed."""
-    for trainer in trainers:
-        trainer.model.train()
-    group, seconds = ProcessGroup.of_run(), list[float]()
+    for sae in trainer.saes:
+        sae.model.train()
+    group, device, seconds = ProcessGroup.of_run(), trainer.saes[0].accelerator.device, list[float]()
     while len(seconds) < 3 or sum(seconds) < PROBE_SECONDS:
         started = time.perf_counter()
-        take_step(trainers, data.source, arguments.run)
+        trainer.train_step()
         # the mean over the processes, such that they agree on when to stop
-        seconds.append(group.mean(time.perf_counter() - started, trainers[0].accelerator.device) or 0.0)
+        seconds.append(group.mean(time.perf_counter() - started, device) or 0.0)
     later = seconds[1:]  # the first one warms up
     return sum(later) / len(later), len(later)
 

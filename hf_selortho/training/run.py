@@ -19,15 +19,15 @@ from ..modeling_selortho import SelOrthoSAE
 from ..utils.command_line import use_all_cores
 from ..utils.memory import available_memory
 from .arguments import TrainingArguments
-from .checkpoint import Checkpoints, agreed_checkpoint
-from .checkpoint_files import is_checkpoint_of, set_later_aside, step_of
+from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of, step_of
 from .data import CachedData, LiveData, TrainingData, open_store
 from .dry_run import check_memory
-from .non_finite import NonFiniteGuard
+from .non_finite import NonFinitePolicy
 from .run_folder import TRACKERS, MetricsLog, check_output_folder, prepare_output_folder
+from .sae_trainer import SAETrainer
 from .schedules import full_penalty_notice, make_controller
 from .stop_signals import StopSignals
-from .trainer import Trainer, train_together
+from .trainer import Trainer
 from .variants import all_settings, make_variants, with_shared_settings
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class TrainingRun:
     data: TrainingData
     configs: list[SelOrthoConfig]
     saes: list[SelOrthoSAE]
-    trainers: list[Trainer]
+    trainers: list[SAETrainer]
     totals: dict[str, int]
 
     def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
@@ -66,21 +66,19 @@ class TrainingRun:
         """Train to the end; returns the signal that has stopped it before, once a checkpoint is written."""
         accelerator, run = self.accelerator, self.arguments.run
         rank, processes = accelerator.process_index, accelerator.num_processes
-        guard = NonFiniteGuard(self.output, run.non_finite, run.max_skipped, rank, processes)
+        policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped, rank, processes)
         self.open_data()
         if isinstance(self.data, LiveData):
-            self.data.capture.on_non_finite = guard.meet_activations
+            self.data.capture.on_non_finite = policy.handle_activations
         self.checkpoints.inputs = self.data.identity()
-        if self.checkpoint is not None:
-            self.checkpoints.check_inputs(self.checkpoint)
         self.saes = self.new_saes() if self.checkpoint is None else self.load_saes(self.checkpoint)
         self._prepare_folder()
         start_trackers(accelerator, self.arguments, self.resume_at)
-        self.trainers = self.make_trainers(self.saes, guard, logged=accelerator.is_main_process)
+        self.trainers = self.make_trainers(self.saes, policy, logged=accelerator.is_main_process)
         if self.checkpoint is not None:
             self.checkpoints.load(self.checkpoint, self.trainers, self.data.source)
         with StopSignals() as signals:
-            signal = train_together(self.trainers, self.data.source, run, self.checkpoints, signals)
+            signal = Trainer(self.trainers, self.data.source, run, self.checkpoints, signals).fit()
         self.totals = self.data.source.totals()
         self.data.source.release()
         for trainer in self.trainers:
@@ -110,8 +108,8 @@ class TrainingRun:
     def load_saes(self, checkpoint: Path) -> list[SelOrthoSAE]:
         """Load the SAEs of a checkpoint."""
         logger.info("resuming from %s", checkpoint)
-        folders = [checkpoint / variant.name for variant in self.variants]
-        return [self.checkpoints.load_sae(*pair) for pair in zip(folders, self.configs, strict=True)]
+        pairs = zip(self.variants, self.configs, strict=True)
+        return [self.checkpoints.load_sae(checkpoint, variant.name, config) for variant, config in pairs]
 
     def new_saes(self) -> list[SelOrthoSAE]:
         """Fill the source of batches, and make SAEs that all start from the same random numbers."""
@@ -126,8 +124,8 @@ class TrainingRun:
         return saes
 
     def make_trainers(
-        self, saes: list[SelOrthoSAE], guard: NonFiniteGuard | None = None, logged: bool = False
-    ) -> list[Trainer]:
+        self, saes: list[SelOrthoSAE], policy: NonFinitePolicy | None = None, logged: bool = False
+    ) -> list[SAETrainer]:
         """Make the trainers of the SAEs; each has a log and a history of its pairs if it is `logged`."""
         run, trainers = self.arguments.run, []
         for variant, sae in zip(self.variants, saes, strict=True):
@@ -137,7 +135,7 @@ class TrainingRun:
                 log = MetricsLog(folder, resume_at=self.resume_at)
                 history = PairHistory(folder, sae.config, run.max_steps, resume_at=self.resume_at)
             controller = make_controller(run, sae.config.penalty, sae.config.ortho_coefficient)
-            trainers.append(Trainer(self.accelerator, sae, run, log, controller, variant.name, guard, history))
+            trainers.append(SAETrainer(self.accelerator, sae, run, log, controller, variant.name, policy, history))
         return trainers
 
     def words_of_a_stop(self, command: str) -> str:
@@ -152,8 +150,6 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             overwrite = self.arguments.run.overwrite_output_dir
             prepare_output_folder(self.output, overwrite=overwrite, resuming=self.resuming)
-            if self.resuming:
-                set_later_aside(self.checkpoint)
         self.accelerator.wait_for_everyone()
 
 

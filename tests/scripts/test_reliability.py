@@ -19,12 +19,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.activation_cache import ActivationStore
 from hf_selortho.errors import NonFiniteError
-from hf_selortho.training.checkpoint_files import best_checkpoint, prune, verify
+from hf_selortho.training.checkpoint import Checkpoints, verify
 from scripts import cache_activations, train
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "flipped": (lambda c: flip(c / "optimizer.safetensors"), r"optimizer\.safetensors is damaged: .*sha256"),
+    "flipped": (lambda c: flip(c / "optimizer.safetensors"), r"optimizer\.safetensors is damaged"),
     "missing": (lambda c: (c / "model.safetensors").unlink(), r"model\.safetensors is missing"),
     "manifest gone": (lambda c: (c / "manifest.json").unlink(), r"manifest\.json is damaged"),
 }
@@ -136,7 +137,7 @@ def test_a_checkpoint_that_does_not_fit_can_be_moved_away(arguments, tmp_path) -
     with pytest.raises(SelOrthoError, match="move it away to resume from an earlier one"):
         train.main(arguments(resume_from_checkpoint="auto"))
     before = newest.with_name("step_000002")
-    with pytest.raises(SelOrthoError, match="step_000004 is later than .*step_000002: resume from it, move it away"):
+    with pytest.raises(SelOrthoError, match="step_000004 is later than .*step_000002: resume with auto, move it away"):
         train.main(arguments(resume_from_checkpoint=before))
     shutil.move(newest, tmp_path)
     train.main(arguments(resume_from_checkpoint="auto", eval_samples=0))
@@ -151,7 +152,9 @@ def test_other_texts_or_activations_are_noticed_before_anything_is_replaced(
     train.main(arguments(dataset=texts, **settings))
     with texts.open("a") as file:
         file.write('{"text": "One more document, which was not there before."}\n')
-    with pytest.raises(SelOrthoError, match=r"made on other activations \(texts '\w{64}' -> '\w{64}'\); restore what"):
+    with pytest.raises(
+        SelOrthoError, match=r"made on other activations \(texts '\w{64}' -> '\w{64}'\); .* restore what"
+    ):
         train.main(arguments(dataset=texts, max_steps=4, resume_from_checkpoint="auto"))
 
     acts = tmp_path / "acts"
@@ -176,9 +179,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path) -> None:
         (folder / "trainer.json").write_text(json.dumps({"loss": loss}))
     for name in ("damaged_step_000040", "damaged_step_000060"):
         (tmp_path / "checkpoints" / name).mkdir()
-    best = best_checkpoint(tmp_path)
-    assert best is not None and best.name == "step_000020"
-    prune(tmp_path, 2)
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, {}, keep=2)
+    checkpoints._prune()
+    checkpoints.close()
     assert checkpoints_of(tmp_path) == ["damaged_step_000060", "step_000020", "step_000040", "step_000050"]
 
 
@@ -303,7 +306,7 @@ def test_activations_that_are_not_finite_stop_the_run_and_are_kept(value, shards
         train.main(from_shards(acts, max_steps=200, checkpoint_every=1, logging_steps=1))
     found = re.search(
         r"NaN or infinity in the activations on 1 of 128 tokens at step (\d+): the step was not taken\. Documents of "
-        r"the batch: ([\d, .]+); it is in (\S+/debug/step_\d{6}\.safetensors); look at where they come from, or pass "
+        r"the batch: ([\d, .]+); it is in (\S+/debug/step_\d{6}\.safetensors); look at these activations, .*, or pass "
         r"--non_finite skip .*Last good checkpoint: (.*)",
         str(caught.value),
     )
@@ -353,9 +356,13 @@ def test_a_batch_that_is_skipped_changes_nothing_and_is_counted(shards, from_sha
 @pytest.mark.parametrize(
     ("value", "changes", "message"),
     [
-        (1e30, {"max_norm_ratio": None}, "the feature activations are not finite, or too large to square at step"),
-        (1e30, {"penalty": "none"}, r"the loss is not finite \(reconstruction inf, l1 .*\) at step"),
-        (0.0, {"l1_coefficient": 1e25}, r"the gradient is not finite: .* at step 1: the step was not taken"),
+        (
+            1e30,
+            {"max_norm_ratio": None},
+            "feature activations h hold NaN or infinity, or values too large to square, .* at step",
+        ),
+        (1e30, {"penalty": "none"}, r"NaN or infinity in the loss \(reconstruction inf, l1 .*\) at step"),
+        (0.0, {"l1_coefficient": 1e25}, r"NaN or infinity in the gradient: .* at step 1: the step was not taken"),
     ],
     ids=["features", "loss", "gradient"],
 )
