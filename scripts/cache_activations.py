@@ -36,7 +36,7 @@ from hf_selortho.process_group import ProcessGroup, leave_process_group
 from hf_selortho.training.arguments import ModelArguments, TextArguments
 from hf_selortho.training.cache_arguments import HarvestArguments, parse_harvest_arguments
 from hf_selortho.training.run_folder import library_versions
-from hf_selortho.utils.command_line import check_launcher, run_script, use_all_cores
+from hf_selortho.utils.command_line import check_launcher, on_cpu, run_script, use_all_cores
 from hf_selortho.utils.files import FolderLock
 from hf_selortho.utils.memory import existing_folder, free_disk, peak_memory
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Text in; verified shards of activations out."""
     check_launcher()
     model, text, arguments = parse_harvest_arguments(list(sys.argv[1:] if argv is None else argv))
-    accelerator = Accelerator(cpu=arguments.cpu or torch.backends.mps.is_available())  # Apple's GPUs have no float64
+    accelerator = Accelerator(cpu=on_cpu(arguments.cpu))
     if accelerator.device.type == "cpu":
         use_all_cores(arguments.cpu_threads)
     harvest = Harvest(model, text, arguments, accelerator)

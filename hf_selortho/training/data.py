@@ -19,22 +19,18 @@ from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
 from .arguments import TrainingArguments
 
-# Settings that cached activations decide, by the group of arguments that holds them: where their manifest has them.
-_CACHED: dict[str, dict[str, tuple[str, ...]]] = {
-    "sae": {
-        "context_length": ("contexts", "context_length"),
-        "prepend_bos": ("contexts", "prepend_bos"),
-        "max_norm_ratio": ("max_norm_ratio",),
-    },
-    "data": {
-        "min_tokens": ("contexts", "min_tokens"),
-        "dataset": ("text", "dataset"),
-        "dataset_config": ("text", "config"),
-        "dataset_revision": ("text", "revision"),
-        "split": ("text", "split"),
-        "text_column": ("text", "text_column"),
-        "held_out_fraction": ("text", "held_out_fraction"),
-    },
+# Arguments that cached activations decide: their group, and where the manifest has them.
+_CACHED = {
+    "context_length": ("sae", "contexts", "context_length"),
+    "prepend_bos": ("sae", "contexts", "prepend_bos"),
+    "max_norm_ratio": ("sae", "max_norm_ratio"),
+    "min_tokens": ("data", "contexts", "min_tokens"),
+    "dataset": ("data", "text", "dataset"),
+    "dataset_config": ("data", "text", "config"),
+    "dataset_revision": ("data", "text", "revision"),
+    "split": ("data", "text", "split"),
+    "text_column": ("data", "text", "text_column"),
+    "held_out_fraction": ("data", "text", "held_out_fraction"),
 }
 
 
@@ -94,7 +90,6 @@ class LiveData:
 
     def provenance(self, layer: int) -> dict[str, Any]:
         """Return the fields of an SAE's configuration that say where its activations come from."""
-        data = self.arguments.data
         return {
             "d_in": self.lm.d_model,
             "lm_name": self.lm.name,
@@ -103,10 +98,7 @@ class LiveData:
             "dataset": self.documents.name,
             "dataset_revision": self.documents.revision,
             "dataset_split": self.documents.split,
-            "dataset_config": data.dataset_config,
-            "text_column": data.text_column,
-            "min_tokens": data.min_tokens,
-            "held_out_fraction": data.held_out_fraction,
+            **_text_settings(self.arguments),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -158,20 +150,17 @@ class CachedData:
         return self.source.statistics()
 
     def provenance(self, layer: int) -> dict[str, Any]:
-        content, entry = self.store.manifest.content, self.store.manifest.layer(layer)
-        model, text = content["model"], content["text"]
+        entry, model = self.store.manifest.layer(layer), self.store.manifest.content["model"]
+        data = self.arguments.data  # which `open_store` has taken from the manifest
         return {
             "d_in": entry["d_in"],
             "lm_name": model["name"],
             "lm_revision": model["revision"],
             "hook_name": entry["hook_name"],
-            "dataset": text["dataset"],
-            "dataset_revision": text["revision"],
-            "dataset_split": text["split"],
-            "dataset_config": text["config"],
-            "text_column": text["text_column"],
-            "min_tokens": content["contexts"]["min_tokens"],
-            "held_out_fraction": text["held_out_fraction"],
+            "dataset": data.dataset,
+            "dataset_revision": data.dataset_revision,
+            "dataset_split": data.split,
+            **_text_settings(self.arguments),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -216,18 +205,17 @@ def open_store(arguments: TrainingArguments) -> ActivationStore | None:
     if arguments.data.activations is None:
         return None
     store = ActivationStore(arguments.data.activations)
-    for group, names in _CACHED.items():
-        for name, path in names.items():
-            value: Any = store.manifest.content
-            for key in path:
-                value = value[key]
-            wanted = getattr(getattr(arguments, group), name)
-            if name in arguments.given and wanted != value:
-                raise SelOrthoError(
-                    f"--{name} {wanted}: the activations of {store.source} were cached with {value}; leave it out, "
-                    "or cache them again"
-                )
-            setattr(getattr(arguments, group), name, value)
+    for name, (group, *keys) in _CACHED.items():
+        value: Any = store.manifest.content
+        for key in keys:
+            value = value[key]
+        wanted = getattr(getattr(arguments, group), name)
+        if name in arguments.given and wanted != value:
+            raise SelOrthoError(
+                f"--{name} {wanted}: the activations of {store.source} were cached with {value}; leave it out, or "
+                "cache them again"
+            )
+        setattr(getattr(arguments, group), name, value)
     if not arguments.run.layers and arguments.sae.layer is None:
         if len(layers := store.manifest.layers) > 1:
             raise SelOrthoError(
@@ -236,6 +224,11 @@ def open_store(arguments: TrainingArguments) -> ActivationStore | None:
         arguments.sae.layer = layers[0]
     check_layers(store, arguments.run.layers or [arguments.sae.layer])
     return store
+
+
+def _text_settings(arguments: TrainingArguments) -> dict[str, Any]:
+    names = ("dataset_config", "text_column", "min_tokens", "held_out_fraction")
+    return {name: getattr(arguments.data, name) for name in names}
 
 
 def _load_lm(arguments: TrainingArguments, accelerator: Accelerator) -> LanguageModel:

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
 
@@ -16,7 +15,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.pair_history import PairHistory
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.command_line import use_all_cores
+from ..utils.command_line import on_cpu, use_all_cores
 from ..utils.memory import available_memory
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of, step_of
@@ -163,7 +162,7 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
     trackers = [name for name in run.report_to if name != "none"]
     try:
         accelerator = Accelerator(
-            cpu=run.cpu or torch.backends.mps.is_available(),  # Apple's GPUs have no float64
+            cpu=on_cpu(run.cpu),
             mixed_precision=run.mixed_precision,
             log_with=trackers or None,
             project_dir=str(Path(run.output_dir) / TRACKERS),

@@ -23,7 +23,6 @@ _SECRETS = (
 )  # fmt: skip
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
-_PROCESSES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]  # of torchrun, of kinds of MPI
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -40,12 +39,20 @@ def run_script(main: Callable[[], None]) -> None:
 
 def check_launcher() -> None:
     """Raise a SelOrthoError under `accelerate launch --cpu --num_processes N`, which starts one process whatever N."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if on_cpu and "MASTER_ADDR" in os.environ and not get_int_from_env(_PROCESSES, 0):
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if asked and "MASTER_ADDR" in os.environ and not _started_processes():
         raise SelOrthoError(
             "accelerate launch starts a single process on CPUs, whatever --num_processes says: use "
             f"torchrun --nproc_per_node N {sys.argv[0]} --cpu ..."
         )
+
+
+def on_cpu(asked: bool) -> bool:
+    """Tell whether to use the CPU: asked to, on a Mac, whose GPUs have no float64, or in a group without GPUs.
+
+    Of several processes without a GPU, accelerate forms a group only if it is told to use the CPU.
+    """
+    return asked or torch.backends.mps.is_available() or (_started_processes() > 1 and not torch.cuda.is_available())
 
 
 def use_all_cores(threads: int | None = None) -> None:
@@ -86,6 +93,11 @@ def without_secrets(text: str) -> str:
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")
     return _HUB_TOKEN.sub("***", text)
+
+
+def _started_processes() -> int:
+    """Count the processes that torchrun or a kind of MPI says it has started; 0 without them."""
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 0)
 
 
 def _typed_command() -> list[str]:
