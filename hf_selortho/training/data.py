@@ -131,7 +131,7 @@ class LiveData(TrainingData):
         samples, data, sae = self.arguments.evaluation.eval_samples, self.arguments.data, self.arguments.sae
         if samples == 0 or data.held_out_fraction == 0:
             return []
-        return held_out_contexts(
+        contexts = held_out_contexts(
             self.documents,
             self.lm.tokenizer,
             limit=samples,
@@ -139,6 +139,7 @@ class LiveData(TrainingData):
             prepend_bos=sae.prepend_bos,
             min_tokens=data.min_tokens,
         )
+        return list(contexts)
 
     def _make_buffer(self, arguments: TrainingArguments) -> ActivationBuffer:
         """This process's part of the buffer, over documents that no other process reads."""
