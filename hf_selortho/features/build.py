@@ -11,8 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..decorrelation import select_pairs
 from ..errors import SelOrthoError
+from ..pair_selection import select_pairs
 from .correlation_sample import CorrelationSample
 from .feature_records import FeatureFacts, feature_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics

@@ -22,7 +22,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.buffer import BatchSource
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..pair_selection import Pairs
+from ..pair_selection import CoactivationEMA, Pairs
 from ..utils.files import reason
 from .checkpoint_files import (
     TRAINER,
@@ -40,7 +40,7 @@ from .checkpoint_files import (
     write_part,
 )
 from .run_folder import jsonable
-from .state import TrainState, new_carried
+from .state import TrainState
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -373,7 +373,7 @@ def _load_state(tensors: dict[str, Tensor], state: TrainState, config: SelOrthoC
     if pairs:
         state.pairs = Pairs(pairs["i"], pairs["j"], pairs["correlation"])
     if carried:
-        state.carried = new_carried(config)
+        state.carried = CoactivationEMA.of_config(config)
         state.carried.load_state_dict(carried)
 
 

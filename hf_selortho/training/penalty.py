@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..configuration_selortho import SelOrthoConfig
-from ..decorrelation import full_penalty_bytes
 from ..errors import SelOrthoError
-from ..modeling_selortho import PenaltyPlan, SelOrthoOutput, SelOrthoSAE
-from ..pair_selection import Pairs
+from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
+from ..pair_selection import CoactivationEMA, Pairs
+from ..penalties import PenaltyPlan, full_penalty_bytes
 from ..process_group import ProcessGroup
-from ..sparse_ops import ActiveFeatures
+from ..sparse_ops import FeatureActivations
 from .arguments import RunArguments
 from .budget import FVUBudget, GradientShare, read_reference
-from .state import Controller, TrainState, new_carried
+from .state import Controller, TrainState
 
 
 class PenaltySchedule:
@@ -41,14 +41,14 @@ class PenaltySchedule:
         weight = float(cfg.selection_interval)
         return PenaltyPlan(selects, None, weight, coefficient, step, self._select(state) if selects else None)
 
-    def _select(self, state: TrainState) -> Callable[[Tensor | ActiveFeatures], Pairs] | None:
+    def _select(self, state: TrainState) -> Callable[[FeatureActivations], Pairs] | None:
         cfg = self.config
         if cfg.carry_decay == 0 or cfg.penalty != "selective":
             return None
 
-        def select(h: Tensor | ActiveFeatures) -> Pairs:
+        def select(h: FeatureActivations) -> Pairs:
             if state.carried is None:
-                state.carried = new_carried(cfg)
+                state.carried = CoactivationEMA.of_config(cfg)
             state.carried.update(h, self.group)
             return state.carried.select(cfg.pair_fraction, cfg.min_support, cfg.correlation_threshold)
 
@@ -95,8 +95,11 @@ def steer(
         return
     if not plan.acts:
         return
-    features = output.active.values if output.active is not None else output.feature_acts
-    target = features if sae.config.penalty_space == "activation" and sae.config.penalty != "ortsae" else sae.W_dec
+    target = (
+        output.features.values
+        if sae.config.penalty_space == "activation" and sae.config.penalty != "ortsae"
+        else sae.W_dec
+    )
     norms = [_gradient_norm(output.losses[name], target, group) for name in ("ortho", "reconstruction")]
     controller.update(norms[0] / plan.weight, norms[1])  # the weight makes up for the steps on which it rests
 

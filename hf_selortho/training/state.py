@@ -7,16 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..carried import CarriedSums
-from ..configuration_selortho import SelOrthoConfig
-from ..decorrelation import pair_count, select_pairs
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from ..pair_selection import Pairs
+from ..pair_selection import CoactivationEMA, Pairs, select_pairs
 from ..process_group import SINGLE_PROCESS, ProcessGroup
-from ..sparse_ops import ActiveFeatures
+from ..sparse_ops import FeatureActivations
 from .budget import FVUBudget, GradientShare
 
-CARRIED_PAIRS = 8  # co-activations carried over, as a multiple of the pairs asked for
 Controller = GradientShare | FVUBudget
 
 
@@ -28,30 +24,20 @@ class TrainState:
     step: int = 0
     tokens: int = 0  # drawn from the buffers of all processes
     pairs: Pairs | None = field(default=None, repr=False)  # of the latest selection
-    carried: CarriedSums | None = field(default=None, repr=False)  # co-activations of earlier batches
+    carried: CoactivationEMA | None = field(default=None, repr=False)  # co-activations of earlier batches
     controller: Controller | None = None  # steers the penalty's coefficient
     skipped: int = 0  # steps that were not taken, as something was not finite
 
-    def count(self, features: Tensor | ActiveFeatures, tokens: int) -> None:
+    def count(self, features: FeatureActivations, tokens: int) -> None:
         """Count a batch: feature activations (B, d_sae) of this process, `tokens` over all processes."""
         self.tokens += tokens
         self.tokens_since_fired += tokens
-        if isinstance(features, ActiveFeatures):
-            self.tokens_since_fired[features.cols[features.values > 0]] = 0
-        else:
-            self.tokens_since_fired[(features > 0).any(0)] = 0
+        self.tokens_since_fired[features.fired()] = 0
 
     def dead(self, after_tokens: int, group: ProcessGroup) -> Tensor:
         """Features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
         since = self.tokens_since_fired
         return group.minimum(since) >= after_tokens
-
-
-def new_carried(config: SelOrthoConfig) -> CarriedSums:
-    """Empty co-activation sums of a run."""
-    assert config.d_sae is not None
-    limit = CARRIED_PAIRS * pair_count(config.d_sae, config.pair_fraction)
-    return CarriedSums(config.d_sae, config.carry_decay, limit)
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup: float = 0, decay: float = 0) -> float:
@@ -83,12 +69,11 @@ def step_report(
     if pairs is None:
         pairs = select_pairs(h, config.pair_fraction, config.min_support, config.correlation, group=group)
     strength = pairs.correlation.abs()
-    fired = h.values > 0 if isinstance(h, ActiveFeatures) else h > 0
     return {
         "loss": output.loss.item(),
         **{name: term.item() for name, term in output.losses.items()},
         "fvu": (error / variance).item(),
-        "l0": float(fired.sum()) / len(activations),
+        "l0": h.l0(),
         "peak_correlation": float(strength.max()) if len(pairs) else None,
         "top_correlation": float(strength.mean()) if len(pairs) else None,
         "selected_pairs": len(pairs),

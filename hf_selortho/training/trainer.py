@@ -226,7 +226,7 @@ class Trainer:
         else:
             self._apply(batch)
             if output.pairs is not None:
-                self.state.pairs = output.pairs.detached()
+                self.state.pairs = output.pairs
                 if self.history is not None:
                     self.history.see(self.state.step + 1, self.state.pairs)
         self.state.step += 1
@@ -267,7 +267,7 @@ class Trainer:
         """Loss and gradient of a batch, and which of `_FAULTS` came up in any process."""
         plan = self.penalty.plan(self.state)
         dead = None
-        if self.sae.revives_dead_features:
+        if self.sae.aux_features:
             dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             try:
