@@ -67,10 +67,10 @@ def load_texts(name: str, config_name: str | None, split: str, revision: str | N
                 raise unreachable("dataset", name)
             arguments = {"path": name, "revision": commit or revision}
         dataset = load_dataset(**arguments, name=config_name, split=split, streaming=streaming)
-        is_empty = next(iter(dataset), None) is None if streaming else not len(dataset)
+        has_rows = bool(dataset.features or next(iter(dataset))) and (streaming or len(dataset) > 0)
     except READ_ERRORS as error:
         raise read_error(name, error, split) from error
-    if is_empty:
+    if not has_rows:
         raise _empty(name)
     if not path.exists() and commit is None and not streaming:
         commit = _cached_commit(name, dataset, revision)

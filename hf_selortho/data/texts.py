@@ -60,7 +60,7 @@ class Documents:
         start = self._texts.take(_PEEK) if isinstance(self._texts, IterableDataset) else np.arange(self.count or 0)
         if next(self._read(start), None) is None:
             raise SelOrthoError(
-                f'"{self.name}" holds no text: empty in {self.count or _PEEK} rows or fewer; choose another '
+                f'"{self.name}" holds no text: empty in its first {self.count or _PEEK} rows; choose another '
                 "--text_column or file"
             )
 

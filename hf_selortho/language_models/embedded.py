@@ -90,7 +90,8 @@ def _check_parts(parts: Sequence[Path]) -> None:
 
 def _convert_into(folder: Path, parts: Sequence[Path]) -> None:
     """Build the folder beside its place and move it there when it is safely on disk. The caller holds the lock."""
-    logger.warning("converting %s for transformers, once, into %s", EMBEDDED_MODEL, folder)
+    terms = f"Gemma's terms of use apply: {TERMS_URL}"
+    logger.warning("converting %s for transformers, once, into %s; %s", EMBEDDED_MODEL, folder, terms)
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)  # what a killed process left
     try:
