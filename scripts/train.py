@@ -27,6 +27,7 @@ from accelerate.utils import GradScalerKwargs, set_seed
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationStore
 from hf_selortho.data.buffer import ActivationStatistics
+from hf_selortho.data.pair_history import PairHistory
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.model_card import Publisher
 from hf_selortho.hub.push import push_run
@@ -35,13 +36,10 @@ from hf_selortho.hub.repository import Repository, check_repo_id
 from hf_selortho.hub.run_folder import read_run, with_others
 from hf_selortho.hub.summary import SaeReport
 from hf_selortho.training.arguments import HubArguments, RunArguments, TrainingArguments, parse_arguments, sae_config
-from hf_selortho.training.checkpoint import Checkpoints, agreed_checkpoint
-from hf_selortho.training.checkpoint_files import is_checkpoint_of, set_later_aside, step_of
+from hf_selortho.training.checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of, step_of
 from hf_selortho.training.data import LiveData, ShardData, TrainingData, open_store
 from hf_selortho.training.dry_run import check_memory, forecast, forecast_words, in_small, refuse_what_cannot_fit
-from hf_selortho.training.non_finite import NonFiniteGuard
-from hf_selortho.training.pair_history import PairHistory
-from hf_selortho.training.penalty import full_penalty_notice, make_controller
+from hf_selortho.training.non_finite import NonFinitePolicy
 from hf_selortho.training.run_folder import (
     MetricsLog,
     check_output_folder,
@@ -50,9 +48,11 @@ from hf_selortho.training.run_folder import (
     prepare_output_folder,
     save_sae,
 )
-from hf_selortho.training.state import Controller
+from hf_selortho.training.sae_trainer import LAST_STEPS, SAETrainer
+from hf_selortho.training.schedules import full_penalty_notice, make_controller
+from hf_selortho.training.state import GradientShare
 from hf_selortho.training.stop_signals import StopSignals
-from hf_selortho.training.trainer import LAST_STEPS, Trainer, train_together
+from hf_selortho.training.trainer import Trainer
 from hf_selortho.training.variants import Member, all_settings, run_members, with_inputs_of
 from hf_selortho.utils.command_line import launch_command, run_script, say, start_cpu_processes, use_all_cores
 from hf_selortho.utils.files import FolderLock
@@ -111,8 +111,6 @@ class Run:
         settings = all_settings(self.arguments, self.members)
         self.checkpoints = Checkpoints(accelerator, self.output, settings, run.checkpoint_every, run.keep_checkpoints)
         self.resume_at = self.checkpoints.check(self.checkpoint) if self.checkpoint else 0
-        for member in self.members:
-            make_member_controller(member)
 
     def dry_run(self) -> None:
         """Print what the run would do, need and take."""
@@ -122,12 +120,10 @@ class Run:
         """Train to the end; the exit code if a signal has stopped it before, once a checkpoint is written."""
         accelerator, run = self.accelerator, self.arguments.run
         rank, processes = accelerator.process_index, accelerator.num_processes
-        guard = NonFiniteGuard(self.output, run.non_finite, run.max_skipped, rank, processes)
+        policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped, rank, processes)
         self.data = open_data(self.arguments, self.store, self.members, accelerator)
-        self.data.watch(guard)
+        self.data.watch(policy)
         self.checkpoints.inputs = self.data.identity()
-        if self.checkpoint is not None:
-            self.checkpoints.check_inputs(self.checkpoint)
         self.saes = make_saes(self.members, self.data, self.checkpoints, self.checkpoint, accelerator)
 
         # only now is it known that the run can start, and an earlier one may be replaced
@@ -135,18 +131,16 @@ class Run:
             prepare_output_folder(
                 self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming, since=self.started
             )
-            if self.resuming:
-                set_later_aside(self.checkpoint)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, self.arguments, self.resume_at)
         self.trainers = [
-            make_trainer(member, sae, accelerator, self.output, self.resume_at, guard)
+            make_trainer(member, sae, accelerator, self.output, self.resume_at, policy)
             for member, sae in zip(self.members, self.saes, strict=True)
         ]
         if self.checkpoint is not None:
             self.checkpoints.load(self.checkpoint, self.trainers, self.data.source)
         with StopSignals() as signals:
-            signal = train_together(self.trainers, self.data.source, run, self.checkpoints, signals)
+            signal = Trainer(self.trainers, self.data.source, run, self.checkpoints, signals).fit()
         self.totals = self.data.source.totals()
         self.data.source.release()
         for trainer in self.trainers:
@@ -258,7 +252,7 @@ def count_parameters(member: Member, data: TrainingData) -> int:
     return 2 * (config.d_in or 0) * (config.d_sae or 0)
 
 
-def make_member_controller(member: Member) -> Controller | None:
+def make_member_controller(member: Member) -> GradientShare | None:
     """What steers the penalty of this SAE, if anything does."""
     sae = member.arguments.sae
     return make_controller(member.arguments.run, sae.penalty, sae.ortho_coefficient)
@@ -282,7 +276,7 @@ def make_saes(
     if checkpoints is not None and checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
         return [
-            checkpoints.load_sae(checkpoint / member.name, config)
+            checkpoints.load_sae(checkpoint, member.name, config)
             for member, config in zip(members, configs, strict=True)
         ]
     statistics = data.statistics(progress=accelerator.is_main_process)
@@ -304,10 +298,10 @@ def dry_run(
     before = memory_now(accelerator.device)
     data = open_data(in_small(arguments), store, members, accelerator)
 
-    def make_trainers(data: TrainingData) -> list[Trainer]:
+    def make_trainers(data: TrainingData) -> list[SAETrainer]:
         saes = make_saes(members, data, None, None, accelerator)
         return [
-            Trainer(accelerator, sae, member.arguments.run, None, make_member_controller(member), member.name)
+            SAETrainer(accelerator, sae, member.arguments.run, None, make_member_controller(member), member.name)
             for member, sae in zip(members, saes, strict=True)
         ]
 
@@ -332,15 +326,15 @@ def dry_run(
 
 
 def make_trainer(
-    member: Member, sae: SelOrthoSAE, accelerator: Accelerator, output: Path, resume_at: int, guard: NonFiniteGuard
-) -> Trainer:
+    member: Member, sae: SelOrthoSAE, accelerator: Accelerator, output: Path, resume_at: int, policy: NonFinitePolicy
+) -> SAETrainer:
     """The trainer of one SAE; the main process keeps its log and the history of its pairs."""
     log, history, run, folder = None, None, member.arguments.run, output / member.name
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
         log = MetricsLog(folder, resume_at=resume_at)
         history = PairHistory(folder, sae.config, run.max_steps, resume_at=resume_at)
-    return Trainer(accelerator, sae, run, log, make_member_controller(member), member.name, guard, history)
+    return SAETrainer(accelerator, sae, run, log, make_member_controller(member), member.name, policy, history)
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:

@@ -121,15 +121,9 @@ class RunArguments:
     cpu: bool = argument(False, "Train on the CPU even where there is an accelerator.")
     cpu_threads: int | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
     ortho_budget: str = argument(
-        "none", "Steer ortho_coefficient to hold a budget: gradient (its share) or fvu (its excess); none: do not."
+        "none", "Steer ortho_coefficient: gradient holds the penalty's gradient at a share; none: do not."
     )
-    ortho_budget_value: float = argument(
-        0.01,
-        "gradient: the penalty's over the reconstruction's; fvu: the excess over the twin's, 0.01 for a hundredth.",
-    )
-    ortho_reference: str | None = argument(
-        None, "Run without penalty whose FVU an fvu budget is measured against: its folder or its metrics.jsonl."
-    )
+    ortho_budget_value: float = argument(0.01, "That share: the penalty's gradient over the reconstruction's.")
     resample_every: int = argument(
         0, "Steps between two resamplings of dead features of a ReLU SAE (Bricken et al. 2023); 0: none."
     )
@@ -362,7 +356,7 @@ RULES: list[Rule] = [
     ("run", "decay_steps", lambda v: v >= 0, "at least 0"),
     ("run", "max_grad_norm", lambda v: v > 0, "a number above 0"),
     ("run", "mixed_precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
-    ("run", "ortho_budget", lambda v: v in ("none", "gradient", "fvu"), "none, gradient or fvu"),
+    ("run", "ortho_budget", lambda v: v in ("none", "gradient"), "none or gradient"),
     ("run", "ortho_budget_value", lambda v: v > 0 and math.isfinite(v), "a finite number above 0"),
     ("run", "resample_every", lambda v: v >= 0, "at least 0"),
     ("run", "cpu_threads", lambda v: v >= 1, "at least 1"),

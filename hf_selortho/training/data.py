@@ -19,7 +19,7 @@ from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
 from .arguments import TrainingArguments
-from .non_finite import NonFiniteGuard
+from .non_finite import NonFinitePolicy
 
 # Settings that a harvest has decided, by the group of arguments that holds them: where the manifest has them.
 _HARVESTED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -61,8 +61,8 @@ class TrainingData(ABC):
         """What, besides the fields of `provenance`, has to be the same for the same activations."""
 
     @abstractmethod
-    def watch(self, guard: NonFiniteGuard) -> None:
-        """Let the guard decide about activations that are not finite."""
+    def watch(self, policy: NonFinitePolicy) -> None:
+        """Let the policy decide about activations that are not finite."""
 
     @abstractmethod
     def source_bytes(self, arguments: TrainingArguments) -> int:
@@ -114,8 +114,8 @@ class LiveData(TrainingData):
         dtype = str(self.lm.model.dtype).removeprefix("torch.")
         return {"texts": self.documents.fingerprint, "lm_dtype": dtype}
 
-    def watch(self, guard: NonFiniteGuard) -> None:
-        self.capture.on_non_finite = guard.meet_activations
+    def watch(self, policy: NonFinitePolicy) -> None:
+        self.capture.on_non_finite = policy.handle_activations
 
     def source_bytes(self, arguments: TrainingArguments) -> int:
         return self._make_buffer(arguments).memory_bytes()  # which takes nothing until it is filled
@@ -223,8 +223,8 @@ class ShardData(TrainingData):
     def identity(self) -> dict[str, Any]:
         return {"activations": self.store.manifest.sha256}
 
-    def watch(self, guard: NonFiniteGuard) -> None:
-        """Nothing is computed here: what the shards hold meets the guard in the training step."""
+    def watch(self, policy: NonFinitePolicy) -> None:
+        """Nothing is computed here: what the shards hold meets the policy in the training step."""
 
     def source_bytes(self, arguments: TrainingArguments) -> int:
         return self._make_batches(arguments).memory_bytes()

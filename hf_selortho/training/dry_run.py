@@ -19,7 +19,7 @@ from ..process_group import ProcessGroup
 from ..utils.memory import available_memory, free_disk, memory_now, recent_peak, start_peak
 from .arguments import TrainingArguments
 from .data import TrainingData
-from .trainer import Trainer
+from .sae_trainer import SAETrainer
 
 PROBE_SECONDS = 20.0  # of training steps
 _PROBE_BATCHES = 2  # that the buffer holds in small
@@ -66,7 +66,7 @@ def forecast(
     arguments: TrainingArguments,
     accelerator: Accelerator,
     data: TrainingData,
-    make_trainers: Callable[[TrainingData], list[Trainer]],
+    make_trainers: Callable[[TrainingData], list[SAETrainer]],
     evaluate_fn: EvaluateFn,
     before: int,
 ) -> Forecast:
@@ -196,7 +196,7 @@ def _check_host(needed: int, available: int | None) -> None:
         )
 
 
-def _probe_steps(trainers: Sequence[Trainer], data: TrainingData) -> tuple[float, int]:
+def _probe_steps(trainers: Sequence[SAETrainer], data: TrainingData) -> tuple[float, int]:
     """Seconds of a step of all SAEs on one batch over and over, and how many were timed."""
     batch = data.source.next_batch()
     for trainer in trainers:
@@ -205,7 +205,7 @@ def _probe_steps(trainers: Sequence[Trainer], data: TrainingData) -> tuple[float
     while len(seconds) < 3 or sum(seconds) < PROBE_SECONDS:
         started = time.perf_counter()
         for trainer in trainers:
-            trainer.learn(batch, last=True)
+            trainer.train_step(batch)
         elapsed = ProcessGroup.of_run().mean(time.perf_counter() - started, trainers[0].accelerator.device)
         seconds.append(elapsed or 0.0)  # of all processes, such that they agree on when to stop
     later = seconds[1:]  # the first one warms up

@@ -9,8 +9,7 @@ import os
 import platform
 import re
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -23,13 +22,12 @@ from safetensors import SafetensorError
 from ..data.pair_history import PAIR_HISTORY
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.files import LOCK, is_full, reason, replace_file, sync
+from ..utils.files import LOCK, reason, replace_file, sync, when_there_is_room
 
 METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "README.md"
 TIMINGS_LOG = "timings.jsonl"
 PICTURES, CHECKPOINTS, TRACKERS, DEBUG = "pictures", "checkpoints", "trackers", "debug"
 _SAVING = ".saving.tmp"
-_ATTEMPTS = 5  # to write a line or a snapshot on a full disk, a second apart
 _REPLACED = ".replaced.tmp"  # checkpoints on their way out
 _OWN_FOLDERS = (PICTURES, TRACKERS, _SAVING)
 # in the order in which they are removed: by the last two a run is known
@@ -288,24 +286,6 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if values and key not in ("step", "tokens"):
             means[key] = sum(values) / len(values)
     return means
-
-
-def when_there_is_room(write: Callable[[], None]) -> None:
-    """Write something. On a full disk, wait a little: a checkpoint that finds no room goes again.
-
-    Args:
-        write: does it, or raises an OSError and leaves nothing behind.
-
-    Raises:
-        OSError: there still is no room, or something else is wrong.
-    """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return write()
-        except OSError as error:
-            if not is_full(error) or attempt == _ATTEMPTS - 1:
-                raise
-        time.sleep(1)
 
 
 def _append(path: Path, line: bytes) -> None:

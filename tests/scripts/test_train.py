@@ -169,16 +169,6 @@ def test_of_several_saes_each_has_a_history_of_its_own_if_it_selects_pairs(argum
     assert snapshots_of(tmp_path / "run" / "layer_0") != snapshots_of(tmp_path / "run" / "layer_2")
 
 
-def test_the_coefficient_is_steered_by_the_fvu_of_a_twin(arguments, tmp_path) -> None:
-    train.main(arguments(output_dir=tmp_path / "twin", ortho_coefficient=0, eval_samples=0))
-    budget = {"ortho_budget": "fvu", "ortho_budget_value": 0.5, "ortho_coefficient": 1e-3}
-    with pytest.raises(SelOrthoError, match="needs --ortho_reference"):
-        train.main(arguments(**budget))
-    train.main(arguments(eval_samples=0, ortho_reference=tmp_path / "twin", **budget))
-    coefficients = [row["ortho_coefficient"] for row in rows_of(tmp_path / "run")]
-    assert coefficients == sorted(coefficients) and coefficients[-1] > 1.1e-3  # there is room: it rises
-
-
 def test_the_full_penalty_says_what_it_needs_and_is_refused_where_that_is_missing(
     arguments, tmp_path, monkeypatch, caplog
 ) -> None:
