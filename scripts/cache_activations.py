@@ -91,7 +91,7 @@ class Harvest:
         self.held_out: list[Context] = []
         if arguments.eval_samples and text.held_out_fraction:
             limit = arguments.eval_samples
-            self.held_out = held_out_contexts(self.documents, lm.tokenizer, limit=limit, **self.cutting)
+            self.held_out = list(held_out_contexts(self.documents, lm.tokenizer, limit=limit, **self.cutting))
         self.tokens = self._tokens()
         self.disk = disk_bytes(self.capture, arguments, self.tokens)
         self.settings = HarvestSettings(

@@ -59,7 +59,7 @@ class LiveData:
         }
         samples = arguments.evaluation.eval_samples if arguments.data.held_out_fraction else 0
         self.held_out = (  # found before the training, to fail early
-            held_out_contexts(self.documents, self.lm.tokenizer, limit=samples, **self._cutting)
+            list(held_out_contexts(self.documents, self.lm.tokenizer, limit=samples, **self._cutting))
             if accelerator.is_main_process and samples
             else []
         )

@@ -73,7 +73,7 @@ def test_users_feed_raw_activations(arguments, tmp_path, tiny_lm, tiny_tokenizer
         tiny_tokenizer.bos_token_id,
         *tiny_tokenizer("The market sold a new engine", add_special_tokens=False).input_ids,
     ]
-    hidden = ActivationCapture(lm, 1).hidden_states(*pad_batch([Context(0, ids)], 0))[0, 1:]
+    hidden = ActivationCapture(lm, 1).hidden_states(*pad_batch([Context(0, ids)], 0))[1][0, 1:]
     error = (sae(hidden).reconstruction - hidden).square().sum() / (hidden - sae.input_mean).square().sum()
     assert error < 0.7
 

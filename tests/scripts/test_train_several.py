@@ -143,7 +143,7 @@ class _Replay:
         capture = ActivationCapture(lm, layers, limits)
         self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
         while contexts := stream.take_tokens(3000):
-            part = capture.harvest(contexts)
+            part = capture.capture_all(contexts)
             places = zip(part.origins.document_ids.tolist(), part.origins.positions.tolist(), strict=True)
             for row, place in enumerate(places):
                 self.rows[place] = {layer: held[row] for layer, held in part.by_layer.items()}
