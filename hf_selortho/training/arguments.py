@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
@@ -292,10 +292,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
 
 def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """Read the arguments of the preset that a command line names; empty if it names none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", nargs="?")  # a missing name is the error of the parser of all arguments
-    preset = parser.parse_known_args(argv)[0].preset
-    return {} if preset is None else load_preset(preset)
+    after = dict(pairwise([*argv, ""]))
+    written_as_one = (part.removeprefix("--preset=") for part in argv if part.startswith("--preset="))
+    preset = after.get("--preset") or next(written_as_one, "")
+    return load_preset(preset) if preset else {}
 
 
 def check_values(*groups: Any) -> None:
