@@ -191,6 +191,14 @@ class SelOrthoSAE(PreTrainedModel):
         """
         return _package_module("features", "capture").FeatureCapture(self, lm).capture(texts)
 
+    def select_pairs(self, h: Any, group: Any = None) -> Any:
+        """Select the `Pairs` that the configured penalty acts on, for feature activations `h` (B, d_sae).
+
+        Raises:
+            SelOrthoError: as `hf_selortho.select_pairs`, or the package hf_selortho is not installed.
+        """
+        return _package_module("penalties", "select_pairs").select_by_config(self.config, h, self.W_dec, group).pairs
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
         """Publish the SAE: weights, config, model card and an export for SAELens, in one commit.
 

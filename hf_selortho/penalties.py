@@ -73,14 +73,15 @@ def penalty(
 
 
 def select_by_config(
-    config: SelOrthoConfig, features: FeatureActivations, W_dec: Tensor, group: ProcessGroup = SINGLE_PROCESS
+    config: SelOrthoConfig, h: Tensor | FeatureActivations, W_dec: Tensor, group: ProcessGroup | None = None
 ) -> Selection:
     """Select the pairs that the configured penalty acts on, by the correlations of the batch or by decoder cosines."""
     check_trainable(config)
-    threshold = config.correlation_threshold
+    fraction, threshold = config.pair_fraction, config.correlation_threshold
     if config.selects_by == "decoder":
-        return Selection(select_directions(W_dec, config.pair_fraction, threshold))
-    return select(features, config.pair_fraction, config.min_support, config.correlation, "auto", group, threshold)
+        return Selection(select_directions(W_dec, fraction, threshold))
+    features, group = feature_activations(h), group or SINGLE_PROCESS
+    return select(features, fraction, config.min_support, config.correlation, "auto", group, threshold)
 
 
 def select_directions(W_dec: Tensor, pair_fraction: float, cosine_threshold: float = 0.0) -> Pairs:

@@ -156,7 +156,7 @@ def files(folder: Path) -> list[str]:
         "evaluate_sae": [sae, "--output", str(folder / "evaluation.json"), "--eval_samples", "12", *read],
     }.items():
         run_program(str(ROOT / "scripts" / f"{name.strip()}.py"), False, arguments)
-    interop = next(place for place, is_module in programs().values() if is_module and "report" not in place)
+    interop = re.findall(r"python -m (hf_selortho[\w.]+) convert", (ROOT / "README.md").read_text(encoding="utf-8"))[0]
     run_program(interop, True, ["convert", sae, str(folder / "saelens"), "--to", "saelens"])
     lines = []
     for path in sorted({*folder.rglob("*.json"), *folder.rglob("*.jsonl")}):

@@ -94,10 +94,14 @@ def _padded(lm: LanguageModel, documents: Documents, seed: int) -> float:
 def _bare(capture: ActivationCapture, documents: Documents, seed: int) -> float:
     stream = _stream(capture.lm, documents, seed)
     shards = [stream.take_tokens(SHARD_TOKENS) for _ in range(SHARDS)]
-    batches = [pad_batch(batch, 0) for contexts in shards for batch in length_batches(contexts, capture.batch_tokens)]
+    batches = [
+        pad_batch([contexts[number] for number in numbers], 0)
+        for contexts in shards
+        for numbers in length_batches(contexts, capture.batch_tokens)
+    ]
     started = time.perf_counter()
     for input_ids, mask in batches:
-        capture.all_hidden_states(input_ids, mask)
+        capture.hidden_states(input_ids, mask)
     return sum(map(count_tokens, shards)) / _elapsed(started, capture.lm)
 
 

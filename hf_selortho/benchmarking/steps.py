@@ -19,7 +19,7 @@ from ..process_group import SINGLE_PROCESS
 from ..sparse_ops import ActiveFeatures, FeatureActivations
 from ..training.arguments import RunArguments
 from ..training.optimizer import SAEOptimizer
-from ..training.penalty import PenaltySchedule
+from ..training.schedules import PenaltySchedule
 from ..training.state import TrainState
 from .inputs import Batches
 

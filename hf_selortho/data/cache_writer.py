@@ -170,7 +170,7 @@ class ShardHarvest:
         by_layer = {layer: torch.empty(tokens, capture.lm.d_model, dtype=dtype) for layer in capture.layers}
         norms, origins = [], []
         rows = special = 0
-        for part in capture.harvest_batches(contexts):
+        for part in capture.capture_batches(contexts):
             for layer, activations in part.by_layer.items():
                 by_layer[layer][rows : rows + len(part)] = activations
             rows += len(part)

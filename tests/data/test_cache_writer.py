@@ -68,7 +68,7 @@ def harvest(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
 
         def run() -> None:
             if folder.begin(plan):
-                held_out = held_out_contexts(texts, lm.tokenizer, limit=9, context_length=64)
+                held_out = list(held_out_contexts(texts, lm.tokenizer, limit=9, context_length=64))
                 ShardHarvest(capture, stream(), held_out, folder, settings).run()
                 folder.finish(assemble_manifest(folder, capture, plan, settings, {}), "card\n")
 
@@ -85,7 +85,7 @@ def test_shards_hold_what_the_language_model_says(harvest) -> None:
     stream, dropped = made.stream(), 0
     assert len(store.manifest.shards) > 3
     for entry in store.manifest.shards:
-        shard, expected = store.read(entry, LAYERS), made.capture.harvest(stream.take_tokens(400))
+        shard, expected = store.read(entry, LAYERS), made.capture.capture_all(stream.take_tokens(400))
         assert len(shard) == entry.rows == len(expected)
         for layer in LAYERS:
             assert torch.equal(shard.by_layer[layer], expected.by_layer[layer])
@@ -124,7 +124,7 @@ def test_statistics_are_those_of_the_rows(harvest) -> None:
         torch.testing.assert_close(found.mean, rows.mean(0).float(), atol=1e-5, rtol=1e-5)
         assert found.scale == pytest.approx(float((rows - rows.mean(0)).square().sum(1).mean().sqrt()), rel=1e-5)
         made.capture.max_norms = (None, None)
-        everything = made.capture.harvest(made.stream().take(10_000))
+        everything = made.capture.capture_all(made.stream().take(10_000))
         norms = everything.by_layer[layer].double().norm(dim=1)
         for q in (0.01, 0.25, 0.5, 0.95, 0.999):
             assert content["norm_quantiles"][f"{q:g}"] == pytest.approx(float(norms.quantile(q)), rel=0.02)
