@@ -131,7 +131,7 @@ print(SelOrthoSAE.from_pretrained("acme/layers", subfolder="layer_5").config.lay
 print(AutoConfig.from_pretrained("acme/layers", subfolder="layer_2_twin").ortho_coefficient)
 """
     assert client.run(code) == "5\n0.0\n"
-    assert "sub-folders: layer_2, layer_2_twin" in client.failure(
+    assert "with a subfolder where it has several" in client.failure(
         "from hf_selortho import SelOrthoSAE\nSelOrthoSAE.from_pretrained('acme/layers')"
     )
 
