@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +18,16 @@ from transformers.utils import ModelOutput
 
 from .activation_functions import activate
 from .configuration_selortho import SelOrthoConfig
-from .utils.saved_files import LOOKUP, at_one_commit, read_weights
 
 try:  # what training needs is not copied to the Hub: it is found in the installed package
     from hf_selortho.errors import SelOrthoError
     from hf_selortho.sparse_ops import DenseFeatures
     from hf_selortho.training_step import run_step
+    from hf_selortho.utils import hub
 except ImportError as error:
     if error.name != "hf_selortho":
         raise
-    SelOrthoError, run_step = ValueError, None  # type: ignore[assignment, misc]
+    SelOrthoError, run_step, hub = ValueError, None, None  # type: ignore[assignment, misc]
 TRAINABLE: bool = run_step is not None
 
 logger = logging.getLogger(__name__)
@@ -149,31 +149,32 @@ class SelOrthoSAE(PreTrainedModel):
         """Load an SAE from a Hub repository or a local folder, from safetensors only.
 
         Takes the arguments of `PreTrainedModel.from_pretrained` (`revision`, `subfolder`, `dtype`, `device_map`, ...).
-        Nothing is allocated before names, shapes and dtypes in the files are known to be those of the configuration,
-        no other file of the folder is looked at, and no code of it is run.
+        Names, shapes and dtypes in the files are compared with the configuration before anything is allocated, and no
+        code of the folder is run.
 
         Raises:
             ConfigError: config.json is damaged, or a value in it is not allowed.
             SelOrthoError: there is no such SAE, or its weights are damaged, incomplete or do not fit the configuration.
         """
-        if pretrained_model_name_or_path is None:  # whoever calls has the weights: nothing is read
-            return super().from_pretrained(None, *args, **kwargs)
+        if pretrained_model_name_or_path is None or hub is None:  # whoever calls has the weights; without the package
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         name = os.fspath(pretrained_model_name_or_path)
-        lookup = at_one_commit(name, {key: kwargs.pop(key) for key in LOOKUP if key in kwargs})
-        config, variant = kwargs.pop("config", None), kwargs.pop("variant", None)
+        lookup = hub.at_one_commit(name, {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs})
+        config = kwargs.pop("config", None)
         if not isinstance(config, SelOrthoConfig):
-            declared = {f.name for f in fields(SelOrthoConfig)} - {"dtype"}  # an argument of the model too
-            settings = {key: kwargs.pop(key) for key in declared & kwargs.keys()}
+            settings = {key: kwargs.pop(key) for key in SelOrthoConfig.describe().keys() & kwargs.keys()}
             config = SelOrthoConfig.from_pretrained(name if config is None else config, **lookup, **settings)
-        tensors = read_weights(name, weight_shapes(config), lookup, variant)
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            None, *args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
-        )
-        model, info = loaded
+        files = hub.weight_files(name, lookup, kwargs.get("variant"))
+        hub.check_tensors(name, files, weight_shapes(config))  # so that none is missing, to be filled in at random
+        kwargs["use_safetensors"] = True
+        try:
+            loaded: Any = super().from_pretrained(files[0].parent, *args, config=config, **kwargs)
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise SelOrthoError(f"cannot load the SAE {name!r}: {hub.one_line(error)}") from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.store_by_feature()
         model.name_or_path = model.config.name_or_path = name
-        return (model, info) if wants_info else model
+        return loaded
 
     def capture(self, texts: Sequence[str], lm: Any = None) -> Any:
         """Read each text as in training (language model, hook, contexts, BOS): its tokens and feature activations.

@@ -1,7 +1,7 @@
 """Harvest the activations of a language model once, as verified shards on disk, to train on them many times.
 
 python scripts/cache_activations.py --model gemma-3-270m --layers 3 8 13 --dataset texts.jsonl --output_dir acts
-accelerate launch --num_processes 2 scripts/cache_activations.py --preset gemma2-2b-l12 --output_dir acts
+torchrun --nproc_per_node 2 scripts/cache_activations.py --preset gemma2-2b-l12 --output_dir acts
 
 Interrupted, it goes on where it stopped when the same command is run again.
 """
@@ -32,22 +32,22 @@ from hf_selortho.data.texts import Documents, open_documents
 from hf_selortho.hub.dataset_card import render_shards_card
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.loading import check_context_length, load_language_model
-from hf_selortho.process_group import ProcessGroup
+from hf_selortho.process_group import ProcessGroup, leave_process_group
 from hf_selortho.training.arguments import ModelArguments, TextArguments
 from hf_selortho.training.cache_arguments import HarvestArguments, parse_harvest_arguments
 from hf_selortho.training.run_folder import library_versions
-from hf_selortho.utils.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.utils.command_line import check_launcher, on_cpu, run_script, use_all_cores
 from hf_selortho.utils.files import FolderLock
 from hf_selortho.utils.memory import existing_folder, free_disk, peak_memory
-from hf_selortho.utils.process_watch import ProcessWatch, leave_process_group
 
 logger = logging.getLogger("hf_selortho.cache")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Text in; verified shards of activations out."""
+    check_launcher()
     model, text, arguments = parse_harvest_arguments(list(sys.argv[1:] if argv is None else argv))
-    accelerator = Accelerator(cpu=arguments.cpu or torch.backends.mps.is_available())  # Apple's GPUs have no float64
+    accelerator = Accelerator(cpu=on_cpu(arguments.cpu))
     if accelerator.device.type == "cpu":
         use_all_cores(arguments.cpu_threads)
     harvest = Harvest(model, text, arguments, accelerator)
@@ -56,10 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave_process_group(accelerator)
         return
     with ExitStack() as stack:
-        with ProcessWatch("run the same command again, which goes on with the shards that are there"):
-            if accelerator.is_main_process:
-                stack.enter_context(FolderLock(harvest.folder.folder, "harvesting"))
-            speed = harvest.run() if harvest.begin() else None
+        if accelerator.is_main_process:
+            stack.enter_context(FolderLock(harvest.folder.folder, "harvesting"))
+        speed = harvest.run() if harvest.begin() else None
         leave_process_group(accelerator)
         if not accelerator.is_main_process:
             return
@@ -265,5 +264,4 @@ def closing_words(folder: Path, manifest: dict[str, Any], speed: Speed, processe
 
 
 if __name__ == "__main__":
-    start_cpu_processes()
     run_script(main)

@@ -10,8 +10,8 @@ from typing import Any
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..training.run_folder import METRICS, PICTURES, RUN
-from ..utils.safe_paths import target_outside
-from ..utils.saved_files import CONFIG, no_such_sae, read_object
+from ..utils.files import target_outside
+from ..utils.hub import CONFIG, read_object
 from .card_results import Measured
 from .summary import TWIN, SaeReport, beside_twins
 
@@ -52,7 +52,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise SelOrthoError(f"{folder} is no folder: expected that of a run, such as runs/demo")
     names = [""] if holds_sae(folder) else sorted(_sub_folders(folder), key=_by_layer)
     if not names:
-        raise no_such_sae(str(folder), {})
+        raise SelOrthoError(f"cannot load the SAE {str(folder)!r}: it holds no {CONFIG}; expected the folder of a run")
     saes = [_read_sae(folder, name) for name in names]
     return FinishedRun(folder, tuple(beside_twins(saes)), _content(folder / RUN))
 

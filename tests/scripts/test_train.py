@@ -427,8 +427,8 @@ def test_a_mistake_is_one_line_and_code_2_and_leaves_nothing(changes, message, a
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(arguments, tmp_path) -> None:
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    result = run_script(arguments(checkpoint_every=6, selection_interval=2), accelerate)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_script(arguments(checkpoint_every=6, selection_interval=2), torchrun)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["training"]["tokens"] == 12 * 128 and metrics["data"]["processes"] == 2
