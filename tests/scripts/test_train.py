@@ -151,9 +151,9 @@ def test_the_history_holds_the_pairs_that_the_training_selected(arguments, tmp_p
     assert [snapshot.step for snapshot in history] == [1, 4, 7, 10]
     for snapshot in history:  # between two selections the state keeps the pairs of the first
         checkpoint = tmp_path / "run" / "checkpoints" / f"step_{snapshot.step + 2:06d}"
-        state = load_file(checkpoint / "state_0.safetensors")
+        state = load_file(checkpoint / "process_0.safetensors")
         for name in ("i", "j", "correlation"):
-            assert torch.equal(getattr(snapshot, name), state[f"pairs.{name}"])
+            assert torch.equal(getattr(snapshot, name), state[f"sae..pairs.{name}"])
 
 
 def test_of_several_saes_each_has_a_history_of_its_own_if_it_selects_pairs(arguments, tmp_path) -> None:
@@ -439,4 +439,4 @@ def test_two_processes_train_as_one(arguments, tmp_path) -> None:
     [*_, last] = history = read_pair_history(tmp_path / "run", d_sae=64)
     assert [snapshot.step for snapshot in history] == [1, 3, 5, 7, 9, 11] and len(snapshots_of(tmp_path / "run")) == 6
     for rank in (0, 1):
-        assert torch.equal(last.j, load_file(checkpoint / f"state_{rank}.safetensors")["pairs.j"])
+        assert torch.equal(last.j, load_file(checkpoint / f"process_{rank}.safetensors")["sae..pairs.j"])
