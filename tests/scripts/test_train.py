@@ -23,8 +23,8 @@ from scripts import evaluate_sae, train
 
 ROOT = Path(__file__).parents[2]
 LEFT_BY_A_RUN = {
-    ".lock", "README.md", "config.json", "metrics.json", "metrics.jsonl", "model.safetensors", "pair_history",
-    "pictures", "run.json", "timings.jsonl",
+    ".lock", ".selortho_run.json", "README.md", "config.json", "metrics.json", "metrics.jsonl", "model.safetensors",
+    "pair_history", "pictures", "run.json", "timings.jsonl",
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_the_full_penalty_says_what_it_needs_and_is_refused_where_that_is_missin
 ) -> None:
     train.main(arguments(penalty="full", eval_samples=0, max_steps=1))
     assert "--penalty full on 64 features needs 98,304 bytes" in caplog.text  # 4 (2 * 64^2 + 2 * 64 * 128)
-    monkeypatch.setattr(run, "available_memory", lambda device: 90_000)
+    monkeypatch.setattr("hf_selortho.training.run.available_memory", lambda device: 90_000)
     with pytest.raises(SelOrthoError, match="98,304 bytes .* 90,000 are available; use --penalty selective"):
         train.main(arguments(penalty="full", output_dir=tmp_path / "other"))
     assert not (tmp_path / "other").exists()
