@@ -255,7 +255,7 @@ def test_nothing_private_is_sent(hub, client, tmp_path, monkeypatch) -> None:
         (lambda run: (run / "model.safetensors").write_bytes(bytes(100)), "is damaged or incomplete"),
         (lambda run: (run / "config.json").write_text("{"), "is not valid JSON"),
         (lambda run: (run / "metrics.json").write_text('{"evaluation": {"fvu": "x"}}'), "what no training writes"),
-        (lambda run: (run / "run.json").write_text("[]"), "expected an object"),
+        (lambda run: (run / "run.json").write_text("[]"), "holds no JSON object"),
         (lambda run: shutil.rmtree(run), "is no folder"),
         (lambda run: make_infinite(run), "W_dec of .* holds NaN or infinity"),
     ],
