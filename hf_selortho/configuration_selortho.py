@@ -57,23 +57,14 @@ _DTYPE: Range = (lambda v: str(v).removeprefix("torch.") in _DTYPES, f"one of {'
 
 # What transformers writes beside its fields; "auto_map" names code of a repository, which only the Auto classes run.
 _IGNORED = {"auto_map", "model_type", "name_or_path", "_name_or_path", "output_attentions", "torch_dtype"}
-_OF_THE_AUTO_CLASSES = {"_from_auto", "_from_pipeline", "gguf_file", "trust_remote_code", "code_revision"}
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxlist = 20
 
 
 def _setting(default: Any, description: str, allowed: Range | None = None) -> Any:
-    metadata: dict[str, Any] = {"help": description}
-    return field(default=default, metadata=metadata if allowed is None else metadata | _validator(*allowed))
-
-
-def _validator(is_allowed: Callable[[Any], bool], expected: str) -> dict[str, Any]:
     def check(value: Any) -> None:
-        if value is not None and not is_allowed(value):
-            raise ValueError(expected)
+        if allowed is not None and value is not None and not allowed[0](value):
+            raise ValueError(allowed[1])
 
-    return {"validator": check}
+    return field(default=default, metadata={"help": description, "validator": check})
 
 
 def _in_one_line(cls: Any) -> Any:
@@ -88,7 +79,7 @@ def _in_one_line(cls: Any) -> Any:
             assign(self, name, value)
         except StrictDataclassFieldValidationError as error:
             expected = str(error.__cause__) if type(error.__cause__) is ValueError else _in_words(types[name])
-            raise ConfigError(f"{name}={_SHORT.repr(value)}: expected {expected}") from error
+            raise ConfigError(f"{name}={reprlib.repr(value)}: expected {expected}") from error
 
     def validate_all(self: Any) -> None:
         try:
@@ -232,7 +223,7 @@ class SelOrthoConfig(PreTrainedConfig):
     min_tokens: int | None = _setting(None, "Contexts with fewer tokens than this were left out.", _COUNT)
     held_out_fraction: float | None = _setting(None, "Share of the documents that training never saw.", _SHARE)
     config_version: int = _setting(CONFIG_VERSION, "Version of this format.", _COUNT)
-    dtype: str | torch.dtype | None = field(default=None, metadata=_validator(*_DTYPE))
+    dtype: str | torch.dtype | None = _setting(None, "", _DTYPE)  # of transformers, which does not check it
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_misspelt(kwargs)
@@ -251,10 +242,10 @@ class SelOrthoConfig(PreTrainedConfig):
         if self.k is not None and self.d_sae is not None and self.k > self.d_sae:
             raise ValueError(f"k={self.k}: expected at most d_sae={self.d_sae}")
         if prefixes is not None and self.activation != "batchtopk":
-            raise ValueError(f"matryoshka_prefixes={_SHORT.repr(prefixes)}: only activation='batchtopk' takes them")
+            raise ValueError(f"matryoshka_prefixes={reprlib.repr(prefixes)}: only activation='batchtopk' takes them")
         if prefixes is not None and ([0, *prefixes] != sorted({0, *prefixes}) or prefixes[-1:] != [self.d_sae]):
             raise ValueError(
-                f"matryoshka_prefixes={_SHORT.repr(prefixes)}: expected rising numbers that end with d_sae={self.d_sae}"
+                f"matryoshka_prefixes={reprlib.repr(prefixes)}: expected rising numbers up to d_sae={self.d_sae}"
             )
 
     def validate_penalty(self) -> None:
@@ -279,17 +270,13 @@ class SelOrthoConfig(PreTrainedConfig):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         name = os.fspath(pretrained_model_name_or_path)
         lookup = {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs}
-        rest = {key: value for key, value in kwargs.items() if key not in _OF_THE_AUTO_CLASSES}
         path = Path(name) if os.path.isfile(name) else hub.find_config(name, lookup)
         content = hub.read_object(path)
         if (kind := content.get("model_type", cls.model_type)) != cls.model_type:
-            raise ConfigError(f"{path} has model_type={_SHORT.repr(kind)}, expected {cls.model_type!r}: this is no SAE")
-        return content, rest
-
-    @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
-        """Read a configuration from a JSON file; raises as [`from_dict`] does."""
-        return cls.from_dict(cls._dict_from_json_file(json_file) if hub is None else hub.read_object(Path(json_file)))
+            raise ConfigError(
+                f"{path} has model_type={reprlib.repr(kind)}, expected {cls.model_type!r}: this is no SAE"
+            )
+        return content, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -303,14 +290,14 @@ class SelOrthoConfig(PreTrainedConfig):
         version = config_dict.get("config_version")
         if type(version) is int and version > CONFIG_VERSION:
             raise ConfigError(
-                f"config_version={_SHORT.repr(version)}: this SAE was saved by a newer hf_selortho (this one reads up "
+                f"config_version={reprlib.repr(version)}: this SAE was saved by a newer hf_selortho (this one reads up "
                 f"to version {CONFIG_VERSION}); update with: pip install -U hf_selortho"
             )
         own = {f.name for f in cls.own_fields()}
         unknown = sorted(config_dict.keys() - {f.name for f in fields(cls)} - _IGNORED)
         cls._refuse_misspelt(unknown[:100])
         if unknown:
-            logger.warning("without effect, as SelOrthoConfig does not know them: %s", _SHORT.repr(unknown))
+            logger.warning("without effect, as SelOrthoConfig does not know them: %s", reprlib.repr(unknown))
         taken = {key: value for key, value in config_dict.items() if key in own | {"dtype"}}
         overrides = {key: kwargs.pop(key) for key in own & kwargs.keys()}
         made: Any = super().from_dict({**taken, **overrides}, **kwargs)
@@ -324,7 +311,7 @@ class SelOrthoConfig(PreTrainedConfig):
     @classmethod
     def own_fields(cls) -> list[Field]:
         """Return the fields declared by this class, without those of `PreTrainedConfig`."""
-        return [f for f in fields(cls) if "help" in f.metadata]
+        return [f for f in fields(cls) if f.metadata.get("help")]
 
     @classmethod
     def default_settings(cls) -> dict[str, Any]:

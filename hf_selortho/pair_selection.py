@@ -60,10 +60,9 @@ def select_pairs(
     min_support: int = 1,
     correlation: str = "cosine",
     method: str = "auto",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup | None = None,
     correlation_threshold: float = 0.0,
     score: Score | None = None,
-    blocks: Blocks = BLOCKS,
 ) -> Pairs:
     """Select the exact set `T` of eq. 5: the most correlated eligible pairs of features of a batch.
 
@@ -78,20 +77,17 @@ def select_pairs(
         correlation: "cosine" (eq. 4) or "pearson".
         method: "tiles" (blocks of the correlation matrix, memory of one of them), "coactivation" (sums over the
             features that fire together, cost independent of n), or "auto", the cheaper one. The set is the same.
-        group: processes whose rows together are the batch; each returns the same pairs.
+        group: processes whose rows together are the batch; each returns the same pairs. Default: this process alone.
         correlation_threshold: pairs of a lower `|c_ij|` are left out.
         score: ranks the pairs by `score(c, i, j)` (m,) in place of the correlations `c` (m,) of the features `i < j`
             (m,); its absolute value must not exceed `|c|`.
-        blocks: sizes of what is held at once.
 
     Raises:
         SelOrthoError: an argument is not allowed.
         NonFiniteError: the activations hold NaN or infinity.
     """
-    features = feature_activations(h)
-    return select(
-        features, pair_fraction, min_support, correlation, method, group, correlation_threshold, score, blocks
-    ).pairs
+    features, group = feature_activations(h), group or SINGLE_PROCESS
+    return select(features, pair_fraction, min_support, correlation, method, group, correlation_threshold, score).pairs
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def decorrelation_penalty(
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Compute `coefficient * R * sum_T c_ij^2` on given pairs, with its closed-form gradient to `h`.
@@ -177,7 +177,7 @@ def decorrelation_penalty(
     Returns:
         A scalar, float32 (float64 for a float64 `h`); 0 with a zero gradient if there are no pairs.
     """
-    features = feature_activations(h)
+    features, group = feature_activations(h), group or SINGLE_PROCESS
     scale = _scale(coefficient, reduction, len(pairs))
     with torch.autocast(features.values.device.type, enabled=False), torch.no_grad():
         norms = feature_norms(features, correlation, group)

@@ -64,7 +64,7 @@ def test_round_trip_through_json(tmp_path) -> None:
         ({"matryoshka_prefixes": [4, 16]}, r"matryoshka_prefixes=\[4, 16\]: only activation='batchtopk' takes them"),
         (
             {"activation": "batchtopk", "k": 2, "matryoshka_prefixes": [8, 4, 16]},
-            r"matryoshka_prefixes=\[8, 4, 16\]: expected rising numbers that end with d_sae=16",
+            r"matryoshka_prefixes=\[8, 4, 16\]: expected rising numbers up to d_sae=16",
         ),
         ({"carry_decay": 0.5, "correlation": "pearson"}, "carry_decay=0.5: only pairs selected by the cosine"),
         ({"carry_decay": 0.5, "penalty_space": "decoder"}, "carry_decay=0.5: .* set carry_decay=0"),

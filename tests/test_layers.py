@@ -31,7 +31,7 @@ ALLOWED = {
     "core": {"utils"},
     "utils": {"errors"},
     "language_models": {"errors", "process_group", "utils", "data"},  # not the SAE
-    "data": {"errors", "process_group", "utils", "language_models"},  # not the SAE
+    "data": {"errors", "process_group", "pair_selection", "configuration_selortho", "utils", "language_models"},
     "training": BELOW,
     "evaluation": BELOW,
     "features": BELOW,

@@ -12,7 +12,7 @@ from hf_selortho import SelOrthoConfig, SelOrthoError, decorrelation_penalty, pe
 from hf_selortho.pair_search import Blocks
 from hf_selortho.pair_selection import Pairs, Selection, select
 from hf_selortho.penalties import PenaltyPlan, full_penalty, penalty, select_directions
-from hf_selortho.sparse_ops import DenseFeatures, active_features
+from hf_selortho.sparse_ops import DenseFeatures, active_features, feature_activations
 
 
 def naive_correlations(h: Tensor, correlation: str = "cosine") -> Tensor:
@@ -61,7 +61,7 @@ def test_selection_equals_brute_force(correlation, min_support) -> None:
     h[:, 5] = 0
     h[:38, 20] = 0
     for fraction in (0.01, 0.2, 1.0):
-        pairs = select_pairs(h, fraction, min_support, correlation, blocks=Blocks(tile_rows=7, tile_columns=11))
+        pairs = select(DenseFeatures(h), fraction, min_support, correlation, blocks=Blocks(7, 11)).pairs
         assert_same(pairs, brute_force(h, fraction, min_support, correlation))
 
 
@@ -224,7 +224,7 @@ def test_a_score_of_ones_own_equals_brute_force(method, sparse) -> None:
     expected = (naive_correlations(h).nan_to_num(0) * (unit @ unit.T)).triu(1)
     for fraction in (0.001, 0.02, 0.3):
         form = active_features(h) if sparse else h
-        pairs = select_pairs(form, fraction, 1, method=method, score=redundancy, blocks=blocks)
+        pairs = select(feature_activations(form), fraction, 1, method=method, score=redundancy, blocks=blocks).pairs
         best = expected.abs().flatten().sort(descending=True).values[: len(pairs)]
         assert len(pairs) == math.ceil(fraction * 19900) == len(pairs.keys(200).unique())
         torch.testing.assert_close(pairs.correlation.abs(), best, atol=1e-6, rtol=1e-5)
@@ -310,7 +310,7 @@ def test_roads_agree_over_many_blocks_and_guesses(correlation, density) -> None:
     for fraction in (0.0001, 0.003, 0.1, 0.6):
         for method in ("tiles", "coactivation"):
             for form in (h, active_features(h)):
-                pairs = select_pairs(form, fraction, 2, correlation, method, blocks=blocks)
+                pairs = select(feature_activations(form), fraction, 2, correlation, method, blocks=blocks).pairs
                 torch.testing.assert_close(pairs.correlation.double(), c[pairs.i, pairs.j], atol=2e-6, rtol=1e-5)
                 best = strength[: len(pairs)]
                 torch.testing.assert_close(pairs.correlation.double().abs(), best, atol=2e-6, rtol=1e-5)

@@ -77,7 +77,7 @@ def test_weights_that_are_not_those_of_the_config_are_named(change, message, sav
         (lambda f: change_header(f, b"[30,12]", b"[3000000,12]"), "is damaged or incomplete"),
         (lambda f: os.truncate(f / "model.safetensors", 2000), "model.safetensors is damaged or incomplete"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "is damaged or incomplete"),
-        (lambda f: change_config(f, notes="x" * 2_000_000), r"\d bytes, expected at most 1,048,576"),
+        (lambda f: change_config(f, notes="x" * 2_000_000), "holds no JSON object of at most 1,048,576 bytes"),
     ],
 )
 def test_nothing_is_made_of_files_that_claim_what_they_do_not_hold(change, message, saved, monkeypatch) -> None:
@@ -110,6 +110,18 @@ def test_only_safetensors_are_read(saved) -> None:
     (saved / "config.json").unlink()
     assert "it holds no config.json" in refused(saved)
     assert "no such local path" in refused(saved / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_links_that_lead_out_of_the_folder_are_refused(name, saved, tmp_path) -> None:
+    (saved / name).rename(tmp_path / name)
+    (saved / name).symlink_to(f"../{name}")
+    assert f"{saved / name} leads out of {saved}, to {tmp_path / name}" in refused(saved)
+    (saved / name).unlink()
+    (tmp_path / name).rename(saved / f"kept-{name}")
+    (saved / name).symlink_to(f"kept-{name}")  # inside
+    (tmp_path / "linked").symlink_to(saved)  # the user's own choice
+    SelOrthoSAE.from_pretrained(tmp_path / "linked")
 
 
 def test_a_snapshot_of_the_hubs_cache_is_a_folder_like_any_other(saved, tmp_path) -> None:
@@ -191,7 +203,7 @@ def test_an_index_names_safetensors_beside_it(weight_map, message, tmp_path) -> 
         (b"not JSON", "is not valid JSON"),
         (b"\xff\xfe\xfa", "is not valid JSON"),
         (b"[" * 200_000, "is not valid JSON"),
-        (b"[]", "holds a JSON list, expected an object"),
+        (b"[]", "holds no JSON object"),
         (b'{"model_type": "llama"}', "model_type='llama', expected 'selortho_sae': this is no SAE"),
         (b'{"model_type": []}', r"model_type=\[\], expected 'selortho_sae'"),
         (b"{}", "d_in is missing"),

@@ -92,7 +92,7 @@ def twin_beside(folder: Path) -> Path | None:
     for ending in (TWIN, "-twin"):
         beside = folder.with_name(f"{folder.name}{ending}")
         if holds_sae(beside):
-            config, twin = (SelOrthoConfig.from_json_file(place / CONFIG) for place in (folder, beside))
+            config, twin = (SelOrthoConfig.from_pretrained(place / CONFIG) for place in (folder, beside))
             if _no_twin(config.own_settings(), twin.own_settings()) is None:
                 return beside
     return None
@@ -152,7 +152,7 @@ def _read_sae(folder: Path, name: str) -> SaeReport:
     for path in _files(place):
         if outside := target_outside(folder, path):
             raise SelOrthoError(f"{path} leads out of {folder}, to {outside}: put the file itself into the folder")
-    config = SelOrthoConfig.from_json_file(place / CONFIG)
+    config = SelOrthoConfig.from_pretrained(place / CONFIG)
     pictures = [path.relative_to(folder).as_posix() for path in sorted((place / PICTURES).glob("*.png"))]
     drawn = _content(place / RUN).get("pictures")
     if isinstance(drawn, list):  # in the order in which the training has drawn them

@@ -152,10 +152,14 @@ def verify(folder: Path) -> None:
     expected = manifest.get("files")
     if not isinstance(expected, dict):
         raise _damaged(folder, MANIFEST)
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
     for name in sorted((paths.keys() | expected.keys()) - {MANIFEST}):
         try:
-            if sha256_of(paths[name]) != expected[name]:
+            if paths[name].is_symlink() or sha256_of(paths[name]) != expected[name]:
                 raise _damaged(folder, name)
         except (KeyError, OSError) as error:
             raise _damaged(folder, name) from error

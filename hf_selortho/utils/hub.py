@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-import huggingface_hub
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ConfigError, SelOrthoError
+from .files import target_outside
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def hub_error(
     """Explain what the Hub client raised while it looked for `name` at `revision`, with or without an access token."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     if isinstance(error, hub.GatedRepoError):
-        if token or (token is None and huggingface_hub.get_token()):
+        if token or (token is None and get_token()):
             return SelOrthoError(
                 f'{kind} "{name}" is gated and your token has no access to it: accept its terms at {page} with the '
                 "account that the token belongs to"
@@ -206,11 +206,16 @@ def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
     """Return a file of a folder, or of a repository of the Hub from which it is downloaded; None if there is none.
 
     Raises:
-        SelOrthoError: the repository or its revision is unknown, gives no access or cannot be reached.
+        SelOrthoError: the repository or its revision is unknown, gives no access or cannot be reached, or the file is a
+            link that leads out of the folder.
     """
     if os.path.isdir(name):
-        path = os.path.join(name, in_subfolder(file, lookup))
-        return Path(path) if os.path.isfile(path) else None
+        path = Path(name, in_subfolder(file, lookup))
+        if not os.path.isfile(path):
+            return None
+        if outside := target_outside(Path(name), path):
+            raise SelOrthoError(f"{path} leads out of {name}, to {outside}: put the file itself into the folder")
+        return path
     where = {key: value for key, value in lookup.items() if key != "proxies"}  # a setting of the client by now
     try:
         return Path(patiently(lambda: hf_hub_download(name, file, **where)))
@@ -262,17 +267,14 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     remedy = "download it again, or take it from the run's folder"
     try:
-        size, text = path.stat().st_size, b""
-        if size <= _LARGEST_JSON:
-            text = path.read_bytes()
-        content = json.loads(text)
+        size = path.stat().st_size
+        content = json.loads(path.read_bytes()) if size <= _LARGEST_JSON else None
     except OSError as error:
         raise SelOrthoError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        why = f"{size:,} bytes, expected at most {_LARGEST_JSON:,}" if size > _LARGEST_JSON else one_line(error)
-        raise ConfigError(f"{path} is not valid JSON ({why}); {remedy}") from error
+        raise ConfigError(f"{path} is not valid JSON ({one_line(error)}); {remedy}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a JSON {type(content).__name__}, expected an object; {remedy}")
+        raise ConfigError(f"{path} holds no JSON object of at most {_LARGEST_JSON:,} bytes; {remedy}")
     return content
 
 

@@ -291,6 +291,13 @@ def test_the_config_of_another_model_does_not_hide_the_sae_beside_it(saved) -> N
         load_sae(saved)
 
 
+def test_files_outside_of_the_folder_are_not_read(saved, tmp_path) -> None:
+    (saved / "cfg.json").rename(tmp_path / "cfg.json")
+    (saved / "cfg.json").symlink_to(tmp_path / "cfg.json")
+    with pytest.raises(SelOrthoError, match="leads out of"):
+        load_sae(saved)
+
+
 @pytest.mark.parametrize(("name", "lookup"), [("a\0b", {}), (".", {"subfolder": "x\0"}), (".", {"revision": "\0"})])
 def test_names_with_a_nul_byte_are_refused(name, lookup) -> None:
     with pytest.raises(SelOrthoError, match="NUL byte"):

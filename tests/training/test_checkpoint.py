@@ -92,6 +92,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda c: (c / "trainer.json").write_text(""), "trainer.json"),
     "missing": (lambda c: (c / "two/model.safetensors").unlink(), "two/model.safetensors"),
     "added": (lambda c: (c / "one/notes.json").write_text("{}"), "one/notes.json"),
+    "linked": (
+        lambda c: (
+            (c / "one/config.json").rename(c.parents[1] / "x"),
+            (c / "one/config.json").symlink_to("../../../x"),
+        ),
+        "one/config.json",
+    ),
     "manifest": (lambda c: (c / "manifest.json").write_text('{"form'), "manifest.json"),
     "manifest gone": (lambda c: (c / "manifest.json").unlink(), "manifest.json"),
     "nested": (lambda c: (c / "manifest.json").write_text("[" * 100_000), "manifest.json"),
