@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.data.activation_cache import ActivationStore
+from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.buffer import ActivationStatistics
 from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
 from hf_selortho.hub.model_card import Publisher
@@ -243,7 +243,7 @@ def resume_hint(run: RunArguments) -> str:
 
 
 def open_data(
-    arguments: TrainingArguments, store: ActivationStore | None, members: list[Member], accelerator: Accelerator
+    arguments: TrainingArguments, store: ActivationCache | None, members: list[Member], accelerator: Accelerator
 ) -> TrainingData:
     """Batches for all SAEs of the run, from shards or from the language model."""
     layers = list(dict.fromkeys(member.layer for member in members))
@@ -294,7 +294,7 @@ def make_saes(
 
 
 def dry_run(
-    arguments: TrainingArguments, store: ActivationStore | None, members: list[Member], accelerator: Accelerator
+    arguments: TrainingArguments, store: ActivationCache | None, members: list[Member], accelerator: Accelerator
 ) -> None:
     """Print what the run would do, need and take.
 

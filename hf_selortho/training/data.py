@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.activation_cache import ActivationStore, Manifest
+from ..data.activation_cache import ActivationCache
 from ..data.buffer import ActivationBuffer, ActivationStatistics, BatchSource
-from ..data.cache_batches import ShardBatches, check_layers, held_out_batches
+from ..data.cache_batches import CachedBatches, check_layers, held_out_batches
+from ..data.cache_manifest import Manifest
 from ..data.contexts import Context, ContextStream, held_out_contexts
 from ..data.texts import Documents, open_documents
 from ..errors import SelOrthoError
@@ -174,7 +175,7 @@ class ShardData(TrainingData):
     """
 
     def __init__(
-        self, store: ActivationStore, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
+        self, store: ActivationCache, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
     ) -> None:
         self.store, self.arguments, self.layers, self.accelerator = store, arguments, list(layers), accelerator
         self.source_device = torch.device("cpu")
@@ -183,26 +184,26 @@ class ShardData(TrainingData):
         self.held_out = store.held_out_contexts()[:samples] if accelerator.is_main_process and samples else []
         self.measures_loss = bool("model" in arguments.given and arguments.evaluation.eval_ce_samples and samples)
         self._check_model()
-        self.source: ShardBatches = self._make_batches(arguments)
+        self.source: CachedBatches = self._make_batches(arguments)
 
     def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
         return self.source.statistics()
 
     def provenance(self, layer: int) -> dict[str, Any]:
-        content, found = self.store.manifest.content, self.store.manifest.layer(layer)
-        model, text = content["model"], content["text"]
+        manifest, summary = self.store.manifest, self.store.manifest.layer(layer)
+        model, text = manifest.model, manifest.text
         return {
-            "d_in": found["d_in"],
-            "lm_name": model["name"],
-            "lm_revision": model["revision"],
-            "hook_name": found["hook_name"],
-            "dataset": text["dataset"],
-            "dataset_revision": text["revision"],
-            "dataset_split": text["split"],
-            "dataset_config": text["config"],
-            "text_column": text["text_column"],
-            "min_tokens": content["contexts"]["min_tokens"],
-            "held_out_fraction": text["held_out_fraction"],
+            "d_in": summary.d_in,
+            "lm_name": model.name,
+            "lm_revision": model.revision,
+            "hook_name": summary.hook_name,
+            "dataset": text.dataset,
+            "dataset_revision": text.revision,
+            "dataset_split": text.split,
+            "dataset_config": text.config,
+            "text_column": text.text_column,
+            "min_tokens": manifest.contexts.min_tokens,
+            "held_out_fraction": text.held_out_fraction,
         }
 
     def evaluation_capture(self) -> ActivationCapture | None:
@@ -212,7 +213,7 @@ class ShardData(TrainingData):
             model, device = self.arguments.model, self.accelerator.device
             # by the main process alone, so nobody waits for the others here
             lm = load_language_model(model.model or "", model.model_revision, dtype=model.lm_dtype, device=device)
-            limits = [self.store.manifest.layer(layer)["max_norm"] for layer in self.layers]
+            limits = [self.store.manifest.layer(layer).max_norm for layer in self.layers]
             self._capture = ActivationCapture(lm, self.layers, limits, model.lm_batch_tokens)
         return self._capture
 
@@ -220,7 +221,7 @@ class ShardData(TrainingData):
         return held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out))
 
     def identity(self) -> dict[str, Any]:
-        return {"activations": self.store.manifest.sha256}
+        return {"activations": self.store.sha256}
 
     def watch(self, guard: NonFiniteGuard) -> None:
         """Nothing is computed here: what the shards hold meets the guard in the training step."""
@@ -228,13 +229,13 @@ class ShardData(TrainingData):
     def source_bytes(self, arguments: TrainingArguments) -> int:
         return self._make_batches(arguments).memory_bytes()
 
-    def _make_batches(self, arguments: TrainingArguments) -> ShardBatches:
+    def _make_batches(self, arguments: TrainingArguments) -> CachedBatches:
         """This process's batches; the pool holds about as much as the buffer over a language model would."""
         processes, tokens = (
             self.accelerator.num_processes,
             arguments.data.buffer_contexts * arguments.sae.context_length,
         )
-        return ShardBatches(
+        return CachedBatches(
             self.store,
             self.layers,
             batch_size=arguments.run.batch_size // processes,
@@ -246,23 +247,23 @@ class ShardData(TrainingData):
 
     def _check_model(self) -> None:
         """Refuse another language model than the harvested one before the training, not after it."""
-        harvested, model = self.store.manifest.content["model"], self.arguments.model
-        if "model" in self.arguments.given and model.model != harvested["name"]:
+        harvested, model = self.store.manifest.model, self.arguments.model
+        if "model" in self.arguments.given and model.model != harvested.name:
             raise SelOrthoError(
-                f'--model {model.model}: the activations of {self.store.source} are those of "{harvested["name"]}"; '
+                f'--model {model.model}: the activations of {self.store.source} are those of "{harvested.name}"; '
                 "leave --model out, or give that one to have the loss recovered measured"
             )
         if not self.measures_loss or not self.accelerator.is_main_process:
             return
         found = find_revision(model.model or "", model.model_revision)
-        if found != harvested["revision"]:
+        if found != harvested.revision:
             raise SelOrthoError(
                 f'"{model.model}" is at revision {found}, the activations of {self.store.source} are of '
-                f"{harvested['revision']}: give that one as --model_revision, or leave --model out"
+                f"{harvested.revision}: give that one as --model_revision, or leave --model out"
             )
 
 
-def open_store(arguments: TrainingArguments) -> ActivationStore | None:
+def open_store(arguments: TrainingArguments) -> ActivationCache | None:
     """The harvested activations that the arguments name; their settings take the place of those of the arguments.
 
     Raises:
@@ -270,12 +271,12 @@ def open_store(arguments: TrainingArguments) -> ActivationStore | None:
     """
     if arguments.data.activations is None:
         return None
-    store = ActivationStore(arguments.data.activations)
+    store = ActivationCache(arguments.data.activations)
     for group, names in _HARVESTED.items():
         for name, path in names.items():
-            value: Any = store.manifest.content
+            value: Any = store.manifest
             for key in path:
-                value = value[key]
+                value = getattr(value, key)
             wanted = getattr(getattr(arguments, group), name)
             if name in arguments.given and wanted != value:
                 raise SelOrthoError(
