@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..errors import SelOrthoError
 from ..utils.command_line import run_script
@@ -104,23 +105,16 @@ def _draw_norms(axes: Axes, layer: LayerSummary) -> None:
     shown = counts > 0
     axes.bar(edges[:-1][shown], counts[shown], widths[shown], align="edge", color=colors[shown])
     axes.set(xscale="log", yscale="log", ylabel="tokens (log scale)", ylim=(0.7, 20 * max(1, counts.max())))
-    for name, norm, color, height in (
-        ("median", layer.median_norm, "black", 0.97),
-        ("sink threshold", limit, VERMILION, 0.87),
-    ):
+    lines = (("median", layer.median_norm, "black", "right"), ("sink threshold", limit, VERMILION, "left"))
+    for name, norm, color, side in lines:
         if norm:
             axes.axvline(norm, color=color, linewidth=1.5, linestyle="--")
-            axes.text(
-                norm,
-                height,
-                f" {name} {norm:.3g}",
-                transform=axes.get_xaxis_transform(),
-                va="top",
-                fontsize=9,
-                color=color,
-            )
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+            place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": side, "va": "top"}
+            axes.text(norm, 0.97, f" {name} {norm:.3g} ", fontsize=9, color=color, **place)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_minor_locator(NullLocator())
 
 
 def _draw_sinks(axes: Axes, layer: LayerSummary) -> None:
