@@ -239,7 +239,7 @@ def _from_json(kind: Any, value: Any, name: str) -> Any:
         return {key: _from_json(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     if kind is float and type(value) in (int, float) and abs(value) <= _FLOAT32_MAX:
         return float(value)
-    plain = type(value) is kind and (kind is not int or abs(value) < 2**63)
+    plain = type(value) is kind and kind is not float and (kind is not int or abs(value) < 2**63)
     _require(plain, name or "the content", value, getattr(kind, "__name__", str(kind)))
     return value
 

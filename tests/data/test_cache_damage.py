@@ -160,7 +160,7 @@ FILE = ("shards", 0, "files", "tokens/00000.safetensors")
         (setting("shards", to=[]), r"shards is \(\), expected at least one"),
         (setting("layers", to=[2]), r"layers is \(2,\), expected those of the statistics"),
         (setting("statistics", "2", "mean", 3, to="x"), r"statistics.2.mean\[3\] is 'x', expected float"),
-        (setting("statistics", "2", "mean", to=[0.0] * 31), r"layer_2/00000.safetensors does not hold .* \(40, 31\)"),
+        (setting("statistics", "2", "mean", to=[0.0] * 31), r"layer_2/00000.safetensors does not hold .* 31\)"),
         (setting("statistics", "2", "scale", to=float("nan")), "statistics.2.scale is nan, expected float"),
         (setting("statistics", "2", "scale", to=0), "statistics.2.scale is 0, expected a number above 0"),
         (setting("statistics", "2", "median_norm", to=10**400), "statistics.2.median_norm is 1000"),
@@ -198,7 +198,7 @@ def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [found for key, value in items for found in [(*path, key), *places(value, (*path, key))]]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_other_manifest_is_read_or_refused(tmp_path_factory, data) -> None:
     folder = tmp_path_factory.getbasetemp() / "mutable"
