@@ -2,7 +2,6 @@
 
 python scripts/benchmark.py --activations activations.safetensors --widths 2304 10240 65536
 python scripts/benchmark.py --model gemma-3-270m --layer 8 --widths 2304 --selection_interval 1 10 --memory
-python scripts/benchmark.py --checkpoints --model gemma-3-270m --layer 8 --widths 1280 --batch 4096
 python scripts/benchmark.py --sae runs/demo --activations activations.safetensors --only selective full
 """
 
@@ -23,7 +22,6 @@ from tqdm.auto import tqdm
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.benchmarking.cases import ACTIVATIONS, MODES, Case, base_config, cases_of
-from hf_selortho.benchmarking.checkpoints import checkpoints_words, measure_checkpoints
 from hf_selortho.benchmarking.inputs import Batches, check_l0, load_activations, prepare, synthetic_activations
 from hf_selortho.benchmarking.memory import peak_in_own_process
 from hf_selortho.benchmarking.pipeline import measure_supply
@@ -48,7 +46,6 @@ class BenchmarkArguments:
     tensor: str | None = argument(None, "Its name in the file; default: activations, or the only one.")
     model: str | None = argument(None, "Language model to time too; without --activations, its own are used.")
     layer: int | None = argument(None, "Its decoder layer, counted from 0.")
-    checkpoints: bool = argument(False, "Time instead a training on --model with and without checkpoints.")
     dataset: str = argument("python-docs", "What the language model reads: Hub id, local file, or python-docs.")
     d_in: int | None = argument(None, f"Width of the activations; default: theirs, {D_IN} for synthetic ones.")
     widths: list[int] = argument([], "Numbers of features; default: 2304 10240 65536.")
@@ -85,9 +82,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     if device.type == "cpu":
         use_all_cores(arguments.cpu_threads)
-    if arguments.checkpoints:
-        time_checkpoints(arguments, device)
-        return
     trained = load_trained(arguments.sae) if arguments.sae else None
     d_in = arguments.d_in if trained is None else trained.config.d_in
     read = read_activations(arguments, d_in)
@@ -108,16 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_text(output / "benchmark.md", report(content))
     plot_times(content["rows"], peers, output / "benchmark.png")
     sys.stdout.write(f"\n{report(content)}\n{output}/ holds benchmark.json, benchmark.md and benchmark.png\n")
-
-
-def time_checkpoints(arguments: BenchmarkArguments, device: torch.device) -> None:
-    """Measure what checkpoints cost, write checkpoints.json and checkpoints.md, print the result."""
-    assert arguments.model is not None and arguments.layer is not None
-    output, a = make_folder(arguments.output), arguments
-    model, layer, cpu = arguments.model, arguments.layer, device.type == "cpu"
-    rows = measure_checkpoints(model, layer, a.dataset, a.widths[0], a.batch, a.steps, output, cpu)
-    words = f"{a.widths[0]:,} features, batches of {a.batch:,} tokens\n\n{checkpoints_words(rows)}\n"
-    write_times(output, "checkpoints", arguments, rows, words, device)
 
 
 def write_times(
@@ -163,8 +147,6 @@ def check(arguments: BenchmarkArguments) -> None:
         raise SelOrthoError("--sae brings its own sizes: leave out --widths, --activation and --d_in")
     if (a.model is None) != (a.layer is None):
         raise SelOrthoError("--model and --layer belong together: the decoder layer to read, counted from 0")
-    if a.checkpoints and a.model is None:
-        raise SelOrthoError("--checkpoints times a language model: pass --model and --layer")
     a.widths = sorted(set(a.widths)) or [2304, 10240, 65536]
     a.activation = list(dict.fromkeys(a.activation)) or list(ACTIVATIONS)
     a.selection_interval = sorted(set(a.selection_interval)) or [SelOrthoConfig(d_in=1, d_sae=1).selection_interval]

@@ -1,7 +1,7 @@
 """Cache the activations of a language model once, as verified shards on disk, to train on them many times.
 
 python scripts/cache_activations.py --model gemma-3-270m --layers 3 8 13 --dataset texts.jsonl --output_dir acts
-accelerate launch --num_processes 2 scripts/cache_activations.py --preset gemma2-2b-l12 --output_dir acts
+torchrun --nproc_per_node 2 scripts/cache_activations.py --preset gemma2-2b-l12 --output_dir acts
 
 Interrupted, it goes on where it stopped when the same command is run again.
 """
@@ -32,22 +32,21 @@ from hf_selortho.data.texts import Documents, open_documents
 from hf_selortho.hub.dataset_card import render_shards_card
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.loading import check_context_length, load_language_model
-from hf_selortho.process_group import ProcessGroup
+from hf_selortho.process_group import ProcessGroup, leave_process_group
 from hf_selortho.training.arguments import TextArguments
 from hf_selortho.training.cache_arguments import CacheArguments, parse_cache_arguments
 from hf_selortho.training.run_folder import library_versions
-from hf_selortho.utils.command_line import run_script, start_cpu_processes, use_all_cores
+from hf_selortho.utils.command_line import check_launcher, on_cpu, run_script, use_all_cores
 from hf_selortho.utils.files import FolderLock
 from hf_selortho.utils.memory import peak_memory
-from hf_selortho.utils.process_watch import ProcessWatch, leave_process_group
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read text, write verified shards of activations."""
+    check_launcher()
     model, text, arguments = parse_cache_arguments(list(sys.argv[1:] if argv is None else argv))
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # who is done first waits for the others
-    on_cpu = arguments.cpu or torch.backends.mps.is_available()  # Apple's GPUs have no float64
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patient])
+    accelerator = Accelerator(cpu=on_cpu(arguments.cpu), kwargs_handlers=[patient])
     if accelerator.device.type == "cpu":
         use_all_cores(arguments.cpu_threads)
     documents = open_documents(text.source())
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cutting = asdict(settings.contexts)
     held_out: list[Context] = []
     if arguments.eval_samples and text.held_out_fraction:
-        held_out = held_out_contexts(documents, lm.tokenizer, limit=arguments.eval_samples, **cutting)
+        held_out = list(held_out_contexts(documents, lm.tokenizer, limit=arguments.eval_samples, **cutting))
     tokens = training_tokens(estimate_tokens(documents, lm.tokenizer, **cutting), arguments.max_tokens)
     tokens += count_tokens(held_out)
     stream = ContextStream(
@@ -81,17 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave_process_group(accelerator)
         return
     with ExitStack() as stack:
-        with ProcessWatch("run the same command again, which goes on with the shards that are there"):
-            if accelerator.is_main_process:
-                stack.enter_context(FolderLock(folder.folder, "caching activations"))
-            begun = begin(folder, settings, arguments.overwrite_output_dir, group, accelerator.device)
-            if begun:
-                writer = CacheWriter(capture, stream, held_out[group.rank :: group.size], folder, settings, group)
-                started = time.perf_counter()
-                total = round(tokens / group.size)
-                with tqdm(total=total, desc="caching", unit="token", disable=not accelerator.is_main_process) as bar:
-                    writer.run(bar)
-                seconds = time.perf_counter() - started
+        if accelerator.is_main_process:
+            stack.enter_context(FolderLock(folder.folder, "caching activations"))
+        begun = begin(folder, settings, arguments.overwrite_output_dir, group, accelerator.device)
+        if begun:
+            writer = CacheWriter(capture, stream, held_out[group.rank :: group.size], folder, settings, group)
+            started = time.perf_counter()
+            total = round(tokens / group.size)
+            with tqdm(total=total, desc="caching", unit="token", disable=not accelerator.is_main_process) as bar:
+                writer.run(bar)
+            seconds = time.perf_counter() - started
         leave_process_group(accelerator)
         if accelerator.is_main_process and begun:
             manifest = writer.manifest(library_versions())
@@ -181,5 +179,4 @@ def closing_words(folder: Path, manifest: Manifest, speed: float, memory: int) -
 
 
 if __name__ == "__main__":
-    start_cpu_processes()
     run_script(main)

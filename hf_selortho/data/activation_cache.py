@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ORIGIN_NAMES, TokenOrigins
+from ..utils.files import target_outside
 from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
-from ..utils.safe_paths import target_outside
 from .cache_manifest import HELD_OUT, MANIFEST, TRAIN, WORK, CacheError, ShardEntry, parse_manifest
 from .contexts import Context
 

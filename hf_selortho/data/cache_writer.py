@@ -20,7 +20,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
-from ..language_models.capture import ActivationCapture, Harvest, TokenOrigins, max_norm_from_ratio, within_norms
+from ..language_models.capture import (
+    ActivationCapture,
+    CapturedActivations,
+    TokenOrigins,
+    max_norm_from_ratio,
+    within_norms,
+)
 from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..utils.files import reason
 from ..utils.memory import available_memory, existing_folder, free_disk, memory_now, recent_peak, start_peak
@@ -150,14 +156,14 @@ class CacheWriter:
         for group in groups[self._progress.written[HELD_OUT] :]:
             yield group, self._progress.stream
 
-    def _compute(self, contexts: list[Context], progress: tqdm | None) -> Harvest:
+    def _compute(self, contexts: list[Context], progress: tqdm | None) -> CapturedActivations:
         """Read the activations of contexts, sinks included, into tensors of the stored dtype."""
         capture, dtype = self.capture, STORED_DTYPES[self.settings.stored_dtype]
         tokens = count_tokens(contexts)
         by_layer = {layer: torch.empty(tokens, capture.lm.d_model, dtype=dtype) for layer in capture.layers}
         norms, origins = [], []
         rows = 0
-        for batch in capture.harvest_batches(contexts):
+        for batch in capture.capture_batches(contexts):
             for layer, activations in batch.by_layer.items():
                 by_layer[layer][rows : rows + len(batch)] = activations
             rows += len(batch)
@@ -167,7 +173,7 @@ class CacheWriter:
                 progress.update(len(batch) + batch.dropped_special)
         self.tokens += tokens
         by_layer = {layer: activations[:rows] for layer, activations in by_layer.items()}
-        return Harvest(by_layer, torch.cat(norms), TokenOrigins.concatenate(origins), tokens - rows, 0)
+        return CapturedActivations(by_layer, torch.cat(norms), TokenOrigins.concatenate(origins), tokens - rows)
 
     def _calibrate(self, norms: Tensor | None) -> None:
         """Agree with the other processes on what a sink is."""
@@ -181,7 +187,9 @@ class CacheWriter:
             self.folder.write_norms(self._norms)
         self._wait()
 
-    def _write(self, part: str, contexts: list[Context], computed: Harvest, stream: dict[str, Any] | None) -> None:
+    def _write(
+        self, part: str, contexts: list[Context], computed: CapturedActivations, stream: dict[str, Any] | None
+    ) -> None:
         """Leave out sinks, gather the statistics, and write a shard and the progress."""
         assert self._norms is not None
         progress, limits = self._progress, [limit for _, limit in self._norms]

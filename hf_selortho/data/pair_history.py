@@ -12,21 +12,23 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
-from ..utils.safe_paths import target_outside
+from ..pair_selection import Pairs
+from ..utils.files import reason, replace_file, sync, target_outside, when_there_is_room
 
 PAIR_HISTORY = "pair_history"
 KEPT = 20_000  # pairs of a snapshot
+MOST = 32  # snapshots, besides that of the last selection: between 17 and 32 of a training with as many selections
 _NAME = re.compile(r"step_(\d{6,12})\.safetensors")
-_NUMBER = re.compile(r"\d{1,18}", re.ASCII)
-_DTYPES = {"i": "I32", "j": "I32", "correlation": "F32"}  # as safetensors calls them
+_WRITTEN = re.compile(rf"{_NAME.pattern}|\.{_NAME.pattern}\.tmp")
+_DTYPES = {"i": torch.int32, "j": torch.int32, "correlation": torch.float32}
 _LARGEST_FILE = 1 << 24  # bytes; the largest one that is written has a quarter of a million
 
 
@@ -44,34 +46,77 @@ class PairSnapshot:
         return len(self.i)
 
 
+class PairHistory:
+    """Writes the snapshots of one SAE's training, from the main process.
+
+    Two runs with the same seed leave the same files, byte for byte, however often they were interrupted, and also if
+    the first part was to end at an earlier step: between two snapshots there is a power of two of selections.
+
+    Args:
+        folder: of the SAE.
+        config: only the selective penalty selects pairs; with another one nothing is written.
+        max_steps: of the training.
+        resume_at: snapshots up to this step are kept if they are such as this run writes; others are removed.
+    """
+
+    def __init__(self, folder: Path, config: SelOrthoConfig, max_steps: int, *, resume_at: int = 0) -> None:
+        self.folder = folder / PAIR_HISTORY
+        self._selects = config.penalty == "selective"
+        self._interval = config.selection_interval
+        self._last = (max_steps - 1) // self._interval  # selections are counted from 0
+        self._stride = 1
+        while self._last // self._stride >= MOST:
+            self._stride *= 2
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
+            step = _step_of(path.name)
+            kept = step is not None and 0 < step <= resume_at and self.is_due(step)
+            if _WRITTEN.fullmatch(path.name) and not kept:
+                path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a step, counted from 1, is a selection that leaves a snapshot."""
+        selection, rest = divmod(step - 1, self._interval)
+        return self._selects and rest == 0 and (selection % self._stride == 0 or selection == self._last)
+
+    def add(self, step: int, pairs: Pairs) -> None:
+        """Write the pairs of a step's selection if it is one that leaves a snapshot: whole or not at all.
+
+        Raises:
+            SelOrthoError: there is no room.
+        """
+        if not self.is_due(step):
+            return
+        path, data = self.folder / snapshot_name(step), snapshot_bytes(step, pairs.i, pairs.j, pairs.correlation)
+        if not self.folder.exists():
+            self.folder.mkdir()
+            sync(self.folder.parent)
+        try:
+            when_there_is_room(lambda: replace_file(path, data))
+        except OSError as error:
+            raise SelOrthoError(
+                f"cannot write {path}: {reason(error)}; make room there and run the same command again with "
+                "--resume_from_checkpoint auto"
+            ) from error
+
+
 def snapshot_name(step: int) -> str:
-    """Name of the file of a step."""
+    """Name the file of a step."""
     return f"step_{step:06d}.safetensors"
 
 
-def step_of_snapshot(name: str) -> int | None:
-    """The reverse of [`snapshot_name`]; None for the name of anything else."""
-    match = _NAME.fullmatch(name)
-    step = int(match.group(1)) if match else None
-    return step if step is not None and snapshot_name(step) == name else None
-
-
 def snapshot_bytes(step: int, i: Tensor, j: Tensor, correlation: Tensor) -> bytes:
-    """The file of a selection, the same bytes for the same pairs.
+    """Return the content of the file of a selection, the same bytes for the same pairs.
 
     Args:
         step: of the training, counted from 1.
         i, j, correlation: all pairs that were selected, (T,) each and on any device, by falling absolute correlation;
             the first [`KEPT`] are kept.
     """
-    kept = {
-        "i": i[:KEPT].to("cpu", torch.int32),
-        "j": j[:KEPT].to("cpu", torch.int32),
-        "correlation": correlation[:KEPT].to("cpu", torch.float32),
-    }
-    data = save(
-        {name: tensor.contiguous() for name, tensor in kept.items()}, {"step": str(step), "selected": str(len(i))}
-    )
+    columns = zip(_DTYPES.items(), (i, j, correlation), strict=True)
+    tensors = {name: column[:KEPT].to("cpu", dtype).contiguous() for (name, dtype), column in columns}
+    data = save(tensors, {"step": str(step), "selected": str(len(i))})
     # safetensors writes metadata in an order that changes from call to call
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
@@ -80,90 +125,62 @@ def snapshot_bytes(step: int, i: Tensor, j: Tensor, correlation: Tensor) -> byte
 
 
 def read_pair_history(folder: str | Path, d_sae: int | None = None) -> list[PairSnapshot]:
-    """The selections that a training has left, by rising step; none if it left no history.
+    """Read the selections that a training has left, by rising step; none if it left no history.
 
     Args:
         folder: of the SAE, beside whose config.json `pair_history/` is.
         d_sae: features of the SAE, if its indices shall be compared with that.
 
     Raises:
-        SelOrthoError: a file is damaged, holds something else than a selection, or does not fit (names it).
+        SelOrthoError: a file is no snapshot of the step in its name, or does not fit (names it).
     """
-    place = Path(folder, PAIR_HISTORY)
+    history = Path(folder, PAIR_HISTORY)
     try:
-        names = [path.name for path in place.iterdir()] if place.exists() else []
+        paths = [path for path in history.iterdir() if _NAME.fullmatch(path.name)] if history.exists() else []
     except OSError as error:
-        raise SelOrthoError(f"{place} cannot be read ({error.strerror}): expected a folder of snapshots") from error
-    steps = {name: step_of_snapshot(name) for name in names if _NAME.fullmatch(name)}
-    if wrong := [name for name, step in steps.items() if step is None]:
-        raise _refused(place / min(wrong), "is named with needless zeros")
-    found = sorted((step, name) for name, step in steps.items() if step is not None)
-    return [_read(Path(folder), place / name, step, d_sae) for step, name in found]
+        raise SelOrthoError(f"{history} cannot be read ({reason(error)}): expected a folder of snapshots") from error
+    snapshots = []
+    for path in paths:
+        try:
+            if outside := target_outside(Path(folder), path):
+                raise ValueError(f"it leads out of {folder}, to {outside}")
+            snapshots.append(_read(path, d_sae))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise SelOrthoError(
+                f"{path} is not a valid snapshot: {why}; copy it from the training's folder again, or remove it"
+            ) from error
+    return sorted(snapshots, key=lambda snapshot: snapshot.step)
 
 
-def _read(folder: Path, path: Path, step: int, d_sae: int | None) -> PairSnapshot:
-    """One file, once it is known to be the snapshot of the step."""
-    if outside := target_outside(folder, path):
-        raise _refused(path, f"leads out of {folder}, to {outside}")
-    try:
-        if not path.is_file():
-            raise _refused(path, "is no file")
-        if (size := path.stat().st_size) > _LARGEST_FILE:
-            raise _refused(path, f"has {size:,} bytes, expected at most {_LARGEST_FILE:,}")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_header(path, file)
-            tensors = {name: file.get_tensor(name).clone() for name in _DTYPES}  # the file may go
-    except (SafetensorError, OSError) as error:
-        raise _refused(path, f"is damaged or incomplete ({' '.join(str(error).split())[:200]})") from error
-    numbers = {name: metadata.get(name, "") for name in ("step", "selected")}
-    if wrong := [f"{name} {value[:20]!r}" for name, value in numbers.items() if not _NUMBER.fullmatch(value)]:
-        raise _refused(path, f"names no number of its {wrong[0]}")
-    if int(numbers["step"]) != step or step == 0:
-        raise _refused(path, f"is of step {numbers['step']}, its name says {step}")
-    i, j = tensors["i"].long(), tensors["j"].long()
-    snapshot = PairSnapshot(step, i, j, tensors["correlation"], int(numbers["selected"]))
-    if fault := _fault(snapshot, d_sae):
-        raise _refused(path, fault)
-    return snapshot
+def _step_of(name: str) -> int | None:
+    match = _NAME.fullmatch(name)
+    step = int(match.group(1)) if match else None
+    return step if step is not None and snapshot_name(step) == name else None
 
 
-def _check_header(path: Path, file: Any) -> None:
-    """Names, shapes and dtypes, before any tensor is read."""
-    names = set(file.keys())
-    if names != set(_DTYPES):
-        shown = ", ".join(sorted(names)[:5])[:100] or "nothing"
-        raise _refused(path, f"holds {shown}, expected {', '.join(_DTYPES)}")
-    parts = {name: file.get_slice(name) for name in _DTYPES}
-    for name, part in parts.items():
-        if part.get_dtype() != _DTYPES[name]:
-            raise _refused(path, f"holds {name} as {part.get_dtype()}, expected {_DTYPES[name]}")
-    shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-    if len(set(shapes.values())) > 1 or len(shapes["i"]) != 1:
-        said = ", ".join(f"{name} {str(shape)[:60]}" for name, shape in shapes.items())
-        raise _refused(path, f"holds {said}, expected one number of each for every pair")
-
-
-def _fault(snapshot: PairSnapshot, d_sae: int | None) -> str | None:
-    """What is wrong with the pairs, if anything is."""
-    i, j, correlation = snapshot.i, snapshot.j, snapshot.correlation
-    if len(snapshot) > snapshot.selected:
-        return f"holds {len(snapshot)} pairs, of {snapshot.selected} that were selected"
-    if len(snapshot) == 0:
-        return None
-    if bool((i < 0).any()) or bool((i >= j).any()):
-        return "holds pairs that are not 0 <= i < j"
-    if d_sae is not None and int(j.max()) >= d_sae:
-        return f"names feature {int(j.max())}, the SAE has {d_sae}"
-    if not bool(correlation.isfinite().all()):
-        return "holds correlations that are NaN or infinite"
+def _read(path: Path, d_sae: int | None) -> PairSnapshot:
+    """Read a file; raises ValueError, KeyError, OSError or SafetensorError if it is not the snapshot of its step."""
+    if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"expected a file of at most {_LARGEST_FILE:,} bytes")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name).clone() for name in _DTYPES}  # the file may go
+    step, selected = int(metadata["step"]), int(metadata["selected"])
+    i, j, correlation = tensors["i"].long(), tensors["j"].long(), tensors["correlation"]
     strength = correlation.abs()
-    if bool((strength[1:] > strength[:-1]).any()):
-        return "is not sorted by falling absolute correlation"
-    if len(torch.unique((i << 31) | j)) < len(snapshot):
-        return "holds a pair twice"
-    return None
+    _check(step > 0 and snapshot_name(step) == path.name, f"of step {step}, not of the one in its name")
+    _check(all(tensors[name].dtype == dtype for name, dtype in _DTYPES.items()), f"expected {_DTYPES}")
+    _check(i.ndim == 1 and i.shape == j.shape == correlation.shape, "expected one number of each for every pair")
+    _check(len(i) <= selected, f"{len(i)} pairs, of {selected} that were selected")
+    _check(bool(((i >= 0) & (i < j)).all()), "expected pairs with 0 <= i < j")
+    _check(d_sae is None or bool((j < d_sae).all()), f"a pair names a feature beyond the {d_sae} of the SAE")
+    _check(bool(correlation.isfinite().all()), "correlations are NaN or infinite")
+    _check(bool((strength[1:] <= strength[:-1]).all()), "expected correlations by falling absolute value")
+    _check(len(torch.unique((i << 31) | j)) == len(i), "a pair is there twice")
+    return PairSnapshot(step, i, j, correlation, selected)
 
 
-def _refused(path: Path, fault: str) -> SelOrthoError:
-    return SelOrthoError(f"{path} {fault}: copy it from the training's folder again, or remove it")
+def _check(holds: bool, fault: str) -> None:
+    if not holds:
+        raise ValueError(fault)

@@ -42,6 +42,8 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
     for unit in plan.units():
         check_settings(unit, records)
     left = [(unit, missing(unit, records, places, plan)) for unit in plan.units()]
+    # budgets on FVU have been removed: what was measured of them is shown, and not trained again
+    left = [(unit, variants) for unit, variants in left if unit.sweep.arguments.get("ortho_budget") != "fvu"]
     units = [unit for unit, variants in left if variants]
     cost = sum(_cost(unit, variants) for unit, variants in left)
     progress, comparing = Progress(cost, "trainings", "SAE step"), threading.Lock()
@@ -52,8 +54,7 @@ def run_trainings(plan: Plan, places: Places, machine: Machine) -> None:
             compare_sweep(plan, places, unit.sweep, unit.layer)
 
     try:
-        for refers in (False, True):  # a budget is measured against a training that has to be there
-            side_by_side([u for u in units if (u.sweep.reference is not None) is refers], work, machine.jobs)
+        side_by_side(units, work, machine.jobs)
     finally:
         progress.close()
 
@@ -85,10 +86,6 @@ def weights_needed(unit: Unit, variant: str, records: Records, plan: Plan) -> bo
     """Whether something is still to be found out that its record does not say."""
     compared = variant in unit.sweep.compared and plan.seeds > 1
     if compared and not _are_compared(records, plan, unit.sweep, variant, unit.layer):
-        return True
-    referring = [sweep for sweep in plan.sweeps if sweep.referred == (unit.sweep.name, variant)]
-    followers = [Unit(sweep, unit.layer, unit.seed) for sweep in referring if unit.layer in sweep.layers]
-    if any(not records.has(follower.record(name)) for follower in followers for name in follower.sweep.variants):
         return True
     shown = (unit.sweep.name, unit.seed) == (plan.examples.get("sweep"), EXAMPLE_SEED)
     return shown and variant in (TWIN, *example_variants(plan)) and not _has_examples(records, plan)
@@ -205,8 +202,6 @@ class _Job:
             "checkpoint_every": 200, "keep_checkpoints": 1, **sweep.arguments, **sweep.variants[own],
             "eval_samples": 0, "seed": unit.seed, "layers": [unit.layer],
         }  # fmt: skip
-        if sweep.referred is not None:
-            preset["ortho_reference"] = str(self._reference(*sweep.referred))
         write_json(attempt / "preset.json", preset)
         command = [
             *launcher(self.machine), str(self.places.scripts / "train.py"), "--preset", str(attempt / "preset.json"),
@@ -227,13 +222,6 @@ class _Job:
 
         run_process(command, attempt / "train.log", self.environment, f"the training of {unit.name}", look)
         shutil.rmtree(attempt / "run" / CHECKPOINTS, ignore_errors=True)
-
-    def _reference(self, sweep: str, variant: str) -> Path:
-        plan_sweep = next(one for one in self.plan.sweeps if one.name == sweep)
-        other = Unit(plan_sweep, self.unit.layer, self.unit.seed)
-        folder = sae_folder(self.places, other, variant)
-        assert folder is not None  # it counts as missing until it is there, and is trained before
-        return folder
 
     def _measure(self, attempt: Path, records: Records) -> None:
         unit = self.unit

@@ -19,8 +19,7 @@ from ..errors import ConfigError
 from ..language_models.capture import TokenOrigins
 from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import RunArguments
-from ..training.non_finite import NonFiniteGuard
-from ..training.trainer import Trainer
+from ..training.sae_trainer import SAETrainer
 from .world_sampling import SyntheticWorld, WorldStream, derived_seed
 from .world_scores import Scored, score_sae
 from .worlds import BATCH_SIZE, LEARNING_RATE, World, make_world
@@ -127,7 +126,7 @@ def new_variants(
 def train_variants(
     saes: Mapping[str, SelOrthoSAE], source: WorldSource, arguments: RunArguments, progress: bool = True
 ) -> dict[str, TrainedSAE]:
-    """Train SAEs side by side on the same batches, each with a [`Trainer`] of its own, on the CPU.
+    """Train SAEs side by side on the same batches, each with a [`SAETrainer`] of its own, on the CPU.
 
     Args:
         saes: fresh ones by name; they are changed.
@@ -138,17 +137,14 @@ def train_variants(
     Raises:
         NonFiniteError: names the step, and where NaN or infinity first appeared.
     """
-    accelerator, guard = Accelerator(cpu=True), NonFiniteGuard(None)
-    trainers = {
-        name: Trainer(accelerator, sae.train(), arguments, None, name=name, guard=guard) for name, sae in saes.items()
-    }
+    accelerator = Accelerator(cpu=True)
+    trainers = {name: SAETrainer(accelerator, sae.train(), arguments, None, name=name) for name, sae in saes.items()}
     seconds = dict.fromkeys(saes, 0.0)
-    for step in tqdm(range(1, arguments.max_steps + 1), desc="training", unit="step", disable=not progress):
-        guard.step = step
+    for _ in tqdm(range(arguments.max_steps), desc="training", unit="step", disable=not progress):
         batch = source.next_batch()
         for name, trainer in trainers.items():
             started = time.perf_counter()
-            trainer.learn(batch, last=True)
+            trainer.train_step(batch)
             seconds[name] += time.perf_counter() - started
     return {name: TrainedSAE(sae.eval(), seconds[name]) for name, sae in saes.items()}
 

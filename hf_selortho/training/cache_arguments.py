@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from ..data.cache_manifest import STORED_DTYPES
 from ..errors import SelOrthoError
 from .arguments import (
-    RULES,
+    Above1,
+    Count,
+    CountOrZero,
     ModelArguments,
     OneLineParser,
-    Rule,
+    Range,
+    Seed,
     TextArguments,
     argument,
     check_values,
+    one_of,
     preset_defaults,
 )
 
@@ -28,18 +32,22 @@ class CacheArguments:
     overwrite_output_dir: bool = argument(
         False, "Replace the cache that is in the output folder; an unfinished one of the same settings goes on."
     )
-    context_length: int = argument(128, "Longest context in tokens, BOS included.")
+    context_length: Annotated[int, Range(lambda v: v >= 2, "at least 2")] = argument(
+        128, "Longest context in tokens, BOS included."
+    )
     prepend_bos: bool = argument(True, "Whether each context starts with BOS (left out of the activations).")
-    max_norm_ratio: float | None = argument(
+    max_norm_ratio: Above1 | None = argument(
         4.0, "Tokens whose norm exceeds this multiple of the median at one of the layers are left out; inf keeps all."
     )
-    max_tokens: int | None = argument(None, "Tokens to read, BOS included; default: all of the text, once.")
-    eval_samples: int = argument(1000, "Held-out contexts, stored apart for the evaluation.")
-    stored_dtype: str = argument("bfloat16", "bfloat16 or float32; never float16, in which Gemma's overflow.")
-    shard_tokens: int = argument(65_536, "Tokens whose activations make a shard.")
-    seed: int = argument(0, "Seed of the order of the documents.")
+    max_tokens: Count | None = argument(None, "Tokens to read, BOS included; default: all of the text, once.")
+    eval_samples: CountOrZero = argument(1000, "Held-out contexts, stored apart for the evaluation.")
+    stored_dtype: Annotated[str, one_of(*STORED_DTYPES)] = argument(
+        "bfloat16", "bfloat16 or float32; never float16, in which Gemma's overflow."
+    )
+    shard_tokens: Count = argument(65_536, "Tokens whose activations make a shard.")
+    seed: Seed = argument(0, "Seed of the order of the documents.")
     cpu: bool = argument(False, "Use the CPU even where there is an accelerator.")
-    cpu_threads: int | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
+    cpu_threads: Count | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
     dry_run: bool = argument(False, "Say what would be done and what it needs, and stop.")
 
 
@@ -73,14 +81,4 @@ def _check(model: ModelArguments, text: TextArguments, arguments: CacheArguments
         raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) to read after")
     if arguments.max_norm_ratio is not None and arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
-    check_values(RULES, model=model, data=text, run=arguments, evaluation=arguments)
-    check_values(_RULES, cache=arguments)
-
-
-_RULES: list[Rule] = [
-    ("cache", "context_length", lambda v: v >= 2, "at least 2"),
-    ("cache", "max_norm_ratio", lambda v: v > 1, "above 1, or inf"),
-    ("cache", "max_tokens", lambda v: v >= 1, "at least 1"),
-    ("cache", "stored_dtype", lambda v: v in STORED_DTYPES, " or ".join(STORED_DTYPES)),
-    ("cache", "shard_tokens", lambda v: v >= 1, "at least 1"),
-]
+    check_values(model, text, arguments)

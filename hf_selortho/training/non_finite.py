@@ -1,4 +1,4 @@
-"""What becomes of a batch that is not finite: the step is not taken, the batch is kept, and somebody is told."""
+"""What becomes of a step with NaN or infinity in it, and of a loss that jumps."""
 
 from __future__ import annotations
 
@@ -22,57 +22,51 @@ from .run_folder import DEBUG
 logger = logging.getLogger(__name__)
 
 SPIKE_WINDOW = 101  # steps whose median loss a step is compared with
+ADVICE = "look at these activations, or try a lower --learning_rate"
 _FEWEST_STEPS = 20  # before that, the loss still falls
 
 
-class NonFiniteGuard:
+class NonFinitePolicy:
     """Keeps the batches that were not finite, and decides whether the run goes on without them.
 
     Args:
         folder: of the run; a batch is written to its `debug/step_N.safetensors`.
         policy: "stop", or "skip" for a run that goes on without the step.
-        limit: batches that are skipped at most.
-        rank, processes: this process's number, and how many there are.
+        limit: steps that are skipped at most, those of several SAEs on one batch counted once.
+        rank, processes: this process's number, and how many there are; each keeps its part of the batch.
     """
-
-    step = 1  # that is on its way; the loop sets it
 
     def __init__(
         self, folder: Path | None, policy: str = "stop", limit: int = 10, rank: int = 0, processes: int = 1
     ) -> None:
         self.folder, self.policy, self.limit = folder, policy, limit
         self._suffix = f"_rank_{rank}" if processes > 1 else ""
+        self.step = 1  # that is on its way; whoever trains sets it
         self.skipped = 0
-        self._counted_at = 0  # the latest step of which a batch was counted
-        self._latest: TokenOrigins | None = None  # of the latest batch that was kept
-        self._places: dict[tuple[int, ...], str] = {}  # where, by the layers of its activations
+        self._batch: TokenOrigins | None = None  # of the latest batch that was counted
+        self._kept: dict[tuple[int, ...], str] = {}  # of that batch, by layers: where it is
 
-    def meet_in_step(
-        self, fault: str, origins: TokenOrigins | None, activations: Mapping[int, Tensor], advice: str
+    def handle(
+        self,
+        fault: str,
+        origins: TokenOrigins,
+        activations: Mapping[int, Tensor],
+        advice: str = ADVICE,
     ) -> None:
-        """[`meet`] for a batch of the step on its way, which each of several SAEs may meet: it counts once."""
-        if self._counted_at == self.step:
-            self.skipped -= 1
-        self._counted_at = self.step
-        self.meet(fault, origins, activations, advice)
-
-    def meet(self, fault: str, origins: TokenOrigins | None, activations: Mapping[int, Tensor], advice: str) -> None:
         """Keep a batch that was not finite; returns if the run goes on without it.
 
         Args:
-            fault: what was not finite, and where.
-            origins: of the tokens; None in a process whose own batch was in order. activations: of these, by layer.
+            fault: where NaN or infinity first appeared.
+            origins: of the tokens. activations: of these, by layer.
             advice: what to change.
 
         Raises:
             NonFiniteError: the run stops here.
         """
-        self.skipped += 1
-        kept, documents = "", ""
-        if origins is not None:
-            kept = self.keep(fault, origins, activations)
-            documents = f". Documents of the batch: {_listed(origins.document_ids.unique().tolist())}"
-        words = f"{fault} at step {self.step}: the step was not taken{documents}{kept}"
+        if origins is not self._batch:
+            self._batch, self._kept = origins, {}
+            self.skipped += 1
+        words = f"{fault} at step {self.step}: the step was not taken. {self.keep(fault, origins, activations)}"
         if self.policy == "stop":
             raise NonFiniteError(f"{words}; {advice}, or pass --non_finite skip to leave such batches out")
         if self.skipped > self.limit:
@@ -82,96 +76,89 @@ class NonFiniteGuard:
             )
         logger.warning("%s; going on without it (%d of at most %d)", words, self.skipped, self.limit)
 
-    def meet_activations(self, error: NonFiniteActivationsError) -> None:
-        """[`meet`] for what the language model has produced: the tokens that are not finite are left out."""
-        self.meet(str(error), error.origins, error.by_layer, error.advice)
+    def handle_activations(self, error: NonFiniteActivationsError) -> None:
+        """Handle what the language model has produced: the tokens that are not finite are left out."""
+        self.handle(str(error), error.origins, error.by_layer, error.advice)
 
     def keep(self, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
-        """Write a batch down, once for each layer; says where, or why not."""
+        """Write a batch to `debug/`, once for each layer; says of which documents it is, and where."""
+        documents = f"Documents of the batch: {_listed(origins)}"
         if self.folder is None:
-            return ""
-        if self._latest is not origins:
-            self._latest, self._places = origins, {}
-        layers = tuple(activations)
-        if layers not in self._places:
-            self._places[layers] = self._write(self.folder / DEBUG, fault, origins, activations)
-        return self._places[layers]
+            return documents
+        if tuple(activations) not in self._kept:
+            self._kept[tuple(activations)] = self._write(self.folder / DEBUG, fault, origins, activations)
+        return f"{documents}; {self._kept[tuple(activations)]}"
 
     def _write(self, folder: Path, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
-        step = self.step
-        single = len(activations) == 1
         tensors = {name: getattr(origins, name).cpu().contiguous() for name in ORIGIN_NAMES}
         for layer, rows in activations.items():
-            tensors["activations" if single else f"activations.{layer}"] = rows.detach().cpu().contiguous()
-        number = 1
-        path = folder / f"step_{step:06d}{self._suffix}.safetensors"
-        while path.exists():
-            number += 1
-            path = folder / f"step_{step:06d}{self._suffix}_{number}.safetensors"
+            name = "activations" if len(activations) == 1 else f"activations.{layer}"
+            tensors[name] = rows.detach().cpu().contiguous()
+        name = f"step_{self.step:06d}{self._suffix}"
+        others = len(list(folder.glob(f"{name}*.safetensors")))
+        path = folder / f"{name}{f'_{others + 1}' if others else ''}.safetensors"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, save(tensors, {"fault": fault, "step": str(step)}))
+            replace_file(path, save(tensors, {"fault": fault, "step": str(self.step)}))
         except OSError as error:
-            return f"; it could not be written to {path}: {reason(error)}"
-        return f"; it is in {path}"
+            return f"it could not be written to {path}: {reason(error)}"
+        return f"it is in {path}"
 
 
 class LossSpikes:
-    """Notices a loss beyond a multiple of the running median.
+    """Reports a loss beyond a multiple of the running median.
 
     Args:
-        factor: that multiple; None notices nothing.
+        factor: that multiple; None reports nothing.
         name: of the SAE among several; "" if there is one.
     """
 
     def __init__(self, factor: float | None, name: str = "") -> None:
         self.factor, self.name = factor, name
         self.count = 0
-        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
-    def see(self, step: int, loss: float, origins: TokenOrigins) -> None:
-        """Look at the loss of a step; says so where it stands out."""
+    def add(self, step: int, loss: float, origins: TokenOrigins) -> None:
+        """Compare the loss of a step with those before."""
         if self.factor is None:
             return
-        if len(self._losses) >= _FEWEST_STEPS:
-            median = statistics.median(self._losses)
-            if median > 0 and loss > self.factor * median:
-                self.count += 1
-                logger.warning(
-                    "loss spike at step %d%s: %.4g, %.1f times the median of the %d steps before; documents of the "
-                    "batch: %s",
-                    *(step, f" of {self.name}" if self.name else "", loss, loss / median, len(self._losses)),
-                    _listed(origins.document_ids.unique().tolist()),
-                )
-        self._losses.append(loss)
+        median = statistics.median(self.losses) if len(self.losses) >= _FEWEST_STEPS else 0.0
+        if median > 0 and loss > self.factor * median:
+            self.count += 1
+            logger.warning(
+                "loss spike at step %d%s: %.4g, %.1f times the median of the %d steps before; documents of the "
+                "batch: %s",
+                *(step, f" of {self.name}" if self.name else "", loss, loss / median, len(self.losses)),
+                _listed(origins),
+            )
+        self.losses.append(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"count": self.count, "losses": list(self._losses)}
+        """Return what a checkpoint keeps."""
+        return {"count": self.count, "losses": list(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a [`state_dict`]."""
-        self.count = int(state["count"])
-        self._losses = deque(map(float, state["losses"]), maxlen=SPIKE_WINDOW)
+        self.count, self.losses = int(state["count"]), deque(map(float, state["losses"]), maxlen=SPIKE_WINDOW)
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Whether all numbers are finite, () bool; NaN and infinity survive a sum, which reads the tensor only once."""
-    quick = tensor.detach().sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
+    """Tell whether all numbers are finite, () bool; NaN and infinity survive a sum, which reads them only once."""
     if tensor.device.type == "cuda":  # looking at the sum would wait for the GPU
         return tensor.detach().isfinite().all()
+    quick = tensor.detach().sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
     return quick.isfinite() if math.isfinite(float(quick)) else tensor.detach().isfinite().all()
 
 
 def first_not_finite(named: Mapping[str, Tensor | None]) -> str | None:
-    """The first of some tensors by name that is not finite everywhere, and in how many numbers; None if all are."""
+    """Name the first of some tensors that is not finite everywhere, and in how many numbers; None if all are."""
     for name, tensor in named.items():
-        if tensor is not None:
-            bad = int((~tensor.detach().isfinite()).sum())
-            if bad:
-                return f"{name} ({bad:,} of {tensor.numel():,} numbers)" if tensor.numel() > 1 else name
+        bad = 0 if tensor is None else int((~tensor.detach().isfinite()).sum())
+        if tensor is not None and bad:
+            return f"{name} ({bad:,} of {tensor.numel():,} numbers)"
     return None
 
 
-def _listed(documents: list[int], limit: int = 16) -> str:
+def _listed(origins: TokenOrigins, limit: int = 16) -> str:
+    documents = origins.document_ids.unique().tolist()
     return ", ".join(map(str, documents[:limit])) + (" ..." if len(documents) > limit else "")

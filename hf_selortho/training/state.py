@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..carried import CarriedSums
 from ..configuration_selortho import SelOrthoConfig
-from ..decorrelation import pair_count, select_pairs
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from ..pair_selection import Pairs
+from ..pair_selection import CoactivationEMA, Pairs, select_pairs
 from ..process_group import SINGLE_PROCESS, ProcessGroup
-from ..sparse_ops import ActiveFeatures
-from .budget import FVUBudget, GradientShare
+from ..sparse_ops import FeatureActivations
 
-CARRIED_PAIRS = 8  # co-activations carried over, as a multiple of the pairs asked for
-Controller = GradientShare | FVUBudget
+
+@dataclass
+class GradientShare:
+    """Holds the penalty's gradient at a fixed share of the reconstruction's: `|g_penalty| = share |g_reconstruction|`.
+
+    The coefficient moves in log space towards the one that would have met the share, by `rate` of the way.
+    """
+
+    coefficient: float
+    share: float
+    rate: float = 0.2
+    low: float = 1e-6
+    high: float = 1e3
+
+    def update(self, penalty_norm: float, reconstruction_norm: float) -> None:
+        """Move by gradient norms measured with the current coefficient; 0, NaN and infinity tell nothing."""
+        if 0 < penalty_norm < math.inf and 0 < reconstruction_norm < math.inf:
+            distance = math.log(self.share) + math.log(reconstruction_norm) - math.log(penalty_norm)
+            self.coefficient = min(self.high, max(self.low, self.coefficient * math.exp(self.rate * distance)))
 
 
 @dataclass
@@ -28,42 +43,42 @@ class TrainState:
     step: int = 0
     tokens: int = 0  # drawn from the buffers of all processes
     pairs: Pairs | None = field(default=None, repr=False)  # of the latest selection
-    carried: CarriedSums | None = field(default=None, repr=False)  # co-activations of earlier batches
-    controller: Controller | None = None  # steers the penalty's coefficient
+    carried: CoactivationEMA | None = field(default=None, repr=False)  # co-activations of earlier batches
+    controller: GradientShare | None = None  # steers the penalty's coefficient
     skipped: int = 0  # steps that were not taken, as something was not finite
 
-    def count(self, features: Tensor | ActiveFeatures, tokens: int) -> None:
+    def count(self, features: FeatureActivations, tokens: int) -> None:
         """Count a batch: feature activations (B, d_sae) of this process, `tokens` over all processes."""
         self.tokens += tokens
         self.tokens_since_fired += tokens
-        if isinstance(features, ActiveFeatures):
-            self.tokens_since_fired[features.cols[features.values > 0]] = 0
-        else:
-            self.tokens_since_fired[(features > 0).any(0)] = 0
+        self.tokens_since_fired[features.fired()] = 0
 
     def dead(self, after_tokens: int, group: ProcessGroup) -> Tensor:
-        """Features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
-        since = self.tokens_since_fired
-        return group.minimum(since) >= after_tokens
+        """Return the features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
+        return group.minimum(self.tokens_since_fired) >= after_tokens
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return firing counters, selected pairs and carried co-activations of this process."""
+        tensors = {"tokens_since_fired": self.tokens_since_fired}
+        if self.pairs is not None:
+            tensors |= {f"pairs.{name}": getattr(self.pairs, name) for name in ("i", "j", "correlation")}
+        if self.carried is not None:
+            tensors |= {f"carried.{name}": value for name, value in self.carried.state_dict().items()}
+        return tensors
 
-def new_carried(config: SelOrthoConfig) -> CarriedSums:
-    """Empty co-activation sums of a run."""
-    assert config.d_sae is not None
-    limit = CARRIED_PAIRS * pair_count(config.d_sae, config.pair_fraction)
-    return CarriedSums(config.d_sae, config.carry_decay, limit)
-
-
-def learning_rate_at(step: int, *, peak: float, steps: int, warmup: float = 0, decay: float = 0) -> float:
-    """Learning rate of step `step` (counted from 1): linear warm-up, constant, linear decay that ends at step `steps`.
-
-    `warmup` and `decay` are numbers of steps, or shares of `steps` if below 1.
-    """
-    warmup = warmup * steps if warmup < 1 else warmup
-    decay = decay * steps if decay < 1 else decay
-    rising = min(1.0, step / warmup) if warmup else 1.0
-    falling = min(1.0, (steps - step + 1) / decay) if decay else 1.0
-    return peak * rising * falling
+    def load_tensors(self, tensors: dict[str, Tensor], config: SelOrthoConfig) -> None:
+        """Take back what [`tensors`] gave; raises KeyError if a part is missing, ValueError if a shape is another."""
+        since = tensors["tokens_since_fired"]
+        if since.shape != self.tokens_since_fired.shape:
+            raise ValueError(f"tokens_since_fired of {len(since)} features")
+        self.tokens_since_fired.copy_(since)
+        moved = {name: value.to(self.tokens_since_fired.device) for name, value in tensors.items()}
+        if "pairs.i" in moved:
+            self.pairs = Pairs(moved["pairs.i"], moved["pairs.j"], moved["pairs.correlation"])
+        carried = {name.removeprefix("carried."): moved[name] for name in moved if name.startswith("carried.")}
+        if carried:
+            self.carried = CoactivationEMA.of_config(config)
+            self.carried.load_state_dict(carried)
 
 
 @torch.no_grad()
@@ -74,7 +89,7 @@ def step_report(
     pairs: Pairs | None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float | None]:
-    """Figures of one batch (B, d_in); correlations are those of the latest selection, or of one made for the report."""
+    """Return figures of a batch (B, d_in); correlations are of the latest selection, or of one made for the report."""
     assert output.losses is not None and output.loss is not None and output.reconstruction is not None
     h = output.features.detach()
     variance = (activations - activations.mean(0)).square().sum(1).mean()
@@ -83,12 +98,11 @@ def step_report(
     if pairs is None:
         pairs = select_pairs(h, config.pair_fraction, config.min_support, config.correlation, group=group)
     strength = pairs.correlation.abs()
-    fired = h.values > 0 if isinstance(h, ActiveFeatures) else h > 0
     return {
         "loss": output.loss.item(),
         **{name: term.item() for name, term in output.losses.items()},
         "fvu": (error / variance).item(),
-        "l0": float(fired.sum()) / len(activations),
+        "l0": h.l0(),
         "peak_correlation": float(strength.max()) if len(pairs) else None,
         "top_correlation": float(strength.mean()) if len(pairs) else None,
         "selected_pairs": len(pairs),
@@ -97,7 +111,7 @@ def step_report(
 
 
 def pair_churn(pairs: Pairs | None, previous: Pairs | None, d_sae: int) -> float | None:
-    """Share of the selected pairs that the selection before did not hold; None where there is nothing to compare."""
+    """Return the share of selected pairs that the selection before did not hold; None if there is none to compare."""
     if pairs is None or previous is None or len(pairs) == 0:
         return None
     return 1 - float(torch.isin(pairs.keys(d_sae), previous.keys(d_sae)).float().mean())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -13,14 +15,11 @@ from filelock import FileLock, Timeout
 from ..errors import SelOrthoError
 
 LOCK = ".lock"
+_ATTEMPTS = 5  # to write on a full disk, a second apart
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk.
-
-    Raises:
-        OSError: it cannot be opened or flushed.
-    """
+    """Flush a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -41,10 +40,8 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
     """
     temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(data)
+        sync(temporary)
         temporary.replace(path)
         sync(path.parent)
     except OSError:
@@ -53,11 +50,7 @@ def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file, read a part at a time.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Hash a file, a part at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -65,35 +58,38 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def let_go(path: Path) -> None:
-    """Tell the system that it need not keep a file in memory: it has been written, and nobody reads it for now.
-
-    On a virtual machine, where memory for a new file costs more time than to write it, many files that are let go one
-    by one are far cheaper than a large one.
-    """
-    if not hasattr(os, "posix_fadvise"):  # Windows, macOS
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
-
-
 def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of room."""
+    """Tell whether a write failed for want of room."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def reason(error: OSError) -> str:
-    """Why a write failed, in words."""
+    """Say why a write failed."""
     return "the disk is full" if is_full(error) else error.strerror or str(error)
+
+
+def when_there_is_room(write: Callable[[], None]) -> None:
+    """Write something. On a full disk, wait a little: a checkpoint that finds no room is removed.
+
+    Args:
+        write: does it, or raises an OSError and leaves nothing behind.
+
+    Raises:
+        OSError: there still is no room, or something else is wrong.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return write()
+        except OSError as error:
+            if not is_full(error) or attempt == _ATTEMPTS - 1:
+                raise
+        time.sleep(1)
 
 
 class FolderLock:
     """Keeps other processes out of a folder while this one writes it: `with FolderLock(folder, "training"):`.
 
-    The kernel lets go of the lock when the process ends, however it ends. The folder is made if it is missing, and goes
+    The kernel releases the lock when the process ends, however it ends. The folder is made if it is missing, and goes
     again if an error comes before anything is in it. The file `.lock` stays: to remove it would let two processes in.
 
     Args:
@@ -106,14 +102,13 @@ class FolderLock:
 
     def __init__(self, folder: Path, doing: str) -> None:
         self.folder, self.doing = folder, doing
+        self._lock = FileLock(folder / LOCK)
         self._made: list[Path] = []  # the innermost first
 
     def __enter__(self) -> FolderLock:
-        self._lock = FileLock(self.folder / LOCK)
         try:
-            missing = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._made = missing
             self._lock.acquire(timeout=0)
         except Timeout:
             raise SelOrthoError(
@@ -121,21 +116,28 @@ class FolderLock:
                 "wait until it is done, or choose another --output_dir"
             ) from None
         except OSError as error:
-            self._remove_made()
             raise SelOrthoError(
                 f"cannot write to output folder {self.folder} ({reason(error)}): choose another --output_dir"
             ) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
-            self._remove_made()
+        for folder in self._made if error is not None else ():
+            if any(entry.name != LOCK for entry in folder.iterdir()):
+                break
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
         self._lock.release()
 
-    def _remove_made(self) -> None:
-        """Remove the folders that were made here, unless something is in them by now."""
-        for place in self._made:
-            if {entry.name for entry in place.iterdir()} - {LOCK}:
-                return
-            (place / LOCK).unlink(missing_ok=True)
-            place.rmdir()
+
+def target_outside(folder: Path, path: Path) -> Path | None:
+    """Return where a file of `folder` leads, if that is out of the folder; None if it stays inside.
+
+    In huggingface_hub's cache, snapshots/<commit>/file is a link to ../../blobs/<hash>: that counts as inside.
+    """
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return path
+    blobs = {parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"}
+    return None if target.is_relative_to(root) or target.parent in blobs else target

@@ -69,7 +69,7 @@ def make(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
 
         def run(overwrite: bool = False) -> None:
             if folder.begin(settings, overwrite=overwrite):
-                held_out = held_out_contexts(texts, lm.tokenizer, limit=9, context_length=64)
+                held_out = list(held_out_contexts(texts, lm.tokenizer, limit=9, context_length=64))
                 writer = CacheWriter(capture, stream(), held_out, folder, settings)
                 writer.run()
                 folder.finish(writer.manifest({}), "card\n")
@@ -87,7 +87,7 @@ def test_shards_hold_what_the_language_model_says(make) -> None:
     stream, dropped = made.stream(), 0
     assert len(cache.manifest.shards) > 3
     for entry in cache.manifest.shards:
-        shard, expected = cache.read(entry, LAYERS), made.capture.harvest(stream.take_tokens(400))
+        shard, expected = cache.read(entry, LAYERS), made.capture.capture_all(stream.take_tokens(400))
         assert len(shard) == entry.rows == len(expected)
         for layer in LAYERS:
             assert torch.equal(shard.by_layer[layer], expected.by_layer[layer])
@@ -120,7 +120,7 @@ def test_statistics_are_those_of_the_rows(make) -> None:
     made.run()
     cache = made.cache()
     made.capture.max_norms = (None, None)
-    everything = made.capture.harvest(made.stream().take(10_000))
+    everything = made.capture.capture_all(made.stream().take(10_000))
     for layer in LAYERS:
         rows = torch.cat([cache.read(e, [layer]).by_layer[layer] for e in cache.manifest.shards]).double()
         statistics, summary = layer_statistics(cache, layer), cache.manifest.layer(layer)

@@ -53,7 +53,7 @@ def small_plan(lm: Path, text: Path, **changes: Any) -> dict[str, Any]:
             },
             "topk-adaptive": {
                 "sections": ["pareto"], "recipe": "topk", "layers": [1], "variants": {"activation-adaptive": {}},
-                "arguments": {"ortho_budget": "fvu", "ortho_budget_value": 0.01}, "reference": "topk/none",
+                "arguments": {"ortho_budget": "gradient", "ortho_budget_value": 0.01}, "reference": "topk/none",
             },
         },
         "ground_truth": {

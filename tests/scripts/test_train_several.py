@@ -112,14 +112,6 @@ def test_layers_and_twins_equal_runs_of_their_own(live, tmp_path, capsys) -> Non
     assert (tmp_path / "run" / "layer_1" / "README.md").is_file()
 
 
-def test_variants_by_name(live, tmp_path) -> None:
-    variants = '{"strong": {"ortho_coefficient": 5.0}, "top-4": {"activation": "topk", "k": 4}}'
-    train.main(live(layer=1, variants=variants, eval_samples=0))
-    configs = {p.name: SelOrthoSAE.from_pretrained(p).config for p in (tmp_path / "run").glob("layer_*")}
-    assert set(configs) == {"layer_1", "layer_1_strong", "layer_1_top-4"}
-    assert configs["layer_1_strong"].ortho_coefficient == 5.0 and configs["layer_1_top-4"].k == 4
-
-
 @pytest.mark.parametrize("source", ["live", "shards"])
 def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_path) -> None:
     build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
@@ -151,7 +143,7 @@ class _Replay:
         capture = ActivationCapture(lm, layers, limits)
         self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
         while contexts := stream.take_tokens(3000):
-            part = capture.harvest(contexts)
+            part = capture.capture_all(contexts)
             places = zip(part.origins.document_ids.tolist(), part.origins.positions.tolist(), strict=True)
             for row, place in enumerate(places):
                 self.rows[place] = {layer: held[row] for layer, held in part.by_layer.items()}
@@ -216,7 +208,7 @@ def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvest
     [
         ({}, "no layer given: choose --layer, or --layers for several, from 1, 2"),
         ({"layer": 3}, "holds no layer 3: choose from 1, 2"),
-        ({"layer": 1, "context_length": 64}, "--context_length 64: .* were harvested with 256"),
+        ({"layer": 1, "context_length": 64}, "--context_length 64: .* were cached with 256"),
         ({"layer": 1, "activations": "nowhere"}, "no such folder of activations: nowhere"),
         ({"layer": 1, "activations": "hub:acme"}, 'activations "hub:acme": expected hub:owner/name'),
         ({"layers": [1, 1]}, "expected each layer once"),
@@ -255,7 +247,7 @@ def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
     assert "4 SAEs with 16,768 parameters, trained on 1,024 tokens" in shown  # 4 (2 * 32 * 64 + 64 + 32)
     assert "activations held" in shown and "in all" in shown and not (tmp_path / "run").exists()
     monkeypatch.setattr(dry_run, "available_memory", lambda device: 100_000)
-    with pytest.raises(SelOrthoError, match="this run cannot fit: activations held"):
+    with pytest.raises(SelOrthoError, match="this run cannot fit: it needs .* of memory .*activations held"):
         train.main(build(layers=[1, 2], dry_run=True))
 
 
@@ -303,7 +295,7 @@ def test_settings_by_layer_count_in_a_run_of_a_single_layer_from_shards(argument
     settings = '{"1": {"k": 8, "activation": "topk"}, "9": {"k": 4}}'
     train.main(arguments(activations=harvested, layer=1, layer_settings=settings, max_steps=2, eval_samples=0))
     assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.k == 8
-    with pytest.raises(SelOrthoError, match="context_length 9: the activations of .* were harvested with 256"):
+    with pytest.raises(SelOrthoError, match="context_length 9: the activations of .* were cached with 256"):
         train.main(
             arguments(activations=harvested, layer=1, layer_settings='{"1": {"context_length": 9}}', output_dir="none")
         )
@@ -323,24 +315,12 @@ def test_a_changed_file_of_variants_is_noticed_on_resuming(arguments, harvested,
         train.main(arguments(**again))
 
 
-def test_a_run_of_several_that_died_while_it_wrote_its_saes_can_be_replaced(arguments, harvested, tmp_path) -> None:
-    changes = {"activations": harvested, "layers": [1, 2], "max_steps": 2, "eval_samples": 0}
-    train.main(arguments(**changes))
-    for name in ("run.json", "metrics.json", "README.md"):
-        (tmp_path / "run" / name).unlink()
-        (tmp_path / "run" / "layer_2" / name).unlink()
-    train.main(arguments(**changes, overwrite_output_dir=True))
-    assert (tmp_path / "run" / "run.json").is_file()
-
-
 def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes),
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     path = os.pathsep.join([str(ROOT / "tests" / "no_threads_left"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
-        [*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
+        [*torchrun, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
     )
 
 
@@ -371,6 +351,6 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
 
 
 def test_two_processes_agree_on_how_long_to_probe(live) -> None:
-    done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True, cpu=None)], 2)
+    done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True)], 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 SAEs with") == 1 and "trained on 1,024 tokens" in done.stdout

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from hf_selortho.training.checkpoint_files import (
     PART_BYTES,
     TRAINER,

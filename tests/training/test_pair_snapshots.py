@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.data.pair_history import PAIR_HISTORY, read_pair_history
+from hf_selortho.data.pair_history import MOST, PAIR_HISTORY, PairHistory, read_pair_history
 from hf_selortho.pair_selection import Pairs
-from hf_selortho.training.pair_history import MOST, PairHistory
 
 
 def config(interval: int = 1, penalty: str = "selective") -> SelOrthoConfig:
@@ -28,7 +27,7 @@ def train(folder: Path, max_steps: int, interval: int, *, first: int = 1, until:
     history = PairHistory(folder, config(interval), max_steps, resume_at=first - 1)
     for step in range(first, (until or max_steps) + 1):
         if (step - 1) % interval == 0:
-            history.see(step, pairs(step))
+            history.add(step, pairs(step))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,7 +85,7 @@ def test_what_was_there_goes_at_a_new_start_but_for_what_others_put_there(tmp_pa
 def test_other_penalties_leave_nothing(penalty, tmp_path) -> None:
     history = PairHistory(tmp_path, config(penalty=penalty), 40)
     for step in range(1, 41):
-        history.see(step, pairs(step))
+        history.add(step, pairs(step))
     assert not any(tmp_path.iterdir())
 
 
@@ -95,13 +94,13 @@ def test_a_snapshot_waits_for_room_and_is_whole_or_not_there(small_disks) -> Non
     if not disk.mounted:
         pytest.skip("no file system may be mounted here")
     history, filler = PairHistory(disk.folder, config(), 20), disk.folder / "filler"
-    history.see(1, pairs(1, count=4000))
+    history.add(1, pairs(1, count=4000))
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
         while True:
             file.write(b"x" * 1000)
     with pytest.raises(SelOrthoError, match="cannot write .*step_000002.safetensors: the disk is full; make room"):
-        history.see(2, pairs(2, count=4000))
+        history.add(2, pairs(2, count=4000))
     assert list(contents(disk.folder)) == ["step_000001.safetensors"]
     threading.Timer(1.5, filler.unlink).start()
-    history.see(3, pairs(3, count=4000))
+    history.add(3, pairs(3, count=4000))
     assert steps(disk.folder) == [1, 3]

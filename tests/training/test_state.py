@@ -4,21 +4,14 @@ import pytest
 import torch
 
 from hf_selortho import Pairs, SelOrthoConfig, SelOrthoSAE
-from hf_selortho.training.state import TrainState, learning_rate_at, pair_churn, step_report
-
-
-def test_learning_rate_schedule() -> None:
-    rates = [learning_rate_at(s, peak=1.0, steps=10, warmup=4, decay=5) for s in range(1, 11)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
-    shares = [learning_rate_at(s, peak=1.0, steps=10, warmup=0.4, decay=0.5) for s in range(1, 11)]
-    assert shares == pytest.approx(rates)
-    assert learning_rate_at(1, peak=3e-4, steps=10) == learning_rate_at(10, peak=3e-4, steps=10) == 3e-4
+from hf_selortho.sparse_ops import DenseFeatures, active_features
+from hf_selortho.training.state import TrainState, pair_churn, step_report
 
 
 def test_firing_counters() -> None:
     state = TrainState(torch.zeros(3, dtype=torch.int64))
-    state.count(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]), tokens=2)
-    state.count(torch.tensor([[0.0, 0.0, 2.0]]), tokens=5)
+    state.count(DenseFeatures(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])), tokens=2)
+    state.count(active_features(torch.tensor([[0.0, 0.0, 2.0]])), tokens=5)
     assert state.tokens == 7 and state.tokens_since_fired.tolist() == [7, 5, 0]
 
 

@@ -74,7 +74,7 @@ def adaptive(findings: Findings, figures: Path, link: str) -> str:
     if not parts:
         return ""
     return (
-        "## Adaptive coefficient\n\n`--ortho_budget fvu` moves the coefficient so that the FVU of the training batches "
-        "stays a given share above the twin's; beside it fixed coefficients of the same penalties.\n\n"
-        + "\n\n".join(parts)
+        "## Adaptive coefficient\n\n`--ortho_budget fvu`, which has been removed since, moved the coefficient so that "
+        "the FVU of the training batches stayed a given share above the twin's; beside it fixed coefficients of the "
+        "same penalties.\n\n" + "\n\n".join(parts)
     )
