@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from tests.warm_start import WarmStart
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("HF_SELORTHO_KILLS", 20))
-STOPS = int(os.environ.get("HF_SELORTHO_KILLS", 10))
-STEPS, EVERY = 15 * max(20, KILLS), 5  # so that there is something left to do after each kill
+KILLS = int(os.environ.get("HF_SELORTHO_KILLS", 5))  # one of each kind
+STOPS = int(os.environ.get("HF_SELORTHO_KILLS", 2))
+STEPS, EVERY = 24 * KILLS, 5  # so that there is something left to do after each kill
 LAUNCHERS = {
     1: [sys.executable],
     2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -222,7 +222,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(processes, 
     with WarmStart() as warm:
         for number in range(KILLS):
             before, run = steps_logged(folder), WarmRun(warm, resuming, processes)
-            kind = ("step", "writing", "step", "written", "start")[number % 5]
+            kind = ("writing", "step", "written", "step", "start")[number % 5]
             target = int((number + generator.random()) / KILLS * (STEPS - 10 * EVERY))
             if kind == "start":
                 time.sleep(generator.uniform(0, before_a_step))
@@ -273,9 +273,8 @@ def check_words_of_a_stop(said: str, folder: Path, command: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_launched_run_is_told_to_stop(number, processes, command, tmp_path) -> None:
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_launched_run_is_told_to_stop(processes, number, command, tmp_path) -> None:
     """The whole command line, launcher included; what it says is what one has to type."""
     folder = tmp_path / "run"
     process = start(command(processes, "live", folder))
@@ -308,11 +307,12 @@ def test_two_processes_agree_about_a_batch_that_is_not_finite(command, tmp_path)
     process = start(stopping)
     assert process.wait(process.everybody(), 180) != 0
     assert "NaN or infinity in the activations on" in process.said()
-    assert "another process found that activations are not finite" in process.said()
-    kept = [path.name for path in (tmp_path / "stopped" / "debug").iterdir()]
-    assert len(kept) == 1 and kept[0].endswith("_rank_0.safetensors")
+    kept = sorted(path.name for path in (tmp_path / "stopped" / "debug").iterdir())
+    assert len(kept) == 2 and [name[11:] for name in kept] == ["_rank_0.safetensors", "_rank_1.safetensors"]
 
     finish(start([*command(2, "shards", tmp_path / "skipped"), "--non_finite", "skip", "--max_skipped", "40"]))
     rows = [json.loads(line) for line in (tmp_path / "skipped" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["skipped_steps"] == len(list((tmp_path / "skipped" / "debug").iterdir())) > 0
+    for rank in (0, 1):
+        kept = list((tmp_path / "skipped" / "debug").glob(f"*_rank_{rank}.safetensors"))
+        assert rows[-1]["skipped_steps"] == len(kept) > 0
     assert rows[-1]["step"] == STEPS

@@ -292,9 +292,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
 
 def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """Read the arguments of the preset that a command line names; empty if it names none."""
-    after = dict(pairwise([*argv, ""]))
-    written_as_one = (part.removeprefix("--preset=") for part in argv if part.startswith("--preset="))
-    preset = after.get("--preset") or next(written_as_one, "")
+    preset = ""
+    for part, following in pairwise([*argv, ""]):
+        if part == "--preset" or part.startswith("--preset="):
+            preset = part.removeprefix("--preset=") if "=" in part else following
     return load_preset(preset) if preset else {}
 
 

@@ -143,23 +143,26 @@ def verify(folder: Path) -> None:
     """
     manifest = _read_json(folder, MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _damaged(folder, MANIFEST, f"is damaged: expected the format {FORMAT}")
+        raise _damaged(folder, MANIFEST)
     if manifest.get("version") != VERSION:
         raise SelOrthoError(
             f"checkpoint {folder} is of version {manifest.get('version')!r}, this hf_selortho reads {VERSION}: resume "
             "with the one that wrote it"
         )
-    expected = manifest.get("files", {})
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
-    for name in sorted(present ^ expected.keys()):
-        raise _damaged(folder, name, "is missing" if name in expected else f"is not in {MANIFEST}")
-    for name, sha256 in expected.items():
+    expected = manifest.get("files")
+    if not isinstance(expected, dict):
+        raise _damaged(folder, MANIFEST)
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    for name in sorted((paths.keys() | expected.keys()) - {MANIFEST}):
         try:
-            intact = sha256_of(folder / name) == sha256
-        except OSError as error:
-            raise _damaged(folder, name, f"cannot be read ({reason(error)})") from error
-        if not intact:
-            raise _damaged(folder, name, "is damaged: it has another sha256")
+            if paths[name].is_symlink() or sha256_of(paths[name]) != expected[name]:
+                raise _damaged(folder, name)
+        except (KeyError, OSError) as error:
+            raise _damaged(folder, name) from error
 
 
 class Checkpoints:
@@ -450,7 +453,7 @@ def _read_json(folder: Path, name: str) -> Any:
     try:
         return json.loads((folder / name).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(folder, name, f"is damaged ({error})") from error
+        raise _damaged(folder, name) from error
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -459,8 +462,8 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         with safe_open(folder / name, framework="pt") as file:
             return {key: file.get_tensor(key).clone() for key in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise _damaged(folder, name, f"is damaged ({error})") from error
+        raise _damaged(folder, name) from error
 
 
-def _damaged(folder: Path, name: str, fault: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"checkpoint {folder}: {name} {fault}; resume from an earlier one")
+def _damaged(folder: Path, name: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"checkpoint {folder}: {name} is missing or damaged; resume from an earlier one")

@@ -187,10 +187,6 @@ class MetricsLog:
             self._rows[name] = list(rows.values())
             write_text(folder / name, "".join(map(_line, rows.values())))
 
-    def __len__(self) -> int:
-        """Count the steps that were logged."""
-        return len(self._rows[METRICS_LOG])
-
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Figures and timings of every logged step together."""

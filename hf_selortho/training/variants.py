@@ -59,7 +59,9 @@ def make_variants(arguments: TrainingArguments) -> list[Variant]:
         raise SelOrthoError(f"--layers {' '.join(map(str, layers))}: expected each layer once")
     by_layer = parse_layer_settings(arguments.run.layer_settings)
     if untrained := sorted(set(by_layer) - set(layers)):
-        logger.warning("--layer_settings has settings for layers that are not trained: %s", str(untrained)[1:-1])
+        logger.warning(
+            "--layer_settings has settings for layers that are not trained: %s", ", ".join(map(str, untrained))
+        )
     alone = not arguments.run.layers and not others
     variants = []
     for layer in layers:
@@ -122,10 +124,12 @@ def parse_settings(option: str, owner: str, value: str) -> dict[str, dict[str, A
         raise SelOrthoError(f"{option} {value!r} is not valid JSON ({error}); expected e.g. {example}") from error
     if not isinstance(settings, dict) or not all(isinstance(item, dict) for item in settings.values()):
         raise SelOrthoError(f"{option} {value!r}: expected an object of settings for each {owner}")
-    for key, name in ((key, name) for key, chosen in settings.items() for name in chosen):
-        if name not in SETTING_NAMES:
-            hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, SETTING_NAMES, n=1))
-            raise SelOrthoError(f"{option}: {name!r} of {owner} {key} is not a setting of the SAE{hint}")
+    for key, chosen in settings.items():
+        for name in chosen:
+            if name not in SETTING_NAMES:
+                close = difflib.get_close_matches(name, SETTING_NAMES, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise SelOrthoError(f"{option}: {name!r} of {owner} {key} is not a setting of the SAE{hint}")
     return settings
 
 

@@ -19,13 +19,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.errors import NonFiniteError
-from hf_selortho.training.checkpoint import Checkpoints, verify
+from hf_selortho.training.checkpoint import verify
 from scripts import cache_activations, train
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +51,8 @@ def rewrite_manifest(folder: Path, name: str) -> None:
     listed = [content["files"]] if "files" in content else [shard["files"] for shard in content["shards"]]
     for files in listed:
         if name in files:
-            files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            sha256 = hashlib.sha256(data).hexdigest()
+            files[name] = {"sha256": sha256, "bytes": len(data)} if isinstance(files[name], dict) else sha256
     path.write_text(json.dumps(content))
 
 
@@ -81,9 +81,8 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "flipped": (lambda c: flip(c / "optimizer.safetensors"), r"optimizer\.safetensors is damaged"),
-    "missing": (lambda c: (c / "model.safetensors").unlink(), r"model\.safetensors is missing"),
-    "manifest gone": (lambda c: (c / "manifest.json").unlink(), r"manifest\.json is damaged"),
+    "flipped": (lambda c: flip(c / "optimizer.safetensors"), r"optimizer\.safetensors is missing or damaged"),
+    "manifest gone": (lambda c: (c / "manifest.json").unlink(), r"manifest\.json is missing or damaged"),
 }
 
 
@@ -169,20 +168,6 @@ def test_other_texts_or_activations_are_noticed_before_anything_is_replaced(
     with pytest.raises(SelOrthoError, match="made on other activations .activations"):
         train.main([*argv, "--overwrite_output_dir"])
     assert contents(tmp_path / "second") == before
-
-
-def test_the_newest_and_the_best_are_kept(tmp_path) -> None:
-    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.5}
-    for step, loss in losses.items():
-        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
-        folder.mkdir(parents=True)
-        (folder / "trainer.json").write_text(json.dumps({"loss": loss}))
-    for name in ("damaged_step_000040", "damaged_step_000060"):
-        (tmp_path / "checkpoints" / name).mkdir()
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, {}, keep=2)
-    checkpoints._prune()
-    checkpoints.close()
-    assert checkpoints_of(tmp_path) == ["damaged_step_000060", "step_000020", "step_000040", "step_000050"]
 
 
 def test_the_loss_of_a_checkpoint_is_the_mean_since_the_one_before(arguments, tmp_path) -> None:

@@ -105,7 +105,7 @@ def test_log_resumes_at_a_step_without_repeating_or_losing_one(tmp_path) -> None
     before = path.read_bytes()
     path.write_text(path.read_text() + '{"step": 40, "fv')  # the process was killed while writing
     again = MetricsLog(tmp_path, resume_at=20)
-    assert before.startswith(path.read_bytes()) and len(again) == 3
+    assert before.startswith(path.read_bytes()) and len(again.rows) == 3
     assert (again.mean_loss(5), again.mean_loss(20), again.mean_loss(99)) == (30, 40, 40)
     row = {"step": 30, "tokens": 150, "loss": None, "fvu": 0.5, "peak_correlation": 0.9}
     again.add(row, {"seconds_per_step": 2.0})
