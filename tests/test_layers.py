@@ -33,6 +33,7 @@ ALLOWED = {
     "language_models": {"errors", "process_group", "utils", "data"},  # not the SAE
     "data": {"errors", "process_group", "pair_selection", "configuration_selortho", "utils", "language_models"},
     "training": BELOW,
+    "activations": {"data", "utils"},  # the report under its earlier name
     "evaluation": BELOW,
     "features": BELOW,
     "hub": BELOW | {"training", "evaluation", "features"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ..data.activation_cache import STORED_DTYPES
+from ..data.cache_manifest import STORED_DTYPES
 from ..errors import SelOrthoError
 from .arguments import (
     Above1,
@@ -24,13 +24,13 @@ from .arguments import (
 
 
 @dataclass
-class HarvestArguments:
+class CacheArguments:
     """What is read, and where it goes."""
 
     layers: list[int] = argument([], "Decoder layers, counted from 0, whose output is read in one pass.")
     output_dir: str = argument("activations", "Folder for the shards; it can be uploaded as a dataset of the Hub.")
     overwrite_output_dir: bool = argument(
-        False, "Replace the harvest that is in the output folder; an unfinished one of the same settings goes on."
+        False, "Replace the cache that is in the output folder; an unfinished one of the same settings goes on."
     )
     context_length: Annotated[int, Range(lambda v: v >= 2, "at least 2")] = argument(
         128, "Longest context in tokens, BOS included."
@@ -51,14 +51,14 @@ class HarvestArguments:
     dry_run: bool = argument(False, "Say what would be done and what it needs, and stop.")
 
 
-def parse_harvest_arguments(argv: list[str]) -> tuple[ModelArguments, TextArguments, HarvestArguments]:
-    """The arguments of a command line, on top of those of its preset.
+def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArguments, CacheArguments]:
+    """Read the arguments of a command line, on top of those of its preset.
 
     Raises:
         SelOrthoError: a value is not allowed, or no language model or layer is given. Unknown arguments exit with
             code 2.
     """
-    groups: list[Any] = [ModelArguments, TextArguments, HarvestArguments]
+    groups: list[Any] = [ModelArguments, TextArguments, CacheArguments]
     parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("--preset", help="Language model, text and layer of a preset of scripts/train.py.")
     preset = preset_defaults(argv)
@@ -73,8 +73,8 @@ def parse_harvest_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgume
     return model, text, arguments
 
 
-def _check(model: ModelArguments, text: TextArguments, arguments: HarvestArguments) -> None:
-    """Refuse what no harvest could start with, before anything is loaded."""
+def _check(model: ModelArguments, text: TextArguments, arguments: CacheArguments) -> None:
+    """Refuse what no cache could be made of, before anything is loaded."""
     if model.model is None:
         raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo")
     if not arguments.layers:

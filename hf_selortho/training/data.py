@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.activation_cache import ActivationStore
+from ..data.activation_cache import ActivationCache
 from ..data.buffer import ActivationBuffer, ActivationStatistics
-from ..data.cache_batches import ShardBatches, check_layers, held_out_batches
+from ..data.cache_batches import CachedBatches, check_layers, held_out_batches
 from ..data.contexts import ContextStream, held_out_contexts
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
@@ -123,7 +123,7 @@ class CachedData:
     """
 
     def __init__(
-        self, store: ActivationStore, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
+        self, store: ActivationCache, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
     ) -> None:
         self.store, self.arguments, self.layers, self.accelerator = store, arguments, list(layers), accelerator
         self.source_device = torch.device("cpu")
@@ -133,10 +133,10 @@ class CachedData:
         self._check_model()
         self.source = self.make_source(arguments.data.buffer_contexts, arguments.data.refresh_every)
 
-    def make_source(self, buffer_contexts: int, refresh_every: int) -> ShardBatches:
+    def make_source(self, buffer_contexts: int, refresh_every: int) -> CachedBatches:
         """Make this process's batches; the pool that they are drawn from holds about so many contexts."""
         processes = self.accelerator.num_processes
-        return ShardBatches(
+        return CachedBatches(
             self.store,
             self.layers,
             batch_size=self.arguments.run.batch_size // processes,
@@ -150,13 +150,13 @@ class CachedData:
         return self.source.statistics()
 
     def provenance(self, layer: int) -> dict[str, Any]:
-        entry, model = self.store.manifest.layer(layer), self.store.manifest.content["model"]
+        entry, model = self.store.manifest.layer(layer), self.store.manifest.model
         data = self.arguments.data  # which `open_store` has taken from the manifest
         return {
-            "d_in": entry["d_in"],
-            "lm_name": model["name"],
-            "lm_revision": model["revision"],
-            "hook_name": entry["hook_name"],
+            "d_in": entry.d_in,
+            "lm_name": model.name,
+            "lm_revision": model.revision,
+            "hook_name": entry.hook_name,
             "dataset": data.dataset,
             "dataset_revision": data.dataset_revision,
             "dataset_split": data.split,
@@ -164,12 +164,12 @@ class CachedData:
         }
 
     def identity(self) -> dict[str, Any]:
-        return {"activations": self.store.manifest.sha256}
+        return {"activations": self.store.sha256}
 
     def evaluation_capture(self) -> ActivationCapture | None:
         if not self._measures_loss:
             return None
-        limits = [self.store.manifest.layer(layer)["max_norm"] for layer in self.layers]
+        limits = [self.store.manifest.layer(layer).max_norm for layer in self.layers]
         lm = _load_lm(self.arguments, self.accelerator)  # in the main process alone
         return ActivationCapture(lm, self.layers, limits, self.arguments.model.lm_batch_tokens)
 
@@ -178,25 +178,25 @@ class CachedData:
 
     def _check_model(self) -> None:
         """Refuse another language model than that of the activations before the training, not after it."""
-        cached, model = self.store.manifest.content["model"], self.arguments.model
-        if "model" in self.arguments.given and model.model != cached["name"]:
+        cached, model = self.store.manifest.model, self.arguments.model
+        if "model" in self.arguments.given and model.model != cached.name:
             raise SelOrthoError(
-                f'--model {model.model}: the activations of {self.store.source} are those of "{cached["name"]}"; '
+                f'--model {model.model}: the activations of {self.store.source} are those of "{cached.name}"; '
                 "leave --model out, or give that one to have the loss recovered measured"
             )
         if self._measures_loss and self.accelerator.is_main_process:
             revision = find_revision(model.model or "", model.model_revision)
-            if revision != cached["revision"]:
+            if revision != cached.revision:
                 raise SelOrthoError(
                     f'"{model.model}" is at revision {revision}, the activations of {self.store.source} are of '
-                    f"{cached['revision']}: give that one as --model_revision, or leave --model out"
+                    f"{cached.revision}: give that one as --model_revision, or leave --model out"
                 )
 
 
 TrainingData = LiveData | CachedData
 
 
-def open_store(arguments: TrainingArguments) -> ActivationStore | None:
+def open_store(arguments: TrainingArguments) -> ActivationCache | None:
     """Open the cached activations that the arguments name; their settings take the place of those of the arguments.
 
     Raises:
@@ -204,11 +204,11 @@ def open_store(arguments: TrainingArguments) -> ActivationStore | None:
     """
     if arguments.data.activations is None:
         return None
-    store = ActivationStore(arguments.data.activations)
+    store = ActivationCache(arguments.data.activations)
     for name, (group, *keys) in _CACHED.items():
-        value: Any = store.manifest.content
+        value: Any = store.manifest
         for key in keys:
-            value = value[key]
+            value = getattr(value, key)
         wanted = getattr(getattr(arguments, group), name)
         if name in arguments.given and wanted != value:
             raise SelOrthoError(

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError
-from hf_selortho.data.activation_cache import ActivationStore
+from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.errors import NonFiniteError
 from hf_selortho.training.checkpoint import verify
 from scripts import cache_activations, train
@@ -271,7 +271,7 @@ def shards(harvest, tmp_path) -> Callable[..., Path]:
         tensors["activations"][row] = value
         save_file(tensors, folder / name)
         rewrite_manifest(folder, name)
-        ActivationStore(str(folder))
+        ActivationCache(str(folder))
         return folder
 
     return build
@@ -468,13 +468,13 @@ def test_a_second_harvest_into_the_same_folder_is_refused(tiny_lm_dir, sample_do
             *("--output_dir", str(tmp_path / "acts"), "--cpu")]  # fmt: skip
     first = start(argv, "cache_activations.py")
     wait_for(lambda: any((tmp_path / "acts").glob("tokens/*.safetensors")), first)
-    with pytest.raises(SelOrthoError, match="another process is harvesting into .*acts at this moment"):
+    with pytest.raises(SelOrthoError, match="another process is caching activations into .*acts at this moment"):
         cache_activations.main(argv)
     assert first.poll() is None
     first.kill()
     first.communicate()
     cache_activations.main([*argv, "--max_tokens", "1000", "--overwrite_output_dir"])
-    ActivationStore(str(tmp_path / "acts"))
+    ActivationCache(str(tmp_path / "acts"))
 
 
 def test_no_token_is_left_anywhere(arguments, tmp_path) -> None:

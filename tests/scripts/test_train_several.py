@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.data.activation_cache import ActivationStore
+from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.buffer import ActivationBatch
-from hf_selortho.data.cache_batches import ShardBatches
+from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.contexts import ContextStream
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.language_models.capture import ActivationCapture
@@ -135,11 +135,11 @@ def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_pat
 class _Replay:
     """The activations of the shards' tokens, computed by the language model at once, in the order of the shards."""
 
-    def __init__(self, lm, layers, documents: Path, order: ShardBatches) -> None:
+    def __init__(self, lm, layers, documents: Path, order: CachedBatches) -> None:
         stream = ContextStream(
             open_documents(TextSource(str(documents))), lm.tokenizer, context_length=256, endless=False
         )
-        limits = [order.store.manifest.layer(layer)["max_norm"] for layer in layers]
+        limits = [order.cache.manifest.layer(layer).max_norm for layer in layers]
         capture = ActivationCapture(lm, layers, limits)
         self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
         while contexts := stream.take_tokens(3000):
@@ -164,14 +164,14 @@ def test_shards_train_the_weights_that_the_language_model_trains(
 ) -> None:
     build = {"activations": harvested, "layers": [1, 2], "eval_samples": 0, "max_steps": 20}
     train.main(arguments(**build))
-    made = training_data.ShardBatches
+    made = training_data.CachedBatches
     replays = []
 
     def replaying(store, layers, **settings):
         replays.append(_Replay(tiny_lm("llama"), list(layers), sample_text_files.csv, made(store, layers, **settings)))
         return replays[-1]
 
-    monkeypatch.setattr(training_data, "ShardBatches", replaying)
+    monkeypatch.setattr(training_data, "CachedBatches", replaying)
     train.main(arguments(**build, output_dir=tmp_path / "replayed"))
     assert replays
     for layer in (1, 2):
@@ -252,7 +252,7 @@ def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
 
 
 def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("hf_selortho.data.cache_forecast.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("hf_selortho.data.cache_writer.PROBE_SECONDS", 0.2)
     settings = {
         "model": tiny_lm_dir("llama"), "dataset": sample_text_files.csv, "layers": [1], "cpu": True, "dry_run": True,
         "output_dir": tmp_path / "acts",
@@ -260,8 +260,8 @@ def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, ca
     cache_activations.main(command(settings, {}))
     shown = capsys.readouterr().out
     assert "peak memory of a process" in shown and "tokens/s" in shown and not (tmp_path / "acts").exists()
-    monkeypatch.setattr("hf_selortho.data.cache_forecast.available_memory", lambda device: -(1 << 40))
-    with pytest.raises(SelOrthoError, match="this harvest needs .* GB of memory"):
+    monkeypatch.setattr("hf_selortho.data.cache_writer.available_memory", lambda device: -(1 << 40))
+    with pytest.raises(SelOrthoError, match="each process needs .* GB of memory"):
         cache_activations.main(command(settings, {}))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(SelOrthoError, match="need about .* GB of disk, but"):
@@ -277,7 +277,7 @@ def test_other_texts_under_the_same_name_are_noticed(tiny_lm_dir, sample_documen
     }  # fmt: skip
     cache_activations.main(command(settings, {}))
     texts.write_text("".join(reversed(lines)))
-    with pytest.raises(SelOrthoError, match="holds a harvest with other settings .*fingerprint"):
+    with pytest.raises(SelOrthoError, match="holds a cache of other settings .*fingerprint"):
         cache_activations.main(command(settings, {}))
     cache_activations.main(command(settings, {"overwrite_output_dir": True}))
 
@@ -336,8 +336,8 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
     done = _launch(["scripts/cache_activations.py", *command(settings, {})], 2)
     assert done.returncode == 0, done.stderr
     again = _launch(["scripts/cache_activations.py", *command(settings, {})], 2)
-    assert again.returncode == 0 and again.stdout.count("holds this harvest already, complete") == 1
-    store = ActivationStore(str(tmp_path / "acts"))
+    assert again.returncode == 0 and again.stdout.count("holds this cache already, complete") == 1
+    store = ActivationCache(str(tmp_path / "acts"))
     documents: dict[int, set[int]] = {0: set(), 1: set()}
     for entry in store.manifest.shards:
         documents[entry.number % 2] |= set(store.read(entry, [1]).origins.document_ids.tolist())
