@@ -45,10 +45,6 @@ class LanguageModel:
         return cast(nn.ModuleList, self.model.get_submodule(self.layers_path))
 
     @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)

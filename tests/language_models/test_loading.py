@@ -33,7 +33,7 @@ _SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "
 )
 def test_loads_frozen_with_its_decoder_layers(arch: str, path: str, tiny_lm: Callable[[str], LanguageModel]) -> None:
     lm = tiny_lm(arch)
-    assert (lm.layers_path, lm.num_layers, lm.d_model) == (path, 4, 32)
+    assert (lm.layers_path, len(lm.layers), lm.d_model) == (path, 4, 32)
     assert lm.layers is lm.model.get_submodule(path)
     assert not lm.model.training
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
@@ -169,7 +169,7 @@ def test_name_that_is_neither_folder_nor_id() -> None:
 
 @pytest.mark.slow
 def test_embedded_gemma_is_a_language_model(embedded_lm: LanguageModel) -> None:
-    assert (embedded_lm.d_model, embedded_lm.num_layers, embedded_lm.layers_path) == (640, 18, "model.layers")
+    assert (embedded_lm.d_model, len(embedded_lm.layers), embedded_lm.layers_path) == (640, 18, "model.layers")
     assert embedded_lm.revision == f"gguf-sha256:{GGUF_SHA256}"
     with pytest.raises(SelOrthoError, match="is at revision gguf-sha256"):
         load_language_model("gemma-3-270m", revision="main")
