@@ -85,12 +85,7 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     documents = open_documents(source)
     lm = load_lm_of(config, arguments)
     capture = capture_of(config, lm, arguments)
-    cutter = Cutter(
-        lm.tokenizer,
-        context_length=config.context_length,
-        prepend_bos=config.prepend_bos,
-        min_tokens=least_tokens(config, arguments),
-    )
+    cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, least_tokens(config, arguments))
     contexts = held_out_contexts(documents, cutter, arguments.eval_samples)
     evaluation = evaluate_sae(
         sae, capture, list(contexts), batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples

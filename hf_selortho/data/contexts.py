@@ -43,7 +43,6 @@ class Cutter:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        *,
         context_length: int = 128,
         prepend_bos: bool = True,
         min_tokens: int = 8,
@@ -120,29 +119,22 @@ class ContextStream:
         self._documents, self._cutter, self._endless = documents, cutter, endless
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self.counts: Counter[str] = Counter()
-        self._start(epoch=0)
+        self.epoch = self._chunk = self._handed_out = 0  # contexts handed out of that chunk of that epoch
+        self._contexts = self._read()
 
     def __iter__(self) -> Iterator[Context]:
-        return self
+        return self._contexts
 
-    def __next__(self) -> Context:
-        """Give the next context.
+    def take(self, n: int) -> list[Context]:
+        """Take the next n contexts, fewer only where the stream ends.
 
         Raises:
             SelOrthoError: no context in a whole epoch of an endless stream.
         """
-        while self._handed_out == len(self._contexts):
-            if not self._next_chunk():
-                self._next_epoch()
-        self._handed_out += 1
-        return self._contexts[self._handed_out - 1]
-
-    def take(self, n: int) -> list[Context]:
-        """Take the next n contexts, fewer only where the stream ends."""
-        return list(itertools.islice(self, n))
+        return list(itertools.islice(self._contexts, n))
 
     def take_tokens(self, n: int, beside_bos: bool = False) -> list[Context]:
-        """Take as many contexts as hold n tokens (not counting BOS if `beside_bos`); fewer only at the end."""
+        """Take as many contexts as hold n tokens (not counting BOS if `beside_bos`); ends and errors as [`take`]."""
         taken: list[Context] = []
         while n > 0 and (fresh := self.take(1)):
             taken += fresh
@@ -156,36 +148,33 @@ class ContextStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the stream that gave `state` stood; it had the same arguments."""
-        self._start(state["epoch"], state["chunk"])
-        self._handed_out = state["handed_out"]
+        self.epoch, self._chunk, self._handed_out = state["epoch"], state["chunk"], state["handed_out"]
         self.counts = Counter(state["counts"])
+        self._contexts = self._read()
 
-    def _start(self, epoch: int, chunk: int = 0) -> None:
-        self.epoch, self._chunk = epoch, chunk - 1
-        stream = self._documents.train(epoch, self._seed, rank=self._rank, world_size=self._world_size)
-        self._chunks = _chunks(itertools.islice(stream, chunk * _CHUNK_DOCUMENTS, None))
-        self._contexts: list[Context] = []  # of the chunk
-        self._handed_out = 0  # of these contexts
-        self._next_chunk()
+    def _read(self) -> Iterator[Context]:
+        """Go on after the contexts that were handed out."""
+        while True:
+            documents = self._documents.train(self.epoch, self._seed, rank=self._rank, world_size=self._world_size)
+            for chunk in _chunks(itertools.islice(documents, self._chunk * _CHUNK_DOCUMENTS, None)):
+                counts = None if self._handed_out else self.counts  # they have a chunk that was begun before
+                for context in self._cutter.cut(chunk, counts)[self._handed_out :]:
+                    self._handed_out += 1
+                    yield context
+                self._chunk, self._handed_out = self._chunk + 1, 0
+            if not self._endless:
+                return
+            if not self.counts["contexts"]:
+                share = f" for process {self._rank + 1} of {self._world_size}" if self._world_size > 1 else ""
+                raise SelOrthoError(
+                    f'"{self._documents.name}" gives no training context{share}: {self.counts["documents"]} documents, '
+                    f"none with {self._cutter.min_tokens} tokens or more; use other texts or a lower --min_tokens"
+                )
+            self.epoch, self._chunk = self.epoch + 1, 0
 
-    def _next_chunk(self) -> bool:
-        """Cut the next documents; False if the epoch has no more."""
-        documents = next(self._chunks, None)
-        if documents:
-            self._contexts, self._handed_out = self._cutter.cut(documents, self.counts), 0
-            self._chunk += 1
-        return documents is not None
 
-    def _next_epoch(self) -> None:
-        if not self._endless:
-            raise StopIteration
-        if not self.counts["contexts"]:
-            share = f" for process {self._rank + 1} of {self._world_size}" if self._world_size > 1 else ""
-            raise SelOrthoError(
-                f'"{self._documents.name}" gives no training context{share}: {self.counts["documents"]} documents, '
-                f"none with {self._cutter.min_tokens} tokens or more; use other texts or a lower --min_tokens"
-            )
-        self._start(self.epoch + 1)
+def _chunks(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    return iter(lambda: list(itertools.islice(documents, _CHUNK_DOCUMENTS)), [])
 
 
 def held_out_contexts(documents: Documents, cutter: Cutter, limit: int | None = None) -> Iterator[Context]:
@@ -242,7 +231,3 @@ def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     if decoded and "\ufffd" not in decoded:
         return decoded
     return str(tokenizer.convert_ids_to_tokens(token_id))
-
-
-def _chunks(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    return iter(lambda: list(itertools.islice(documents, _CHUNK_DOCUMENTS)), [])

@@ -38,6 +38,7 @@ READ_ERRORS: tuple[type[Exception], ...] = (
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+_BOM = b"\xef\xbb\xbf"
 _FETCH = 256  # rows read at once: one by one, Arrow spends most of its time on the way to them
 _SHUFFLE_BUFFER = 10_000  # documents that a stream holds to draw from
 _PEEK = 1000  # documents of a stream looked at to find out that it holds text
@@ -148,19 +149,15 @@ def open_documents(source: TextSource) -> Documents:
         raise SelOrthoError(
             f"held_out_fraction is {source.held_out_fraction}: expected a number from 0 to 1, such as 0.1"
         )
+    if name == PYTHON_DOCS:
+        return Documents(source, *_python_docs(source), None)
     try:
-        if name == PYTHON_DOCS:
-            return Documents(source, *_python_docs(source), None)
         if path.exists():
             if source.revision is not None:
                 raise SelOrthoError(
                     f'"{name}" is local and has no revision "{source.revision}": leave the revision out'
                 )
-            files = _local_files(path)
-            arguments = _local_arguments(path, files)
-            for file in files:
-                _refuse_null_rows(file, _PEEK if source.streaming else None)
-            identity = fingerprint(files)
+            arguments, identity = _local_arguments(path, source.streaming)
         elif _format(path) is not None or name.startswith((".", "/", "~")):
             raise SelOrthoError(f"no such file or folder of texts: {name}")
         else:
@@ -223,28 +220,24 @@ def _python_docs(source: TextSource) -> tuple[Dataset, str]:
     return Dataset.from_dict({"text": list(python_docs())}), revision
 
 
-def _local_files(path: Path) -> list[Path]:
+def _local_arguments(path: Path, streaming: bool) -> tuple[dict[str, Any], str]:
+    """Return the arguments of `load_dataset` for a file or folder, and the fingerprint of the files."""
     files = [path]
+    arguments: dict[str, Any] = {"path": _format(path), "data_files": {"train": [str(path)]}}
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _format(file) and not file.name.startswith("."))
+        arguments = {"path": str(path)}  # `datasets` finds files and splits by their names
     if not files or _format(files[0]) is None:
         raise SelOrthoError(f"{path} is or holds no file of texts: expected {', '.join(_FORMATS)}, also compressed")
     if not any(file.stat().st_size for file in files):
         raise _empty(str(path))
-    return files
-
-
-def _local_arguments(path: Path, files: list[Path]) -> dict[str, Any]:
-    """Make the arguments of `load_dataset`, which finds the files and splits of a folder by their names."""
-    arguments: dict[str, Any] = {"path": str(path)}
-    if not path.is_dir():
-        arguments = {"path": _format(path), "data_files": {"train": [str(path)]}}
-    suffixes = {suffix for file in files for suffix in file.suffixes}
-    if ".txt" in suffixes:
-        arguments["sample_by"] = "paragraph" if any(map(_has_blank_lines, files)) else "line"
-    if ".tsv" in suffixes:
+    if any(map(_has_blank_lines, files)):
+        arguments["sample_by"] = "paragraph"
+    if any(".tsv" in file.suffixes for file in files):
         arguments["sep"] = "\t"
-    return arguments
+    for file in files:
+        _refuse_null_rows(file, _PEEK if streaming else None)
+    return arguments, fingerprint(files)
 
 
 def _format(path: Path) -> str | None:
@@ -265,15 +258,14 @@ def _refuse_null_rows(path: Path, lines: int | None) -> None:
         return
     try:
         with (_COMPRESSIONS.get(path.suffix.lower()) or open)(path, "rb") as file:
-            is_array = file.read(8).removeprefix(b"\xef\xbb\xbf").startswith(b"[")
-            file.seek(0)
-            if is_array:
+            if file.read(8).removeprefix(_BOM).startswith(b"["):
+                file.seek(0)
                 rows = json.loads(file.read(), strict=False)
                 has_null = any(row is None or (isinstance(row, float) and not math.isfinite(row)) for row in rows)
             else:
-                has_null = any(
-                    line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"null") for line in itertools.islice(file, lines)
-                )
+                file.seek(0)
+                starts = (line.lstrip(_BOM + b" \t\r") for line in itertools.islice(file, lines))
+                has_null = any(start.startswith(b"null") for start in starts)
     except READ_ERRORS:
         return  # datasets says what is wrong
     if has_null:

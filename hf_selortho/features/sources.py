@@ -52,10 +52,5 @@ class Sources:
     def contexts(self) -> Iterator[Context]:
         """Held-out contexts, from the start."""
         config = self.sae.config
-        cutter = Cutter(
-            self.capture.lm.tokenizer,
-            context_length=config.context_length,
-            prepend_bos=config.prepend_bos,
-            min_tokens=self.min_tokens,
-        )
+        cutter = Cutter(self.capture.lm.tokenizer, config.context_length, config.prepend_bos, self.min_tokens)
         return held_out_contexts(self.documents, cutter)

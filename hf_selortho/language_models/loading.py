@@ -77,7 +77,7 @@ def load_language_model(
         SelOrthoError: the model is unknown, gated, unreachable, unreadable, or no decoder-only language model.
     """
     where, commit = _locate(name, revision, token)
-    where["trust_remote_code"] = False
+    where["trust_remote_code"] = False  # None would ask the person at the keyboard
     try:
         target = torch.empty(0, device=device).device  # "cuda" without a GPU fails here
         target_dtype = _resolve_dtype(dtype, target)
@@ -108,7 +108,7 @@ def find_revision(name: str, revision: str | None = None, token: str | None = No
     return _locate(name, revision, token)[1]
 
 
-def find_decoder_layers(model: nn.Module) -> str:
+def find_decoder_layers(model: PreTrainedModel) -> str:
     """Find the path of the list of decoder layers in a language model of transformers, such as "model.layers".
 
     It is the outermost `ModuleList` with as many entries as the text config has hidden layers; where there are
@@ -117,13 +117,12 @@ def find_decoder_layers(model: nn.Module) -> str:
     Raises:
         SelOrthoError: no list or several fit; the message names all lists.
     """
-    config = getattr(model, "config", None)
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     fitting = [path for path in lists if len(lists[path]) == depth]
     # A layer may itself hold a list, of experts for example, that happens to have the same length.
     outer = [path for path in fitting if not any(path.startswith(other + ".") for other in fitting)]
-    if len(outer) > 1 and isinstance(model, PreTrainedModel):
+    if len(outer) > 1:
         within = set(model.get_decoder().modules())
         outer = [path for path in outer if lists[path] in within]
     if len(outer) != 1:
@@ -148,11 +147,13 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise SelOrthoError(f"{folder} holds no config.json: expected the folder of a model of transformers")
-        current = f"gguf-sha256:{GGUF_SHA256}" if name == EMBEDDED_MODEL else _folder_revision(folder)
+        current = f"gguf-sha256:{GGUF_SHA256}"
+        if name != EMBEDDED_MODEL:
+            weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+            current = f"local-sha256:{fingerprint(weights, (folder / 'config.json').read_bytes())}"
         if revision not in (None, current):
             raise SelOrthoError(
-                f'"{name}" is at revision {current}, not at {revision}: leave the revision out to take the model as it '
-                "is"
+                f'"{name}" is at revision {current}, not at {revision}: leave the revision out to take it as it is'
             )
         return {"pretrained_model_name_or_path": str(folder)}, current
     online = resolve_commit("model", name, revision, token) is not None
@@ -164,11 +165,6 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
     commit = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
     options = {"revision": commit, "token": token, "local_files_only": not online}
     return {"pretrained_model_name_or_path": name, **options}, commit
-
-
-def _folder_revision(folder: Path) -> str:
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return f"local-sha256:{fingerprint(weights, (folder / 'config.json').read_bytes())}"
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -52,12 +52,8 @@ class LiveData:
         check_context_length(self.lm, arguments.sae.context_length)
         self.capture = ActivationCapture(self.lm, layers, batch_tokens=model.lm_batch_tokens)
         self.source_device = self.capture.device
-        self._cutter = Cutter(
-            self.lm.tokenizer,
-            context_length=arguments.sae.context_length,
-            prepend_bos=arguments.sae.prepend_bos,
-            min_tokens=arguments.data.min_tokens,
-        )
+        sae, min_tokens = arguments.sae, arguments.data.min_tokens
+        self._cutter = Cutter(self.lm.tokenizer, sae.context_length, sae.prepend_bos, min_tokens)
         samples = arguments.evaluation.eval_samples if arguments.data.held_out_fraction else 0
         self.held_out = (  # found before the training, to fail early
             list(held_out_contexts(self.documents, self._cutter, samples))
