@@ -26,7 +26,7 @@ _LOAD_ERRORS: tuple[type[Exception], ...] = (
     *(*LOOKUP_ERRORS, KeyError, RuntimeError, NotImplementedError, ImportError, SafetensorError, UnpicklingError),
     *(TypeError, AttributeError, AssertionError, StrictDataclassError),
 )
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LanguageModel:
 def load_language_model(
     name: str,
     revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: str = "auto",
     device: str | torch.device = "cpu",
     token: str | None = None,
 ) -> LanguageModel:
@@ -167,27 +167,23 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
     return {"pretrained_model_name_or_path": name, **options}, commit
 
 
-def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
-        raise SelOrthoError(f'unknown dtype "{dtype}": choose auto, {", ".join(_DTYPES)}')
-    return _DTYPES[dtype]
+        raise SelOrthoError(f'unknown dtype "{dtype}": choose {", ".join(_DTYPES)}')
+    if dtype == "auto":
+        dtype = "bfloat16" if _computes_bfloat16(device) else "float32"
+    return cast(torch.dtype, getattr(torch, dtype))
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
-    """Tell whether bfloat16 is faster than float32, by what the device is: a timing might differ when a run resumes.
-
-    AVX512-BF16 alone doubles the speed on AMD's processors; on Intel's, without AMX, it is 0.6 of float32's.
-    """
-    if device.type == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        processor = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor()
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor
-        return torch.cpu._is_amx_tile_supported() or has_bfloat16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Tell whether bfloat16 is faster than float32, by what the device is: a timing might differ when a run resumes."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor()
+    # AVX512-BF16 alone doubles the speed on AMD's processors; on Intel's, without AMX, it is 0.6 of float32's.
+    doubled = torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor
+    return torch.cpu._is_amx_tile_supported() or doubled
 
 
 @torch.inference_mode()
