@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
+from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
 from ..errors import SelOrthoError
@@ -162,13 +164,13 @@ def open_documents(source: TextSource) -> Documents:
             raise SelOrthoError(f"no such file or folder of texts: {name}")
         else:
             revision = resolve_commit("dataset", name, source.revision)
+            if revision is None and not _is_cached(name):
+                raise unreachable("dataset", name)
             arguments = {"path": name, "revision": revision or source.revision}
         dataset = load_dataset(**arguments, name=source.config_name, split=source.split, streaming=source.streaming)
         if identity is None and revision is None and isinstance(dataset, Dataset):
             revision = _cached_commit(source, dataset)
         return Documents(source, dataset, revision, identity)
-    except ConnectionError as error:
-        raise unreachable("dataset", name) from error
     except READ_ERRORS as error:
         raise read_error(name, error, source.split) from error
 
@@ -270,6 +272,13 @@ def _refuse_null_rows(path: Path, lines: int | None) -> None:
         return  # datasets says what is wrong
     if has_null:
         raise SelOrthoError(f'"{path}" has a row that is null: expected an object with the text; remove the row')
+
+
+def _is_cached(name: str) -> bool:
+    """Tell whether `load_dataset` finds a copy: without one, it would try to reach the Hub for half a minute."""
+    owner, _, repository = name.rpartition("/")
+    folder = "___".join(filter(None, [owner, camelcase_to_snakecase(repository)]))
+    return (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir()
 
 
 def _cached_commit(source: TextSource, dataset: Dataset) -> str | None:
