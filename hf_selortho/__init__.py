@@ -5,9 +5,10 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel
 
 from .configuration_selortho import SelOrthoConfig
-from .decorrelation import Pairs, decorrelation_penalty, select_pairs
 from .errors import ConfigError, SelOrthoError
 from .modeling_selortho import SelOrthoOutput, SelOrthoSAE
+from .pair_selection import Pairs, select_pairs
+from .penalties import decorrelation_penalty
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """Configuration of a selective-orthogonality sparse autoencoder.
 
-Every setting of the SAE is declared here once; the command line of the training script is derived from these fields
-(whose annotations must therefore be types, not strings: no `from __future__ import annotations` here).
+Every setting of the SAE is declared here once, with what it may be; the command line of the training script is derived
+from these fields (whose annotations must therefore be types, not strings: no `from __future__ import annotations`).
 """
 
 import difflib
@@ -9,16 +9,25 @@ import logging
 import math
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 
-from .errors import ConfigError
-from .utils.saved_files import CONFIG, LOOKUP, find_file, no_such_sae, read_object, within_reach
+try:  # this file also lives on the Hub, without the package
+    from hf_selortho.errors import ConfigError
+    from hf_selortho.utils import hub
+except ModuleNotFoundError:
+    hub = None  # type: ignore[assignment]
+
+    class ConfigError(ValueError):  # type: ignore[no-redef]
+        """A field of a configuration has a value that is not allowed."""
+
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +35,7 @@ CONFIG_VERSION = 1
 
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 Penalty = Literal["selective", "full", "ortsae", "none"]
-Space = Literal["activation", "decoder", "redundancy", "exclusion"]
+Space = Literal["activation", "decoder", "redundancy", "exclusion"]  # redundancy: in SAEs of version 0.1.0
 SelectionSpace = Literal["same", "activation", "decoder", "redundancy"]
 DecoderPairs = Literal["alike", "nearest"]
 PenaltySchedule = Literal["on_selection", "every_step"]
@@ -34,39 +43,70 @@ Correlation = Literal["cosine", "pearson"]
 Reduction = Literal["mean", "sum"]
 InputNormalization = Literal["standard", "none"]
 
-
-_LARGEST_INT = 2**63 - 1
-_MOST_UNKNOWN = 100  # settings of a later version, or of the user
+Range = tuple[Callable[[Any], bool], str]  # whether a value is in it, and what it holds in words
+_COUNT: Range = (lambda v: 1 <= v < 2**63, "a whole number of at least 1")
+_SEVERAL: Range = (lambda v: 2 <= v < 2**63, "a whole number of at least 2")
+_INDEX: Range = (lambda v: 0 <= v < 2**63, "a whole number of at least 0")
+_WEIGHT: Range = (lambda v: 0 <= v < math.inf, "a finite number of at least 0")
+_POSITIVE: Range = (lambda v: 0 < v < math.inf, "a finite number above 0")
+_RATIO: Range = (lambda v: 1 < v < math.inf, "a finite number above 1")
+_SHARE: Range = (lambda v: 0 <= v < 1, "a number in [0, 1)")
+_FRACTION: Range = (lambda v: 0 < v <= 1, "a number in (0, 1]")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
-# What transformers declares and never checks. A dtype has a check of its own.
-_INHERITED: dict[str, tuple[type, ...]] = {
-    "transformers_version": (str, type(None)),
-    "architectures": (list, type(None)),
-    "output_hidden_states": (bool, type(None)),
-    "return_dict": (bool, type(None)),
-    "chunk_size_feed_forward": (int,),
-    "is_encoder_decoder": (bool,),
-    "id2label": (dict, type(None)),
-    "label2id": (dict, type(None)),
-    "problem_type": (str, type(None)),
-}
-# What transformers writes beside the fields; "auto_map" names code of a repository, which only the Auto classes run.
-_UNREAD = {"auto_map", "model_type", "name_or_path", "_name_or_path", "output_attentions", "torch_dtype"}
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxlist = 20
+_DTYPE: Range = (lambda v: str(v).removeprefix("torch.") in _DTYPES, f"one of {', '.join(_DTYPES)}")
+
+# What transformers writes beside its fields; "auto_map" names code of a repository, which only the Auto classes run.
+_IGNORED = {"auto_map", "model_type", "name_or_path", "_name_or_path", "output_attentions", "torch_dtype"}
 
 
-def _setting(default: Any, description: str) -> Any:
-    return field(default=default, metadata={"help": description})
+def _setting(default: Any, description: str, allowed: Range | None = None) -> Any:
+    def check(value: Any) -> None:
+        if allowed is not None and value is not None and not allowed[0](value):
+            raise ValueError(allowed[1])
+
+    return field(default=default, metadata={"help": description, "validator": check})
+
+
+def _in_one_line(cls: Any) -> Any:
+    """Turn the errors of a strict dataclass into [`ConfigError`], and let whole numbers be floats."""
+    types = {f.name: get_args(f.type) or (f.type,) for f in fields(cls)}
+    assign, validate = cls.__setattr__, cls.validate
+
+    def assign_checked(self: Any, name: str, value: Any) -> None:
+        if type(value) is int and float in types.get(name, ()) and abs(value) < 2**63:
+            value = float(value)
+        try:
+            assign(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            expected = str(error.__cause__) if type(error.__cause__) is ValueError else _in_words(types[name])
+            raise ConfigError(f"{name}={reprlib.repr(value)}: expected {expected}") from error
+
+    def validate_all(self: Any) -> None:
+        try:
+            validate(self)
+        except StrictDataclassClassValidationError as error:
+            raise ConfigError(" ".join(str(error.__cause__).split())) from error
+
+    validate_all.__is_defined_by_strict_decorator__ = True  # type: ignore[attr-defined]
+    cls.__setattr__, cls.validate = assign_checked, validate_all
+    return cls
+
+
+def _in_words(types: tuple[Any, ...]) -> str:
+    if isinstance(types[0], str):
+        return f"one of {', '.join(map(repr, types))}"
+    names = ("None" if t is type(None) else str(t) if get_origin(t) else t.__name__ for t in types)
+    return " or ".join(names)
 
 
 def score_of_selection(penalty_space: str, selection_space: str) -> str:
-    """By which score ("activation", "decoder" or "redundancy") these settings of [`SelOrthoConfig`] select pairs."""
+    """Return by which score ("activation", "decoder" or "redundancy") these settings select pairs."""
     own = "decoder" if penalty_space == "exclusion" else penalty_space
     return own if selection_space == "same" else selection_space
 
 
+@_in_one_line
+@strict
 class SelOrthoConfig(PreTrainedConfig):
     """Settings of a [`SelOrthoSAE`] and of the language-model activations that it was trained on.
 
@@ -80,20 +120,26 @@ class SelOrthoConfig(PreTrainedConfig):
 
     model_type = "selortho_sae"
 
-    d_in: int | None = _setting(None, "Width of the language model's residual stream.")
-    d_sae: int | None = _setting(None, "Number of features; the paper uses as many as d_in.")
+    d_in: int | None = _setting(None, "Width of the language model's residual stream.", _COUNT)
+    d_sae: int | None = _setting(None, "Number of features; the paper uses as many as d_in.", _COUNT)
     activation: Activation = _setting(
         "relu", "Activation function: relu (the paper), topk, batchtopk (k on average over a batch) or jumprelu."
     )
-    k: int | None = _setting(None, "Active features per token; only with activation topk or batchtopk.")
-    l1_coefficient: float = _setting(0.04, "Weight of the L1 sparsity term, eq. 7; it acts with activation relu only.")
-    l0_coefficient: float = _setting(0.001, "Weight of the mean L0; it acts with activation jumprelu only.")
-    jumprelu_bandwidth: float = _setting(0.05, "Width of the kernel through which jumprelu's thresholds learn.")
-    jumprelu_threshold: float = _setting(0.01, "Thresholds of jumprelu at the start.")
-    aux_k: int | None = _setting(
-        None, "Dead features that explain what is left over, per token (topk, batchtopk); None: d_in / 2; 0: none."
+    k: int | None = _setting(None, "Active features per token; only with activation topk or batchtopk.", _COUNT)
+    l1_coefficient: float = _setting(
+        0.04, "Weight of the L1 sparsity term, eq. 7; it acts with activation relu only.", _WEIGHT
     )
-    aux_coefficient: float = _setting(1 / 32, "Weight of that auxiliary loss, which revives dead features.")
+    l0_coefficient: float = _setting(0.001, "Weight of the mean L0; it acts with activation jumprelu only.", _WEIGHT)
+    jumprelu_bandwidth: float = _setting(
+        0.05, "Width of the kernel through which jumprelu's thresholds learn.", _POSITIVE
+    )
+    jumprelu_threshold: float = _setting(0.01, "Thresholds of jumprelu at the start.", _POSITIVE)
+    aux_k: int | None = _setting(
+        None,
+        "Dead features that explain what is left over, per token (topk, batchtopk); None: d_in / 2; 0: none.",
+        _INDEX,
+    )
+    aux_coefficient: float = _setting(1 / 32, "Weight of that auxiliary loss, which revives dead features.", _WEIGHT)
     matryoshka_prefixes: list[int] | None = _setting(
         None, "Numbers of first features that have to reconstruct on their own, rising, the last d_sae (batchtopk)."
     )
@@ -105,33 +151,38 @@ class SelOrthoConfig(PreTrainedConfig):
     penalty_space: Space = _setting(
         "activation",
         "What the selective penalty squares: the pairs' correlation (activation, the paper), their decoder cosine "
-        "(decoder), or that cosine times how symmetrically (redundancy) or how rarely (exclusion) they fire together.",
+        "(decoder), or that cosine times how rarely they fire together (exclusion).",
     )
     selection_space: SelectionSpace = _setting("same", "By which of these the pairs are selected; same: the penalty's.")
     # Measured (RESULTS.md, Gemma-3-270m): at 0.03 the top correlations fall by 29% (ReLU) and 36% (TopK) for 0.8% and
     # 2.3% more FVU; the paper's 0.1 buys 40% and 53%, for 3% and 10%.
-    ortho_coefficient: float = _setting(0.03, "Weight of the decorrelation penalty, eq. 7 (the paper: 0.1).")
+    ortho_coefficient: float = _setting(0.03, "Weight of the decorrelation penalty, eq. 7 (the paper: 0.1).", _WEIGHT)
     decoder_ratio: float = _setting(
         0.0,
         "Weight, relative to ortho_coefficient, of a second penalty beside the selective one: the squared decoder "
         "cosine of pairs of features.",
+        _WEIGHT,
     )
     decoder_pairs: DecoderPairs = _setting(
         "alike",
         "The pairs of that second penalty: the pair_fraction whose directions are most alike, or each feature and its "
         "nearest (as ortsae).",
     )
-    pair_fraction: float = _setting(0.001, "Share of all feature pairs that the selective penalty acts on, eq. 5.")
+    pair_fraction: float = _setting(
+        0.001, "Share of all feature pairs that the selective penalty acts on, eq. 5.", _FRACTION
+    )
     correlation_threshold: float = _setting(
-        0.0, "Pairs whose score is below this are left alone; with a large pair_fraction, the threshold selects."
+        0.0,
+        "Pairs whose score is below this are left alone; with a large pair_fraction, the threshold selects.",
+        _SHARE,
     )
     correlation: Correlation = _setting("cosine", "Uncentred cosine (eq. 4) or centred Pearson correlation.")
     reduction: Reduction = _setting("mean", "Penalty as the mean over the pairs or their sum (the paper).")
     min_support: int = _setting(
-        4, "A feature takes part in a pair if it fired on at least this many tokens of the batch."
+        4, "A feature takes part in a pair if it fired on at least this many tokens of the batch.", _COUNT
     )
     selection_interval: int = _setting(
-        12, "Steps between two selections of pairs, which costs that many times less than the paper's 1."
+        12, "Steps between two selections of pairs, which costs that many times less than the paper's 1.", _COUNT
     )
     penalty_schedule: PenaltySchedule = _setting(
         "on_selection",
@@ -139,91 +190,115 @@ class SelOrthoConfig(PreTrainedConfig):
         "acts at every step on the pairs selected last (every_step).",
     )
     carry_decay: float = _setting(
-        0.0, "Share of the earlier batches' co-activations that a selection carries over, so that rare features count."
+        0.0,
+        "Share of the earlier batches' co-activations that a selection carries over, so that rare features count.",
+        _SHARE,
     )
-    ortsae_chunk: int = _setting(8192, "Features that the penalty ortsae compares with one another.")
+    ortsae_chunk: int = _setting(8192, "Features that the penalty ortsae compares with one another.", _SEVERAL)
     input_normalization: InputNormalization = _setting(
         "standard", "standard: centre the activations and scale them to a mean squared norm of 1; none: use them raw."
     )
     lm_name: str | None = _setting(None, "Language model whose activations the SAE reads.")
     lm_revision: str | None = _setting(None, "Resolved commit (or content hash) of the language model.")
-    layer: int | None = _setting(None, "Decoder layer, counted from 0, after which the residual stream is read.")
+    layer: int | None = _setting(
+        None, "Decoder layer, counted from 0, after which the residual stream is read.", _INDEX
+    )
     hook_name: str | None = _setting(None, "Module of the language model whose output is read.")
-    context_length: int = _setting(128, "Longest context in tokens, BOS included.")
+    context_length: int = _setting(128, "Longest context in tokens, BOS included.", _SEVERAL)
     prepend_bos: bool = _setting(True, "Whether each context starts with BOS (left out of the training data).")
     # Measured on Gemma-3-270m: ordinary tokens stay below 2.3 times the median norm, sinks start at 4.7 times.
     max_norm_ratio: float | None = _setting(
         4.0,
         "Tokens whose norm exceeds this multiple of the median are left out; None (--max_norm_ratio inf) keeps all.",
+        _RATIO,
     )
-    max_norm: float | None = _setting(None, "The norm that this came to: tokens of a larger one were left out.")
+    max_norm: float | None = _setting(
+        None, "The norm that this came to: tokens of a larger one were left out.", _POSITIVE
+    )
     dataset: str | None = _setting(None, "Dataset of the training text.")
     dataset_revision: str | None = _setting(None, "Resolved commit of the dataset.")
     dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
     dataset_split: str | None = _setting(None, "Split of the dataset.")
     text_column: str | None = _setting(None, "Column of the dataset that holds the text.")
-    min_tokens: int | None = _setting(None, "Contexts with fewer tokens than this were left out.")
-    held_out_fraction: float | None = _setting(None, "Share of the documents that training never saw.")
-    config_version: int = _setting(CONFIG_VERSION, "Version of this format.")
+    min_tokens: int | None = _setting(None, "Contexts with fewer tokens than this were left out.", _COUNT)
+    held_out_fraction: float | None = _setting(None, "Share of the documents that training never saw.", _SHARE)
+    config_version: int = _setting(CONFIG_VERSION, "Version of this format.", _COUNT)
+    dtype: str | torch.dtype | None = _setting(None, "", _DTYPE)  # of transformers, which does not check it
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._check_version()
         self._refuse_misspelt(kwargs)
-        self._check_inherited()
-        try:
-            super().__post_init__(**kwargs)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise ConfigError(f"transformers refuses these settings: {error}") from error
-        self._check_types()
-        self._check_values()
+        for name in ("d_in", "d_sae"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{name} is missing: SelOrthoConfig needs d_in and d_sae, e.g. d_in=640, d_sae=1280")
+        super().__post_init__(**kwargs)
+
+    def validate_activation(self) -> None:
+        """Check what the activation function takes."""
+        takes_k, prefixes = self.activation in ("topk", "batchtopk"), self.matryoshka_prefixes
+        if takes_k and self.k is None:
+            raise ValueError(f"k=None: activation={self.activation!r} needs k, the number of active features per token")
+        if not takes_k and self.k is not None:
+            raise ValueError(f"k={self.k}: only activation='topk' and 'batchtopk' take k, not {self.activation!r}")
+        if self.k is not None and self.d_sae is not None and self.k > self.d_sae:
+            raise ValueError(f"k={self.k}: expected at most d_sae={self.d_sae}")
+        if prefixes is not None and self.activation != "batchtopk":
+            raise ValueError(f"matryoshka_prefixes={reprlib.repr(prefixes)}: only activation='batchtopk' takes them")
+        if prefixes is not None and ([0, *prefixes] != sorted({0, *prefixes}) or prefixes[-1:] != [self.d_sae]):
+            raise ValueError(
+                f"matryoshka_prefixes={reprlib.repr(prefixes)}: expected rising numbers up to d_sae={self.d_sae}"
+            )
+
+    def validate_penalty(self) -> None:
+        """Check that co-activations are carried over only where pairs are selected by their cosines."""
+        if self.carry_decay > 0 and (self.correlation != "cosine" or self.selects_by != "activation"):
+            raise ValueError(
+                f"carry_decay={self.carry_decay}: only pairs selected by the cosine of their activations are carried "
+                f"over, not by {self.correlation!r} in {self.selects_by!r} space; set carry_decay=0"
+            )
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Content of a config.json, and the arguments that do not say where it is.
+        """Return the content of a config.json, and the arguments that do not say where it is.
 
         Raises:
             SelOrthoError: there is none.
             ConfigError: it is damaged, or that of another kind of model.
         """
+        if not hub:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         name = os.fspath(pretrained_model_name_or_path)
-        lookup = {key: kwargs.pop(key) for key in LOOKUP if key in kwargs}
-        for key in ("_from_auto", "_from_pipeline", "gguf_file", "trust_remote_code", "code_revision"):
-            kwargs.pop(key, None)
-        path = Path(name) if os.path.isfile(name) else find_file(name, CONFIG, within_reach(name, lookup))
-        if path is None:
-            raise no_such_sae(name, lookup)
-        content = read_object(path)
+        lookup = {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs}
+        path = Path(name) if os.path.isfile(name) else hub.find_config(name, lookup)
+        content = hub.read_object(path)
         if (kind := content.get("model_type", cls.model_type)) != cls.model_type:
-            raise ConfigError(f"{path} has model_type={_SHORT.repr(kind)}, expected {cls.model_type!r}: this is no SAE")
+            raise ConfigError(
+                f"{path} has model_type={reprlib.repr(kind)}, expected {cls.model_type!r}: this is no SAE"
+            )
         return content, kwargs
 
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
-        """A configuration from a config.json of any name; raises as [`from_dict`] does."""
-        return cls.from_dict(read_object(Path(json_file)))
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A configuration from the content of a config.json; of that, only what is declared is taken.
+        """Make a configuration from the content of a config.json; of that, only the settings of an SAE are taken.
 
         transformers would make an attribute of everything else, and follow some of it to other files and other code.
 
         Raises:
             ConfigError: a value is not allowed.
         """
-        declared, own = {f.name for f in fields(cls)}, {f.name for f in cls.own_fields()}
-        unknown = config_dict.keys() - declared - _UNREAD
-        if len(unknown) > _MOST_UNKNOWN:
+        version = config_dict.get("config_version")
+        if type(version) is int and version > CONFIG_VERSION:
             raise ConfigError(
-                f"{len(unknown)} settings that SelOrthoConfig does not know, such as {_SHORT.repr(min(unknown))}: "
-                "is this the config of an SAE?"
+                f"config_version={reprlib.repr(version)}: this SAE was saved by a newer hf_selortho (this one reads up "
+                f"to version {CONFIG_VERSION}); update with: pip install -U hf_selortho"
             )
-        cls._refuse_misspelt(unknown)
+        own = {f.name for f in cls.own_fields()}
+        unknown = sorted(config_dict.keys() - {f.name for f in fields(cls)} - _IGNORED)
+        cls._refuse_misspelt(unknown[:100])
         if unknown:
-            logger.warning("without effect, as SelOrthoConfig does not know them: %s", _SHORT.repr(sorted(unknown)))
-        taken = {key: value for key, value in config_dict.items() if key in declared}
+            logger.warning("without effect, as SelOrthoConfig does not know them: %s", reprlib.repr(unknown))
+        taken = {key: value for key, value in config_dict.items() if key in own | {"dtype"}}
         overrides = {key: kwargs.pop(key) for key in own & kwargs.keys()}
         made: Any = super().from_dict({**taken, **overrides}, **kwargs)
         source = config_dict.get("auto_map")
@@ -235,21 +310,21 @@ class SelOrthoConfig(PreTrainedConfig):
 
     @classmethod
     def own_fields(cls) -> list[Field]:
-        """The fields declared by this class, without those of `PreTrainedConfig`."""
-        return [f for f in fields(cls) if "help" in f.metadata]
+        """Return the fields declared by this class, without those of `PreTrainedConfig`."""
+        return [f for f in fields(cls) if f.metadata.get("help")]
 
     @classmethod
     def default_settings(cls) -> dict[str, Any]:
-        """Default of every field by name."""
+        """Return the default of every field by name."""
         return {f.name: f.default for f in cls.own_fields()}
 
     @classmethod
     def describe(cls) -> dict[str, str]:
-        """Description of every field by name."""
+        """Return the description of every field by name."""
         return {f.name: f.metadata["help"] for f in cls.own_fields()}
 
     def own_settings(self) -> dict[str, Any]:
-        """Values of the fields declared by this class."""
+        """Return the values of the fields declared by this class."""
         return {f.name: getattr(self, f.name) for f in self.own_fields()}
 
     @property
@@ -262,118 +337,5 @@ class SelOrthoConfig(PreTrainedConfig):
         # transformers keeps unknown keyword arguments as attributes: a misspelt setting would silently do nothing
         names = [f.name for f in cls.own_fields()]
         for key in keys:
-            close = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
-            if close:
+            if close := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
                 raise ConfigError(f"{key} is not a setting of SelOrthoConfig; did you mean {close[0]}?")
-
-    def _check_version(self) -> None:
-        version = self.config_version
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ConfigError(
-                f"config_version={_SHORT.repr(version)}: expected a whole number from 1 to {CONFIG_VERSION}"
-            )
-        if version > CONFIG_VERSION:
-            raise ConfigError(
-                f"config_version={version}: this SAE was saved by a newer hf_selortho (this one reads up to version "
-                f"{CONFIG_VERSION}); update with: pip install -U hf_selortho"
-            )
-
-    def _check_inherited(self) -> None:
-        for name, allowed in _INHERITED.items():
-            value = getattr(self, name)
-            if type(value) not in allowed:
-                names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-                raise ConfigError(f"{name}={_SHORT.repr(value)}: expected {names}, not {type(value).__name__}")
-        dtype = str(self.dtype).removeprefix("torch.") if isinstance(self.dtype, torch.dtype) else self.dtype
-        if dtype not in (None, *_DTYPES):
-            raise ConfigError(f"dtype={_SHORT.repr(self.dtype)}: expected one of {', '.join(_DTYPES)}")
-
-    def _check_types(self) -> None:
-        for f in self.own_fields():
-            allowed = get_args(f.type) or (f.type,)
-            value = getattr(self, f.name)
-            if f.name in ("d_in", "d_sae") and value is None:
-                raise ConfigError(
-                    f"{f.name} is missing: SelOrthoConfig needs d_in and d_sae, e.g. d_in=640, d_sae=1280"
-                )
-            if get_origin(allowed[0]) is list:
-                self._check_list(f.name, value)
-                continue
-            self._check_size(f.name, value)
-            if type(value) is int and float in allowed:
-                value = float(value)
-                setattr(self, f.name, value)
-            if isinstance(allowed[0], str):
-                if value not in allowed:
-                    raise ConfigError(f"{f.name}={_SHORT.repr(value)}: expected one of {', '.join(map(repr, allowed))}")
-            elif type(value) not in allowed:
-                names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-                raise ConfigError(f"{f.name}={_SHORT.repr(value)}: expected {names}, not {type(value).__name__}")
-
-    def _check_list(self, name: str, value: Any) -> None:
-        if value is not None and (not isinstance(value, list) or any(type(item) is not int for item in value)):
-            raise ConfigError(f"{name}={_SHORT.repr(value)}: expected None or a list of whole numbers")
-        for item in value or ():
-            self._check_size(name, item)
-
-    def _check_size(self, name: str, value: Any) -> None:
-        if type(value) is int and abs(value) > _LARGEST_INT:
-            raise ConfigError(f"{name}={_SHORT.repr(value)}: expected a number below 2^63")
-
-    def _check_values(self) -> None:
-        for name in ("d_in", "d_sae", "min_support", "k", "min_tokens", "selection_interval"):
-            self._require(name, lambda v: v is None or v >= 1, "a whole number of at least 1")
-        self._require("context_length", lambda v: v >= 2, "at least 2 tokens")
-        self._require("layer", lambda v: v is None or v >= 0, "a layer counted from 0")
-        self._require("aux_k", lambda v: v is None or v >= 0, "None or a number of features of at least 0")
-        self._require("ortsae_chunk", lambda v: v >= 2, "at least 2 features")
-        for name in ("l1_coefficient", "l0_coefficient", "aux_coefficient", "ortho_coefficient", "decoder_ratio"):
-            self._require(name, lambda v: v >= 0 and math.isfinite(v), "a finite number of at least 0")
-        for name in ("jumprelu_bandwidth", "jumprelu_threshold"):
-            self._require(name, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
-        for name in ("correlation_threshold", "carry_decay"):
-            self._require(name, lambda v: 0 <= v < 1, "a number in [0, 1)")
-        self._require("pair_fraction", lambda v: 0 < v <= 1, "a share in (0, 1]")
-        self._require("held_out_fraction", lambda v: v is None or 0 <= v < 1, "None or a share in [0, 1)")
-        self._require(
-            "max_norm", lambda v: v is None or (v > 0 and math.isfinite(v)), "None or a finite number above 0"
-        )
-        self._require("max_norm_ratio", lambda v: v is None or (v > 1 and math.isfinite(v)), "None or a number above 1")
-        self._check_activation()
-        self._check_penalty()
-
-    def _check_activation(self) -> None:
-        takes_k = self.activation in ("topk", "batchtopk")
-        if takes_k and self.k is None:
-            raise ConfigError(
-                f"k=None: activation={self.activation!r} needs k, the number of active features per token"
-            )
-        if not takes_k and self.k is not None:
-            raise ConfigError(f"k={self.k}: only activation='topk' and 'batchtopk' take k, not {self.activation!r}")
-        if self.k is not None and self.d_sae is not None and self.k > self.d_sae:
-            raise ConfigError(f"k={self.k}: expected at most d_sae={self.d_sae}")
-        prefixes = self.matryoshka_prefixes
-        if prefixes is None:
-            return
-        if self.activation != "batchtopk":
-            raise ConfigError(f"matryoshka_prefixes={_SHORT.repr(prefixes)}: only activation='batchtopk' takes them")
-        if not prefixes or prefixes[0] < 1 or sorted(set(prefixes)) != prefixes or prefixes[-1] != self.d_sae:
-            raise ConfigError(
-                f"matryoshka_prefixes={_SHORT.repr(prefixes)}: expected rising numbers that end with d_sae={self.d_sae}"
-            )
-
-    def _check_penalty(self) -> None:
-        if self.correlation == "pearson" and self.carry_decay > 0:
-            raise ConfigError(
-                f"carry_decay={self.carry_decay}: carried co-activations give cosines; use correlation='cosine'"
-            )
-        if self.carry_decay > 0 and self.selects_by != "activation":
-            raise ConfigError(
-                f"carry_decay={self.carry_decay}: only pairs selected by activation are carried over, not by "
-                f"{self.selects_by!r}; set carry_decay=0"
-            )
-
-    def _require(self, name: str, allowed: Any, expected: str) -> None:
-        value = getattr(self, name)
-        if not allowed(value):
-            raise ConfigError(f"{name}={value!r}: expected {expected}")

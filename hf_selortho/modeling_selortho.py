@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +16,21 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .activation_functions import ActivationFunction, Encoded
-from .baselines import ortsae_penalty
+from .activation_functions import activate
 from .configuration_selortho import SelOrthoConfig
-from .decorrelation import full_penalty, penalty_by_space, penalty_of_selection, select_by_score
-from .errors import SelOrthoError
-from .pair_selection import Pairs
-from .process_group import SINGLE_PROCESS, ProcessGroup
-from .sparse_ops import ActiveFeatures, sparse_decode
-from .utils.saved_files import LOOKUP, at_one_commit, read_weights
+
+try:  # what training needs is not copied to the Hub: it is found in the installed package
+    from hf_selortho.errors import SelOrthoError
+    from hf_selortho.sparse_ops import DenseFeatures
+    from hf_selortho.training_step import run_step
+    from hf_selortho.utils import hub
+except ImportError:  # it is missing, or of a version without these
+    if __name__.startswith("hf_selortho."):
+        raise
+    SelOrthoError, run_step, hub = ValueError, None, None  # type: ignore[assignment, misc]
+TRAINABLE: bool = run_step is not None
+
+logger = logging.getLogger(__name__)
 
 ROWS_IN_CACHE = 512  # decoder rows handled at once on a CPU
 
@@ -32,40 +39,25 @@ ROWS_IN_CACHE = 512  # decoder rows handled at once on a CPU
 class SelOrthoOutput(ModelOutput):
     """What a [`SelOrthoSAE`] computes on a batch."""
 
-    loss: Tensor | None = None  # scalar, the sum of `losses`
+    loss: Tensor | None = None  # scalar, the sum of `losses`; None where the package hf_selortho is not installed
     reconstruction: Tensor | None = None  # (..., d_in), in the space of the raw activations
     feature_acts: Tensor | None = None  # (..., d_sae); None if they were not asked for and are sparse
     losses: dict[str, Tensor] | None = None  # weighted terms: "reconstruction", "l1", "ortho", ...
-    pairs: Pairs | None = None  # the pairs that the selective penalty acted on, else None
-    active: ActiveFeatures | None = None  # the feature activations as entries (B, d_sae), in place of `feature_acts`
+    pairs: Any = None  # the `Pairs` that the selective penalty acted on, else None
+    active: Any = None  # the feature activations as `ActiveFeatures` (B, d_sae), in place of `feature_acts`
     threshold: Tensor | None = None  # batchtopk: the smallest activation that this batch kept
 
     @property
-    def features(self) -> Tensor | ActiveFeatures:
-        """The feature activations in the form that was computed, (B, d_sae)."""
+    def features(self) -> Any:
+        """The feature activations in the form that was computed, as `FeatureActivations` (B, d_sae)."""
         if self.active is not None:
             return self.active
         assert self.feature_acts is not None
-        return self.feature_acts.flatten(0, -2)
-
-
-@dataclass(frozen=True)
-class PenaltyPlan:
-    """What the decorrelation penalty does at one step."""
-
-    acts: bool = True
-    pairs: Pairs | None = None  # the pairs to act on; None: select them on this batch
-    weight: float = 1.0  # with penalty_schedule "on_selection", the number of steps that this one stands for
-    coefficient: float | None = None  # in place of the config's ortho_coefficient, when it is steered
-    seed: int = 0  # of the chunks of ortsae
-    select: Callable[[Tensor | ActiveFeatures], Pairs] | None = None  # in place of the model's own selection
+        return DenseFeatures(self.feature_acts.flatten(0, -2))
 
 
 def _package_module(name: str, method: str) -> Any:
-    """A module of the layers above, for a method that users look for here.
-
-    By name and at the call: this file also lives on the Hub, without the package.
-    """
+    """Import a module of the layers above at the call: this file also lives on the Hub, without the package."""
     try:
         return importlib.import_module(f"hf_selortho.{name}")
     except ModuleNotFoundError as error:
@@ -134,7 +126,6 @@ class SelOrthoSAE(PreTrainedModel):
             self.register_buffer("threshold", torch.zeros(shapes["threshold"]))  # at inference; estimated in training
         if "log_threshold" in shapes:  # in bfloat16 small updates would be lost
             self.log_threshold = nn.Parameter(torch.empty(shapes["log_threshold"]))
-        self.function = ActivationFunction(config.activation, config.k, config.jumprelu_bandwidth)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -158,34 +149,35 @@ class SelOrthoSAE(PreTrainedModel):
         """Load an SAE from a Hub repository or a local folder, from safetensors only.
 
         Takes the arguments of `PreTrainedModel.from_pretrained` (`revision`, `subfolder`, `dtype`, `device_map`, ...).
-        Nothing is allocated before names, shapes and dtypes in the files are known to be those of the configuration,
-        no other file of the folder is looked at, and no code of it is run.
+        Names, shapes and dtypes in the files are compared with the configuration before anything is allocated, and no
+        code of the folder is run.
 
         Raises:
             ConfigError: config.json is damaged, or a value in it is not allowed.
             SelOrthoError: there is no such SAE, or its weights are damaged, incomplete or do not fit the configuration.
         """
-        if pretrained_model_name_or_path is None:  # whoever calls has the weights: nothing is read
-            return super().from_pretrained(None, *args, **kwargs)
+        if pretrained_model_name_or_path is None or hub is None:  # whoever calls has the weights; without the package
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         name = os.fspath(pretrained_model_name_or_path)
-        lookup = at_one_commit(name, {key: kwargs.pop(key) for key in LOOKUP if key in kwargs})
-        config, variant = kwargs.pop("config", None), kwargs.pop("variant", None)
+        lookup = hub.at_one_commit(name, {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs})
+        config = kwargs.pop("config", None)
         if not isinstance(config, SelOrthoConfig):
-            declared = {f.name for f in fields(SelOrthoConfig)} - {"dtype"}  # an argument of the model too
-            settings = {key: kwargs.pop(key) for key in declared & kwargs.keys()}
+            settings = {key: kwargs.pop(key) for key in SelOrthoConfig.describe().keys() & kwargs.keys()}
             config = SelOrthoConfig.from_pretrained(name if config is None else config, **lookup, **settings)
-        tensors = read_weights(name, weight_shapes(config), lookup, variant)
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            None, *args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
-        )
-        model, info = loaded
+        files = hub.weight_files(name, lookup, kwargs.get("variant"))
+        hub.check_tensors(name, files, weight_shapes(config))  # so that none is missing, to be filled in at random
+        kwargs["use_safetensors"] = True
+        try:
+            loaded: Any = super().from_pretrained(files[0].parent, *args, config=config, **kwargs)
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise SelOrthoError(f"cannot load the SAE {name!r}: {hub.one_line(error)}") from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.store_by_feature()
         model.name_or_path = model.config.name_or_path = name
-        return (model, info) if wants_info else model
+        return loaded
 
     def capture(self, texts: Sequence[str], lm: Any = None) -> Any:
-        """Tokens and feature activations of each text, read as in training: language model, hook, contexts, BOS.
+        """Read each text as in training (language model, hook, contexts, BOS): its tokens and feature activations.
 
         Args:
             texts: any strings.
@@ -195,9 +187,17 @@ class SelOrthoSAE(PreTrainedModel):
             A list of `hf_selortho.features.TokenFeatures`.
 
         Raises:
-            SelOrthoError: as `hf_selortho.features.FeatureCapture`, or this class has been copied out of its package.
+            SelOrthoError: as `hf_selortho.features.FeatureCapture`, or the package hf_selortho is not installed.
         """
         return _package_module("features", "capture").FeatureCapture(self, lm).capture(texts)
+
+    def select_pairs(self, h: Any, group: Any = None) -> Any:
+        """Select the `Pairs` that the configured penalty acts on, for feature activations `h` (B, d_sae).
+
+        Raises:
+            SelOrthoError: as `hf_selortho.select_pairs`, or the package hf_selortho is not installed.
+        """
+        return _package_module("penalties", "select_pairs").select_by_config(self.config, h, self.W_dec, group).pairs
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
         """Publish the SAE: weights, config, model card and an export for SAELens, in one commit.
@@ -206,7 +206,7 @@ class SelOrthoSAE(PreTrainedModel):
         facts of the training are in the folder of the run: `hf_selortho.hub.push.push_run` publishes them too.
 
         Raises:
-            SelOrthoError: the Hub does not let it, or this class has been copied out of its package.
+            SelOrthoError: the Hub does not let it, or the package hf_selortho is not installed.
         """
         return _package_module("hub.push", "push_to_hub").push_sae(self, repo_id, **kwargs)
 
@@ -239,32 +239,32 @@ class SelOrthoSAE(PreTrainedModel):
         return (x - self.input_mean) / self.input_scale
 
     def encode(self, activations: Tensor) -> Tensor:
-        """Feature activations (..., d_sae) of raw language-model activations (..., d_in).
+        """Compute the feature activations (..., d_sae) of raw language-model activations (..., d_in).
 
         With batchtopk, what fires does not depend on the batch: it exceeds the threshold estimated in training.
         """
-        h = self._dense(self.normalize_input(activations)).h
-        assert isinstance(h, Tensor)
-        return h
+        z = self.pre_activations(self.normalize_input(activations))
+        config = self.config
+        return activate(config.activation, z, config.k, self.inference_threshold(), config.jumprelu_bandwidth)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Raw activations (..., d_in), in the dtype of `feature_acts`, from feature activations (..., d_sae)."""
+        """Compute raw activations (..., d_in) from feature activations (..., d_sae), in the dtype of the latter."""
         return self._denormalize(feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec).to(feature_acts.dtype)
 
     def forward(
         self,
         activations: Tensor,
-        group: ProcessGroup = SINGLE_PROCESS,
-        plan: PenaltyPlan | None = None,
+        group: Any = None,
+        plan: Any = None,
         dead: Tensor | None = None,
         return_feature_acts: bool = True,
     ) -> SelOrthoOutput:
-        """Encode, decode and compose the loss of eq. 7.
+        """Encode, decode and, where the package hf_selortho is installed, compose the loss of eq. 7.
 
         Args:
             activations: raw activations of the language model at the hook, (..., d_in).
-            group: under data parallel training, the processes whose tokens form the batch of the penalty.
-            plan: what the penalty does at this step; default: select pairs and act on them.
+            group: under data parallel training, the `ProcessGroup` whose tokens form the batch of the penalty.
+            plan: the `PenaltyPlan` of this step; default: select pairs and act on them.
             dead: which features are dead (d_sae,), for the auxiliary loss of topk and batchtopk.
             return_feature_acts: False lets a training step work on the active entries alone where these are few:
                 the output then has `active` and no `feature_acts`. Loss and gradients are the same.
@@ -272,31 +272,51 @@ class SelOrthoSAE(PreTrainedModel):
         Raises:
             SelOrthoError: the last axis is not `d_in` wide.
         """
-        x = self.normalize_input(activations)
-        flat = x.reshape(-1, x.shape[-1])  # (B, d_in)
-        encoded = None
-        if not return_feature_acts and self.training and torch.is_grad_enabled() and not x.requires_grad:
-            encoded = self.function.active(flat, self.W_enc, self.b_enc, self._thresholds(), group)
-        if encoded is None:
-            encoded = self._dense(flat, batch=self.training, group=group)
-        x_hat, reconstruction_loss = self._reconstruct(flat, encoded.h)
-        ortho, pairs = self._ortho_loss(encoded.h, group, plan or PenaltyPlan())
-        losses = {"reconstruction": reconstruction_loss, **self._sparsity_losses(encoded), "ortho": ortho}
-        if dead is not None and self._aux_k > 0:
-            losses["aux"] = self._aux_loss(flat, flat - x_hat.detach(), dead)
-        reconstruction = self._denormalize(x_hat).to(activations.dtype).view(activations.shape)
-        active, feature_acts = (encoded.h, None) if isinstance(encoded.h, ActiveFeatures) else (None, encoded.h)
+        if not TRAINABLE:
+            if self.training:
+                logger.warning("no loss is computed: training needs the package, pip install hf_selortho")
+            h = self.encode(activations)
+            return SelOrthoOutput(reconstruction=self.decode(h), feature_acts=h)
+        x = self.normalize_input(activations).reshape(-1, activations.shape[-1])  # (B, d_in)
+        step = run_step(self, x, group, plan, dead, dense=return_feature_acts)
+        dense, terms = isinstance(step.features, DenseFeatures), step.losses.values()
+        feature_acts = step.features.values if dense else None
         if feature_acts is not None and activations.ndim != 2:
             feature_acts = feature_acts.view(*activations.shape[:-1], -1)
         return SelOrthoOutput(
-            loss=torch.stack([term.float() if term.dtype != torch.float64 else term for term in losses.values()]).sum(),
-            reconstruction=reconstruction,
+            loss=torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms]).sum(),
+            reconstruction=self._denormalize(step.x_hat).to(activations.dtype).view(activations.shape),
             feature_acts=feature_acts,
-            losses=losses,
-            pairs=pairs,
-            active=active,
-            threshold=encoded.threshold,
+            losses=step.losses,
+            pairs=step.pairs,
+            active=None if dense else step.features,
+            threshold=step.threshold,
         )
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """Compute `x W_enc + b_enc` (..., d_sae) of normalised activations (..., d_in)."""
+        flat = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
+        return torch.addmm(self.b_enc, flat, self.W_enc).view(*x.shape[:-1], -1)
+
+    def inference_threshold(self) -> Tensor | None:
+        """Return what a pre-activation has to exceed: () with batchtopk, (d_sae,) with jumprelu, else None."""
+        if self.config.activation == "jumprelu":
+            return self.log_threshold.exp()
+        return self.threshold if self.config.activation == "batchtopk" else None
+
+    @property
+    def aux_features(self) -> int:
+        """Dead features that explain the residual of a token in the auxiliary loss; 0: the loss has no such term."""
+        config = self.config
+        if config.activation not in ("topk", "batchtopk") or config.aux_coefficient == 0:
+            return 0
+        return self.W_enc.shape[0] // 2 if config.aux_k is None else config.aux_k
+
+    @torch.no_grad()
+    def update_threshold(self, batch_threshold: Tensor, momentum: float = 0.99) -> None:
+        """Let the fixed threshold of batchtopk follow those of the training batches, as an exponential average."""
+        follow = torch.where(self.threshold > 0, self.threshold.lerp(batch_threshold, 1 - momentum), batch_threshold)
+        self.threshold.copy_(follow)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -324,118 +344,5 @@ class SelOrthoSAE(PreTrainedModel):
             along = torch.linalg.vecdot(part, directions)[:, None]
             part.addcmul_(along, directions, value=-1)
 
-    def _thresholds(self) -> Tensor | None:
-        return self.log_threshold.exp() if self.config.activation == "jumprelu" else None
-
-    def _dense(self, x: Tensor, batch: bool = False, group: ProcessGroup = SINGLE_PROCESS) -> Encoded:
-        """Feature activations (..., d_sae) of normalised activations (..., d_in)."""
-        flat = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
-        z = torch.addmm(self.b_enc, flat, self.W_enc).view(*x.shape[:-1], -1)
-        threshold = self.threshold if self.config.activation == "batchtopk" else self._thresholds()
-        return self.function.dense(z, threshold, batch=batch, group=group)
-
-    def _reconstruct(self, x: Tensor, h: Tensor | ActiveFeatures) -> tuple[Tensor, Tensor]:
-        """Normalised reconstruction (B, d_in) and its loss, the mean over the prefixes of a Matryoshka SAE."""
-        prefixes = self.config.matryoshka_prefixes
-        if prefixes is None:
-            product = sparse_decode(h, self.W_dec) if isinstance(h, ActiveFeatures) else h @ self.W_dec
-            x_hat = product + self.b_dec
-            return x_hat, (x_hat.to(x.dtype) - x).square().sum(-1).mean()
-        if isinstance(h, ActiveFeatures):
-            parts = sparse_decode(h, self.W_dec, torch.tensor(prefixes, device=x.device))  # (B, prefixes, d_in)
-        else:
-            bounds = zip([0, *prefixes], prefixes, strict=False)
-            parts = torch.stack([h[:, a:b] @ self.W_dec[a:b] for a, b in bounds], dim=1)
-        nested = parts.cumsum(1) + self.b_dec
-        return nested[:, -1], (nested.to(x.dtype) - x[:, None]).square().sum(-1).mean()
-
     def _denormalize(self, x_hat: Tensor) -> Tensor:
         return x_hat.to(torch.promote_types(x_hat.dtype, torch.float32)) * self.input_scale + self.input_mean
-
-    def _sparsity_losses(self, encoded: Encoded) -> dict[str, Tensor]:
-        cfg, h = self.config, encoded.h
-        values, tokens = (h.values, h.tokens) if isinstance(h, ActiveFeatures) else (h, len(h))
-        zero = values.new_zeros((), dtype=torch.float32)
-        if encoded.l0 is not None:
-            return {"l1": zero, "l0_penalty": cfg.l0_coefficient * encoded.l0}
-        if cfg.activation != "relu" or cfg.l1_coefficient == 0:
-            return {"l1": zero}
-        return {"l1": cfg.l1_coefficient * values.float().sum() / tokens}  # h >= 0, so its L1 norm is its sum
-
-    @property
-    def revives_dead_features(self) -> bool:
-        """Whether the loss has a term for dead features, so that [`forward`] wants to know them."""
-        return self._aux_k > 0
-
-    @torch.no_grad()
-    def update_threshold(self, batch_threshold: Tensor, momentum: float = 0.99) -> None:
-        """Let the fixed threshold of batchtopk follow those of the training batches, as an exponential average."""
-        follow = torch.where(self.threshold > 0, self.threshold.lerp(batch_threshold, 1 - momentum), batch_threshold)
-        self.threshold.copy_(follow)
-
-    @property
-    def _aux_k(self) -> int:
-        cfg = self.config
-        if cfg.activation not in ("topk", "batchtopk") or cfg.aux_coefficient == 0:
-            return 0
-        return self.W_enc.shape[0] // 2 if cfg.aux_k is None else cfg.aux_k
-
-    def _aux_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """Gao et al. 2024, section A.2: the dead features with the largest pre-activations explain the residual."""
-        features = dead.nonzero()[:, 0]
-        if len(features) == 0:
-            return x.new_zeros(())
-        z = x.to(self.W_enc.dtype) @ self.W_enc[:, features] + self.b_enc[features]  # (B, dead)
-        if len(features) > self._aux_k:
-            least = z.detach().topk(self._aux_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-            z = torch.where(z >= least, z, 0)
-        explained = torch.relu(z) @ self.W_dec[features]
-        return self.config.aux_coefficient * (explained.to(x.dtype) - residual).square().sum(-1).mean()
-
-    def _ortho_loss(
-        self, h: Tensor | ActiveFeatures, group: ProcessGroup, plan: PenaltyPlan
-    ) -> tuple[Tensor, Pairs | None]:
-        cfg = self.config
-        coefficient = (cfg.ortho_coefficient if plan.coefficient is None else plan.coefficient) * plan.weight
-        if cfg.penalty == "none" or coefficient == 0 or not plan.acts:
-            return self.b_dec.new_zeros((), dtype=torch.float32), plan.pairs
-        if cfg.penalty == "ortsae":
-            return ortsae_penalty(self.W_dec, coefficient, cfg.ortsae_chunk, plan.seed), None
-        if cfg.penalty == "full":
-            dense = h.to_dense() if isinstance(h, ActiveFeatures) else h
-            return full_penalty(dense, coefficient, cfg.reduction, cfg.min_support, cfg.correlation, group), None
-        pairs, fresh = plan.pairs, plan.pairs is None
-        if pairs is None:
-            pairs = self.select_pairs(h, group) if plan.select is None else plan.select(h.detach())
-        if fresh and cfg.penalty_space == "activation" and pairs.source is not None:
-            loss = penalty_of_selection(h, pairs, coefficient, cfg.reduction, group)
-        else:
-            loss = penalty_by_space(
-                cfg.penalty_space, h, self.W_dec, pairs, coefficient, cfg.reduction, cfg.correlation, group
-            )
-        if cfg.decoder_ratio > 0:
-            loss = loss + self._alike_loss(h, coefficient * cfg.decoder_ratio, plan.seed)
-        return loss, pairs
-
-    def _alike_loss(self, h: Tensor | ActiveFeatures, coefficient: float, seed: int) -> Tensor:
-        """Squared decoder cosines of pairs whose directions are alike, the same on every process."""
-        if self.config.decoder_pairs == "nearest":
-            return ortsae_penalty(self.W_dec, coefficient, self.config.ortsae_chunk, seed)
-        alike = select_by_score("decoder", h, self.W_dec.detach(), self.config.pair_fraction)
-        return penalty_by_space("decoder", h, self.W_dec, alike, coefficient, self.config.reduction)
-
-    @torch.no_grad()
-    def select_pairs(self, h: Tensor | ActiveFeatures, group: ProcessGroup = SINGLE_PROCESS) -> Pairs:
-        """The pairs that the configured penalty acts on, for feature activations `h` (B, d_sae)."""
-        cfg = self.config
-        return select_by_score(
-            cfg.selects_by,
-            h,
-            self.W_dec,
-            cfg.pair_fraction,
-            cfg.min_support,
-            cfg.correlation,
-            "auto",
-            group,
-            cfg.correlation_threshold,
-        )

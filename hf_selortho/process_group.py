@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,3 +75,15 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
+
+
+def leave_process_group(accelerator: Any) -> None:
+    """End what an `Accelerator` has started and destroy the process group, whose threads are gone when this returns.
+
+    They must be: gloo's threads drop the tensors of a collective a moment after it is over, and need Python's lock for
+    that (torch 2.13); where the interpreter ends before they have, the process aborts. A `DistributedDataParallel` that
+    outlives the group hangs instead, so its holder lets go of it first (`Trainer.release`).
+    """
+    accelerator.free_memory()  # its own references to the models
+    gc.collect()  # which the line above does before it lets go of them
+    accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Exact encoder and decoder arithmetic on the non-zero feature activations of a batch.
+"""Feature activations of a batch, dense or as their non-zero entries, and exact arithmetic on the latter.
 
 `h = act(x W_enc + b_enc)`, `x_hat = h W_dec + b_dec` with `h` (B, n) mostly zeros. Only the encoder's product needs
 every entry of `h`; decoding and all four gradients need the active ones alone:
@@ -14,6 +14,8 @@ No intermediate is larger than `(B, d_in)`, `(n, d_in)` or one chunk of pre-acti
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,9 +24,160 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .errors import SelOrthoError
+
 with warnings.catch_warnings():  # said once a process: CSR tensors may lack features; our tests cover those used here
     warnings.simplefilter("ignore")
     torch.eye(1).to_sparse_csr()
+
+WIDENED_ELEMENTS = 1 << 22  # of a dense matrix that are converted to float32 at once
+CHUNK_ELEMENTS = 1 << 21  # of the dense copy of some features on some tokens, in the cache if it can be
+CHUNK_TOKENS = 512  # but no fewer tokens: for each chunk, all pairs are gone through
+
+
+class TokenChunk(NamedTuple):
+    """Some features on some tokens."""
+
+    block: Tensor  # (U, tokens) dense
+    entries: Any  # where the chunk lies in `values`: rows of dense activations, or entries (m,) of active ones
+    places: Tensor | None  # (m,) where these entries lie in the flattened block; None: all of it
+
+
+class FeatureActivations(ABC):
+    """Feature activations of B tokens and n features: one interface for [`DenseFeatures`] and [`ActiveFeatures`].
+
+    `values` holds the numbers, (B, n) or those of the entries (nnz,), and may require a gradient.
+    """
+
+    values: Tensor
+    n: int
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Number of tokens B."""
+
+    @abstractmethod
+    def with_values(self, values: Tensor) -> Any:
+        """Replace the numbers, of the same shape."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return an ordinary tensor (B, n)."""
+
+    @abstractmethod
+    def to_active(self) -> ActiveFeatures:
+        """Return the non-zero entries."""
+
+    @abstractmethod
+    def moments(self) -> Tensor:
+        """Sum over tokens, for each feature: support, squares and values, (3, n), in float32 or wider."""
+
+    @abstractmethod
+    def squares_about(self, mean: Tensor) -> Tensor:
+        """Sum `(h_ti - mean_i)^2` over tokens, (n,)."""
+
+    @abstractmethod
+    def decode(self, W_dec: Tensor, ends: list[int] | None = None) -> Tensor:
+        """Compute `h W_dec` (B, d_in), or the parts (B, G, d_in) of ranges of features with these rising ends (G,)."""
+
+    @abstractmethod
+    def fired(self) -> Tensor:
+        """Tell which features fired on any token, (n,) bool."""
+
+    @abstractmethod
+    def chunks(self, features: Tensor) -> Iterator[TokenChunk]:
+        """Yield dense copies of some features (U,), a few tokens at a time."""
+
+    @abstractmethod
+    def put(self, target: Tensor, chunk: TokenChunk, features: Tensor, block: Tensor) -> None:
+        """Write what belongs to a chunk (U, tokens) to its place in `target`, which has the shape of `values`."""
+
+    def detach(self) -> Any:
+        """Return the same activations without gradient."""
+        return self.with_values(self.values.detach())
+
+    def pattern(self) -> Any:
+        """Return 1 where a feature fired, else 0."""
+        return self.with_values((self.values != 0).to(self.values.dtype))
+
+    def l0(self) -> float:
+        """Return the mean number of active features of a token."""
+        return float((self.values > 0).sum()) / self.tokens
+
+
+def feature_activations(h: Tensor | FeatureActivations) -> FeatureActivations:
+    """Return `h` itself, or a tensor (B, n) as [`DenseFeatures`].
+
+    Raises:
+        SelOrthoError: the tensor has not two axes.
+    """
+    if not isinstance(h, Tensor):
+        return h
+    if h.ndim != 2:
+        raise SelOrthoError(
+            f"h has shape {tuple(h.shape)}: expected (tokens, features); flatten the leading axes first"
+        )
+    return DenseFeatures(h)
+
+
+@dataclass(frozen=True)
+class DenseFeatures(FeatureActivations):
+    """Feature activations as an ordinary tensor."""
+
+    values: Tensor  # (B, n)
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        """Number of features."""
+        return self.values.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.values)
+
+    def with_values(self, values: Tensor) -> DenseFeatures:
+        return DenseFeatures(values)
+
+    def to_dense(self) -> Tensor:
+        return self.values
+
+    def to_active(self) -> ActiveFeatures:
+        return active_features(self.values)
+
+    def moments(self) -> Tensor:
+        h = self.values
+        sums = torch.zeros(3, self.n, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+        for chunk in h.split(max(1, WIDENED_ELEMENTS // max(1, self.n))):
+            values = chunk.to(sums.dtype)
+            sums[0] += values.sign().abs_().sum(0)
+            sums[1] += torch.linalg.vecdot(values, values, dim=0)
+            sums[2] += values.sum(0)
+        return sums
+
+    def squares_about(self, mean: Tensor) -> Tensor:
+        squares = torch.zeros_like(mean)
+        for chunk in self.values.split(max(1, WIDENED_ELEMENTS // max(1, self.n))):
+            squares += (chunk.to(mean.dtype) - mean).square().sum(0)
+        return squares
+
+    def decode(self, W_dec: Tensor, ends: list[int] | None = None) -> Tensor:
+        if ends is None:
+            return self.values @ W_dec
+        bounds = zip([0, *ends], ends, strict=False)
+        return torch.stack([self.values[:, a:b] @ W_dec[a:b] for a, b in bounds], dim=1)
+
+    def fired(self) -> Tensor:
+        return (self.values > 0).any(0)
+
+    def chunks(self, features: Tensor) -> Iterator[TokenChunk]:
+        step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, len(features)))
+        for start in range(0, self.tokens, step):
+            rows = slice(start, start + step)
+            yield TokenChunk(as_float(self.values[rows, features]).T.contiguous(), rows, None)
+
+    def put(self, target: Tensor, chunk: TokenChunk, features: Tensor, block: Tensor) -> None:
+        target[chunk.entries].index_copy_(1, features, block.T)
 
 
 class FeatureOrder(NamedTuple):
@@ -37,11 +190,11 @@ class FeatureOrder(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ActiveFeatures:
-    """Non-zero feature activations of a batch of B tokens, sorted by token (CSR).
+class ActiveFeatures(FeatureActivations):
+    """Non-zero feature activations of a batch, sorted by token (CSR).
 
     Entries may be zero: a pattern can be wider than what fired. The features of a token may stand in any order, but for
-    [`sparse_decode`] with groups they rise. `values` may require a gradient.
+    [`sparse_decode`] with groups they rise.
     """
 
     crow: Tensor  # (B + 1,) int64, entries of token t are crow[t] to crow[t + 1]
@@ -51,13 +204,7 @@ class ActiveFeatures:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens B."""
         return len(self.crow) - 1
-
-    @property
-    def density(self) -> float:
-        """Share of the `B n` activations that are entries."""
-        return len(self.cols) / max(1, self.tokens * self.n)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -82,22 +229,22 @@ class ActiveFeatures:
         return self.values[self.by_feature.order]
 
     def matrix(self) -> Tensor:
-        """The activations as a CSR tensor, (B, n)."""
+        """Return the activations as a CSR tensor, (B, n)."""
         return csr(self.crow, self.cols, self.values, (self.tokens, self.n))
 
     def transposed(self) -> Tensor:
-        """The activations as a CSR tensor, (n, B)."""
+        """Return the activations as a CSR tensor, (n, B)."""
         return self.feature_rows(0, self.n)
 
     def feature_rows(self, start: int, stop: int) -> Tensor:
-        """Features start to stop as the rows of a CSR tensor, (stop - start, B)."""
+        """Return features start to stop as the rows of a CSR tensor, (stop - start, B)."""
         offsets, rows = self.by_feature.offsets, self.by_feature.rows
         first, last = int(offsets[start]), int(offsets[stop])
         values = self.values_by_feature[first:last]
         return csr(offsets[start : stop + 1] - first, rows[first:last], values, (stop - start, self.tokens))
 
     def feature_columns(self, start: int, stop: int) -> Tensor:
-        """Features start to stop as the columns of an ordinary tensor, (B, stop - start)."""
+        """Return features start to stop as the columns of an ordinary tensor, (B, stop - start)."""
         offsets, rows, _, cols = self.by_feature
         first, last = int(offsets[start]), int(offsets[stop])
         width = stop - start
@@ -106,29 +253,61 @@ class ActiveFeatures:
         return block.scatter_(0, place, self.values_by_feature[first:last]).view(-1, width)
 
     def with_values(self, values: Tensor) -> ActiveFeatures:
-        """Other values (nnz,) at the same entries."""
         other = replace(self, values=values)
-        for name in ("rows", "by_feature"):
+        for name in ("rows", "by_feature"):  # what has been sorted once
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
-    def detach(self) -> ActiveFeatures:
-        """The same entries without gradient."""
-        return self.with_values(self.values.detach())
-
     def sum_by_feature(self, values: Tensor) -> Tensor:
-        """Sum over tokens of `values` (nnz,), given at the entries: (n,)."""
+        """Sum `values` (nnz,), given at the entries, over tokens: (n,)."""
         return values.new_zeros(self.n).index_add_(0, self.cols, values)
 
     def to_dense(self) -> Tensor:
-        """The activations as an ordinary tensor, (B, n)."""
         dense = self.values.new_zeros(self.tokens, self.n)
         return dense.index_put_((self.rows, self.cols), self.values)
 
+    def to_active(self) -> ActiveFeatures:
+        return self
+
+    def moments(self) -> Tensor:
+        values = as_float(self.values)
+        parts = ((values != 0).to(values.dtype), values.square(), values)
+        return torch.stack([self.sum_by_feature(part) for part in parts])
+
+    def squares_about(self, mean: Tensor) -> Tensor:
+        values = as_float(self.values)
+        entries = self.sum_by_feature(torch.ones_like(values))
+        return self.sum_by_feature((values - mean[self.cols]).square()) + (self.tokens - entries) * mean.square()
+
+    def decode(self, W_dec: Tensor, ends: list[int] | None = None) -> Tensor:
+        return sparse_decode(self, W_dec, None if ends is None else torch.tensor(ends, device=W_dec.device))
+
+    def fired(self) -> Tensor:
+        fired = torch.zeros(self.n, dtype=torch.bool, device=self.cols.device)
+        fired[self.cols[self.values > 0]] = True
+        return fired
+
+    def chunks(self, features: Tensor) -> Iterator[TokenChunk]:
+        step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, len(features)))
+        number = features.new_full((self.n,), -1)
+        number[features] = torch.arange(len(features), device=features.device)
+        for start in range(0, self.tokens, step):
+            width = min(step, self.tokens - start)
+            first, last = int(self.crow[start]), int(self.crow[start + width])
+            rank = number[self.cols[first:last]]
+            kept = (rank >= 0).nonzero()[:, 0]
+            places = torch.add(self.rows[first:last][kept] - start, rank[kept], alpha=width)
+            entries = kept + first
+            block = self.values.new_zeros(len(features) * width).scatter_(0, places, self.values[entries])
+            yield TokenChunk(block.view(-1, width), entries, places)
+
+    def put(self, target: Tensor, chunk: TokenChunk, features: Tensor, block: Tensor) -> None:
+        target[chunk.entries] = block.view(-1)[chunk.places]
+
 
 def active_features(h: Tensor) -> ActiveFeatures:
-    """The non-zero entries of feature activations `h` (B, n)."""
+    """Return the non-zero entries of feature activations `h` (B, n)."""
     flat = (h != 0).flatten().nonzero()[:, 0]
     rows = flat // max(1, h.shape[1])
     return ActiveFeatures(
@@ -140,24 +319,29 @@ def active_features(h: Tensor) -> ActiveFeatures:
 
 
 def row_offsets(counts: Tensor) -> Tensor:
-    """CSR offsets (rows + 1,) from the number of entries of each row (rows,)."""
+    """Return CSR offsets (rows + 1,) from the number of entries of each row (rows,)."""
     offsets = counts.new_zeros(len(counts) + 1, dtype=torch.int64)
     offsets[1:] = counts.cumsum(0)
     return offsets
 
 
 def csr(crow: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A CSR tensor whose parts are known to fit."""
+    """Build a CSR tensor whose parts are known to fit."""
     return torch.sparse_csr_tensor(crow, cols, values, shape, check_invariants=False)
 
 
 def times_dense(left: Tensor, right: Tensor) -> Tensor:
-    """A CSR tensor (a, b) times an ordinary one (b, c).
+    """Multiply a tensor (a, b), CSR or dense, by a dense one (b, c).
 
     `left @ right` would fill its result with zeros and copy it once more, which takes as long as the product.
     """
     result = right.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(result, left, right, beta=0, out=result)
+
+
+def as_float(h: Tensor) -> Tensor:
+    """Return activations in float32, or float64 if they are."""
+    return h if h.dtype == torch.float64 else h.float()
 
 
 def sparse_encode(
@@ -167,14 +351,14 @@ def sparse_encode(
 
     Args:
         x: (B, d_in), without gradient. W_enc: (d_in, n). b_enc: (n,).
-        active: what [`sparse_ops.active_features`] or an activation function chose, computed from the same tensors.
+        active: what [`active_features`] or an activation function chose, computed from the same tensors.
         gain: derivative of the activation at each entry (nnz,); None: 1 where the value is positive, else 0.
     """
     return _Encode.apply(x, W_enc, b_enc, active, gain)
 
 
 def sparse_decode(active: ActiveFeatures, W_dec: Tensor, groups: Tensor | None = None) -> Tensor:
-    """`h W_dec` from the active entries: (B, d_in), with gradients to `active.values` and `W_dec` (n, d_in).
+    """Compute `h W_dec` from the active entries: (B, d_in), with gradients to `active.values` and `W_dec` (n, d_in).
 
     With `groups`, the rising ends of ranges of features (G,), the last of them n, the parts of the sum that belong to
     each range stand apart: (B, G, d_in).
@@ -226,25 +410,16 @@ class _Decode(torch.autograd.Function):
         flat = grad.reshape(active.tokens, -1).to(active.values.dtype)
         dvalues = dW = None
         if ctx.needs_input_grad[0]:
-            dvalues = sampled_product(active, flat, W_dec.to(flat.dtype))
+            dvalues = torch.sparse.sampled_addmm(
+                active.matrix(), flat.contiguous(), W_dec.to(flat.dtype).T, beta=0.0
+            ).values()
         if ctx.needs_input_grad[1]:
             dW = times_dense(active.transposed(), flat).to(W_dec.dtype)
         return dvalues, dW, None, None
 
 
-def sampled_product(active: ActiveFeatures, left: Tensor, right: Tensor) -> Tensor:
-    """`<left_t, right_i>` at every entry (t, i): left (B, d), right (n, d) -> (nnz,)."""
-    pattern = csr(active.crow, active.cols, active.values, (active.tokens, active.n))
-    return torch.sparse.sampled_addmm(pattern, left.contiguous(), right.T, beta=0.0).values()
-
-
 def _split_tokens(active: ActiveFeatures, groups: Tensor) -> ActiveFeatures:
-    """Each token as G rows, one for each range of features."""
+    """Split each token into G rows, one for each range of features."""
     row = active.rows * len(groups) + torch.searchsorted(groups, active.cols, right=True)
     crow = row_offsets(torch.bincount(row, minlength=active.tokens * len(groups)))
     return ActiveFeatures(crow, active.cols, active.values, active.n)
-
-
-def as_float(h: Tensor) -> Tensor:
-    """Activations in float32, or float64 if they are."""
-    return h if h.dtype == torch.float64 else h.float()

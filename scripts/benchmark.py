@@ -1,8 +1,7 @@
-"""Time training steps under every penalty side by side, on real activations or synthetic ones, or the harvest.
+"""Time training steps under every penalty side by side, on real activations or synthetic ones.
 
 python scripts/benchmark.py --activations activations.safetensors --widths 2304 10240 65536
 python scripts/benchmark.py --model gemma-3-270m --layer 8 --widths 2304 --selection_interval 1 10 --memory
-python scripts/benchmark.py --harvest --model gemma-3-270m --layer 8 --dataset texts.csv
 python scripts/benchmark.py --sae runs/demo --activations activations.safetensors --only selective full
 """
 
@@ -23,7 +22,6 @@ from tqdm.auto import tqdm
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.benchmarking.cases import ACTIVATIONS, MODES, Case, base_config, cases_of
-from hf_selortho.benchmarking.harvest import harvest_table, measure_harvest
 from hf_selortho.benchmarking.inputs import Batches, check_l0, load_activations, prepare, synthetic_activations
 from hf_selortho.benchmarking.memory import peak_in_own_process
 from hf_selortho.benchmarking.pipeline import measure_supply
@@ -48,7 +46,6 @@ class BenchmarkArguments:
     tensor: str | None = argument(None, "Its name in the file; default: activations, or the only one.")
     model: str | None = argument(None, "Language model to time too; without --activations, its own are used.")
     layer: int | None = argument(None, "Its decoder layer, counted from 0.")
-    harvest: bool = argument(False, "Time instead how fast the activations of --model are harvested to disk.")
     dataset: str = argument("python-docs", "What the language model reads: Hub id, local file, or python-docs.")
     d_in: int | None = argument(None, f"Width of the activations; default: theirs, {D_IN} for synthetic ones.")
     widths: list[int] = argument([], "Numbers of features; default: 2304 10240 65536.")
@@ -85,9 +82,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     if device.type == "cpu":
         use_all_cores(arguments.cpu_threads)
-    if arguments.harvest:
-        time_harvest(arguments, device)
-        return
     trained = load_trained(arguments.sae) if arguments.sae else None
     d_in = arguments.d_in if trained is None else trained.config.d_in
     read = read_activations(arguments, d_in)
@@ -108,15 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_text(output / "benchmark.md", report(content))
     plot_times(content["rows"], peers, output / "benchmark.png")
     sys.stdout.write(f"\n{report(content)}\n{output}/ holds benchmark.json, benchmark.md and benchmark.png\n")
-
-
-def time_harvest(arguments: BenchmarkArguments, device: torch.device) -> None:
-    """Measure the harvest, write harvest.json and harvest.md, print the table."""
-    assert arguments.model is not None and arguments.layer is not None
-    output = make_folder(arguments.output)
-    rows = measure_harvest(arguments.model, arguments.layer, arguments.dataset, arguments.steps, device)
-    words = f"{arguments.steps} rounds, medians; ratios are taken within a round\n\n{harvest_table(rows)}\n"
-    write_times(output, "harvest", arguments, rows, words, device)
 
 
 def write_times(
@@ -162,8 +147,6 @@ def check(arguments: BenchmarkArguments) -> None:
         raise SelOrthoError("--sae brings its own sizes: leave out --widths, --activation and --d_in")
     if (a.model is None) != (a.layer is None):
         raise SelOrthoError("--model and --layer belong together: the decoder layer to read, counted from 0")
-    if a.harvest and a.model is None:
-        raise SelOrthoError("--harvest times a language model: pass --model and --layer")
     a.widths = sorted(set(a.widths)) or [2304, 10240, 65536]
     a.activation = list(dict.fromkeys(a.activation)) or list(ACTIVATIONS)
     a.selection_interval = sorted(set(a.selection_interval)) or [SelOrthoConfig(d_in=1, d_sae=1).selection_interval]

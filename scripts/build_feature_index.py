@@ -176,7 +176,7 @@ def benchmark(sources: Sources, settings: IndexSettings) -> str:
     contexts = list(taken(sources.contexts(), settings.tokens, sources.sae.config.prepend_bos))
 
     def harvest() -> None:
-        for _ in sources.capture.harvest_batches(contexts):
+        for _ in sources.capture.capture_batches(contexts):
             pass
 
     def build() -> None:

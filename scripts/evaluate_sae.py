@@ -94,7 +94,7 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
         min_tokens=least_tokens(config, arguments),
     )
     evaluation = evaluate_sae(
-        sae, capture, contexts, batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
+        sae, capture, list(contexts), batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
     )
     metrics: dict[str, Any] = dict(evaluation.metrics)
     cutting = {

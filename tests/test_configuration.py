@@ -41,7 +41,7 @@ def test_round_trip_through_json(tmp_path) -> None:
     [
         ({"d_in": None}, "d_in is missing"),
         ({"d_sae": 0}, "d_sae=0: expected a whole number of at least 1"),
-        ({"d_sae": "64"}, "d_sae='64': expected int or None, not str"),
+        ({"d_sae": "64"}, "d_sae='64': expected int or None"),
         ({"activation": "gelu"}, "activation='gelu': expected one of 'relu', 'topk'"),
         ({"activation": "topk"}, "k=None: activation='topk' needs k"),
         ({"k": 4}, "k=4: only activation='topk' and 'batchtopk' take k, not 'relu'"),
@@ -49,16 +49,26 @@ def test_round_trip_through_json(tmp_path) -> None:
         ({"penalty": "some"}, "penalty='some': expected one of 'selective', 'full', 'ortsae', 'none'"),
         ({"ortho_coefficient": -1.0}, "ortho_coefficient=-1.0: expected a finite number of at least 0"),
         ({"l1_coefficient": float("nan")}, "l1_coefficient=nan: expected a finite number"),
-        ({"pair_fraction": 0}, r"pair_fraction=0.0: expected a share in \(0, 1\]"),
+        ({"pair_fraction": 0}, r"pair_fraction=0.0: expected a number in \(0, 1\]"),
         ({"pair_fraction": 1.5}, "pair_fraction=1.5"),
         ({"correlation": "kendall"}, "correlation='kendall': expected one of 'cosine', 'pearson'"),
         ({"reduction": "max"}, "reduction='max': expected one of 'mean', 'sum'"),
         ({"min_support": 0}, "min_support=0: expected a whole number of at least 1"),
-        ({"min_support": True}, "min_support=True: expected int, not bool"),
-        ({"layer": -1}, "layer=-1: expected a layer counted from 0"),
-        ({"context_length": 1}, "context_length=1: expected at least 2 tokens"),
-        ({"max_norm_ratio": 1.0}, "max_norm_ratio=1.0: expected None or a number above 1"),
+        ({"min_support": True}, "min_support=True: expected int"),
+        ({"layer": -1}, "layer=-1: expected a whole number of at least 0"),
+        ({"context_length": 1}, "context_length=1: expected a whole number of at least 2"),
+        ({"max_norm_ratio": 1.0}, "max_norm_ratio=1.0: expected a finite number above 1"),
         ({"input_normalization": "unit"}, "input_normalization='unit': expected one of 'standard', 'none'"),
+        ({"l1_coefficient": 10**400}, "l1_coefficient=1.*0: expected float"),
+        ({"d_sae": 10**30}, "d_sae=10*: expected a whole number of at least 1"),
+        ({"matryoshka_prefixes": [4, 16]}, r"matryoshka_prefixes=\[4, 16\]: only activation='batchtopk' takes them"),
+        (
+            {"activation": "batchtopk", "k": 2, "matryoshka_prefixes": [8, 4, 16]},
+            r"matryoshka_prefixes=\[8, 4, 16\]: expected rising numbers up to d_sae=16",
+        ),
+        ({"carry_decay": 0.5, "correlation": "pearson"}, "carry_decay=0.5: only pairs selected by the cosine"),
+        ({"carry_decay": 0.5, "penalty_space": "decoder"}, "carry_decay=0.5: .* set carry_decay=0"),
+        ({"dtype": "int8"}, "dtype='int8': expected one of bfloat16"),
         (
             {"ortho_coeficient": 0.2},
             "ortho_coeficient is not a setting of SelOrthoConfig; did you mean ortho_coefficient",
@@ -66,8 +76,22 @@ def test_round_trip_through_json(tmp_path) -> None:
     ],
 )
 def test_bad_values_are_named(settings, message) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         SelOrthoConfig(**{"d_in": 8, "d_sae": 16, **settings})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_whole_numbers_are_floats_where_these_are_due_and_later_values_are_checked_too() -> None:
+    config = SelOrthoConfig(d_in=8, d_sae=16, l1_coefficient=1)
+    config.max_norm = 3
+    assert [type(value) for value in (config.l1_coefficient, config.max_norm)] == [float, float]
+    with pytest.raises(ConfigError, match="l1_coefficient=-1.0: expected a finite number of at least 0"):
+        config.l1_coefficient = -1
+
+
+def test_settings_of_earlier_versions_are_read() -> None:
+    config = SelOrthoConfig(d_in=8, d_sae=16, penalty_space="redundancy", selection_space="redundancy")
+    assert config.selects_by == "redundancy"
 
 
 def test_a_config_of_a_newer_version_is_refused(tmp_path) -> None:

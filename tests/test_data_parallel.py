@@ -11,10 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_selortho import SelOrthoConfig, SelOrthoSAE, activation_functions
-from hf_selortho.carried import CarriedSums
-from hf_selortho.decorrelation import decorrelation_penalty, select_pairs
-from hf_selortho.modeling_selortho import PenaltyPlan
+from hf_selortho import SelOrthoConfig, SelOrthoSAE, training_step
+from hf_selortho.pair_selection import CoactivationEMA, select_pairs
+from hf_selortho.penalties import PenaltyPlan, decorrelation_penalty
 from hf_selortho.process_group import ProcessGroup
 from hf_selortho.sparse_ops import active_features
 
@@ -27,11 +26,10 @@ SETTINGS = [
     {"activation": "batchtopk", "k": 6},
     {"activation": "batchtopk", "k": 6, "sparse": True, "matryoshka_prefixes": [8, 40]},
     {"activation": "jumprelu", "sparse": True, "jumprelu_threshold": 0.5, "l0_coefficient": 0.1},
-    {"penalty_space": "redundancy", "sparse": True},
     {"penalty_space": "exclusion", "min_support": 1, "decoder_ratio": 0.5},
     {"decoder_ratio": 2.0, "sparse": True},
     {"decoder_ratio": 2.0, "decoder_pairs": "nearest"},
-    {"penalty_space": "decoder", "selection_space": "redundancy"},
+    {"penalty_space": "decoder", "selection_space": "activation"},
     {"penalty": "ortsae", "ortsae_chunk": 15},
     {"sparse": True, "selection_interval": 3, "penalty_schedule": "every_step"},
     {"sparse": True, "selection_interval": 3, "carry_decay": 0.5},
@@ -42,13 +40,13 @@ STEPS, TOKENS = 20, 48
 def train(settings: dict, rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
     """Weights after 20 steps of Adam, the last loss, the last pairs and the threshold."""
     settings = dict(settings)
-    activation_functions.SPARSE_BELOW["cpu"] = 2.0 if settings.pop("sparse", False) else 0.0
+    training_step.SPARSE_BELOW["cpu"] = 2.0 if settings.pop("sparse", False) else 0.0
     torch.manual_seed(0)
     sae = SelOrthoSAE(SelOrthoConfig(d_in=12, d_sae=40, pair_fraction=0.02, ortho_coefficient=0.5, **settings)).train()
     model = sae if processes == 1 else DistributedDataParallel(sae)
     group = ProcessGroup.of_run()
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    carried = CarriedSums(40, sae.config.carry_decay, 10_000)
+    carried = CoactivationEMA(40, sae.config.carry_decay, 10_000)
 
     def select(h):
         carried.update(h, group)
@@ -82,7 +80,7 @@ def select_from_parts(rank: int = 0, processes: int = 1) -> dict[str, torch.Tens
             h = torch.randint(-6, 4, (64, 700), generator=generator).clamp_min(0).float()
             part = h if processes == 1 else h.tensor_split([5, 20, 41][: processes - 1])[rank]
             pairs = select_pairs(active_features(part), 1e-3, 2, correlation, method, group)
-            penalty = decorrelation_penalty(part, pairs.detached(), 1.0, "mean", correlation, group)
+            penalty = decorrelation_penalty(part, pairs, 1.0, "mean", correlation, group)
             found[f"{correlation} {method}"] = pairs.keys(700)
             found[f"{correlation} {method} penalty"] = penalty
     return found
@@ -102,7 +100,7 @@ def test_processes_together_are_one(processes, tmp_path, monkeypatch) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(run_process, (processes, port, str(tmp_path)), nprocs=processes)
-    monkeypatch.setattr(activation_functions, "SPARSE_BELOW", dict(activation_functions.SPARSE_BELOW))
+    monkeypatch.setattr(training_step, "SPARSE_BELOW", dict(training_step.SPARSE_BELOW))
     for rank in range(processes):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert all(

@@ -34,7 +34,7 @@ STOPS = int(os.environ.get("HF_SELORTHO_KILLS", 2))
 STEPS, EVERY = 24 * KILLS, 5  # so that there is something left to do after each kill
 LAUNCHERS = {
     1: [sys.executable],
-    2: [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2"],
+    2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
 # everything that remembers something from step to step: thresholds, carried sums, a controller, schedules, spikes
 SETTINGS = {
@@ -287,7 +287,7 @@ def test_a_launched_run_is_told_to_stop(processes, number, command, tmp_path) ->
     code = process.wait(everybody)
     if processes == 1:
         assert code == 128 + number, process.said()[-3000:]
-    launcher = "python " if processes == 1 else "python -m accelerate.commands.launch --quiet --cpu"
+    launcher = "python " if processes == 1 else "python -m torch.distributed.run --standalone --nproc_per_node 2"
     check_words_of_a_stop(process.said(), folder, launcher)
 
 

@@ -41,9 +41,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging as transformers_logging
 
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE, select_pairs
-from hf_selortho.data.activation_cache import HELD_OUT, TRAIN, ActivationStore
+from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import layer_statistics
-from hf_selortho.data.cache_report import read_manifest, report_table
+from hf_selortho.data.cache_manifest import HELD_OUT, TRAIN
+from hf_selortho.data.cache_report import report_table
 from hf_selortho.data.pair_history import PAIR_HISTORY, read_pair_history, snapshot_bytes, snapshot_name
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.index import FeatureIndex
@@ -452,14 +453,14 @@ def _card_facts(config: SelOrthoConfig) -> dict[str, Any]:
 
 
 def _use_activations(folder: Path) -> None:
-    store = ActivationStore(str(folder))
+    store = ActivationCache(str(folder))
     for layer in store.manifest.layers:
         layer_statistics(store, layer)
     store.held_out_contexts()
     for part, entries in ((TRAIN, store.manifest.shards), (HELD_OUT, store.manifest.held_out)):
         for entry in entries:
             store.read(entry, store.manifest.layers, part)
-    report_table(read_manifest(folder))
+    report_table(store.manifest)
 
 
 def _use_shard(path: Path) -> None:

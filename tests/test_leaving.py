@@ -15,8 +15,7 @@ PROCESS = """
 import sys
 import torch
 from accelerate import Accelerator
-from hf_selortho.process_group import ProcessGroup
-from hf_selortho.utils.process_watch import leave_process_group
+from hf_selortho.process_group import ProcessGroup, leave_process_group
 from tests.gloo_threads import gloo_threads, gloo_threads_stay, make_them_late
 
 accelerator = Accelerator(cpu=True)

@@ -18,10 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.utils.safe_paths import target_outside
-
-ROOT = Path(__file__).parents[1]
-COMMIT = "c0ffee" + "0" * 34
+from hf_selortho.utils.files import target_outside
 
 
 @pytest.fixture
@@ -42,128 +39,74 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def with_header(folder: Path, header: bytes, length: int | None = None) -> None:
-    """Write another header, over the values that are there."""
+def change_header(folder: Path, old: bytes, new: bytes) -> None:
     path = folder / "model.safetensors"
-    data = path.read_bytes()
-    values = data[8 + int.from_bytes(data[:8], "little") :]
-    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + values)
+    path.write_bytes(path.read_bytes().replace(old, new))
 
 
 def refused(folder: Path, **arguments: Any) -> str:
     with pytest.raises(SelOrthoError) as caught:
         SelOrthoSAE.from_pretrained(folder, **arguments)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     return str(caught.value)
-
-
-# What a process takes on top to find out that it must not load a folder.
-MEASURE = """
-import json, resource, sys
-from hf_selortho import SelOrthoError, SelOrthoSAE
-
-def status(name):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-good, *bad = sys.argv[1:]
-SelOrthoSAE.from_pretrained(good)  # what libraries take once
-resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 10**9,) * 2)
-found = []
-for folder in bad:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
-    before, said = status("VmHWM"), None
-    try:
-        SelOrthoSAE.from_pretrained(folder)
-    except SelOrthoError as error:
-        said = str(error)
-    found.append([said, status("VmHWM") - before])
-print(json.dumps(found))
-"""
-CLAIMS: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
-    "d_sae": (
-        lambda folder, header: change_config(folder, d_sae=10**9),
-        r"W_dec has the shape \(30, 12\), .* give \(1000000000, 12\): the weights do not fit its config.json",
-    ),
-    "d_in": (
-        lambda folder, header: change_config(folder, d_in=10**9),
-        r"W_dec has the shape \(30, 12\), .* give \(30, 1000000000\)",
-    ),
-    "header": (
-        lambda folder, header: with_header(folder, header.replace(b"[30,12]", b"[1000000000,12]")),
-        r"model\.safetensors is damaged or incomplete",
-    ),
-    "header length": (
-        lambda folder, header: with_header(folder, header, 4 * 10**9),
-        "has a header of 4,000,000,000 bytes",
-    ),
-    "long header": (
-        lambda folder, header: with_header(folder, header + b" " * (300 << 20)),
-        r"has a header of [\d,]+ bytes, expected at most 1,048,576",
-    ),
-    "long config": (
-        lambda folder, header: change_config(folder, notes="x" * (300 << 20)),
-        r"config\.json has [\d,]+ bytes, expected at most 1,048,576",
-    ),
-    # transformers would make a name for each
-    "labels": (lambda folder, header: change_config(folder, num_labels=10**9), "loaded"),
-}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_a_file_claims_is_not_allocated(saved, tmp_path) -> None:
-    data = (saved / "model.safetensors").read_bytes()
-    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    folders = [Path(shutil.copytree(saved, tmp_path / name)) for name in CLAIMS]
-    for folder, (change, _) in zip(folders, CLAIMS.values(), strict=True):
-        change(folder, header)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, saved, *folders], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for (said, taken), (_, message) in zip(json.loads(done.stdout.splitlines()[-1]), CLAIMS.values(), strict=True):
-        assert re.search(message, said or "loaded"), said
-        assert taken < 200e6
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda w: w.update(W_enc=torch.zeros(30, 12)), r"W_enc has the shape \(30, 12\), .* \(12, 30\)"),
-        (lambda w: w.update(b_enc=torch.zeros(1, 30)), r"b_enc has the shape \(1, 30\), .* \(30,\)"),
         (lambda w: w.update(input_scale=torch.ones(1)), r"input_scale has the shape \(1,\), .* \(\)"),
         (lambda w: w.update(b_dec=torch.zeros(12, dtype=torch.int64)), "b_dec is of dtype I64, expected one of BF16"),
-        (lambda w: w.update(b_dec=torch.zeros(12, dtype=torch.uint8)), "b_dec is of dtype U8"),
-        (lambda w: w.update(b_dec=torch.zeros(12, dtype=torch.bool)), "b_dec is of dtype BOOL"),
-        (lambda w: w.update(b_dec=torch.zeros(12, dtype=torch.complex64)), "b_dec is of dtype C64"),
         (lambda w: w.update(b_dec=torch.zeros(12, dtype=torch.float8_e4m3fn)), "b_dec is of dtype F8_E4M3"),
-        (lambda w: w.pop("W_dec"), r"does not hold the weights of a SelOrthoSAE \(missing: W_dec\)"),
+        (lambda w: w.pop("W_dec"), r"does not hold the weights of its config \(missing: W_dec\)"),
         (lambda w: w.update(threshold=torch.ones(())), r"\(unexpected: threshold\): is it another kind of model"),
         (lambda w: [w.pop(key) for key in list(w)], "missing: W_dec, W_enc, b_dec, b_enc, input_mean and 1 more"),
     ],
 )
 def test_weights_that_are_not_those_of_the_config_are_named(change, message, saved) -> None:
     change_weights(saved, change)
-    found = refused(saved)
-    assert re.search(message, found), found
+    said = refused(saved)
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: change_config(f, d_sae=10**9), r"W_dec has the shape \(30, 12\), .* give \(1000000000, 12\)"),
+        (lambda f: change_config(f, d_in=10**9), r"W_dec has the shape \(30, 12\), .* give \(30, 1000000000\)"),
+        (lambda f: change_header(f, b"[30,12]", b"[3000000,12]"), "is damaged or incomplete"),
+        (lambda f: os.truncate(f / "model.safetensors", 2000), "model.safetensors is damaged or incomplete"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "is damaged or incomplete"),
+        (lambda f: change_config(f, notes="x" * 2_000_000), "holds no JSON object of at most 1,048,576 bytes"),
+    ],
+)
+def test_nothing_is_made_of_files_that_claim_what_they_do_not_hold(change, message, saved, monkeypatch) -> None:
+    change(saved)
+    monkeypatch.setattr(SelOrthoSAE, "__init__", lambda *_: pytest.fail("a model was made"))
+    said = refused(saved)
+    assert re.search(message, said), said
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_float_dtypes_are_read(dtype, saved) -> None:
     change_weights(saved, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     assert SelOrthoSAE.from_pretrained(saved, dtype=torch.float32).W_dec.dtype == torch.float32
+    half = SelOrthoSAE.from_pretrained(saved, dtype=torch.bfloat16)
+    assert (half.W_dec.dtype, half.input_mean.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_only_safetensors_are_read(saved) -> None:
     weights = saved / "model.safetensors"
-    torch.save(load_file(weights), saved / "pytorch_model.bin")
+    expected = load_file(weights)
+    (saved / "pytorch_model.bin").write_bytes(b"no pickle")
+    (saved / "model.safetensors.index.json").write_text("no JSON")
+    assert torch.equal(SelOrthoSAE.from_pretrained(saved).W_dec, expected["W_dec"])
+    (saved / "model.safetensors.index.json").unlink()
     weights.unlink()
+    torch.save(expected, saved / "pytorch_model.bin")
     message = "holds no model.safetensors; other formats, such as pytorch_model.bin, can run code"
     assert message in refused(saved)
     assert message in refused(saved, use_safetensors=False)
-    weights.mkdir()
-    assert message in refused(saved)
     (saved / "config.json").unlink()
     assert "it holds no config.json" in refused(saved)
     assert "no such local path" in refused(saved / "nowhere")
@@ -172,133 +115,102 @@ def test_only_safetensors_are_read(saved) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_links_that_lead_out_of_the_folder_are_refused(name, saved, tmp_path) -> None:
     (saved / name).rename(tmp_path / name)
-    (saved / name).symlink_to(tmp_path / name)
-    assert f"{saved / name} leads out of {saved}, to {tmp_path / name}" in refused(saved)
-    (saved / name).unlink()
     (saved / name).symlink_to(f"../{name}")
-    assert "leads out of" in refused(saved)
+    assert f"{saved / name} leads out of {saved}, to {tmp_path / name}" in refused(saved)
     (saved / name).unlink()
     (tmp_path / name).rename(saved / f"kept-{name}")
     (saved / name).symlink_to(f"kept-{name}")  # inside
-    SelOrthoSAE.from_pretrained(saved)
-    linked = tmp_path / "linked"
-    linked.symlink_to(saved)  # the user's own choice
-    SelOrthoSAE.from_pretrained(linked)
-    (saved / name).unlink()
-    (saved / name).symlink_to(name)  # to itself
-    assert "holds no" in refused(saved)
+    (tmp_path / "linked").symlink_to(saved)  # the user's own choice
+    SelOrthoSAE.from_pretrained(tmp_path / "linked")
 
 
 def test_a_snapshot_of_the_hubs_cache_is_a_folder_like_any_other(saved, tmp_path) -> None:
-    repository = tmp_path / "models--org--sae"
-    snapshot, blobs = repository / "snapshots" / COMMIT, repository / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--org--sae/snapshots" / ("c0ffee" + "0" * 34),
+        tmp_path / "models--org--sae/blobs",
+    )
     (snapshot / "sub").mkdir(parents=True)
     blobs.mkdir()
     for path in saved.iterdir():
         path.rename(blobs / path.name)
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
         (snapshot / "sub" / path.name).symlink_to(f"../../../blobs/{path.name}")
     expected = load_file(blobs / "model.safetensors")["W_dec"]
-    for folder, subfolder in ((snapshot, ""), (snapshot, "sub"), (snapshot / "sub", "")):
+    for folder, subfolder in ((snapshot, "sub"), (snapshot / "sub", "")):
         assert torch.equal(SelOrthoSAE.from_pretrained(folder, subfolder=subfolder).W_dec, expected)
-
-    (blobs / "model.safetensors").rename(tmp_path / "secret")
-    (blobs / "model.safetensors").symlink_to(tmp_path / "secret")  # a blob that is itself a way out
-    assert "leads out of" in refused(snapshot)
-    blobs.rename(tmp_path / "elsewhere")
-    blobs.symlink_to(tmp_path / "elsewhere")
-    assert "leads out of" in refused(snapshot)
-    branch = repository / "snapshots" / "main"  # no commit
-    snapshot.rename(branch)
-    assert "leads out of" in refused(branch)
 
 
 def test_where_paths_lead(tmp_path) -> None:
     folder = tmp_path / "folder"
     (folder / "below").mkdir(parents=True)
-    assert target_outside(folder, folder / "below" / "file") is None
     assert target_outside(folder, folder / "below" / ".." / "file") is None
     assert target_outside(folder, folder / ".." / "file") == tmp_path / "file"
-    assert target_outside(folder, Path("/etc/passwd")) == Path("/etc/passwd").resolve()
     assert target_outside(folder, tmp_path / "folder2") == tmp_path / "folder2"  # not a matter of letters
     (folder / "out").symlink_to(tmp_path)
     assert target_outside(folder, folder / "out" / "file") == tmp_path / "file"
     (folder / "loop").symlink_to("loop")
     assert target_outside(folder, folder / "loop") is not None
+    snapshot, blobs = tmp_path / "snapshots/commit", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    (snapshot / "file").symlink_to(blobs / "hash")
+    assert target_outside(snapshot, snapshot / "file") is None
+    blobs.symlink_to(folder)
+    assert target_outside(snapshot, snapshot / "file") == folder / "hash"
 
 
-def sharded(tmp_path: Path) -> tuple[Path, SelOrthoSAE]:
+def sharded(folder: Path) -> SelOrthoSAE:
     sae = SelOrthoSAE(SelOrthoConfig(d_in=12, d_sae=30))
-    sae.save_pretrained(tmp_path / "parts", max_shard_size="1KB")
-    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
-    return tmp_path / "parts", sae
+    sae.save_pretrained(folder, max_shard_size="1KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return sae
 
 
-def test_weights_in_several_files_are_read(tmp_path) -> None:
-    folder, sae = sharded(tmp_path)
-    loaded = SelOrthoSAE.from_pretrained(folder)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sae.state_dict().items())
+def test_several_files_and_variants_are_read(tmp_path) -> None:
+    sae = sharded(tmp_path / "parts")
     sae.save_pretrained(tmp_path / "other", variant="half")
-    assert torch.equal(SelOrthoSAE.from_pretrained(tmp_path / "other", variant="half").W_dec, sae.W_dec)
+    for loaded in (
+        SelOrthoSAE.from_pretrained(tmp_path / "parts", device_map="cpu"),
+        SelOrthoSAE.from_pretrained(tmp_path, subfolder="other", variant="half"),
+    ):
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sae.state_dict().items())
+        assert loaded.W_enc.stride() == (1, 12)  # by feature
     assert "holds no model.safetensors" in refused(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"W_enc": "../sae/model.safetensors"}, "names '../sae/model.safetensors': expected safetensors files beside"),
-        ({"W_enc": "/etc/passwd"}, "names '/etc/passwd': expected safetensors files beside"),
-        ({"W_enc": "weights.bin"}, "names 'weights.bin': expected"),
-        ({"W_enc": 5}, "names '5': expected"),
-        ({"W_enc": ".."}, "names '..': expected"),
-        ({"W_enc": "absent.safetensors"}, "names 'absent.safetensors', which is missing"),
-        ({"W_enc": "x" * 10_000 + ".safetensors"}, r"names 'x+', which is missing"),
-        ({"W_enc": "out.safetensors"}, "out.safetensors leads out of"),
-        ({}, "names no file"),
-        (None, "names no file"),
-        (["a.safetensors"], "names no file"),
+        ({"W_enc": "../sae/model.safetensors"}, "does not name safetensors files beside it"),
+        ({"W_enc": "weights.bin"}, "does not name safetensors files beside it"),
+        ({"W_enc": 5}, "does not name safetensors files beside it"),
+        ({}, "does not name safetensors files beside it"),
+        (["a.safetensors"], "does not name safetensors files beside it"),
+        ({"W_enc": "absent.safetensors"}, "names absent.safetensors, which is missing"),
+        ({"W_enc": "x" * 10_000 + ".safetensors"}, "names x+, which is missing"),
     ],
 )
-def test_an_index_names_files_beside_it(weight_map, message, saved, tmp_path) -> None:
-    folder, _ = sharded(tmp_path)
-    (folder / "out.safetensors").symlink_to(saved / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
+def test_an_index_names_safetensors_beside_it(weight_map, message, tmp_path) -> None:
+    sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    found = refused(folder)
-    assert re.search(message, found), found
-
-
-def test_the_files_of_an_index_hold_each_tensor_once(tmp_path) -> None:
-    folder, _ = sharded(tmp_path)
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    file = content["weight_map"]["W_enc"]
-    shutil.copy(folder / file, folder / "again.safetensors")
-    index.write_text(json.dumps({"weight_map": {**content["weight_map"], "x": "again.safetensors"}}))
-    assert "W_enc is in" in refused(folder)
-    index.write_text(json.dumps({"weight_map": {k: v for k, v in content["weight_map"].items() if v != file}}))
-    assert "missing: " in refused(folder)
+    assert re.search(message, refused(tmp_path))
     index.write_text("[" * 100_000)
-    assert "is not valid JSON" in refused(folder)
+    assert "is not valid JSON" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not valid JSON"),
         (b"not JSON", "is not valid JSON"),
         (b"\xff\xfe\xfa", "is not valid JSON"),
         (b"[" * 200_000, "is not valid JSON"),
-        (b'{"a":' * 200_000, "is not valid JSON|expected at most 1,048,576"),
-        (b"[]", "holds a JSON list, expected an object"),
-        (b"null", "holds a JSON NoneType"),
-        (b"5", "holds a JSON int"),
+        (b"[]", "holds no JSON object"),
         (b'{"model_type": "llama"}', "model_type='llama', expected 'selortho_sae': this is no SAE"),
         (b'{"model_type": []}', r"model_type=\[\], expected 'selortho_sae'"),
         (b"{}", "d_in is missing"),
         (b'{"d_in": ' + b"9" * 10_000 + b"}", "is not valid JSON"),
-        (b'{"d_in": 8, "d_sae": ' + b"9" * 400 + b"}", "d_sae=9.*9: expected a number below 2"),
-        (b'{"d_in": 8, "d_sae": 1e999}', "d_sae=inf: expected int or None, not float"),
+        (b'{"d_in": 8, "d_sae": 1e999}', "d_sae=inf: expected int or None"),
+        (b'{"d_in": 8, "d_sae": 9, "dtype": {"a": "float32"}}', "dtype={'a': 'float32'}: expected"),
+        (b'{"d_in": 8, "d_sae": 9, "ortho_coeficient": 1}', "did you mean ortho_coefficient"),
     ],
 )
 @pytest.mark.parametrize("load", [SelOrthoConfig.from_pretrained, SelOrthoSAE.from_pretrained])
@@ -309,37 +221,6 @@ def test_what_is_no_config_is_refused(load, content, message, saved) -> None:
     assert re.search(message, str(caught.value)) and len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dtype": "int8"}, "dtype='int8': expected one of bfloat16"),
-        ({"dtype": "nn"}, "dtype='nn': expected one of"),
-        ({"dtype": 5}, "dtype=5: expected one of"),
-        ({"dtype": {"a": "float32"}}, "dtype={'a': 'float32'}: expected one of"),
-        ({"architectures": 5}, "architectures=5: expected list or None, not int"),
-        ({"id2label": 5}, "id2label=5: expected dict or None, not int"),
-        ({"id2label": {"x": "y"}}, "transformers refuses these settings: invalid literal"),
-        ({"return_dict": "yes"}, "return_dict='yes': expected bool or None, not str"),
-        ({"is_encoder_decoder": None}, "is_encoder_decoder=None: expected bool"),
-        ({"chunk_size_feed_forward": "0"}, "chunk_size_feed_forward='0': expected int"),
-        ({"transformers_version": []}, r"transformers_version=\[\]: expected str or None"),
-        ({f"x{number}": 0 for number in range(101)}, "101 settings that SelOrthoConfig does not know, such as 'x0'"),
-        ({"d_sae": "x" * 100_000}, "d_sae='x+...x+': expected int"),
-        ({"matryoshka_prefixes": [10**30]}, "matryoshka_prefixes=1.*: expected a number below 2"),
-        ({"l1_coefficient": 10**400}, "l1_coefficient=1.*0: expected a number below 2"),
-        (
-            {"ortho_coeficient": 1},
-            "ortho_coeficient is not a setting of SelOrthoConfig; did you mean ortho_coefficient",
-        ),
-    ],
-)
-def test_wrong_values_in_a_config_are_named(changes, message, saved) -> None:
-    change_config(saved, **changes)
-    with pytest.raises(ConfigError, match=message) as caught:
-        SelOrthoSAE.from_pretrained(saved)
-    assert len(str(caught.value)) < 1000
-
-
 STEERING = {
     "transformers_weights": "../other/model.safetensors",
     "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -347,30 +228,19 @@ STEERING = {
     "fusion_config": {"patch_embeddings": True},
     "per_layer_config": {"0": {"d_sae": 5}},
     "attn_implementation": "kernels-community/evil",
-    "num_labels": 3,
+    "num_labels": 10**9,  # transformers would make a name for each
     "to_dict": 5,
     "self": 5,
     "__class__": "str",
 }
 
 
-@pytest.mark.parametrize("key", STEERING)
-def test_what_would_steer_transformers_elsewhere_has_no_effect(key, saved, caplog) -> None:
+def test_what_would_steer_transformers_elsewhere_has_no_effect(saved, caplog) -> None:
     expected = SelOrthoSAE.from_pretrained(saved)
-    change_config(saved, **{key: STEERING[key]})
+    change_config(saved, **STEERING, id2label=5, return_dict="yes", architectures=5)
     loaded = SelOrthoSAE.from_pretrained(saved)
     assert torch.equal(loaded.W_dec, expected.W_dec) and loaded.config.to_dict() == expected.config.to_dict()
-    assert f"without effect, as SelOrthoConfig does not know them: ['{key}']" in caplog.text
-
-
-def test_other_files_of_the_folder_are_not_looked_at(saved, tmp_path) -> None:
-    """A name of transformers' distributed checkpoints, an adapter, a pickle."""
-    expected = SelOrthoSAE.from_pretrained(saved)
-    save_file({"W_dec": torch.zeros(30, 12)}, saved / "shard-00000-model-00001-of-00001.safetensors")
-    (saved / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
-    (saved / "pytorch_model.bin").write_bytes(b"no pickle")
-    (saved / "model.safetensors.index.json").write_text("no JSON")
-    assert torch.equal(SelOrthoSAE.from_pretrained(saved).W_dec, expected.W_dec)
+    assert "without effect, as SelOrthoConfig does not know them: ['__class__', 'attn_implementation'" in caplog.text
 
 
 def test_settings_given_as_arguments_are_checked_too(saved) -> None:
@@ -379,10 +249,10 @@ def test_settings_given_as_arguments_are_checked_too(saved) -> None:
     with pytest.raises(ConfigError, match="l1_coefficient=-1.0"):
         SelOrthoSAE.from_pretrained(saved, l1_coefficient=-1)
     assert "give (31, 12)" in refused(saved, d_sae=31)
-    config = SelOrthoConfig.from_pretrained(saved, d_sae=31)
-    assert "give (31, 12)" in refused(saved, config=config)
+    assert "give (31, 12)" in refused(saved, config=SelOrthoConfig.from_pretrained(saved, d_sae=31))
+    assert "cannot load the SAE" in refused(saved, no_such_argument=1)
     loaded, info = SelOrthoSAE.from_pretrained(saved, config=saved, output_loading_info=True)
-    assert loaded.config.name_or_path == str(saved) and not any(info["missing_keys"])
+    assert loaded.config.name_or_path == str(saved) and not info["missing_keys"]
     assert isinstance(AutoModel.from_pretrained(saved), SelOrthoSAE)
 
 
@@ -461,7 +331,7 @@ def test_code_of_a_folder_is_not_run(saved, tiny_lm_dir, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     *ours, trusting = json.loads(done.stdout.splitlines()[-1])
     assert [said for said, _ in ours[:3]] == ["SelOrthoSAE", "SelOrthoConfig", "LanguageModel"]
-    assert "it needs code of its own repository, which is not run" in ours[3][0]
+    assert ours[3][0].startswith("cannot load the language model")  # which has nothing but its own code
     assert "pickle" in ours[4][0] and "safetensors" in ours[4][0]
     assert [executed for _, executed in ours] == [False] * 5
     assert trusting[1]  # whoever asks transformers for it gets it: the trap works

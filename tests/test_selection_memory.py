@@ -11,7 +11,7 @@ import pytest
 MEASURE = """
 import json, resource, sys
 import torch
-from hf_selortho.decorrelation import decorrelation_penalty, select_pairs
+from hf_selortho import decorrelation_penalty, select_pairs
 from hf_selortho.sparse_ops import ActiveFeatures
 
 torch.set_num_threads(2)

@@ -7,7 +7,6 @@ from torch import Tensor
 from hf_selortho.sparse_ops import (
     ActiveFeatures,
     active_features,
-    sampled_product,
     sparse_decode,
     sparse_encode,
     times_dense,
@@ -48,7 +47,6 @@ def test_forms_of_the_same_matrix(order) -> None:
     assert torch.equal(h.T[cols, rows], active.values[places])
     assert offsets.tolist() == [0, *(h > 0).sum(0).cumsum(0).tolist()]
     torch.testing.assert_close(active.sum_by_feature(active.values), h.sum(0))
-    assert active.density == pytest.approx(float((h > 0).double().mean()))
 
 
 def test_entries_may_be_zero() -> None:
@@ -110,11 +108,6 @@ def test_encoding_equals_dense_autograd(layout) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_sampled_product() -> None:
-    active, left, right = active_features(sparse_matrix()), weights(B, D_IN).detach(), weights(N, D_IN).detach()
-    torch.testing.assert_close(sampled_product(active, left, right), (left @ right.T)[active.rows, active.cols])
-
-
 @pytest.mark.parametrize("n", [1, 40_000])
 def test_few_and_many_features(n) -> None:
     h = torch.zeros(3, n)
@@ -125,5 +118,5 @@ def test_few_and_many_features(n) -> None:
 
 def test_an_empty_batch() -> None:
     active = active_features(torch.zeros(0, N))
-    assert active.tokens == 0 and active.density == 0
+    assert active.tokens == 0
     assert sparse_decode(active, weights(N, D_IN).float()).shape == (0, D_IN)

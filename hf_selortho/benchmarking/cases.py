@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..configuration_selortho import SelOrthoConfig
-from ..decorrelation import full_penalty_bytes
 from ..errors import SelOrthoError
+from ..penalties import full_penalty_bytes
 from ..utils.memory import available_memory
 
 ENCODER, NONE = "encoder", "none"  # the yardsticks
@@ -26,7 +26,6 @@ _MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "selective": ("selective", {"penalty_space": "activation"}),
     "every-step": ("selective, every step", {"penalty_space": "activation", "penalty_schedule": "every_step"}),
     "decoder": ("selective, decoder space", {"penalty_space": "decoder"}),
-    "redundancy": ("selective, redundancy", {"penalty_space": "redundancy"}),
     "ortsae": ("OrtSAE", {"penalty": "ortsae"}),
     "full": ("full", {"penalty": "full"}),
 }
@@ -77,7 +76,7 @@ def cases_of(only: Sequence[str] | None, intervals: Sequence[int]) -> list[Case]
             chosen = ORTSAE_INTERVALS
         elif mode == "every-step":  # with interval 1 it is what "selective" is
             chosen = [r for r in intervals if r > 1]
-        elif mode in ("selective", "decoder", "redundancy"):
+        elif mode in ("selective", "decoder"):
             chosen = intervals
         cases += [Case(mode, r) for r in chosen if mode in wanted]
     return cases

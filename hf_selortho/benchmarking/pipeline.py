@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.buffer import ActivationBuffer
 from ..data.contexts import ContextStream
 from ..data.texts import TextSource, open_documents
-from ..language_models.capture import ActivationCapture
+from ..language_models.capture import ActivationCapture, only
 from ..language_models.loading import LanguageModel, check_context_length
 
 BATCHES = 6  # that the buffer holds
@@ -41,15 +41,15 @@ def measure_supply(lm: LanguageModel, layer: int, dataset: str, batch: int) -> S
     served = []
     started = time.perf_counter()
     for _ in range(BATCHES):  # all that it serves without a refresh
-        served.append(buffer.next_batch().activations)
+        served.append(only(buffer.next_batch().by_layer))
     wait_for(capture.device)
     buffer_seconds = time.perf_counter() - started
     fresh = stream.take(contexts)
     started = time.perf_counter()
-    harvest = capture.harvest(fresh)
+    captured = capture.capture_all(fresh)
     wait_for(capture.device)
     lm_seconds = time.perf_counter() - started
-    return Supply(len(harvest) / lm_seconds, BATCHES * batch / buffer_seconds, torch.cat(served))
+    return Supply(len(captured) / lm_seconds, BATCHES * batch / buffer_seconds, torch.cat(served))
 
 
 def wait_for(device: torch.device) -> None:

@@ -18,9 +18,9 @@ from .cases import ACTIVATIONS
 # Okabe and Ito's palette again: one colour a mode; longer intervals are dashed
 _COLORS = {
     "encoder": GREY, "none": "#000000", "selective": BLUE, "every-step": "#56B4E9", "decoder": GREEN,
-    "redundancy": "#CC79A7", "ortsae": "#E69F00", "full": VERMILION,
+    "ortsae": "#E69F00", "full": VERMILION,
 }  # fmt: skip
-_MARKERS = dict(zip(_COLORS, "osD^vPX*", strict=True))
+_MARKERS = dict(zip(_COLORS, "osD^PX*", strict=True))
 
 
 def plot_times(

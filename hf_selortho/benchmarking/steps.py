@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..baselines import ortsae_penalty
 from ..configuration_selortho import SelOrthoConfig
-from ..decorrelation import full_penalty, penalty_by_space, penalty_of_selection
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from ..pair_selection import Pairs
+from ..pair_selection import Selection
+from ..penalties import PenaltyPlan, penalty, select_by_config
 from ..process_group import SINGLE_PROCESS
-from ..sparse_ops import ActiveFeatures
+from ..sparse_ops import ActiveFeatures, FeatureActivations
 from ..training.arguments import RunArguments
 from ..training.optimizer import SAEOptimizer
 from ..training.schedules import PenaltySchedule
@@ -123,14 +123,12 @@ class TrainingSteps:
                 selected = len(output.pairs)
         seconds = watch.stop()
         split = self._split(watch.phases(), output, steps) if phases else {}
-        h = output.features
-        fired = (h.values if isinstance(h, ActiveFeatures) else h) > 0
-        return Repetition(seconds / steps, split, float(fired.sum()) / self.batches.size, selected)
+        return Repetition(seconds / steps, split, output.features.l0(), selected)
 
     def _step(self, batch: Tensor, schedule: PenaltySchedule, state: TrainState, watch: Stopwatch) -> SelOrthoOutput:
         """What the training loop does with a batch."""
         sae = self.sae
-        dead = state.dead(self.arguments.dead_after_tokens, SINGLE_PROCESS) if sae.revives_dead_features else None
+        dead = state.dead(self.arguments.dead_after_tokens, SINGLE_PROCESS) if sae.aux_features else None
         output = sae(batch, plan=schedule.plan(state), dead=dead, return_feature_acts=False)
         finite = bool(torch.isfinite(output.loss))
         watch.mark("forward")
@@ -149,22 +147,22 @@ class TrainingSteps:
         watch.mark("normalisation")
         state.step += 1
         if output.pairs is not None:
-            state.pairs = output.pairs.detached()
+            state.pairs = output.pairs
         return output
 
     def _split(self, phases: dict[str, float], output: SelOrthoOutput, steps: int) -> dict[str, float]:
-        """Seconds a step by phase: `forward` and `backward` of the steps are freed of selection and penalty."""
+        """Return seconds a step by phase: `forward` and `backward` are freed of selection and penalty."""
         cfg, h = self.sae.config, _without_caches(output.features)
         selection = forward = backward = 0.0
-        pairs = None
+        selected = None
         if cfg.penalty == "selective":
             watch = Stopwatch(self.device)
-            pairs = self.sae.select_pairs(h)
+            selected = select_by_config(cfg, h, self.sae.W_dec)
             selection = watch.stop()
         if cfg.penalty != "none":
-            forward, backward = self._time_penalty(h, pairs)
-        if cfg.penalty_schedule == "every_step" and pairs is not None and steps > 1:
-            again = self._time_penalty(h, pairs.detached())  # on a batch that the pairs were not selected on
+            forward, backward = self._time_penalty(h, selected)
+        if cfg.penalty_schedule == "every_step" and selected is not None and steps > 1:
+            again = self._time_penalty(h, Selection(selected.pairs))  # on a batch that the pairs are not of
             forward, backward = forward + (steps - 1) * again[0], backward + (steps - 1) * again[1]
         split = {
             **phases,
@@ -175,39 +173,22 @@ class TrainingSteps:
         }
         return {name: split[name] / steps for name in PHASES}
 
-    def _time_penalty(self, h: Tensor | ActiveFeatures, pairs: Pairs | None) -> tuple[float, float]:
-        """Seconds of the penalty on `h` (B, n) and of its gradient."""
-        leaf = h.with_values(_leaf(h.values)) if isinstance(h, ActiveFeatures) else _leaf(h)
-        cfg = self.sae.config
+    def _time_penalty(self, h: FeatureActivations, selected: Selection | None) -> tuple[float, float]:
+        """Return the seconds of the penalty on `h` (B, n) and of its gradient."""
+        leaf = h.with_values(h.values.detach().requires_grad_())
+        if selected is not None and selected.is_of(h):
+            selected = dataclasses.replace(selected, features=leaf)
+        cfg, W_dec = self.sae.config, self.sae.W_dec
         watch = Stopwatch(self.device)
-        loss = self._penalty(leaf, pairs)
+        loss, _ = penalty(cfg, leaf, W_dec, plan=PenaltyPlan(pairs=selected))
         forward = watch.stop()
-        values = leaf.values if isinstance(leaf, ActiveFeatures) else leaf
-        target = self.sae.W_dec if cfg.penalty == "ortsae" or cfg.penalty_space != "activation" else values
+        target = W_dec if cfg.penalty == "ortsae" or cfg.penalty_space != "activation" else leaf.values
         watch = Stopwatch(self.device)
         if loss.requires_grad:
             torch.autograd.grad(loss, target)
         return forward, watch.stop()
 
-    def _penalty(self, h: Tensor | ActiveFeatures, pairs: Pairs | None) -> Tensor:
-        cfg, W_dec = self.sae.config, self.sae.W_dec
-        if cfg.penalty == "ortsae":
-            return ortsae_penalty(W_dec, cfg.ortho_coefficient, cfg.ortsae_chunk)
-        if cfg.penalty == "full":
-            dense = h.to_dense() if isinstance(h, ActiveFeatures) else h
-            return full_penalty(dense, cfg.ortho_coefficient, cfg.reduction, cfg.min_support, cfg.correlation)
-        assert pairs is not None
-        if cfg.penalty_space == "activation" and pairs.source is not None:
-            return penalty_of_selection(h, pairs, cfg.ortho_coefficient, cfg.reduction, SINGLE_PROCESS)
-        return penalty_by_space(
-            cfg.penalty_space, h, W_dec, pairs, cfg.ortho_coefficient, cfg.reduction, cfg.correlation
-        )
 
-
-def _leaf(values: Tensor) -> Tensor:
-    return values.detach().requires_grad_()
-
-
-def _without_caches(h: Tensor | ActiveFeatures) -> Tensor | ActiveFeatures:
-    """The features as the encoder leaves them: sorting the entries by feature is part of what uses them first."""
+def _without_caches(h: FeatureActivations) -> FeatureActivations:
+    """Return the features as the encoder leaves them: sorting entries by feature is part of what uses them first."""
     return ActiveFeatures(h.crow, h.cols, h.values.detach(), h.n) if isinstance(h, ActiveFeatures) else h.detach()

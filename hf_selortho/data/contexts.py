@@ -1,4 +1,4 @@
-"""Documents to contexts: token sequences that start at a document's start or where the previous one stopped."""
+"""Contexts: documents cut into the token sequences that a language model reads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from hf_selortho.data.texts import Documents
-from hf_selortho.errors import SelOrthoError
+from ..errors import SelOrthoError
+from .texts import Documents
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class Cutter:
         context_length: longest context in tokens, BOS included.
         prepend_bos: whether contexts start with the tokenizer's BOS.
         min_tokens: shorter ends of documents, without BOS, are dropped and counted.
+
+    Attributes:
+        counts: documents and contexts made so far, ends dropped as too short, and the tokens in them.
 
     Raises:
         SelOrthoError: the tokenizer has no BOS, or no context can be long enough.
@@ -58,7 +61,7 @@ class Cutter:
         self.counts = {"documents": 0, "contexts": 0, "dropped_tails": 0, "dropped_tail_tokens": 0}
 
     def cut(self, documents: Sequence[tuple[int, str]]) -> list[Context]:
-        """Contexts of the documents, in their order."""
+        """Make the contexts of the documents, in their order."""
         if not documents:
             return []
         encoded = self._tokenizer(
@@ -85,13 +88,10 @@ class ContextStream:
 
     Args:
         documents: where the texts come from; every epoch has an order of its own.
-        tokenizer: of the language model.
-        context_length: longest context in tokens, BOS included.
-        prepend_bos: whether contexts start with the tokenizer's BOS.
+        tokenizer, context_length, prepend_bos, min_tokens: as in [`Cutter`].
         seed: of the order of the documents.
         rank: this process's number; the processes read different documents.
         world_size: number of processes.
-        min_tokens: shorter ends of documents, without BOS, are dropped and counted.
         endless: begin another epoch at the end of one; else the stream ends there.
     """
 
@@ -108,8 +108,7 @@ class ContextStream:
         min_tokens: int = 8,
         endless: bool = True,
     ) -> None:
-        self._documents = documents
-        self._endless = endless
+        self._documents, self._endless = documents, endless
         self._cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._start(epoch=0)
@@ -119,26 +118,26 @@ class ContextStream:
         """Documents and contexts made so far over all epochs, ends dropped as too short, and the tokens in them."""
         return dict(self._cutter.counts)
 
-    def take(self, n: int) -> list[Context]:
-        """The next n contexts, fewer only where the stream ends.
+    def __iter__(self) -> Iterator[Context]:
+        return self
+
+    def __next__(self) -> Context:
+        """Give the next context.
 
         Raises:
-            SelOrthoError: a whole epoch of an endless stream gave none.
+            SelOrthoError: no context in a whole epoch of an endless stream.
         """
-        taken: list[Context] = []
-        while len(taken) < n:
-            if self._handed_out == len(self._chunk):
-                self._next_chunk()
-                if not self._chunk:
-                    break
-            end = self._handed_out + n - len(taken)
-            fresh = self._chunk[self._handed_out : end]
-            self._handed_out += len(fresh)
-            taken += fresh
-        return taken
+        while self._handed_out == len(self._chunk):
+            self._next_chunk()
+        self._handed_out += 1
+        return self._chunk[self._handed_out - 1]
+
+    def take(self, n: int) -> list[Context]:
+        """Take the next n contexts, fewer only where the stream ends."""
+        return list(itertools.islice(self, n))
 
     def take_tokens(self, n: int, beside_bos: bool = False) -> list[Context]:
-        """The next contexts, as many as hold n tokens (not counting BOS if `beside_bos`); fewer only at the end."""
+        """Take as many contexts as hold n tokens (not counting BOS if `beside_bos`); fewer only at the end."""
         taken: list[Context] = []
         while n > 0 and (fresh := self.take(1)):
             taken += fresh
@@ -146,20 +145,18 @@ class ContextStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; JSON-able and small."""
+        """Say where the stream stands; JSON-able and small."""
         return {
             "epoch": self.epoch,
             "documents": self._consumed,
             "handed_out": self._handed_out,
-            "contexts_of_epoch": self._contexts_of_epoch,
-            "counts": dict(self._chunk_counts),
+            "counts": dict(self._counts_before),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the stream that gave `state` stood; it had the same arguments."""
-        self._start(epoch=state["epoch"], skip=state["documents"])
         self._cutter.counts = dict(state["counts"])
-        self._contexts_of_epoch = state["contexts_of_epoch"]
+        self._start(epoch=state["epoch"], skip=state["documents"])
         if state["handed_out"]:
             self._next_chunk()
             self._handed_out = state["handed_out"]
@@ -169,38 +166,59 @@ class ContextStream:
         stream = self._documents.train(epoch, self._seed, rank=self._rank, world_size=self._world_size)
         self._stream: Iterator[tuple[int, str]] = itertools.islice(stream, skip, None)
         self._consumed = skip  # documents of the epoch before the current chunk
-        self._contexts_of_epoch = 0  # made before the current chunk
-        self._chunk_counts = dict(self._cutter.counts)  # before the current chunk
+        self._counts_before = self.counts  # before the current chunk
         self._chunk: list[Context] = []
-        self._chunk_documents = 0
-        self._handed_out = 0
+        self._chunk_documents = self._handed_out = 0
 
     def _next_chunk(self) -> None:
-        """Replace the current chunk, all handed out, by the next one that is not empty."""
-        while True:
-            self._consumed += self._chunk_documents
-            self._contexts_of_epoch += len(self._chunk)
-            self._chunk_counts = dict(self._cutter.counts)
-            batch = list(itertools.islice(self._stream, _CHUNK_DOCUMENTS))
-            self._chunk, self._chunk_documents, self._handed_out = self._cutter.cut(batch), len(batch), 0
-            if self._chunk or (not batch and not self._endless):
-                return
-            if not batch:
-                self._require_contexts()
-                self._start(self.epoch + 1)
+        """Replace the current chunk, all handed out, by the contexts of the next documents, maybe of a new epoch."""
+        documents = list(itertools.islice(self._stream, _CHUNK_DOCUMENTS))
+        if not documents and self._endless:
+            if not self.counts["contexts"]:
+                share = f" for process {self._rank + 1} of {self._world_size}" if self._world_size > 1 else ""
+                raise SelOrthoError(
+                    f'"{self._documents.name}" gives no training context{share}: {self.counts["documents"]} documents, '
+                    f"none with {self._cutter.min_tokens} tokens or more; use other texts or a lower --min_tokens"
+                )
+            return self._start(self.epoch + 1)
+        self._consumed += self._chunk_documents
+        self._counts_before = self.counts
+        self._chunk, self._chunk_documents, self._handed_out = self._cutter.cut(documents), len(documents), 0
+        if not documents:
+            raise StopIteration
 
-    def _require_contexts(self) -> None:
-        if self._contexts_of_epoch:
-            return
-        share = f" for process {self._rank + 1} of {self._world_size}" if self._world_size > 1 else ""
+
+def held_out_contexts(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    context_length: int = 128,
+    prepend_bos: bool = True,
+    min_tokens: int = 8,
+) -> Iterator[Context]:
+    """Read the first `limit` contexts of the documents that training never sees, or all; always the same ones.
+
+    Raises:
+        SelOrthoError: there is none.
+    """
+    cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
+    stream, given = documents.held_out(), 0
+    while (limit is None or given < limit) and (batch := list(itertools.islice(stream, _CHUNK_DOCUMENTS))):
+        contexts = cutter.cut(batch)[: None if limit is None else limit - given]
+        given += len(contexts)
+        yield from contexts
+    if not given:
         raise SelOrthoError(
-            f'"{self._documents.name}" gives no training context{share}: {self._consumed} documents, none with '
-            f"{self._cutter.min_tokens} tokens or more; use other texts or a lower --min_tokens"
+            f'"{documents.name}" gives no held-out context: {cutter.counts["documents"]} documents are held out, none '
+            f"with {min_tokens} tokens or more; give more texts or a larger held-out fraction"
         )
+    if limit is not None and given < limit:
+        logger.warning('"%s" gives %d held-out contexts, %d were asked for', documents.name, given, limit)
 
 
 def count_tokens(contexts: Iterable[Context]) -> int:
-    """Tokens of contexts, BOS included."""
+    """Count the tokens of contexts, BOS included."""
     return sum(len(context.input_ids) for context in contexts)
 
 
@@ -213,7 +231,7 @@ def estimate_tokens(
     min_tokens: int = 8,
     sample: int = 1000,
 ) -> float | None:
-    """Tokens that one epoch of the training documents will give, BOS included, guessed from `sample` of them.
+    """Estimate the tokens of one epoch of the training documents, BOS included, from `sample` of them.
 
     Exact where there are no more documents than that; None for a stream, whose length nobody knows.
     """
@@ -221,62 +239,14 @@ def estimate_tokens(
         return None
     cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
     texts = list(itertools.islice(documents.train(0, 0), sample + 1))
-    looked_at = texts[:sample]
-    tokens = count_tokens(cutter.cut(looked_at))
+    tokens = count_tokens(cutter.cut(texts[:sample]))
     if len(texts) <= sample:
         return float(tokens)
-    return tokens / len(looked_at) * documents.count * (1 - documents.held_out_fraction)
-
-
-def held_out_contexts(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    limit: int,
-    context_length: int = 128,
-    prepend_bos: bool = True,
-    min_tokens: int = 8,
-) -> list[Context]:
-    """The first `limit` contexts of the documents that training never sees, always the same ones.
-
-    Raises:
-        SelOrthoError: there is none.
-    """
-    stream = stream_held_out_contexts(
-        documents, tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens
-    )
-    contexts = list(itertools.islice(stream, limit))
-    if len(contexts) < limit:
-        logger.warning('"%s" gives %d held-out contexts, %d were asked for', documents.name, len(contexts), limit)
-    return contexts
-
-
-def stream_held_out_contexts(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int = 128,
-    prepend_bos: bool = True,
-    min_tokens: int = 8,
-) -> Iterator[Context]:
-    """All contexts of the documents that training never sees, in an order that is always the same.
-
-    Raises:
-        SelOrthoError: there is none.
-    """
-    cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
-    stream = iter(documents.held_out())
-    while batch := list(itertools.islice(stream, _CHUNK_DOCUMENTS)):
-        yield from cutter.cut(batch)
-    if not cutter.counts["contexts"]:
-        raise SelOrthoError(
-            f'"{documents.name}" gives no held-out context: {cutter.counts["documents"]} documents are held out, none '
-            f"with {min_tokens} tokens or more; give more texts or a larger held-out fraction"
-        )
+    return tokens / sample * documents.count * (1 - documents.held_out_fraction)
 
 
 def pad_batch(contexts: Iterable[Context], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contexts as one batch, padded on the right: input_ids and attention_mask (1 on tokens), (b, t) int64."""
+    """Make one batch of contexts, padded on the right: input_ids and attention_mask (1 on tokens), (b, t) int64."""
     rows = [torch.tensor(context.input_ids, dtype=torch.int64) for context in contexts]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (b, t)
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (b, t)
@@ -284,7 +254,7 @@ def pad_batch(contexts: Iterable[Context], pad_id: int) -> tuple[torch.Tensor, t
 
 
 def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as text; one that is a piece of a character, as the tokenizer's vocabulary writes it."""
+    """Write a token as text; one that is a piece of a character, as the tokenizer's vocabulary writes it."""
     decoded = str(tokenizer.decode([token_id]))
     if decoded and "\ufffd" not in decoded:
         return decoded

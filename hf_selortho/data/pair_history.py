@@ -21,8 +21,7 @@ from torch import Tensor
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..pair_selection import Pairs
-from ..utils.files import reason, replace_file, sync, when_there_is_room
-from ..utils.safe_paths import target_outside
+from ..utils.files import reason, replace_file, sync, target_outside, when_there_is_room
 
 PAIR_HISTORY = "pair_history"
 KEPT = 20_000  # pairs of a snapshot

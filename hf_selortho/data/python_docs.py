@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import functools
 import gc
 import hashlib
@@ -37,7 +36,7 @@ _PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 @functools.cache
 def python_docs() -> tuple[str, ...]:
-    """The texts, in an order that depends on the Python installation alone; no paragraph occurs twice.
+    """Collect the texts, in an order that depends on the Python installation alone; no paragraph occurs twice.
 
     They are Python's help topics, the docstrings of the standard library (per module, class or function; read from the
     source, nothing is imported for them) and of the modules built into the interpreter, and the comments of the
@@ -46,26 +45,15 @@ def python_docs() -> tuple[str, ...]:
     collecting = gc.isenabled()
     gc.disable()  # beside torch it takes two thirds of the time, walking over millions of live syntax nodes
     try:
-        return tuple(_texts())
+        seen: set[str] = set()
+        return tuple(text for document in _documents() for text in _pieces(document, seen) if _is_prose(text))
     finally:
         if collecting:
             gc.enable()
 
 
-def _texts() -> Iterator[str]:
-    seen: set[str] = set()
-    for document in _documents():
-        paragraphs = []
-        for paragraph in _PARAGRAPH_END.split(document):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                paragraphs.append(paragraph.strip("\n").rstrip())
-        yield from filter(_is_prose, _joined(paragraphs))
-
-
 def python_docs_revision() -> str:
-    """What the corpus depends on: the interpreter's version, and a hash of the texts since distributions trim them."""
+    """Name the interpreter's version and a hash of the texts, since distributions trim them."""
     digest = hashlib.sha256("\0".join(python_docs()).encode("utf-8", "surrogatepass")).hexdigest()
     return f"{sys.implementation.name}-{platform.python_version()}-sha256:{digest[:16]}"
 
@@ -101,7 +89,7 @@ def _library_sources() -> list[Path]:
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
-    """One document for the module, one for each of its functions, and one for each class with its methods."""
+    """Make one document of the module, one of each of its functions, and one of each class with its methods."""
     yield ast.get_docstring(tree) or ""
     for definition in _definitions(tree.body):
         parts = [definition, *(_definitions(definition.body) if isinstance(definition, ast.ClassDef) else ())]
@@ -109,7 +97,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def _definitions(statements: Iterable[ast.AST]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Classes and functions among the statements, also those under an `if` or a `try`."""
+    """Find classes and functions among the statements, also those under an `if` or a `try`."""
     for statement in statements:
         if isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield statement
@@ -118,7 +106,7 @@ def _definitions(statements: Iterable[ast.AST]) -> Iterator[ast.ClassDef | ast.F
 
 
 def _comments(source: str) -> str:
-    """The comments of two lines or more, a paragraph each; shorter ones are remarks or switched-off code."""
+    """Collect the comments of two lines or more, a paragraph each; shorter ones are remarks or switched-off code."""
     blocks: list[list[str]] = [[]]
     for line in source.splitlines():
         stripped = line.strip()
@@ -131,10 +119,10 @@ def _comments(source: str) -> str:
 
 
 def _built_in_docstrings() -> Iterator[str]:
-    """Modules compiled into the interpreter have no source; importing them runs no Python code."""
+    """Read the modules compiled into the interpreter, which have no source; importing them runs no Python code."""
     for name in ["builtins", *sorted(set(sys.builtin_module_names) - {"builtins"})]:
         try:
-            module = builtins if name == "builtins" else importlib.import_module(name)
+            module = importlib.import_module(name)
         except ImportError:
             continue
         yield inspect.cleandoc(module.__doc__ or "")
@@ -152,11 +140,16 @@ def _own_docs(things: Iterable[object]) -> Iterator[str]:
             yield inspect.cleandoc(doc)
 
 
-def _joined(paragraphs: list[str]) -> Iterator[str]:
-    """Paragraphs put together again, to documents of at most `_MAX_CHARS` (or of one longer paragraph)."""
+def _pieces(document: str, seen: set[str]) -> Iterator[str]:
+    """Join the paragraphs not `seen` before to texts of at most `_MAX_CHARS` (or of one longer paragraph)."""
     current: list[str] = []
     length = 0
-    for paragraph in paragraphs:
+    for paragraph in _PARAGRAPH_END.split(document):
+        key = " ".join(paragraph.split())
+        if not key or key in seen:
+            continue
+        seen.add(key)
+        paragraph = paragraph.strip("\n").rstrip()
         if current and length + len(paragraph) > _MAX_CHARS:
             yield "\n\n".join(current)
             current, length = [], 0
@@ -166,7 +159,7 @@ def _joined(paragraphs: list[str]) -> Iterator[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """Mostly words, and among them those that no English sentence does without."""
+    """Tell whether a text is mostly words, and among them those that no English sentence does without."""
     words = re.findall(r"[A-Za-z]+(?:'[a-z]+)?", text)
     common = sum(word.lower() in _COMMON_WORDS for word in words)
     letters = sum(map(len, words)) + len(re.findall(r"\s", text))

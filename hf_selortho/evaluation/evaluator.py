@@ -137,10 +137,8 @@ def _token_batches(
     rest: list[dict[int, Tensor]] = []
     with tqdm(total=len(contexts), desc="evaluating", unit="context", disable=not progress) as bar:
         for group in _groups(contexts, _POOL_BATCHES * batch_size):
-            parts = rest
-            for batch in length_batches(group, capture.batch_tokens):
-                parts.append(capture.harvest(batch).by_layer)
-                bar.update(len(batch))
+            parts = rest + [captured.by_layer for captured in capture.capture_batches(group)]
+            bar.update(len(group))
             pool = {layer: torch.cat([part[layer] for part in parts]) for layer in capture.layers}
             tokens = len(pool[capture.layers[0]])
             mixed = torch.randperm(tokens, generator=generator)
@@ -229,8 +227,8 @@ def _measure_cross_entropy(
     batch_tokens = _LOGITS_BYTES // (lm.config.get_text_config().vocab_size * lm.dtype.itemsize)
     pad_id = capture.lm.tokenizer.pad_token_id or 0
     with tqdm(total=len(contexts), desc="cross-entropy", unit="context", disable=not progress) as bar:
-        for batch in length_batches(contexts, batch_tokens):
-            tokens = pad_batch(batch, pad_id)
+        for numbers in length_batches(contexts, batch_tokens):
+            tokens = pad_batch([contexts[number] for number in numbers], pad_id)
             clean = next_token_losses(capture, *tokens)
             ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
             for sae, place, metric in zip(saes, places, metrics, strict=True):
@@ -238,7 +236,7 @@ def _measure_cross_entropy(
                     ablated[place.layer] = _spliced_losses(place, *tokens, torch.zeros_like)
                 spliced = _spliced_losses(place, *tokens, _reconstruction_of(sae))
                 metric.add_batch(references=clean, predictions=spliced, ablations=ablated[place.layer])
-            bar.update(len(batch))
+            bar.update(len(numbers))
     return [{"ce_samples": len(contexts)} | metric.compute() for metric in metrics]
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.contexts import Context
 from ..errors import SelOrthoError
-from ..language_models.capture import ActivationCapture, only
+from ..language_models.capture import ActivationCapture
 from .absorption import FirstLetterTask, f1_score
 
 logger = logging.getLogger(__name__)
@@ -182,8 +182,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def _read(capture: ActivationCapture, prompt: str, words: Sequence[_Word]) -> tuple[list[_Word], Tensor]:
     """The words that are single tokens after the prompt and no sinks, and their activations (words, d_in) float32."""
-    if len(capture.layers) != 1:
-        raise SelOrthoError(f"a capture of layers {list(capture.layers)}: expected a single one; use capture.at(layer)")
+    layer = capture.layer  # a single one
     tokenizer = capture.lm.tokenizer
     start = _prompt_ids(tokenizer, prompt)
     expected = [[*start, word.token_id] for word in words]
@@ -194,10 +193,10 @@ def _read(capture: ActivationCapture, prompt: str, words: Sequence[_Word]) -> tu
     ]
     parts, places = [], []
     # what follows a word cannot change its activation, so the contexts end there
-    for part in capture.harvest_batches([Context(number, expected[number]) for number in single]):
-        at_word = part.positions == len(start)
-        parts.append(only(part.by_layer)[at_word.to(capture.device)].float().cpu())
-        places += part.document_ids[at_word].tolist()
+    for captured in capture.capture_batches([Context(number, expected[number]) for number in single]):
+        at_word = captured[captured.origins.positions == len(start)]
+        parts.append(at_word.by_layer[layer].float().cpu())
+        places += at_word.origins.document_ids.tolist()
     if not places:
         return [], torch.zeros(0, capture.lm.d_model)
     return [words[place] for place in places], torch.cat(parts)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..decorrelation import feature_norms, select_pairs
 from ..errors import SelOrthoError
+from ..pair_selection import feature_norms, select_pairs
 
 # The float32 copy of a chunk of logits has to stay in the cache: above 16 MiB the log-softmax gets 5 times slower.
 _CHUNK_BYTES_CPU = 8 * 2**20

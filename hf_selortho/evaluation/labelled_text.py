@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 
 from ..data.python_docs import PYTHON_DOCS
-from ..data.text_loading import READ_ERRORS, load_texts, read_error
-from ..data.texts import TextSource, open_documents
+from ..data.text_loading import READ_ERRORS, read_error
+from ..data.texts import Documents, TextSource, column_kinds, open_documents
 from ..errors import SelOrthoError
 
 
@@ -40,12 +41,9 @@ def labelled_documents(source: TextSource, label_column: str, limit: int, seed: 
             f'"{source.dataset}" is streamed, and labelled texts are drawn from all rows: use streaming=False'
         )
     documents = open_documents(source)
-    revision = documents.revision or source.revision  # the very commit that was opened
-    loaded = load_texts(
-        source.dataset, source.config_name, source.split, source.text_column, revision, False, label_column
-    )
-    rows = loaded.dataset
+    rows = documents.dataset
     assert isinstance(rows, Dataset)
+    _check_label_column(documents, rows, label_column)
     held_out = [number for number, _ in documents.held_out()]
     try:
         by_label = _by_label(rows, label_column, held_out, seed)
@@ -57,10 +55,22 @@ def labelled_documents(source: TextSource, label_column: str, limit: int, seed: 
             )
         turns = itertools.zip_longest(*([(row, label) for row in by_label[label]] for label in sorted(by_label)))
         drawn = list(itertools.islice((pair for turn in turns for pair in turn if pair is not None), limit))
-        texts = list(rows[[row for row, _ in drawn]][loaded.column])
+        texts = list(rows.select_columns([documents.column])[[row for row, _ in drawn]][documents.column])
     except READ_ERRORS as error:
         raise read_error(source.dataset, error) from error
     return texts, [label for _, label in drawn]
+
+
+def _check_label_column(documents: Documents, rows: Dataset, label_column: str) -> None:
+    others = {column: kind for column, kind in column_kinds(rows).items() if column != documents.column}
+    listed = ", ".join(f"{column} ({kind})" for column, kind in others.items()) or "none beside the text"
+    if label_column not in others:
+        raise SelOrthoError(f'"{documents.name}" has no column "{label_column}" of labels: choose one of: {listed}')
+    if not re.fullmatch(r"u?int\d+|bool|(large_)?string", others[label_column]):
+        raise SelOrthoError(
+            f'column "{label_column}" of "{documents.name}" holds {others[label_column]}, no labels: expected '
+            f"integers, strings, booleans or class labels; choose one of: {listed}"
+        )
 
 
 def _by_label(rows: Dataset, column: str, numbers: list[int], seed: int) -> dict[Any, list[int]]:

@@ -90,16 +90,15 @@ def read_labelled_texts(
         SelOrthoError: as many labels as texts are expected, of at least two classes with four texts that can be read;
             or a capture of several layers.
     """
-    if len(capture.layers) != 1:
-        raise SelOrthoError(f"layers {list(capture.layers)}: expected a single one; use capture.at(layer)")
+    layer = capture.layer  # a single one
     values = _values(texts, labels)
     _check_classes(Counter(map(str, labels)))  # before the language model has worked for nothing
     cutter = Cutter(capture.lm.tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
     first: dict[int, Context] = {}
     for context in cutter.cut(list(enumerate(texts))):
         first.setdefault(context.document_id, context)
-    harvest = capture.harvest(list(first.values())) if first else None
-    owners = torch.empty(0, dtype=torch.int64) if harvest is None else harvest.document_ids
+    captured = capture.capture_all(list(first.values())) if first else None
+    owners = torch.empty(0, dtype=torch.int64) if captured is None else captured.origins.document_ids
     lengths = torch.bincount(owners, minlength=len(texts))  # (len(texts),)
     read = lengths > 0
     if left_out := int((~read).sum()):
@@ -108,9 +107,9 @@ def read_labelled_texts(
         )
     numbers = torch.tensor([values.index(label) for label in labels])
     _check_classes({str(value): int((numbers[read] == number).sum()) for number, value in enumerate(values)})
-    assert harvest is not None
-    order = owners.argsort(stable=True)  # harvested by length; within a text the order of the tokens is kept
-    activations = harvest.activations[order.to(harvest.activations.device)].cpu()
+    assert captured is not None
+    order = owners.argsort(stable=True)  # captured by length; within a text the order of the tokens is kept
+    activations = captured[order].by_layer[layer].cpu()
     return LabelledTexts(activations, lengths[read], numbers[read], [str(value) for value in values])
 
 

@@ -12,13 +12,13 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.activation_cache import ActivationStore
+from ..data.activation_cache import ActivationCache
 from ..data.cache_batches import held_out_batches
 from ..data.texts import TextSource
 from ..evaluation.evaluator import evaluate_saes
@@ -57,13 +57,13 @@ class Request:
 
 def measure(request: Request) -> None:
     """Evaluate every SAE of the request and write its record; without any, prepare the tasks of the layer."""
-    store = ActivationStore(request.shards)
+    store = ActivationCache(request.shards)
     layer, sizes = request.unit["layer"], request.measures
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the job's own GPU
     saes = {name: load_for_measuring(folder, device) for name, folder in request.members.items()}
     contexts = store.held_out_contexts()[: sizes.get("eval_samples", 1000)]
     lm = load_language_model(request.model, request.model_revision, request.model_dtype, device)
-    capture = ActivationCapture(lm, [layer], [store.manifest.layer(layer)["max_norm"]])
+    capture = ActivationCapture(lm, [layer], [store.manifest.layer(layer).max_norm])
     if not saes:
         prepare(request, store, capture)
         return
@@ -99,19 +99,20 @@ def measure(request: Request) -> None:
         )
 
 
-def prepare(request: Request, store: ActivationStore, capture: ActivationCapture) -> None:
+def prepare(request: Request, store: ActivationCache, capture: ActivationCapture) -> None:
     """Compute the tasks of the layer, unless they are there."""
     layer, folder = request.unit["layer"], Path(request.tasks)
     if has_tasks(folder, layer):
         return
-    content = store.manifest.content
-    text = content["text"]
+    text = store.manifest.text
     source = TextSource(
-        request.dataset or text["dataset"], text["config"], text["split"], text["text_column"], text["revision"],
-        held_out_fraction=request.measures.get("probing_fraction", text["held_out_fraction"]),
+        request.dataset or text.dataset, text.config, text.split, text.text_column, text.revision,
+        held_out_fraction=request.measures.get("probing_fraction", text.held_out_fraction),
     )  # fmt: skip
     save_tasks(
-        prepare_tasks(capture, source, request.label_column, content["contexts"], request.measures), folder, layer
+        prepare_tasks(capture, source, request.label_column, asdict(store.manifest.contexts), request.measures),
+        folder,
+        layer,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
-from ..utils.command_line import end_with_parent, own_cores
+from ..utils.command_line import own_cores
 
 _POLL = 2.0  # seconds between two looks at a process
 _stopping = threading.Event()  # somebody asks for the end
@@ -102,14 +102,10 @@ def stop_on_sigterm() -> None:
 
 
 def launcher(machine: Machine) -> list[str]:
-    """`accelerate launch` as the processes of a job want it."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet",
-        "--num_processes", str(machine.processes), "--num_machines", "1", "--dynamo_backend", "no",
-    ]  # fmt: skip
-    if torch.cuda.is_available():
-        return command + (["--multi_gpu"] if machine.processes > 1 else [])
-    return [*command, "--mixed_precision", "no", *(["--cpu"] if machine.processes > 1 else [])]
+    """Return the command that starts a script as the processes of a job; SIGTERM to it reaches all of them."""
+    if machine.processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(machine.processes)]
 
 
 def run_process(
@@ -126,7 +122,7 @@ def run_process(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as words:
-        process = subprocess.Popen(command, stdout=words, stderr=words, env=environment, preexec_fn=end_with_parent)
+        process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)
         try:
             while process.poll() is None:
                 if _stopping.wait(_POLL):

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..data.activation_cache import MANIFEST, ActivationStore
+from ..data.activation_cache import ActivationCache
+from ..data.cache_manifest import MANIFEST
 from ..errors import SelOrthoError
 from ..training.run_folder import write_json
 from ..utils.files import sha256_of
@@ -80,9 +81,10 @@ def harvest(plan: Plan, places: Places, machine: Machine) -> None:
 
 def _record_harvest(places: Places) -> None:
     """Keep what language model and text the records are of."""
-    records, content = Records(places.results), ActivationStore(str(places.shards)).manifest.content
-    text = {**content["text"], "dataset": local_name(content["text"]["dataset"])}
-    source = {"model": content["model"], "text": text, "contexts": content["contexts"], "rows": content["rows"]}
+    records, manifest = Records(places.results), ActivationCache(str(places.shards)).manifest
+    content = dataclasses.asdict(manifest)
+    text = {**content["text"], "dataset": local_name(manifest.text.dataset)}
+    source = {"model": content["model"], "text": text, "contexts": content["contexts"], "rows": manifest.rows}
     if records.has(HARVEST):
         before = records.read(HARVEST)
         for what in ("text", "model"):
@@ -93,7 +95,7 @@ def _record_harvest(places: Places) -> None:
                 )
         return
     sha256 = sha256_of(places.shards / MANIFEST)
-    records.write(HARVEST, {"kind": HARVEST, **source, "manifest_sha256": sha256, "versions": content["versions"]})
+    records.write(HARVEST, {"kind": HARVEST, **source, "manifest_sha256": sha256, "versions": manifest.versions})
 
 
 def identity(source: Mapping[str, Any]) -> str:
@@ -131,11 +133,11 @@ def _record_tasks(places: Places, layer: int) -> None:
 
 def measure_request(plan: Plan, places: Places, machine: Machine, layer: int) -> dict[str, Any]:
     """What a measurement at a layer is told, but for its SAEs."""
-    model = ActivationStore(str(places.shards)).manifest.content["model"]
+    model = ActivationCache(str(places.shards)).manifest.model
     return {
         "unit": {"layer": layer}, "members": {}, "variants": {},
         "shards": str(places.shards), "tasks": str(places.tasks),
-        "model": model["name"], "model_revision": model["revision"], "model_dtype": model["dtype"],
+        "model": model.name, "model_revision": model.revision, "model_dtype": model.dtype,
         "dataset": plan.harvest.get("dataset"), "label_column": plan.label_column,
         "results": str(places.results), "measures": plan.measures, "threads": machine.threads,
     }  # fmt: skip

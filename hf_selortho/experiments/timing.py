@@ -21,7 +21,7 @@ from ..benchmarking.memory import peak_in_own_process
 from ..benchmarking.rounds import rows_of, run_rounds
 from ..benchmarking.steps import TrainingSteps
 from ..configuration_selortho import SelOrthoConfig
-from ..data.activation_cache import ActivationStore
+from ..data.activation_cache import ActivationCache
 from ..modeling_selortho import SelOrthoSAE
 from ..training.run_folder import hardware, library_versions
 from ..utils.command_line import run_script, use_all_cores
@@ -78,7 +78,7 @@ def main() -> None:
     """Time what the file that is named says, and write the record."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     use_all_cores()
-    store = ActivationStore(request["shards"])
+    store = ActivationCache(request["shards"])
     shard = store.read(store.manifest.shards[0], [request["layer"]])
     found = time_steps(shard.by_layer[request["layer"]].float(), **request["settings"])
     Records(Path(request["results"])).write(TIMING, {"kind": "timing", "layer": request["layer"], **found})

@@ -11,8 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..decorrelation import select_pairs
 from ..errors import SelOrthoError
+from ..pair_selection import select_pairs
 from .correlation_sample import CorrelationSample
 from .feature_records import FeatureFacts, feature_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
@@ -175,7 +175,7 @@ def _facts(
             "d_sae": len(sae.b_enc),
             "d_in": sae.config.d_in,
             "layer": sources.capture.layer,
-            "hook_name": sources.capture.hook_name,
+            "hook_name": sources.capture.hook_name_of(sources.capture.layer),
             "activation": sae.config.activation,
             "weights_sha256": sources.weights_sha256,
             "name": sources.name,

@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import SelOrthoError
-from ..utils.hub import one_line
-from ..utils.saved_files import LOOKUP, at_one_commit, find_file, read_object
+from ..utils.hub import LOOKUP, at_one_commit, find_file, one_line, read_object
 from .index_files import HubFile, LocalFile, RangedParquet
 from .index_writer import (
     FACTS,

@@ -17,9 +17,8 @@ from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from ..errors import SelOrthoError
-from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, patiently
-from ..utils.safe_paths import target_outside
-from ..utils.saved_files import in_subfolder
+from ..utils.files import target_outside
+from ..utils.hub import LOOKUP_ERRORS, hub_error, in_subfolder, one_line, patiently
 
 _TAIL = 1 << 16  # bytes at the end of a file that are asked for first: they hold the footer of a small one
 _LARGEST_FOOTER = 1 << 27

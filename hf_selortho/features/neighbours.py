@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..pair_scores import pattern
 from ..sparse_ops import ActiveFeatures, times_dense
 from .records import Neighbour
 
@@ -28,8 +27,7 @@ def nearest_features(
     """
     directions = normalize(W_dec.float(), dim=1)
     norms = active.sum_by_feature(active.values.double().square()).sqrt().float()  # (d_sae,)
-    fired = pattern(active)
-    assert isinstance(fired, ActiveFeatures)
+    fired: ActiveFeatures = active.pattern()
     by_feature = active.transposed(), fired.transposed()
     width = max(1, _BLOCK_BYTES // (4 * max(active.n, active.tokens)))
     for start in range(0, active.n, width):

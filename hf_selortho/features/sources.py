@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..data.contexts import Context, stream_held_out_contexts
+from ..data.contexts import Context, held_out_contexts
 from ..data.pair_history import PairSnapshot
 from ..data.texts import Documents
 from ..errors import SelOrthoError
@@ -52,7 +52,7 @@ class Sources:
     def contexts(self) -> Iterator[Context]:
         """Held-out contexts, from the start."""
         config = self.sae.config
-        return stream_held_out_contexts(
+        return held_out_contexts(
             self.documents,
             self.capture.lm.tokenizer,
             context_length=config.context_length,

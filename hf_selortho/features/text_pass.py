@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..configuration_selortho import SelOrthoConfig
 from ..data.contexts import Context, pad_batch
-from ..language_models.capture import ActivationCapture, Harvest
+from ..language_models.capture import ActivationCapture, CapturedActivations
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.files import sha256_of
 from .keepers import Batch
@@ -65,14 +65,14 @@ class TextPass:
         while pool := list(self._pool(stream)):
             first = self.counts.contexts
             self._count(pool)
-            for harvest in self.capture.harvest_batches(pool):
-                self.counts.tokens += len(harvest)
-                self.counts.dropped_special += harvest.dropped_special
-                self.counts.dropped_sinks += harvest.dropped_sinks
-                for part in self._parts(harvest):
+            for captured in self.capture.capture_batches(pool):
+                self.counts.tokens += len(captured)
+                self.counts.dropped_special += captured.dropped_special
+                self.counts.dropped_sinks += captured.dropped_sinks
+                for part in self._parts(captured):
                     yield self._encoded(part, pool, first)
                 if progress is not None:
-                    progress.update(len(harvest))
+                    progress.update(len(captured))
 
     def _pool(self, stream: Iterator[Context]) -> Iterator[Context]:
         tokens = 0
@@ -86,26 +86,26 @@ class TextPass:
             self.counts.documents += context.document_id != self._last_document
             self._last_document = context.document_id
 
-    def _parts(self, harvest: Harvest) -> Iterator[Harvest]:
+    def _parts(self, captured: CapturedActivations) -> Iterator[CapturedActivations]:
         """Whole contexts of a forward pass, as many as memory holds at once."""
         limit = _LARGEST_BATCH.get(self.sae.device.type, 1 << 24)
         tokens = max(1, limit // self.sae.b_enc.shape[0])
-        if len(harvest) <= tokens:
-            if len(harvest):
-                yield harvest
+        if len(captured) <= tokens:
+            if len(captured):
+                yield captured
             return
-        rows, counts = harvest.origins.context_ids.unique_consecutive(return_inverse=True, return_counts=True)[1:]
+        rows, counts = captured.origins.context_ids.unique_consecutive(return_inverse=True, return_counts=True)[1:]
         group = (counts.cumsum(0) - counts) // tokens  # of each context, by its first token
         for number in group.unique().tolist():
-            yield harvest.rows(group[rows] == number)
+            yield captured[group[rows] == number]
 
-    def _encoded(self, harvest: Harvest, pool: list[Context], first: int) -> Read:
-        origins, device = harvest.origins, self.sae.device
+    def _encoded(self, captured: CapturedActivations, pool: list[Context], first: int) -> Read:
+        origins, device = captured.origins, self.sae.device
         numbers, rows = origins.context_ids.unique_consecutive(return_inverse=True)
         contexts = [pool[number] for number in numbers.tolist()]
         input_ids, _ = pad_batch(contexts, self.capture.lm.tokenizer.pad_token_id or 0)
         places = (rows * input_ids.shape[1] + origins.positions).to(device)
-        activations = harvest.activations.to(device)
+        activations = captured.by_layer[self.capture.layer].to(device)
         h = feature_rows(self.sae.encode(activations), places, input_ids.shape)
         read = torch.zeros(input_ids.shape, dtype=torch.bool, device=device)
         read.view(-1)[places] = True

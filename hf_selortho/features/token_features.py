@@ -113,11 +113,9 @@ class FeatureCapture:
         empty = set(range(len(texts))) - {context.document_id for context in contexts}
         if empty:
             raise SelOrthoError(f"text {min(empty)} of {len(texts)} holds no token: {texts[min(empty)][:80]!r}")
-        places = {id(context): number for number, context in enumerate(contexts)}
         read: dict[int, tuple[Tensor, Tensor]] = {}
-        for batch in length_batches(contexts, self._capture.batch_tokens):
-            for context, part in zip(batch, self._read(batch), strict=True):
-                read[places[id(context)]] = part
+        for numbers in length_batches(contexts, self._capture.batch_tokens):
+            read.update(zip(numbers, self._read([contexts[number] for number in numbers]), strict=True))
         parts: list[list[tuple[Context, Tensor, Tensor]]] = [[] for _ in texts]
         for number, context in enumerate(contexts):
             parts[context.document_id].append((context, *read[number]))
@@ -126,7 +124,7 @@ class FeatureCapture:
     def _read(self, contexts: Sequence[Context]) -> list[tuple[Tensor, Tensor]]:
         """Of each context which tokens (t,) the SAE was trained on, and the feature activations (t, d_sae)."""
         input_ids, mask = pad_batch(contexts, self.lm.tokenizer.pad_token_id or 0)
-        hidden = self._capture.hidden_states(input_ids, mask)  # (b, t, d_in)
+        hidden = self._capture.hidden_states(input_ids, mask)[self._capture.layer]  # (b, t, d_in)
         kept = self._capture.keep_mask(input_ids, mask, hidden).cpu()
         feature_acts = self.sae.encode(hidden.to(self.sae.device)).float().cpu()
         return [

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..utils.safe_paths import is_commit
+from ..utils.hub import is_commit
 from .markdown import cell, code, duration, fence, literal, mask_tokens, number, one_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

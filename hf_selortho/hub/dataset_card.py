@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ..data.cache_manifest import Manifest
 from .card_facts import EMBEDDED_MODEL, EMBEDDED_ORIGIN, hub_id, under_gemma_terms
 from .markdown import cell, code, literal, number, one_line
 from .model_card import wrong_facts
@@ -32,68 +33,51 @@ _SIZES = (
 _FACT_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
-def render_shards_card(
-    manifest: Mapping[str, Any], repo_id: str | None = None, license: str | None = None
-) -> DatasetCard:
-    """Card of a folder of activations.
+def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: str | None = None) -> DatasetCard:
+    """Render the card of a folder of cached activations.
 
     Args:
-        manifest: content of its manifest.json.
+        manifest: of the folder.
         repo_id: where on the Hub it will be; the commands of the card read it from there, else from FOLDER.
         license: of the activations, in the Hub's spelling; only their publisher can grant one.
-
-    Raises:
-        SelOrthoError: the manifest is none that a harvest writes.
     """
-    try:
-        model, text = manifest["model"], manifest["text"]
-        data = _data(
-            f"Activations of {model['name']}",
-            ["activations", "sparse-autoencoder"],
-            manifest["rows"] + manifest["held_out_counts"]["rows"],
-            [hub_id(text["dataset"], text.get("revision"))],
-            license,
-        )
-        context = _shards_context(manifest, repo_id, license)
-    except _FACT_ERRORS as error:
-        raise wrong_facts(error, "the manifest holds", "harvest", "manifest.json from the folder") from error
-    return _render(data, "shards_card_template.md", context)
-
-
-def _shards_context(manifest: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
-    model, text, contexts = manifest["model"], manifest["text"], manifest["contexts"]
-    counts, held_out, layers = manifest["counts"], manifest["held_out_counts"], manifest["harvested_layers"]
-    widths = {number(layer["d_in"]) for layer in manifest["layers"].values() if layer.get("d_in")}
+    model, text, contexts = manifest.model, manifest.text, manifest.contexts
+    counts, layers = manifest.counts, manifest.layers
+    data = _data(
+        f"Activations of {model.name}",
+        ["activations", "sparse-autoencoder"],
+        counts.rows + manifest.held_out_counts.rows,
+        [hub_id(text.dataset, text.revision)],
+        license,
+    )
     rows = [
-        ("Language model", cell(model["name"]) + _at(model.get("revision"))),
+        ("Language model", cell(model.name) + _at(model.revision)),
         ("Layers", ", ".join(map(number, layers)) + ", the residual stream after each, counted from 0"),
-        ("Width", widths.pop() if len(widths) == 1 else None),
-        ("Stored as", cell(manifest["stored_dtype"]) + f", computed in {cell(model['dtype'])}"),
-        ("Text", cell(text["dataset"]) + _at(text.get("revision"))),
-        ("Split", cell(text["split"]) if text.get("split") else None),
-        (
-            "Tokens for training",
-            f"{number(manifest['rows'], 'count')} of {number(counts['contexts'], 'count')} contexts",
-        ),
-        ("Tokens held out", number(held_out["rows"], "count")),
-        ("Contexts", f"up to {number(contexts['context_length'])} tokens{_bos(contexts)}"),
-        ("Special tokens left out", number(counts["dropped_special"], "count")),
-        ("Sink tokens left out", number(counts["dropped_sinks"], "count") + _limit(manifest.get("max_norm_ratio"))),
+        ("Width", number(manifest.layer(layers[0]).d_in)),
+        ("Stored as", cell(manifest.stored_dtype) + f", computed in {cell(model.dtype)}"),
+        ("Text", cell(text.dataset) + _at(text.revision)),
+        ("Split", cell(text.split) if text.split else None),
+        ("Tokens for training", f"{number(counts.rows, 'count')} of {number(counts.contexts, 'count')} contexts"),
+        ("Tokens held out", number(manifest.held_out_counts.rows, "count")),
+        ("Contexts", f"up to {number(contexts.context_length)} tokens{_bos(contexts.prepend_bos)}"),
+        ("Special tokens left out", number(counts.dropped_special, "count")),
+        ("Sink tokens left out", number(counts.dropped_sinks, "count") + _limit(manifest.max_norm_ratio)),
         (
             "Ends of documents left out",
-            f"{number(counts['dropped_tails'], 'count')}, shorter than {number(contexts['min_tokens'])} tokens",
+            f"{number(counts.dropped_tails, 'count')}, shorter than {number(contexts.min_tokens)} tokens",
         ),
     ]
-    return {
-        "lm": code(model["name"]),
-        "text": code(text["dataset"]),
+    context = {
+        "lm": code(model.name),
+        "text": code(text.dataset),
         "rows": [(name, value) for name, value in rows if value],
-        "layers": " ".join(str(int(layer)) for layer in layers),
+        "layers": " ".join(map(str, layers)),
         "place": f"hub:{one_line(repo_id)}" if repo_id else "FOLDER",
         "literal": literal(f"hub:{repo_id}" if repo_id else "FOLDER"),
         "published": repo_id is not None,
-        **_terms(str(model["name"]), license),
+        **_terms(model.name, license),
     }
+    return _render(data, "shards_card_template.md", context)
 
 
 def render_examples_card(
@@ -185,8 +169,8 @@ def _at_most(count: Any) -> str | None:
     return f"at most {number(count)}" if count else None
 
 
-def _bos(contexts: Mapping[str, Any]) -> str:
-    return ", starting with BOS, whose activation is left out" if contexts.get("prepend_bos") else ", without BOS"
+def _bos(prepend_bos: bool) -> str:
+    return ", starting with BOS, whose activation is left out" if prepend_bos else ", without BOS"
 
 
 def _limit(ratio: Any) -> str:

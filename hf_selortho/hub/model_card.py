@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import SelOrthoError
-from ..utils.safe_paths import is_commit
+from ..utils.hub import is_commit
 from .card_facts import base_model, hub_id, model_facts, training_facts, usage_facts
 from .card_results import METRICS, Measured, evaluation_facts, penalty_facts, picture_facts
 from .expectations import expectation_facts

@@ -18,7 +18,7 @@ from ..features.index_writer import INDEX
 from ..modeling_selortho import SelOrthoSAE
 from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN, jsonable, save_sae
 from ..utils.command_line import without_secrets
-from ..utils.saved_files import CONFIG, read_object
+from ..utils.hub import CONFIG, read_object
 from .card_facts import SAELENS_FOLDER
 from .card_results import Measured
 from .interop import write_saelens

@@ -18,9 +18,7 @@ from huggingface_hub import errors as hub
 from .. import __version__
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.hub import ATTEMPTS, one_line, pause, pause_of_busy
-from ..utils.repository_contents import listed
-from ..utils.saved_files import CONFIG
+from ..utils.hub import ATTEMPTS, CONFIG, is_busy, listed, one_line, pause
 from .model_card import Publisher
 from .publication import Publication, publish_run, publish_sae
 from .repository import REQUEST_ERRORS, SIGNATURE, RepoKind, Repository, cause_of, check_repo_id, content_hash
@@ -178,11 +176,11 @@ def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str,
             error = cause_of(failure)
             if made := _made_nevertheless(place, files, title, head, create_pr, error):
                 return made
-            seconds = _pause(error, attempt)
-            if attempt == ATTEMPTS - 1 or seconds is None:
+            refused = isinstance(error, hub.HfHubHTTPError | ValueError) and not is_busy(error)
+            if attempt == ATTEMPTS - 1 or refused:
                 raise place.refusal(error) from error
-            logger.info("the Hub does not answer (%s); again in %.0f s", one_line(error), seconds)
-            time.sleep(seconds)
+            logger.info("the Hub does not answer (%s); again in %.0f s", one_line(error), pause(attempt))
+            time.sleep(pause(attempt))
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -212,13 +210,6 @@ def _made_nevertheless(
         f"somebody else has pushed to {place.repo_id} at the same time ({now[:12]} came after {head[:12]}), so nothing "
         "was pushed: look at that commit, then run the same command again"
     ) from error
-
-
-def _pause(error: Exception, attempt: int) -> float | None:
-    """Seconds until the next attempt; None where none will do better."""
-    if isinstance(error, hub.HfHubHTTPError | ValueError):
-        return pause_of_busy(error, attempt)
-    return pause(attempt)  # the connection
 
 
 def _refuse_others_changes(place: Repository, head: str, there: Mapping[str, str], changed: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from .. import modeling_selortho
@@ -13,17 +12,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_selortho.SelOrthoConfig",
     "AutoModel": "modeling_selortho.SelOrthoSAE",
 }
-_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+_FILES = ("activation_functions.py", "configuration_selortho.py", "modeling_selortho.py")
 
 
 def source_files() -> list[Path]:
-    """The file of the model, and every file that it imports, directly or not: all of one folder."""
-    model = Path(modeling_selortho.__file__)
-    found: dict[str, Path] = {}
-    waiting = [model.stem]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found[name] = model.with_name(f"{name}.py")
-            waiting += _RELATIVE_IMPORT.findall(found[name].read_text(encoding="utf-8"))
-    return [found[name] for name in sorted(found)]
+    """Return the file of the model and those that it imports from its folder."""
+    return [Path(modeling_selortho.__file__).with_name(name) for name in _FILES]

@@ -14,8 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SelOrthoError
 from ..utils.files import sha256_of
-from ..utils.hub import LOOKUP_ERRORS, one_line, patiently
-from ..utils.saved_files import CONFIG, read_object
+from ..utils.hub import CONFIG, LOOKUP_ERRORS, one_line, patiently, read_object
 
 RepoKind: TypeAlias = Literal["model", "dataset", "space"]
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from typing import Any
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..training.run_folder import METRICS, PICTURES, RUN
-from ..utils.safe_paths import target_outside
-from ..utils.saved_files import CONFIG, no_such_sae, read_object
+from ..utils.files import target_outside
+from ..utils.hub import CONFIG, read_object
 from .card_results import Measured
 from .summary import TWIN, SaeReport, beside_twins
 
@@ -52,7 +52,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise SelOrthoError(f"{folder} is no folder: expected that of a run, such as runs/demo")
     names = [""] if holds_sae(folder) else sorted(_sub_folders(folder), key=_by_layer)
     if not names:
-        raise no_such_sae(str(folder), {})
+        raise SelOrthoError(f"cannot load the SAE {str(folder)!r}: it holds no {CONFIG}; expected the folder of a run")
     saes = [_read_sae(folder, name) for name in names]
     return FinishedRun(folder, tuple(beside_twins(saes)), _content(folder / RUN))
 
@@ -92,7 +92,7 @@ def twin_beside(folder: Path) -> Path | None:
     for ending in (TWIN, "-twin"):
         beside = folder.with_name(f"{folder.name}{ending}")
         if holds_sae(beside):
-            config, twin = (SelOrthoConfig.from_json_file(place / CONFIG) for place in (folder, beside))
+            config, twin = (SelOrthoConfig.from_pretrained(place / CONFIG) for place in (folder, beside))
             if _no_twin(config.own_settings(), twin.own_settings()) is None:
                 return beside
     return None
@@ -152,7 +152,7 @@ def _read_sae(folder: Path, name: str) -> SaeReport:
     for path in _files(place):
         if outside := target_outside(folder, path):
             raise SelOrthoError(f"{path} leads out of {folder}, to {outside}: put the file itself into the folder")
-    config = SelOrthoConfig.from_json_file(place / CONFIG)
+    config = SelOrthoConfig.from_pretrained(place / CONFIG)
     pictures = [path.relative_to(folder).as_posix() for path in sorted((place / PICTURES).glob("*.png"))]
     drawn = _content(place / RUN).get("pictures")
     if isinstance(drawn, list):  # in the order in which the training has drawn them

@@ -14,8 +14,7 @@ from huggingface_hub import errors as hub
 
 from .. import __version__
 from ..errors import SelOrthoError
-from ..utils.hub import one_line
-from ..utils.repo_ref import Place
+from ..utils.hub import RepoRef, one_line
 from .card_facts import EMBEDDED_MODEL
 from .publication import Publication
 from .push import Pushed, push_folder
@@ -175,8 +174,8 @@ def _shown(saes: Sequence[PinnedSae | None]) -> Iterator[str]:
     yield f"Version {__version__} of hf_selortho"
 
 
-def _name(place: Place) -> str:
-    return str(Place(place.name, str(place.revision)[:12], place.subfolder))
+def _name(place: RepoRef) -> str:
+    return str(RepoRef(place.name, str(place.revision)[:12], place.subfolder))
 
 
 def _app_files(app: Path) -> Iterator[Path]:

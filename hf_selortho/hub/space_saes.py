@@ -13,8 +13,7 @@ from huggingface_hub import HfApi
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..features.index_writer import INDEX
-from ..utils.hub import LOOKUP_ERRORS, hub_error, patiently
-from ..utils.repo_ref import Place, parse_place
+from ..utils.hub import LOOKUP_ERRORS, RepoRef, hub_error, patiently
 from .card_facts import EMBEDDED_MODEL, base_model
 from .run_folder import WEIGHTS
 
@@ -23,7 +22,7 @@ from .run_folder import WEIGHTS
 class PinnedSae:
     """An SAE on the Hub, at a commit."""
 
-    place: Place
+    place: RepoRef
     config: SelOrthoConfig
     has_index: bool
     restricted: bool  # private or gated: nobody reads it without a token
@@ -56,12 +55,12 @@ def pin_sae(name: str, token: str | None = None) -> PinnedSae:
             f"{name} is a folder of this machine, which a Space cannot read: publish it with scripts/push_to_hub.py, "
             "then name its repository"
         )
-    place = parse_place(name, local=False)
+    place = RepoRef.parse(name, local=False)
     try:
         info = patiently(lambda: HfApi(token=token).model_info(place.name, revision=place.revision))
     except LOOKUP_ERRORS as error:
         raise hub_error(error, "SAE", place.name, place.revision, token) from error
-    pinned = Place(place.name, info.sha, place.subfolder)
+    pinned = RepoRef(place.name, info.sha, place.subfolder)
     config = SelOrthoConfig.from_pretrained(place.name, token=token, **pinned.lookup)
     folder = PurePosixPath(place.subfolder or "")
     files = {file.rfilename for file in info.siblings or []}

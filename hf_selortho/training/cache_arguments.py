@@ -3,54 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from ..data.activation_cache import STORED_DTYPES
+from ..data.cache_manifest import STORED_DTYPES
 from ..errors import SelOrthoError
 from .arguments import (
-    RULES,
+    Above1,
+    Count,
+    CountOrZero,
     ModelArguments,
     OneLineParser,
-    Rule,
+    Range,
+    Seed,
     TextArguments,
     argument,
     check_values,
+    one_of,
     preset_defaults,
 )
 
 
 @dataclass
-class HarvestArguments:
+class CacheArguments:
     """What is read, and where it goes."""
 
     layers: list[int] = argument([], "Decoder layers, counted from 0, whose output is read in one pass.")
     output_dir: str = argument("activations", "Folder for the shards; it can be uploaded as a dataset of the Hub.")
     overwrite_output_dir: bool = argument(
-        False, "Replace the harvest that is in the output folder; an unfinished one of the same settings goes on."
+        False, "Replace the cache that is in the output folder; an unfinished one of the same settings goes on."
     )
-    context_length: int = argument(128, "Longest context in tokens, BOS included.")
+    context_length: Annotated[int, Range(lambda v: v >= 2, "at least 2")] = argument(
+        128, "Longest context in tokens, BOS included."
+    )
     prepend_bos: bool = argument(True, "Whether each context starts with BOS (left out of the activations).")
-    max_norm_ratio: float | None = argument(
+    max_norm_ratio: Above1 | None = argument(
         4.0, "Tokens whose norm exceeds this multiple of the median at one of the layers are left out; inf keeps all."
     )
-    max_tokens: int | None = argument(None, "Tokens to read, BOS included; default: all of the text, once.")
-    eval_samples: int = argument(1000, "Held-out contexts, stored apart for the evaluation.")
-    stored_dtype: str = argument("bfloat16", "bfloat16 or float32; never float16, in which Gemma's overflow.")
-    shard_tokens: int = argument(65_536, "Tokens whose activations make a shard.")
-    seed: int = argument(0, "Seed of the order of the documents.")
+    max_tokens: Count | None = argument(None, "Tokens to read, BOS included; default: all of the text, once.")
+    eval_samples: CountOrZero = argument(1000, "Held-out contexts, stored apart for the evaluation.")
+    stored_dtype: Annotated[str, one_of(*STORED_DTYPES)] = argument(
+        "bfloat16", "bfloat16 or float32; never float16, in which Gemma's overflow."
+    )
+    shard_tokens: Count = argument(65_536, "Tokens whose activations make a shard.")
+    seed: Seed = argument(0, "Seed of the order of the documents.")
     cpu: bool = argument(False, "Use the CPU even where there is an accelerator.")
-    cpu_threads: int | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
+    cpu_threads: Count | None = argument(None, "Threads of each process on a CPU; default: its share of all cores.")
     dry_run: bool = argument(False, "Say what would be done and what it needs, and stop.")
 
 
-def parse_harvest_arguments(argv: list[str]) -> tuple[ModelArguments, TextArguments, HarvestArguments]:
-    """The arguments of a command line, on top of those of its preset.
+def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArguments, CacheArguments]:
+    """Read the arguments of a command line, on top of those of its preset.
 
     Raises:
         SelOrthoError: a value is not allowed, or no language model or layer is given. Unknown arguments exit with
             code 2.
     """
-    groups: list[Any] = [ModelArguments, TextArguments, HarvestArguments]
+    groups: list[Any] = [ModelArguments, TextArguments, CacheArguments]
     parser = OneLineParser(groups, allow_abbrev=False)
     parser.add_argument("--preset", help="Language model, text and layer of a preset of scripts/train.py.")
     preset = preset_defaults(argv)
@@ -65,22 +73,12 @@ def parse_harvest_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgume
     return model, text, arguments
 
 
-def _check(model: ModelArguments, text: TextArguments, arguments: HarvestArguments) -> None:
-    """Refuse what no harvest could start with, before anything is loaded."""
+def _check(model: ModelArguments, text: TextArguments, arguments: CacheArguments) -> None:
+    """Refuse what no cache could be made of, before anything is loaded."""
     if model.model is None:
         raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo")
     if not arguments.layers:
         raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) to read after")
     if arguments.max_norm_ratio is not None and arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
-    check_values(RULES, model=model, data=text, run=arguments, evaluation=arguments)
-    check_values(_OWN_RULES, harvest=arguments)
-
-
-_OWN_RULES: list[Rule] = [
-    ("harvest", "context_length", lambda v: v >= 2, "at least 2"),
-    ("harvest", "max_norm_ratio", lambda v: v > 1, "above 1, or inf"),
-    ("harvest", "max_tokens", lambda v: v >= 1, "at least 1"),
-    ("harvest", "stored_dtype", lambda v: v in STORED_DTYPES, " or ".join(STORED_DTYPES)),
-    ("harvest", "shard_tokens", lambda v: v >= 1, "at least 1"),
-]
+    check_values(model, text, arguments)

@@ -168,7 +168,7 @@ class SAETrainer:
         """Compute a batch, and the mean of its loss over the processes; gradients are added up in the parameters."""
         plan = self.penalty.plan(self.state)
         dead = None
-        if self.sae.revives_dead_features:
+        if self.sae.aux_features:
             dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
@@ -208,7 +208,7 @@ class SAETrainer:
         self.optimizer.zero_grad()
         self.sae.normalize_decoder()
         if output.pairs is not None:
-            self.state.pairs = output.pairs.detached()
+            self.state.pairs = output.pairs
 
     def _finish_step(self, batch: ActivationBatch, activations: Tensor, output: SelOrthoOutput | None) -> None:
         """Count a step that was taken, or one that was skipped (`output` is None)."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..configuration_selortho import SelOrthoConfig
-from ..decorrelation import full_penalty_bytes
 from ..errors import SelOrthoError
-from ..modeling_selortho import PenaltyPlan, SelOrthoOutput, SelOrthoSAE
-from ..pair_selection import Pairs
+from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
+from ..pair_selection import CoactivationEMA, Pairs
+from ..penalties import PenaltyPlan, full_penalty_bytes
 from ..process_group import ProcessGroup
-from ..sparse_ops import ActiveFeatures
+from ..sparse_ops import FeatureActivations
 from .arguments import RunArguments
-from .state import GradientShare, TrainState, active_values, new_carried
+from .state import GradientShare, TrainState
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup: float = 0, decay: float = 0) -> float:
@@ -48,15 +48,15 @@ class PenaltySchedule:
         weight = float(cfg.selection_interval)  # one step stands for all of the interval
         return PenaltyPlan(selects, None, weight, coefficient, step, self._select(state) if selects else None)
 
-    def _select(self, state: TrainState) -> Callable[[Tensor | ActiveFeatures], Pairs] | None:
+    def _select(self, state: TrainState) -> Callable[[FeatureActivations], Pairs] | None:
         """Select on the running average of co-activations; None: on the batch alone."""
         cfg = self.config
         if cfg.carry_decay == 0 or cfg.penalty != "selective":
             return None
 
-        def select(h: Tensor | ActiveFeatures) -> Pairs:
+        def select(h: FeatureActivations) -> Pairs:
             if state.carried is None:
-                state.carried = new_carried(cfg)
+                state.carried = CoactivationEMA.of_config(cfg)
             state.carried.update(h, self.group)
             return state.carried.select(cfg.pair_fraction, cfg.min_support, cfg.correlation_threshold)
 
@@ -78,7 +78,7 @@ def steer(
         return
     assert output.losses is not None
     on_activations = sae.config.penalty_space == "activation" and sae.config.penalty != "ortsae"
-    target = active_values(output.features) if on_activations else sae.W_dec
+    target = output.features.values if on_activations else sae.W_dec
     norms = [_gradient_norm(output.losses[name], target, group) for name in ("ortho", "reconstruction")]
     controller.update(norms[0] / plan.weight, norms[1])
 

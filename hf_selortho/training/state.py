@@ -8,27 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..carried import CarriedSums
 from ..configuration_selortho import SelOrthoConfig
-from ..decorrelation import pair_count, select_pairs
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from ..pair_selection import Pairs
+from ..pair_selection import CoactivationEMA, Pairs, select_pairs
 from ..process_group import SINGLE_PROCESS, ProcessGroup
-from ..sparse_ops import ActiveFeatures
-
-CARRIED_PAIRS = 8  # co-activations carried over, as a multiple of the pairs asked for
-
-
-def active_values(features: Tensor | ActiveFeatures) -> Tensor:
-    """Return the computed feature activations as a tensor of any shape; those left out are 0."""
-    return features.values if isinstance(features, ActiveFeatures) else features
-
-
-def fired(features: Tensor | ActiveFeatures) -> Tensor:
-    """Return an index of the features that fired on any token."""
-    if isinstance(features, ActiveFeatures):
-        return features.cols[features.values > 0]
-    return (features > 0).any(0)
+from ..sparse_ops import FeatureActivations
 
 
 @dataclass
@@ -59,15 +43,15 @@ class TrainState:
     step: int = 0
     tokens: int = 0  # drawn from the buffers of all processes
     pairs: Pairs | None = field(default=None, repr=False)  # of the latest selection
-    carried: CarriedSums | None = field(default=None, repr=False)  # co-activations of earlier batches
+    carried: CoactivationEMA | None = field(default=None, repr=False)  # co-activations of earlier batches
     controller: GradientShare | None = None  # steers the penalty's coefficient
     skipped: int = 0  # steps that were not taken, as something was not finite
 
-    def count(self, features: Tensor | ActiveFeatures, tokens: int) -> None:
+    def count(self, features: FeatureActivations, tokens: int) -> None:
         """Count a batch: feature activations (B, d_sae) of this process, `tokens` over all processes."""
         self.tokens += tokens
         self.tokens_since_fired += tokens
-        self.tokens_since_fired[fired(features)] = 0
+        self.tokens_since_fired[features.fired()] = 0
 
     def dead(self, after_tokens: int, group: ProcessGroup) -> Tensor:
         """Return the features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
@@ -93,15 +77,8 @@ class TrainState:
             self.pairs = Pairs(moved["pairs.i"], moved["pairs.j"], moved["pairs.correlation"])
         carried = {name.removeprefix("carried."): moved[name] for name in moved if name.startswith("carried.")}
         if carried:
-            self.carried = new_carried(config)
+            self.carried = CoactivationEMA.of_config(config)
             self.carried.load_state_dict(carried)
-
-
-def new_carried(config: SelOrthoConfig) -> CarriedSums:
-    """Return the empty co-activation sums of a run."""
-    assert config.d_sae is not None
-    limit = CARRIED_PAIRS * pair_count(config.d_sae, config.pair_fraction)
-    return CarriedSums(config.d_sae, config.carry_decay, limit)
 
 
 @torch.no_grad()
@@ -125,7 +102,7 @@ def step_report(
         "loss": output.loss.item(),
         **{name: term.item() for name, term in output.losses.items()},
         "fvu": (error / variance).item(),
-        "l0": float((active_values(h) > 0).sum()) / len(activations),
+        "l0": h.l0(),
         "peak_correlation": float(strength.max()) if len(pairs) else None,
         "top_correlation": float(strength.mean()) if len(pairs) else None,
         "selected_pairs": len(pairs),

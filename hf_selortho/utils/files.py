@@ -128,3 +128,16 @@ class FolderLock:
             (folder / LOCK).unlink(missing_ok=True)
             folder.rmdir()
         self._lock.release()
+
+
+def target_outside(folder: Path, path: Path) -> Path | None:
+    """Return where a file of `folder` leads, if that is out of the folder; None if it stays inside.
+
+    In huggingface_hub's cache, snapshots/<commit>/file is a link to ../../blobs/<hash>: that counts as inside.
+    """
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return path
+    blobs = {parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"}
+    return None if target.is_relative_to(root) or target.parent in blobs else target

@@ -1,4 +1,4 @@
-"""Telling whether local files are still the same ones, without reading gigabytes of them."""
+"""Fingerprints of local files: they tell whether the files changed, without reading gigabytes of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ENDS = 1 << 20
 
 
 def fingerprint(files: Iterable[Path], start: bytes = b"") -> str:
-    """A sha256 of name, size, first and last megabyte of each file, and of `start` before them.
+    """Hash name, size, first and last megabyte of each file, with `start` before them.
 
     Raises:
         OSError: a file cannot be read.

@@ -1,84 +1,139 @@
-"""What the Hub answers, in one line a person can act on."""
+"""Find the files of an SAE in a folder or on the Hub, and translate Hub errors into one-line messages."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import re
 import time
-from collections.abc import Callable
-from typing import Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
 
-import huggingface_hub
-from huggingface_hub import HfApi, constants
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
-from ..errors import SelOrthoError
+from ..errors import ConfigError, SelOrthoError
+from .files import target_outside
 
 logger = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["model", "dataset", "SAE"]  # what is looked for; an SAE is in a repository of models
 T = TypeVar("T")
+CONFIG = "config.json"
+# The arguments of `from_pretrained` that say where to look; functions here take them as `lookup`.
+LOOKUP = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 ATTEMPTS = 4  # at what a busy server answers
-_PAUSE = 1.0  # seconds before the second of them; each further one waits twice as long
-_LONGEST_PAUSE = 60.0
-_SHOWN = 10  # branches or tags in a message
+_PAUSE = 1.0  # seconds before the second attempt; each further one waits twice as long
+_LARGEST_JSON = 1 << 20  # bytes; a config has a few thousand
+_DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO_REF = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@\s]+))?(?:/(?P<subfolder>[\w.-]+(?:/[\w.-]+)*))?"
+)
 
 # What looking something up on the Hub may raise. Connection errors are no OSErrors, but share a parent with
 # HfHubHTTPError: the error of the HTTP library below, which differs between the versions of huggingface_hub.
 # ValueError: an ill-formed id.
 LOOKUP_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, hub.HfHubHTTPError.__mro__[1])
-_BROKEN_OFF = {
-    "RemoteProtocolError",
-    "ReadError",
-    "WriteError",
-    "CloseError",
-}  # of that library: a connection was there
+_BROKEN_OFF = {"RemoteProtocolError", "ReadError", "WriteError", "CloseError"}  # of that library: it was connected
+
+
+@dataclass(frozen=True)
+class RepoRef:
+    """A folder, or a place in a repository of the Hub."""
+
+    name: str  # the folder, or owner/name
+    revision: str | None = None
+    subfolder: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, local: bool = True) -> RepoRef:
+        """Read `runs/demo` or `org/name[@revision][/subfolder]`; folders count only if `local`.
+
+        Raises:
+            SelOrthoError: it is neither.
+        """
+        expected = f"{'a folder or ' if local else ''}owner/name[@revision][/subfolder] of the Hub"
+        if local and os.path.isdir(text):
+            return cls(text)
+        match = _REPO_REF.fullmatch(text)
+        if match is None or ".." in text:
+            raise SelOrthoError(f"{text!r:.200} is no place of an SAE: expected {expected}")
+        if not local and os.path.exists(match["repo"]):
+            raise SelOrthoError(f"{text!r:.200} is a path of this machine: expected {expected}")
+        return cls(match["repo"], match["revision"], match["subfolder"])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return os.path.isdir(self.name)
+
+    @property
+    def lookup(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that go with the name."""
+        parts = {"revision": self.revision, "subfolder": self.subfolder}
+        return {key: value for key, value in parts.items() if value}
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.name}{revision}" + (f"/{self.subfolder}" if self.subfolder else "")
+
+
+def is_commit(revision: object) -> bool:
+    """Return whether a revision is a commit of the Hub, neither a branch or tag nor the fingerprint of a folder."""
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception on one line of at most 300 characters, with its type where it says nothing."""
+    """Return the message of an exception in at most 300 characters, or its type where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def patiently(request: Callable[[], T]) -> T:
-    """The answer to a request that is made again, a few times, while the Hub is busy or the connection breaks off.
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Join names in order with commas, the first few of many."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(name[:100] for name in ordered[:most]) + more
 
-    The client does so for some of its requests only.
+
+def patiently(request: Callable[[], T]) -> T:
+    """Make a request again, a few times, while the Hub is busy or the connection breaks off.
+
+    The client does so for some of its requests only: not for what it asks about a repository, nor while it downloads.
     """
     for attempt in range(ATTEMPTS - 1):
         try:
             return request()
         except LOOKUP_ERRORS as error:
-            seconds = pause(attempt) if type(error).__name__ in _BROKEN_OFF else pause_of_busy(error, attempt)
-            if seconds is None:
+            if not is_busy(error) and type(error).__name__ not in _BROKEN_OFF:
                 raise
-            logger.info("the Hub does not answer; again in %.0f s", seconds)
-            time.sleep(seconds)
+            logger.info("the Hub does not answer; again in %.0f s", pause(attempt))
+            time.sleep(pause(attempt))
     return request()
 
 
-def pause_of_busy(error: Exception, attempt: int) -> float | None:
-    """Seconds to wait for a Hub that is busy (HTTP status 429 or above 499): what it asks for, or ever more.
-
-    None if it has said something else.
-    """
-    if not isinstance(error, hub.HfHubHTTPError):
-        return None
-    status, asked = error.response.status_code, error.response.headers.get("Retry-After", "")
-    if status != 429 and status < 500:
-        return None
-    return min(float(asked) if asked.isdecimal() else pause(attempt), _LONGEST_PAUSE)
+def is_busy(error: Exception) -> bool:
+    """Return whether the Hub has answered with a status that may pass (429, or above 499)."""
+    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
+    return status == 429 or status >= 500
 
 
 def pause(attempt: int) -> float:
-    """Seconds to wait after the attempt of this number, from 0."""
-    return min(_PAUSE * 2**attempt, _LONGEST_PAUSE)
+    """Return the seconds to wait after the attempt of this number, from 0."""
+    return _PAUSE * 2**attempt
 
 
 def resolve_commit(kind: Kind, name: str, revision: str | None, token: str | None = None) -> str | None:
-    """The commit that a branch or tag stands for, or None where the Hub cannot be reached.
+    """Return the commit that a branch or tag stands for, or None where the Hub cannot be reached.
 
-    It is asked here, once: where nobody answers, each download would go on trying for half a minute.
+    Asked once, before a download: where nobody answers, each download would go on trying for half a minute.
 
     Raises:
         SelOrthoError: the Hub answers that there is no such repository or revision, or gives no access to it.
@@ -99,24 +154,12 @@ def resolve_commit(kind: Kind, name: str, revision: str | None, token: str | Non
 
 
 def hub_error(
-    error: Exception,
-    kind: Kind,
-    name: str,
-    revision: str | None = None,
-    token: str | None = None,
+    error: Exception, kind: Kind, name: str, revision: str | None = None, token: str | None = None
 ) -> SelOrthoError:
-    """Explain what the Hub client raised while it looked for `name`.
-
-    Args:
-        error: the exception of huggingface_hub, or an `OSError` of the network below it.
-        kind: what was looked for.
-        name: its id, as the user gave it.
-        revision: the branch, tag or commit that was asked for.
-        token: the access token that was given, if any; a stored one is found by itself.
-    """
+    """Explain what the Hub client raised while it looked for `name` at `revision`, with or without an access token."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     if isinstance(error, hub.GatedRepoError):
-        if token or (token is None and huggingface_hub.get_token()):
+        if token or (token is None and get_token()):
             return SelOrthoError(
                 f'{kind} "{name}" is gated and your token has no access to it: accept its terms at {page} with the '
                 "account that the token belongs to"
@@ -125,8 +168,9 @@ def hub_error(
             f'{kind} "{name}" is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN'
         )
     if isinstance(error, hub.RevisionNotFoundError):
-        offered = _revisions(kind, name, token) or f"choose a branch, tag or commit of {page}"
-        return SelOrthoError(f'{kind} "{name}" has no revision "{revision}": {offered}')
+        return SelOrthoError(
+            f'{kind} "{name}" has no revision "{revision}": choose a branch, tag or commit of {page}/tree/main'
+        )
     if isinstance(error, hub.RepositoryNotFoundError):
         return SelOrthoError(
             f'unknown {kind} "{name}": neither on the Hub nor a local path; check the spelling, or, if it is private, '
@@ -143,29 +187,173 @@ def hub_error(
     return unreachable(kind, name)
 
 
-def unreachable(kind: Kind, name: str, local_only: bool = False) -> SelOrthoError:
-    """The error for "no network, and not in the local cache"; `local_only`: the caller wanted no network."""
+def unreachable(kind: Kind, name: str) -> SelOrthoError:
+    """Return the error for "not in the local cache, and the Hub does not answer or was not to be asked"."""
     offline = constants.HF_HUB_OFFLINE
-    why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the Hub cannot be reached"
-    if local_only and not offline:
-        return SelOrthoError(
-            f'{kind} "{name}" is not in the local cache, where alone it was looked for: load it once without '
-            "local_files_only=True"
-        )
+    why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the Hub cannot be reached, or was not to be"
     other = "" if kind == "SAE" else ", or use `--preset demo`, which needs no Hub"
     return SelOrthoError(
         f'{kind} "{name}" is not in the local cache and {why}: check the connection and the spelling{other}'
     )
 
 
-def _revisions(kind: Kind, name: str, token: str | None) -> str | None:
-    """The branches and tags of a repository, in words; None where the Hub does not tell."""
+def in_subfolder(file: str, lookup: Mapping[str, Any]) -> str:
+    """Return the path of a file from the top of its repository."""
+    return f"{folder}/{file}" if (folder := lookup.get("subfolder")) else file
+
+
+def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
+    """Return a file of a folder, or of a repository of the Hub from which it is downloaded; None if there is none.
+
+    Raises:
+        SelOrthoError: the repository or its revision is unknown, gives no access or cannot be reached, or the file is a
+            link that leads out of the folder.
+    """
+    if os.path.isdir(name):
+        path = Path(name, in_subfolder(file, lookup))
+        if not os.path.isfile(path):
+            return None
+        if outside := target_outside(Path(name), path):
+            raise SelOrthoError(f"{path} leads out of {name}, to {outside}: put the file itself into the folder")
+        return path
+    where = {key: value for key, value in lookup.items() if key != "proxies"}  # a setting of the client by now
     try:
-        refs = HfApi(token=token).list_repo_refs(name, repo_type="dataset" if kind == "dataset" else "model")
-    except (KeyError, TypeError):  # a mirror that answers something else
+        return Path(patiently(lambda: hf_hub_download(name, file, **where)))
+    except hub.LocalEntryNotFoundError as error:
+        cached = try_to_load_from_cache(name, in_subfolder(file, lookup), where.get("cache_dir"), where.get("revision"))
+        if cached is _CACHED_NO_EXIST:
+            return None
+        raise unreachable("SAE", name) from error
+    except hub.EntryNotFoundError:
         return None
-    except LOOKUP_ERRORS:
-        return None
-    branches, tags = ([ref.name for ref in group][:_SHOWN] for group in (refs.branches, refs.tags))
-    of_tags = f"; tags: {', '.join(tags)}" if tags else ""
-    return f"choose a commit or one of its branches: {', '.join(branches)}{of_tags}"
+    except LOOKUP_ERRORS as error:
+        raise hub_error(error, "SAE", name, where.get("revision"), where.get("token")) from error
+
+
+def within_reach(name: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `lookup`, restricted to the local cache if the Hub does not answer.
+
+    Raises:
+        SelOrthoError: as [`resolve_commit`].
+    """
+    asks_nobody = os.path.isdir(name) or lookup.get("local_files_only") or constants.HF_HUB_OFFLINE
+    revision, token = lookup.get("revision"), lookup.get("token")
+    if asks_nobody or is_commit(revision) or resolve_commit("SAE", name, revision, token) is not None:
+        return dict(lookup)
+    return {**lookup, "local_files_only": True}
+
+
+def at_one_commit(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> dict[str, Any]:
+    """Return `lookup` with the commit that its revision stands for, so that all files come from the same one.
+
+    By way of a file, not of the commit alone: so the cache learns what the branch stands for when there is no network.
+
+    Raises:
+        SelOrthoError: as [`find_file`].
+    """
+    lookup = within_reach(name, lookup)
+    path = find_file(name, file, lookup)
+    if path is None or os.path.isdir(name):
+        return lookup
+    return {**lookup, "revision": path.parents[in_subfolder(file, lookup).count("/")].name}  # snapshots/<commit>/...
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ConfigError: it holds something else, or more than a megabyte.
+        SelOrthoError: it cannot be read.
+    """
+    remedy = "download it again, or take it from the run's folder"
+    try:
+        size = path.stat().st_size
+        content = json.loads(path.read_bytes()) if size <= _LARGEST_JSON else None
+    except OSError as error:
+        raise SelOrthoError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({one_line(error)}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object of at most {_LARGEST_JSON:,} bytes; {remedy}")
+    return content
+
+
+def find_config(name: str, lookup: Mapping[str, Any]) -> Path:
+    """Return the config.json of an SAE.
+
+    Raises:
+        SelOrthoError: there is none, or as [`find_file`].
+    """
+    path = find_file(name, CONFIG, within_reach(name, lookup))
+    if path is None:
+        raise SelOrthoError(
+            f"cannot load the SAE {name!r}: it holds no {in_subfolder(CONFIG, lookup)}; name the folder or repository "
+            "of an SAE, with a subfolder where it has several; hf_selortho.hub.interop.load_sae reads other formats"
+        )
+    return path
+
+
+def weight_files(name: str, lookup: Mapping[str, Any], variant: str | None = None) -> list[Path]:
+    """Return the safetensors files of an SAE, one or those that its index names, of a variant of the file names.
+
+    Raises:
+        SelOrthoError: there are none, or the index is damaged or names other files than safetensors beside it.
+    """
+    infix = f".{variant}" if variant else ""
+    single = f"model{infix}.safetensors"
+    if path := find_file(name, single, lookup):
+        return [path]
+    index = find_file(name, f"model.safetensors.index{infix}.json", lookup)
+    if index is None:
+        raise SelOrthoError(
+            f"cannot load the SAE {name!r}: it holds no {in_subfolder(single, lookup)}; other formats, such as "
+            "pytorch_model.bin, can run code when they are loaded and are never read: save the SAE with save_pretrained"
+        )
+    content = read_object(index)
+    weight_map = content.get("weight_map")
+    parts = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    beside = all(isinstance(part, str) and re.fullmatch(r"[^/\\]+\.safetensors", part) for part in parts)
+    if not parts or not beside or not isinstance(content.get("metadata"), dict):
+        raise SelOrthoError(f"{index} does not name safetensors files beside it: download the SAE again")
+    paths = {part: find_file(name, part, lookup) for part in sorted(set(parts))}
+    if missing := [part for part, path in paths.items() if path is None]:
+        raise SelOrthoError(f"{index} names {listed(missing)}, which is missing: download the SAE again")
+    return [path for path in paths.values() if path is not None]
+
+
+def check_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the headers of safetensors files with the shapes that are expected, before anything is allocated.
+
+    Raises:
+        SelOrthoError: a file is damaged, or the tensors have other names, shapes or dtypes.
+    """
+    headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts = {key: file.get_slice(key) for key in file.keys()}
+                headers |= {key: (path, tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
+        except (SafetensorError, OSError) as error:
+            fault = f"{path} is damaged or incomplete ({one_line(error)})"
+            raise SelOrthoError(f"{fault}; download it again, or use an earlier checkpoint") from error
+    if headers.keys() != shapes.keys():
+        faults = {"missing": shapes.keys() - headers.keys(), "unexpected": headers.keys() - shapes.keys()}
+        said = "; ".join(f"{fault}: {listed(names, 5)}" for fault, names in faults.items() if names)
+        raise SelOrthoError(f"{name} does not hold the weights of its config ({said}): is it another kind of model?")
+    for key, (path, shape, dtype) in headers.items():
+        if shape != shapes[key]:
+            raise SelOrthoError(
+                f"{path}: {key} has the shape {shape}, d_in and d_sae of the config give {shapes[key]}: the weights do "
+                "not fit its config.json; take both files from the same run"
+            )
+        if dtype not in _DTYPES:
+            raise SelOrthoError(
+                f"{path}: {key} is of dtype {dtype}, expected one of {', '.join(_DTYPES)}; convert the weights to "
+                "float32 and save them again"
+            )
+
+
+def read_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read the tensors of safetensors files on the CPU; raises as [`check_tensors`], which is asked first."""
+    check_tensors(name, paths, shapes)
+    return {key: tensor for path in paths for key, tensor in load_file(path).items()}

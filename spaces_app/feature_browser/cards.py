@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_url
 
-from hf_selortho.utils.safe_paths import target_outside
+from hf_selortho.utils.files import target_outside
 
 from .shelf import Shown
 

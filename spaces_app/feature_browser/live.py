@@ -16,7 +16,7 @@ from hf_selortho.features.sampling import Sampling
 from hf_selortho.features.steering import Generation, Steer, Steering
 from hf_selortho.hub.interop import load_sae
 from hf_selortho.language_models.loading import LanguageModel, load_language_model
-from hf_selortho.utils.repo_ref import parse_place
+from hf_selortho.utils.hub import RepoRef
 
 from .shelf import MAIN, Settings, Shown
 
@@ -126,7 +126,7 @@ class LiveModel:
         """An SAE of the Hub that a visitor has named."""
         if not self._settings.allow_other_saes:
             raise SelOrthoError(f"unknown SAE {name!r:.100}: this page shows {' and '.join(self._shelf)}")
-        place = parse_place(name, local=False)
+        place = RepoRef.parse(name, local=False)
         if name not in self._others:
             sae = load_sae(place.name, **place.lookup)
             self._others[name] = FeatureCapture(sae, self._captures[MAIN].lm)

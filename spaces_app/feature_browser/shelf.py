@@ -12,8 +12,7 @@ from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import INDEX
 from hf_selortho.hub.run_folder import shown_name, twin_beside
 from hf_selortho.training.run_folder import CARD, METRICS, METRICS_LOG, read_rows
-from hf_selortho.utils.repo_ref import Place, parse_place
-from hf_selortho.utils.saved_files import CONFIG, at_one_commit, find_file, read_object
+from hf_selortho.utils.hub import CONFIG, RepoRef, at_one_commit, find_file, read_object
 
 logger = logging.getLogger("hf_selortho.space")
 
@@ -26,7 +25,7 @@ class Shown:
 
     key: str  # "main" or "twin"
     title: str
-    place: Place
+    place: RepoRef
     config: SelOrthoConfig | None  # None: in the format of another library, its weights have to be read for it
     index: FeatureIndex | None
     metrics: dict[str, Any]
@@ -44,15 +43,15 @@ def open_shelf(sae: str, twin: str | None) -> dict[str, Shown]:
     Raises:
         SelOrthoError: there is no such SAE, or its index is damaged.
     """
-    place = _sae_within(parse_place(sae))
-    other = parse_place(twin) if twin else _twin_of(place)
+    place = _sae_within(RepoRef.parse(sae))
+    other = RepoRef.parse(twin) if twin else _twin_of(place)
     shelf = {MAIN: open_shown(MAIN, place)}
     if other is not None:
         shelf[TWIN] = open_shown(TWIN, other)
     return shelf
 
 
-def open_shown(key: str, place: Place) -> Shown:
+def open_shown(key: str, place: RepoRef) -> Shown:
     """What is known of an SAE, without its weights; all of it from the same commit."""
     place = _pinned(place)
     config_file = find_file(place.name, CONFIG, place.lookup)
@@ -65,32 +64,32 @@ def open_shown(key: str, place: Place) -> Shown:
         index=_index(place),
         metrics=_object(place, METRICS),
         rows=_rows(place),
-        card=_text(place, CARD) or _text(Place(place.name, place.revision), CARD),
+        card=_text(place, CARD) or _text(RepoRef(place.name, place.revision), CARD),
     )
 
 
-def _pinned(place: Place) -> Place:
+def _pinned(place: RepoRef) -> RepoRef:
     if place.is_local:
         return place
     lookup = at_one_commit(place.name, place.lookup)
-    return Place(place.name, lookup.get("revision"), place.subfolder)
+    return RepoRef(place.name, lookup.get("revision"), place.subfolder)
 
 
-def _title(place: Place) -> str:
+def _title(place: RepoRef) -> str:
     """A short name, without the folders of this machine."""
     if place.is_local:
         return shown_name(Path(place.name, place.subfolder or ""))
     return f"{place.name}/{place.subfolder}" if place.subfolder else place.name
 
 
-def _index(place: Place) -> FeatureIndex | None:
+def _index(place: RepoRef) -> FeatureIndex | None:
     if find_file(place.name, f"{INDEX}/index.json", place.lookup) is None:
         logger.warning("%s has no feature index: the page shows live text only", place)
         return None
     return FeatureIndex.open(place.name, **place.lookup)
 
 
-def _sae_within(place: Place) -> Place:
+def _sae_within(place: RepoRef) -> RepoRef:
     """The SAE itself, where a run of several was given: the first one that was trained with the penalty."""
     if not place.is_local or Path(place.name, CONFIG).is_file():
         return place
@@ -100,31 +99,31 @@ def _sae_within(place: Place) -> Place:
         return place
     if len(chosen) > 1:
         logger.warning("%s holds %d SAEs: showing %s", place, len(members), chosen[0].name)
-    return Place(str(chosen[0]))
+    return RepoRef(str(chosen[0]))
 
 
-def _twin_of(place: Place) -> Place | None:
+def _twin_of(place: RepoRef) -> RepoRef | None:
     """layer_8_twin beside layer_8, or runs/demo-twin beside runs/demo."""
     if place.is_local:
         beside = twin_beside(Path(place.name).resolve())
-        return None if beside is None else Place(str(beside))
+        return None if beside is None else RepoRef(str(beside))
     if not place.subfolder:
         return None
-    twin = Place(place.name, place.revision, f"{place.subfolder}_twin")
+    twin = RepoRef(place.name, place.revision, f"{place.subfolder}_twin")
     return twin if find_file(twin.name, CONFIG, twin.lookup) else None
 
 
-def _object(place: Place, file: str) -> dict[str, Any]:
+def _object(place: RepoRef, file: str) -> dict[str, Any]:
     path = find_file(place.name, file, place.lookup)
     return {} if path is None else read_object(path)
 
 
-def _rows(place: Place) -> list[dict[str, Any]]:
+def _rows(place: RepoRef) -> list[dict[str, Any]]:
     path = find_file(place.name, METRICS_LOG, place.lookup)
     return [] if path is None else read_rows(path)
 
 
-def _text(place: Place, file: str) -> str:
+def _text(place: RepoRef, file: str) -> str:
     path = find_file(place.name, file, place.lookup)
     if path is None or path.stat().st_size > 1 << 20:
         return ""

@@ -10,7 +10,7 @@ from hf_selortho import SelOrthoError
 from hf_selortho.data.buffer import ActivationBuffer
 from hf_selortho.data.contexts import ContextStream
 from hf_selortho.data.texts import TextSource, open_documents
-from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.capture import ActivationCapture, only
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def test_sinks_are_dropped_from_the_first_fill_on(make_buffer) -> None:
     statistics = buffer.fill()[1]
     assert statistics.max_norm == pytest.approx(1.1 * statistics.median_norm)
     assert len(buffer.state_dict()[0]["activations.1"]) == 24 * 32
-    assert buffer.counts.dropped_sinks > 0
+    assert buffer.counts["dropped_sinks"] > 0
     for _ in range(9):
-        assert buffer.next_batch().activations.norm(dim=1).max() <= statistics.max_norm * (1 + 1e-5)
-    assert buffer.counts.tokens_kept >= 24 * 32 + 2 * 4 * 64
+        assert only(buffer.next_batch().by_layer).norm(dim=1).max() <= statistics.max_norm * (1 + 1e-5)
+    assert buffer.counts["tokens_kept"] >= 24 * 32 + 2 * 4 * 64
 
 
 def test_every_activation_is_used_once(make_buffer) -> None:
@@ -54,7 +54,7 @@ def test_every_activation_is_used_once(make_buffer) -> None:
     seen = set()
     for _ in range(16):  # four rounds: 1024 tokens of one epoch
         batch = buffer.next_batch()
-        assert batch.activations.shape == (64, 32) and batch.activations.dtype == torch.float32
+        assert only(batch.by_layer).shape == (64, 32) and only(batch.by_layer).dtype == torch.float32
         rows = set(zip(batch.origins.document_ids.tolist(), batch.origins.positions.tolist(), strict=True))
         assert len(rows) == 64 and not rows & seen
         seen |= rows
@@ -63,11 +63,11 @@ def test_every_activation_is_used_once(make_buffer) -> None:
 def test_reuse_divides_the_forward_passes(make_buffer) -> None:
     once, often = make_buffer(), make_buffer(reuse=4.0)
     once.fill(), often.fill()
-    filled = once.counts.tokens_kept
+    filled = once.counts["tokens_kept"]
     for _ in range(41):
         once.next_batch(), often.next_batch()
-    assert once.counts.tokens_kept - filled == pytest.approx(10 * 4 * 64, rel=0.2)
-    assert often.counts.tokens_kept - filled == pytest.approx(10 * 64, rel=0.35)
+    assert once.counts["tokens_kept"] - filled == pytest.approx(10 * 4 * 64, rel=0.2)
+    assert often.counts["tokens_kept"] - filled == pytest.approx(10 * 64, rel=0.35)
     assert int(often.state_dict()[0]["uses"].max()) < 12  # the most used leave first
 
 
@@ -82,7 +82,7 @@ def test_seeds(make_buffer) -> None:
     for seed in (0, 0, 1):
         buffer = make_buffer(seed=seed)
         buffer.fill()
-        batches.append(buffer.next_batch().activations)
+        batches.append(only(buffer.next_batch().by_layer))
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
@@ -100,7 +100,7 @@ def test_a_saved_buffer_goes_on_with_the_same_batches(make_buffer, reuse, before
     again.load_state_dict(load(saved), json.loads(text))
     for batch in expected:
         other = again.next_batch()
-        assert torch.equal(batch.activations, other.activations)
+        assert torch.equal(only(batch.by_layer), only(other.by_layer))
         assert torch.equal(batch.origins.document_ids, other.origins.document_ids)
     assert again.counts == buffer.counts
 

@@ -1,63 +1,21 @@
-"""Batches out of shards made by hand: every row once an epoch, exact resumption, disjoint parts."""
+"""Batches out of a cache made by hand: every row once an epoch, exact resumption, disjoint parts."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from hf_selortho import SelOrthoError
-from hf_selortho.data.activation_cache import FORMAT, FORMAT_VERSION, ActivationStore, ShardError, shard_path
-from hf_selortho.data.cache_batches import ShardBatches, held_out_batches
-
-D_IN = 4
-
-
-def write_store(folder: Path, sizes: list[int], held_out: tuple[int, ...] = ()) -> ActivationStore:
-    """Shards of these many rows; row n of all holds n in every component at layer 2, and -n at layer 5."""
-    content = {
-        "format": FORMAT, "version": FORMAT_VERSION, "stored_dtype": "float32", "max_norm_ratio": 4.0,
-        "model": {"name": "m", "revision": "r", "dtype": "float32"},
-        "text": dict.fromkeys(("dataset", "revision", "config", "split", "text_column", "held_out_fraction")),
-        "contexts": {"context_length": 9, "prepend_bos": True, "min_tokens": 1},
-        "counts": dict.fromkeys(
-            ("documents", "contexts", "rows", "dropped_special", "dropped_sinks", "dropped_tails"), 1
-        ),
-        "layers": {
-            str(layer): {
-                "hook_name": f"layers.{layer}", "d_in": D_IN, "mean": [0.5] * D_IN, "scale": 2.0, "median_norm": 1.0,
-                "max_norm": None,
-            }
-            for layer in (2, 5)
-        },
-    }  # fmt: skip
-    start = 0
-    for key, part, rows_of in (("shards", "", sizes), ("held_out", "held_out/", held_out)):
-        content[key] = []
-        for number, rows in enumerate(rows_of):
-            ids = torch.arange(start, start + rows)
-            start += rows
-            origins = {name: ids.int() for name in ("token_ids", "positions", "context_ids", "document_ids")}
-            values = ids[:, None].float().expand(-1, D_IN).contiguous()
-            files = {}
-            named = {"tokens": origins, "layer_2": {"activations": values}, "layer_5": {"activations": -values}}
-            for name, tensors in named.items():
-                path, data = shard_path(part, name, number), save(tensors)
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_bytes(data)
-                files[path] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-            content[key].append({"number": number, "rows": rows, "files": files})
-    (folder / "manifest.json").write_text(json.dumps(content))
-    return ActivationStore(str(folder))
+from hf_selortho.data.cache_batches import CachedBatches, held_out_batches
+from hf_selortho.data.cache_manifest import CacheError
+from tests.data.caches import D_IN, write_cache
 
 
-def draw(batches: ShardBatches, count: int) -> list[int]:
+def draw(batches: CachedBatches, count: int) -> list[int]:
     """Numbers of the rows of the next batches, once layers and origins are known to agree."""
     rows: list[int] = []
     for _ in range(count):
@@ -69,7 +27,7 @@ def draw(batches: ShardBatches, count: int) -> list[int]:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 23), min_size=1, max_size=7),
     batch=st.integers(1, 9),
@@ -78,12 +36,12 @@ def draw(batches: ShardBatches, count: int) -> list[int]:
     seed=st.integers(0, 99),
 )
 def test_every_row_once_an_epoch_on_exactly_one_process(tmp_path_factory, sizes, batch, pool, processes, seed) -> None:
-    store = write_store(tmp_path_factory.mktemp("store"), sizes)
+    cache = write_cache(tmp_path_factory.mktemp("cache"), sizes)
     seen: list[int] = []
     for rank in range(processes):
         try:
-            batches = ShardBatches(
-                store, [2, 5], batch_size=batch, pool_tokens=pool, seed=seed, rank=rank, processes=processes
+            batches = CachedBatches(
+                cache, [2, 5], batch_size=batch, pool_tokens=pool, seed=seed, rank=rank, processes=processes
             )
         except SelOrthoError as error:
             assert "fewer than a batch" in str(error)
@@ -97,9 +55,9 @@ def test_every_row_once_an_epoch_on_exactly_one_process(tmp_path_factory, sizes,
 
 
 def test_epochs_pools_and_seeds_differ(tmp_path) -> None:
-    store = write_store(tmp_path, [40, 30, 50])
-    first = draw(ShardBatches(store, [2, 5], batch_size=10, pool_tokens=1000, seed=0), 36)
-    other = draw(ShardBatches(store, [2, 5], batch_size=10, pool_tokens=1000, seed=1), 12)
+    cache = write_cache(tmp_path, [40, 30, 50])
+    first = draw(CachedBatches(cache, [2, 5], batch_size=10, pool_tokens=1000, seed=0), 36)
+    other = draw(CachedBatches(cache, [2, 5], batch_size=10, pool_tokens=1000, seed=1), 12)
     assert first[:120] != first[120:240] != first[240:] and first[:120] != other
     # all shards in one pool: a batch is drawn from all of them
     assert len({0 if row < 40 else 1 if row < 70 else 2 for row in first[:10]}) > 1
@@ -107,49 +65,49 @@ def test_epochs_pools_and_seeds_differ(tmp_path) -> None:
 
 @pytest.mark.parametrize("pool", [1, 60, 1000])
 def test_resumes_at_any_batch(tmp_path, pool) -> None:
-    store = write_store(tmp_path, [40, 30, 50, 7])
+    cache = write_cache(tmp_path, [40, 30, 50, 7])
     arguments = {"batch_size": 11, "pool_tokens": pool, "seed": 3}
-    whole = draw(ShardBatches(store, [2, 5], **arguments), 30)
+    whole = draw(CachedBatches(cache, [2, 5], **arguments), 30)
     for stop in (0, 1, 5, 11, 12, 23):
-        before = ShardBatches(store, [2, 5], **arguments)
+        before = CachedBatches(cache, [2, 5], **arguments)
         draw(before, stop)
         tensors, rest = before.state_dict()
         assert tensors == {} and set(rest) == {"seed", "epoch", "cursor", "activations"}
-        after = ShardBatches(store, [2, 5], **arguments)
+        after = CachedBatches(cache, [2, 5], **arguments)
         after.load_state_dict({}, json.loads(json.dumps(rest)))
         assert draw(after, 30 - stop) == whole[11 * stop :]
 
 
 def test_a_checkpoint_of_other_activations_is_refused(tmp_path) -> None:
-    one, two = (write_store(tmp_path / str(n), [20 + n]) for n in range(2))
-    state = ShardBatches(one, [2], batch_size=5).state_dict()
+    one, two = (write_cache(tmp_path / str(n), [20 + n]) for n in range(2))
+    state = CachedBatches(one, [2], batch_size=5).state_dict()
     with pytest.raises(SelOrthoError, match="made on other activations"):
-        ShardBatches(two, [2], batch_size=5).load_state_dict(*state)
+        CachedBatches(two, [2], batch_size=5).load_state_dict(*state)
 
 
-def test_what_was_not_harvested_is_named(tmp_path) -> None:
-    store = write_store(tmp_path, [20])
+def test_what_is_not_in_the_cache_is_named(tmp_path) -> None:
+    cache = write_cache(tmp_path, [20])
     with pytest.raises(SelOrthoError, match="holds no layer 3: choose from 2, 5"):
-        ShardBatches(store, [2, 3], batch_size=5)
+        CachedBatches(cache, [2, 3], batch_size=5)
     with pytest.raises(SelOrthoError, match="20 tokens for this process, fewer than a batch of 21"):
-        ShardBatches(store, [2], batch_size=21)
+        CachedBatches(cache, [2], batch_size=21)
 
 
 def test_damage_found_while_training_stops_it(tmp_path) -> None:
-    store = write_store(tmp_path, [20, 20, 20])
+    cache = write_cache(tmp_path, [20, 20, 20])
     path = tmp_path / "layer_5" / "00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    batches = ShardBatches(store, [2, 5], batch_size=10, pool_tokens=1)
-    with pytest.raises(ShardError, match="layer_5/00001.safetensors is damaged: its sha256"):
+    batches = CachedBatches(cache, [2, 5], batch_size=10, pool_tokens=1)
+    with pytest.raises(CacheError, match="layer_5/00001.safetensors is damaged: its sha256"):
         draw(batches, 6)
-    draw(ShardBatches(store, [2], batch_size=10, pool_tokens=1), 0)  # a layer that is not read harms nobody
+    draw(CachedBatches(cache, [2], batch_size=10, pool_tokens=1), 0)  # a layer that is not read harms nobody
 
 
 def test_held_out_rows_come_once_in_mixed_batches(tmp_path) -> None:
-    store = write_store(tmp_path, [8], held_out=(10, 17))
-    batches = list(held_out_batches(store, [2, 5], 6))
+    cache = write_cache(tmp_path, [8], held_out=(10, 17))
+    batches = list(held_out_batches(cache, [2, 5], 6))
     assert [len(batch[2]) for batch in batches] == [6, 6, 6, 6, 3]
     rows = torch.cat([batch[2][:, 0] for batch in batches])
     assert rows.sort().values.tolist() == list(range(8, 35)) and rows.tolist() != list(range(8, 35))
@@ -157,7 +115,7 @@ def test_held_out_rows_come_once_in_mixed_batches(tmp_path) -> None:
 
 
 def test_memory_is_that_of_two_pools(tmp_path) -> None:
-    store = write_store(tmp_path, [100] * 10)
+    cache = write_cache(tmp_path, [100] * 10)
     row = 2 * D_IN * 4 + 8 * 4 + 8
-    assert ShardBatches(store, [2, 5], batch_size=10, pool_tokens=150).memory_bytes() == 400 * row
-    assert ShardBatches(store, [2, 5], batch_size=10, pool_tokens=10_000).memory_bytes() == 1000 * row
+    assert CachedBatches(cache, [2, 5], batch_size=10, pool_tokens=150).memory_bytes() == 400 * row
+    assert CachedBatches(cache, [2, 5], batch_size=10, pool_tokens=10_000).memory_bytes() == 1000 * row

@@ -124,7 +124,7 @@ def test_texts_that_are_all_too_short_end_in_an_error(write: Write, tiny_tokeniz
     with pytest.raises(SelOrthoError, match=rf"{trained} documents, none with 8 tokens or more.*min_tokens"):
         ContextStream(documents, tiny_tokenizer).take(1)
     with pytest.raises(SelOrthoError, match=rf"{200 - trained} documents are held out"):
-        held_out_contexts(documents, tiny_tokenizer, limit=5)
+        next(held_out_contexts(documents, tiny_tokenizer, limit=5))
 
 
 def test_process_without_documents_is_told_which(write: Write, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -149,11 +149,11 @@ def test_held_out_contexts_are_the_same_every_time_and_never_trained_on(
     write: Write, tiny_tokenizer: PreTrainedTokenizerFast, sample_documents: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     documents = write(sample_documents)
-    held_out = held_out_contexts(documents, tiny_tokenizer, limit=20)
+    held_out = list(held_out_contexts(documents, tiny_tokenizer, limit=20))
     assert len(held_out) == 20
-    assert held_out == held_out_contexts(documents, tiny_tokenizer, limit=30)[:20]
+    assert held_out == list(held_out_contexts(documents, tiny_tokenizer))[:20]
     trained = {context.document_id for context in _one_epoch(ContextStream(documents, tiny_tokenizer))}
-    everything = held_out_contexts(documents, tiny_tokenizer, limit=10_000)
+    everything = list(held_out_contexts(documents, tiny_tokenizer, limit=10_000))
     assert "10000 were asked for" in caplog.text
     held = {context.document_id for context in everything}
     assert not held & trained

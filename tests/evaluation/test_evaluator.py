@@ -73,7 +73,7 @@ def test_reconstruction_of_zero_is_zero_ablation(tiny_lm, contexts):
     metrics = evaluate_sae(zero_sae(32), capture, contexts, progress=False).metrics
     assert metrics["ce_reconstruction"] == metrics["ce_zero_ablation"]
     assert metrics["loss_recovered"] == 0
-    x = capture.harvest(contexts).activations
+    x = capture.capture_all(contexts).by_layer[LAYER]
     assert metrics["fvu"] == pytest.approx(functional.fvu(x, torch.zeros_like(x)).item(), rel=1e-6)
     assert metrics["mse"] == pytest.approx(x.square().sum(1).mean().item(), rel=1e-6)
 
@@ -89,7 +89,7 @@ def test_bos_and_sinks_keep_their_activations(tiny_lm, contexts, caplog):
     assert "loss_recovered" not in metrics and "loss_recovered" in caplog.text
     assert metrics["ce_tokens"] == metrics["ce_samples"] == len(short)
 
-    norms = ActivationCapture(lm, LAYER).harvest(contexts).activations.norm(dim=1)
+    norms = ActivationCapture(lm, LAYER).capture_all(contexts).by_layer[LAYER].norm(dim=1)
     strict, loose = (ActivationCapture(lm, LAYER, max_norm=norms.quantile(q).item()) for q in (0.1, 0.9))
     few, most = (evaluate_sae(zero_sae(32), c, contexts, progress=False).metrics for c in (strict, loose))
     assert few["tokens"] < most["tokens"]
@@ -104,7 +104,7 @@ def test_figures_are_those_of_all_tokens_at_once(tiny_lm, contexts):
     evaluation = evaluate_sae(sae, capture, contexts, batch_size=10_000, ce_samples=0, progress=False)  # a single batch
     metrics, arrays = evaluation.metrics, evaluation.arrays
     with torch.no_grad():
-        x = capture.harvest(contexts).activations
+        x = capture.capture_all(contexts).by_layer[LAYER]
         h = sae.encode(x)
         summary = functional.batch_correlation_summary(h, 0.01, 2)
         expected = {
@@ -144,11 +144,11 @@ def test_batches_mix_documents(tiny_lm, contexts):
 
     capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
     batches = [only(b) for b in _token_batches(capture, contexts, 100, seed=0, progress=False)]
-    everything = capture.harvest(contexts)
+    everything = capture.capture_all(contexts)
     assert {len(b) for b in batches[:-1]} == {100}
-    assert torch.allclose(torch.cat(batches).sort(0).values, everything.activations.sort(0).values, atol=1e-5)
-    nearest = torch.cdist(batches[0], everything.activations).argmin(1)
-    assert len(everything.document_ids[nearest].unique()) > 20
+    assert torch.allclose(torch.cat(batches).sort(0).values, everything.by_layer[LAYER].sort(0).values, atol=1e-5)
+    nearest = torch.cdist(batches[0], everything.by_layer[LAYER]).argmin(1)
+    assert len(everything.origins.document_ids[nearest].unique()) > 20
 
 
 def test_same_figures_again_and_json(tiny_lm, contexts):

@@ -201,8 +201,9 @@ def test_the_task_of_a_small_model(arch, tiny_lm, tiny_tokenizer):
     whole = tiny_tokenizer(task.prompt.format(word=task.words[0])).input_ids
     place = len(tiny_tokenizer(task.prompt.split(" {word}")[0]).input_ids)
     assert tiny_tokenizer.decode(whole[place]).strip() == task.words[0]
-    harvest = capture.harvest([Context(0, whole)])
-    assert torch.allclose(harvest.activations[harvest.positions == place][0], task.activations[0], atol=1e-4)
+    captured = capture.capture_all([Context(0, whole)])
+    at_word = captured[captured.origins.positions == place]
+    assert torch.allclose(at_word.by_layer[capture.layer][0], task.activations[0], atol=1e-4)
 
     again = fresh_task(capture)
     assert again.words == task.words and torch.equal(again.activations, task.activations)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_selortho.decorrelation import select_pairs
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation import functional
+from hf_selortho.pair_selection import select_pairs
 
 
 def brute_force_correlations(h: torch.Tensor, min_support: int, correlation: str) -> dict[tuple[int, int], float]:

@@ -165,7 +165,7 @@ def test_texts_are_read_as_one_by_one(arch, prepend_bos, tiny_lm, sample_documen
     assert len(read) == 12 and read.lengths.max() == 24 - len(bos) > read.lengths.min()
     for text, found in zip(texts, read.activations.split(read.lengths.tolist()), strict=True):
         ids = torch.tensor([bos + lm.tokenizer(text, add_special_tokens=False).input_ids])[:, :24]
-        expected = capture.hidden_states(ids, torch.ones_like(ids))[0, len(bos) :]
+        expected = capture.hidden_states(ids, torch.ones_like(ids))[LAYER][0, len(bos) :]
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

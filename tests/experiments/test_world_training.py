@@ -20,6 +20,7 @@ from hf_selortho.experiments.world_training import (
     training_stream,
 )
 from hf_selortho.experiments.worlds import World, make_world
+from hf_selortho.language_models.capture import only
 from hf_selortho.training.arguments import RunArguments
 
 SMALL = World("small", features=24, dimensions=16, roots=4, children=2, max_probability=0.3, min_probability=0.05)
@@ -46,14 +47,14 @@ def test_a_source_gives_the_same_batches_and_goes_on_where_it_stopped(small) -> 
     source, again, stream = WorldSource(small, 32, 4), WorldSource(small, 32, 4), training_stream(small, 4)
     for number in range(3):
         batch = source.next_batch()
-        assert torch.equal(batch.activations, again.next_batch().activations)
-        assert torch.equal(batch.activations, stream.dictionary(stream.sample(32)))
+        assert torch.equal(only(batch.by_layer), only(again.next_batch().by_layer))
+        assert torch.equal(only(batch.by_layer), stream.dictionary(stream.sample(32)))
         assert len(batch.origins) == 32 and batch.origins.document_ids.unique().tolist() == [number]
     resumed = WorldSource(small, 32, 0)
     resumed.load_state_dict(*source.state_dict())
-    assert torch.equal(resumed.next_batch().activations, source.next_batch().activations)
+    assert torch.equal(only(resumed.next_batch().by_layer), only(source.next_batch().by_layer))
     assert resumed.totals() == {"tokens_kept": 128} and resumed.memory_bytes() == 0
-    assert not torch.equal(WorldSource(small, 32, 5).next_batch().activations, batch.activations)
+    assert not torch.equal(only(WorldSource(small, 32, 5).next_batch().by_layer), only(batch.by_layer))
 
 
 def test_variants_start_alike_and_not_from_the_truth(small) -> None:

@@ -64,7 +64,7 @@ class Everything:
 def read_everything(sources: Sources, tokens: int | None = None) -> Everything:
     """The text, or its contexts up to so many tokens, a context at a time."""
     config, lm = sources.sae.config, sources.capture.lm
-    contexts = held_out_contexts(sources.documents, lm.tokenizer, limit=10**6, context_length=config.context_length)
+    contexts = list(held_out_contexts(sources.documents, lm.tokenizer, context_length=config.context_length))
     if tokens is not None:
         held = 0
         for count, context in enumerate(contexts):
@@ -75,7 +75,7 @@ def read_everything(sources: Sources, tokens: int | None = None) -> Everything:
     parts = []
     for context in contexts:
         input_ids, mask = pad_batch([context], 0)
-        hidden = sources.capture.hidden_states(input_ids, mask)
+        hidden = sources.capture.hidden_states(input_ids, mask)[sources.capture.layer]
         read = sources.capture.keep_mask(input_ids, mask, hidden)[0]
         parts.append((sources.sae.encode(hidden)[0] * read[:, None], hidden[0], read))
     return Everything(contexts, *(list(part) for part in zip(*parts, strict=True)))

@@ -10,7 +10,6 @@ import torch
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.pair_history import PairSnapshot
-from hf_selortho.decorrelation import select_pairs
 from hf_selortho.features import build
 from hf_selortho.features.build import build_feature_index
 from hf_selortho.features.correlation_sample import CorrelationSample
@@ -21,6 +20,7 @@ from hf_selortho.features.keepers import AFTER, BEFORE
 from hf_selortho.features.pair_statistics import class_of
 from hf_selortho.features.records import BINS, bin_edges
 from hf_selortho.features.sources import IndexSettings
+from hf_selortho.pair_selection import select_pairs
 from tests.features.index_sources import CONTEXT_LENGTH, make_sae, make_sources, read_everything
 
 TOKENS = 4000

@@ -14,7 +14,6 @@ from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.features.sampling import Sampling, choose
 from hf_selortho.features.steering import Generation, Steer, Steering
 from hf_selortho.language_models.capture import ActivationCapture
-from hf_selortho.language_models.loading import find_decoder_layers
 
 PROMPT = "The minister built two bridges near the coast."
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]
@@ -44,7 +43,7 @@ def prompt_ids(steering: Steering) -> list[int]:
 def layer_output(steering: Steering, ids: list[int]) -> Tensor:
     """(t, d_in), of a plain forward pass."""
     rows = torch.tensor([ids])
-    return ActivationCapture(steering.lm, LAYER).hidden_states(rows, torch.ones_like(rows))[0]
+    return ActivationCapture(steering.lm, LAYER).hidden_states(rows, torch.ones_like(rows))[LAYER][0]
 
 
 @torch.no_grad()
@@ -156,7 +155,6 @@ def test_features_add_up(tiny_lm) -> None:
 def test_a_factor_of_one_leaves_every_bit(tiny_lm) -> None:
     lm = tiny_lm("gemma2")
     coarse = replace(lm, model=copy.deepcopy(lm.model).bfloat16())
-    coarse = replace(coarse, layers=find_decoder_layers(coarse.model)[1])
     before, after, _ = residuals(make_steering(coarse), [Steer(f, "scale", 1.0) for f in range(48)])
     assert after.dtype is torch.bfloat16 and torch.equal(before, after)
 
@@ -295,7 +293,9 @@ def sea_feature(lm, layer: int) -> tuple[Tensor, float]:
 
     def mean(*texts: str) -> Tensor:
         rows = [torch.tensor([[2, *lm.tokenizer(text, add_special_tokens=False).input_ids]]) for text in texts]
-        return torch.cat([reader.hidden_states(ids, torch.ones_like(ids))[0, 1:].float() for ids in rows]).mean(0)
+        return torch.cat([reader.hidden_states(ids, torch.ones_like(ids))[layer][0, 1:].float() for ids in rows]).mean(
+            0
+        )
 
     sea = mean(
         "The ship sails the ocean waves to the sea and the harbour.", "Sailors on the boat cross the water of the sea."

@@ -37,8 +37,7 @@ def random_lm(config: PreTrainedConfig, tokenizer) -> LanguageModel:
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_" in name:
                 parameter.normal_(1, 0.5)
-    path, layers = find_decoder_layers(model)
-    return LanguageModel(model, tokenizer, "random", None, layers, path)
+    return LanguageModel(model, tokenizer, "random", "none", find_decoder_layers(model))
 
 
 @pytest.fixture(params=ARCHITECTURES)

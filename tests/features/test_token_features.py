@@ -36,7 +36,7 @@ def test_tokens_and_features_are_those_of_the_training(sae, tiny_lm) -> None:
     assert text.trained_on.tolist() == [token != bos for token in text.token_ids.tolist()]
     assert "".join(token for token, known in zip(text.tokens, text.trained_on, strict=True) if known) == TEXT
     for number, piece in enumerate(pieces):  # each context by itself
-        hidden = ActivationCapture(lm, 2).hidden_states(*pad_batch([Context(0, piece)], 0))[0]
+        hidden = ActivationCapture(lm, 2).hidden_states(*pad_batch([Context(0, piece)], 0))[2][0]
         rows = slice(sum(map(len, pieces[:number])), sum(map(len, pieces[: number + 1])))
         torch.testing.assert_close(text.feature_acts[rows], sae.encode(hidden), atol=1e-4, rtol=1e-4)
 
@@ -69,7 +69,8 @@ def test_top_and_strongest(sae, tiny_lm) -> None:
 def test_sinks_are_marked(tiny_lm) -> None:
     lm = tiny_lm("gemma3")
     everything = inspect(make_sae(lm), TEXT, lm)
-    hidden = ActivationCapture(lm, 2).hidden_states(*pad_batch([Context(0, everything.token_ids[:16].tolist())], 0))[0]
+    batch = pad_batch([Context(0, everything.token_ids[:16].tolist())], 0)
+    hidden = ActivationCapture(lm, 2).hidden_states(*batch)[2][0]
     norms = hidden.float().norm(dim=1)
     limit = norms[1:].sort().values[7].item() * 1.0001
     text = inspect(make_sae(lm, max_norm=limit), TEXT, lm)

@@ -1,35 +1,29 @@
-"""Cards of datasets: of activations as a harvest describes them, of feature examples; complete, partial, hostile."""
+"""Cards of datasets: of activations as the manifest describes them, of feature examples; complete, partial, hostile."""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
 
-from hf_selortho.data.activation_cache import ActivationStore
+from hf_selortho.data.activation_cache import ActivationCache
+from hf_selortho.data.cache_manifest import Manifest, read_manifest
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.hub.dataset_card import render_examples_card, render_shards_card, size_category
+from tests.data.caches import content, summary
 from tests.loopback_hub import LoopbackHub
 
 HOSTILE = "a: b\n---\n<img src=x onerror=alert(1)> | `x` ```\n# H [l](javascript:alert(1)) {{ 7 * 7 }} {% raw %}"
-MANIFEST = {
-    "model": {"name": "google/gemma-2-2b", "revision": "c" * 40, "dtype": "bfloat16"},
-    "text": {"dataset": "fancyzhx/ag_news", "revision": "d" * 40, "split": "train"},
-    "contexts": {"context_length": 128, "prepend_bos": True, "min_tokens": 8},
-    "harvested_layers": [5, 12],
-    "layers": {"5": {"d_in": 2304}, "12": {"d_in": 2304}},
-    "stored_dtype": "bfloat16",
-    "max_norm_ratio": 4.0,
-    "rows": 1_234_567,
-    "counts": {"contexts": 9876, "dropped_special": 9876, "dropped_sinks": 12, "dropped_tails": 3},
-    "held_out_counts": {"rows": 45_678},
-}
+MANIFEST = read_manifest({**content(), "layers": [5, 12], "statistics": {"5": summary(5), "12": summary(12)},
+    "shards": [{"number": 0, "rows": 9, "files": {
+        f"{folder}/00000.safetensors": {"sha256": "0" * 64, "bytes": 99} for folder in ("tokens", "layer_5", "layer_12")
+    }}]})  # fmt: skip
 FACTS = {
     "sae": "org/gemma2b-l12", "sae_revision": "e" * 40, "lm_name": "google/gemma-2-2b", "dataset": "fancyzhx/ag_news",
     "dataset_revision": "d" * 40, "tokens": 2_000_000, "features": 16_384, "contexts_per_feature": 40,
@@ -37,18 +31,20 @@ FACTS = {
 COLUMNS = [("feature", "int32", "its number"), ("frequency", "float32", "share of tokens on which it fires")]
 
 
-def hostile_manifest() -> dict:
-    changed = json.loads(json.dumps(MANIFEST))
-    changed["model"] |= {"name": HOSTILE, "revision": HOSTILE, "dtype": HOSTILE}
-    changed["text"] |= {"dataset": HOSTILE, "revision": HOSTILE, "split": HOSTILE}
-    return changed | {"stored_dtype": HOSTILE}
+def hostile_manifest() -> Manifest:
+    return replace(
+        MANIFEST,
+        model=replace(MANIFEST.model, name=HOSTILE, revision=HOSTILE, dtype=HOSTILE),
+        text=replace(MANIFEST.text, dataset=HOSTILE, revision=HOSTILE, split=HOSTILE),
+        stored_dtype=HOSTILE,
+    )
 
 
 CARDS = {
     "shards": lambda: render_shards_card(MANIFEST, "org/acts", "cc-by-4.0"),
     "shards in a folder": lambda: render_shards_card(MANIFEST),
     "shards of local text": lambda: render_shards_card(
-        {**MANIFEST, "text": {"dataset": "/data/x.csv", "revision": None, "split": None}, "max_norm_ratio": None}
+        replace(MANIFEST, text=replace(MANIFEST.text, dataset="/data/x.csv", revision=None), max_norm_ratio=None)
     ),
     "hostile shards": lambda: render_shards_card(hostile_manifest(), HOSTILE, HOSTILE),
     "examples": lambda: render_examples_card(FACTS, COLUMNS, "org/features", "apache-2.0"),
@@ -85,10 +81,10 @@ def test_every_card_is_well_formed(name) -> None:
 def test_what_the_card_of_shards_says() -> None:
     card = CARDS["shards"]()
     assert card.data.source_datasets == ["fancyzhx/ag_news"] and card.data.license == "cc-by-4.0"
-    assert card.data.size_categories == ["1M<n<10M"]
+    assert card.data.size_categories == ["10K<n<100K"]
     for part in (
-        "| Tokens for training | 1,234,567 of 9,876 contexts |",
-        "| Width | 2,304 |",
+        "| Tokens for training | 1,990 of 30 contexts |",
+        "| Width | 4 |",
         "hub:org/acts --layers 5 12",
     ):
         assert part in card.text
@@ -113,15 +109,12 @@ def test_size_categories(rows, word) -> None:
     assert size_category(rows) == word
 
 
-@pytest.mark.parametrize("wrong", [{}, {**MANIFEST, "rows": "many"}, {**MANIFEST, "model": []}])
-def test_what_no_harvest_writes_is_refused(wrong) -> None:
-    with pytest.raises(SelOrthoError, match="the manifest holds what no harvest writes"):
-        render_shards_card(wrong)
+def test_what_no_feature_index_writes_is_refused() -> None:
     with pytest.raises(SelOrthoError, match="what no feature index writes"):
         render_examples_card({"sae": "x", "features": "many"}, [])
 
 
-def test_a_harvest_writes_the_card_and_its_folder_is_a_repository(tiny_lm_dir, sample_text_files, tmp_path) -> None:
+def test_a_cache_has_a_card_and_its_folder_is_a_repository(tiny_lm_dir, sample_text_files, tmp_path) -> None:
     folder = tmp_path / "acts"
     settings = {
         "model": tiny_lm_dir("llama"), "dataset": sample_text_files.csv, "context_length": 32, "max_tokens": 2000,
@@ -133,12 +126,12 @@ def test_a_harvest_writes_the_card_and_its_folder_is_a_repository(tiny_lm_dir, s
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     card = (folder / "README.md").read_text()
-    store = ActivationStore(str(folder))
-    assert f"| Tokens for training | {store.manifest.rows:,} of " in card
+    cache = ActivationCache(str(folder))
+    assert f"| Tokens for training | {cache.manifest.rows:,} of " in card
     snippet = re.search(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)[1]
     with LoopbackHub() as hub:
         hub.upload("acme/acts", folder, kind="dataset")  # with a .gitattributes, as the Hub adds it
-        published = str(render_shards_card(store.manifest.content, "acme/acts"))
+        published = str(render_shards_card(cache.manifest, "acme/acts"))
         snippet = re.search(r"^```python\n(.*?)^```$", published, flags=re.MULTILINE | re.DOTALL)[1]
         ran = hub.run(snippet, tmp_path / "home")
-        assert ran.stdout == f"{store.manifest.rows} (1,)\n", ran.stderr[-2000:]
+        assert ran.stdout == f"{cache.manifest.rows} (1,)\n", ran.stderr[-2000:]

@@ -127,7 +127,7 @@ def test_targets_that_cannot_be_written(own, tmp_path, capsys, monkeypatch) -> N
         (("--to", "sparsify"), "invalid choice: 'sparsify'"),
         ((), "the following arguments are required: --to"),
         (("--to", "selortho", "--from", "saelens"), "lacks cfg.json"),
-        (("--to", "selortho", "--subfolder", "layer_9"), "leave the sub-folder out"),
+        (("--to", "selortho", "--subfolder", "layer_9"), "expected one of layer_9/config.json"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(arguments, message, own, tmp_path, capsys) -> None:
@@ -162,8 +162,8 @@ def test_conversion_in_a_process_of_its_own(own, tmp_path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "own"]
 
 
-def test_the_folder_of_several_is_said_to_be_one(own, tmp_path, capsys) -> None:
-    assert "SAEs in sub-folders: own" in refusal(capsys, tmp_path, tmp_path / "new", "--to", "saelens")
+def test_the_folder_of_several_needs_a_subfolder(own, tmp_path, capsys) -> None:
+    assert "with a subfolder where it has several" in refusal(capsys, tmp_path, tmp_path / "new", "--to", "saelens")
 
 
 def test_unknown_formats_and_arguments(own) -> None:

@@ -29,7 +29,7 @@ def _no_faults_left(hub):
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
     with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
-        client.run("from hf_selortho import hub_access\nhub_access._PAUSE = 0.05  # seconds between attempts\n")
+        client.run("from hf_selortho.utils import hub\nhub._PAUSE = 0.05  # seconds between attempts\n")
         yield client
 
 

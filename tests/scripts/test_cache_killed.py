@@ -1,4 +1,4 @@
-"""Harvests as processes of their own: killed ten times at random, and over ten times as much text."""
+"""Caches written by processes of their own: killed ten times at random, and over ten times as much text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KILLS = 10
 
 @pytest.fixture
 def command(tiny_lm_dir, sample_documents, tmp_path) -> Callable[..., list[str]]:
-    """`command(folder, repeat, shard_tokens)`: the command line of a harvest of the sample text, so many times over."""
+    """`command(folder, repeat, shard_tokens)`: the command line that caches the sample text, so many times over."""
 
     def build(folder: Path, repeat: int, shard_tokens: int) -> list[str]:
         texts = tmp_path / f"{repeat}.jsonl"
@@ -76,7 +76,7 @@ def test_ten_times_killed_at_random_the_files_are_the_same(command, tmp_path) ->
         process.communicate()
         assert process.returncode == -9  # it was not done
         before = files_of(killed)
-    assert (killed / ".harvest").is_dir()
+    assert (killed / ".unfinished").is_dir()
     finish(start(command(killed, repeat=10, shard_tokens=300)))
     assert contents(killed) == contents(whole)
     assert len(contents(whole)) > 10 * KILLS
@@ -101,6 +101,6 @@ def test_ten_times_the_text_takes_no_more_memory(command, tmp_path) -> None:
             time.sleep(0.02)
         finish(process)
         peaks.append(max(allocated))
-        rows.append(json.loads((tmp_path / f"acts{repeat}" / "manifest.json").read_text())["rows"])
+        rows.append(json.loads((tmp_path / f"acts{repeat}" / "manifest.json").read_text())["counts"]["rows"])
     assert rows[1] > 9 * rows[0] > 100_000
     assert peaks[1] < 1.05 * peaks[0], peaks

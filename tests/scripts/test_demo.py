@@ -58,7 +58,7 @@ def test_it_learns_something_of_the_real_gemma(run) -> None:
 @pytest.mark.slow
 def test_both_ways_of_loading_give_the_same_outputs(run, embedded_lm) -> None:
     ids = embedded_lm.tokenizer("Return a list of the names in the current local scope.")["input_ids"]
-    activations = ActivationCapture(embedded_lm, 8).harvest([Context(0, ids)]).activations
+    activations = ActivationCapture(embedded_lm, 8).capture_all([Context(0, ids)]).by_layer[8]
     sae, auto = SelOrthoSAE.from_pretrained(run), AutoModel.from_pretrained(run)
     assert sae.config.lm_revision == embedded_lm.revision
     with torch.no_grad():
@@ -132,7 +132,7 @@ print((x_hat - own.decode(own.encode(x))).abs().max().item() < 1e-5 * x.abs().ma
 def real_activations() -> torch.Tensor:
     lm = load_language_model("gemma-3-270m")
     ids = lm.tokenizer("The minister built two bridges near the coast, and a company sold cheap phones.")["input_ids"]
-    return ActivationCapture(lm, 8).harvest([Context(0, ids)]).activations.float()
+    return ActivationCapture(lm, 8).capture_all([Context(0, ids)]).by_layer[8].float()
 
 
 def assert_numbers_are_those_of(metrics: dict, card: str) -> None:

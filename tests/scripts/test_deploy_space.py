@@ -35,7 +35,7 @@ from hf_selortho.features.records import BINS, FeatureRecord
 from hf_selortho.hub.space import assemble_space
 from hf_selortho.hub.space_requirements import OwnPackage, build_wheel, check_wheel_url, pins
 from hf_selortho.hub.space_saes import PinnedSae, SpaceSaes
-from hf_selortho.utils.repo_ref import Place
+from hf_selortho.utils.hub import RepoRef
 from tests.finished_run import save_run
 from tests.hub_client import HubClient
 from tests.loopback_hub import Fault, LoopbackHub
@@ -110,7 +110,7 @@ def files_of_the_app() -> set[str]:
 
 def pinned(name: str = "acme/sae", has_index: bool = True, **settings: object) -> PinnedSae:
     config = SelOrthoConfig(d_in=4, d_sae=8, **settings)
-    return PinnedSae(Place(name, COMMIT), config, has_index=has_index, restricted=False)
+    return PinnedSae(RepoRef(name, COMMIT), config, has_index=has_index, restricted=False)
 
 
 def test_a_space_is_one_commit_and_the_same_again_is_none(hub, client, sae) -> None:
@@ -261,7 +261,7 @@ def test_a_proposal_changes_nothing(hub, client, sae) -> None:
         (["--sae", "acme/sae"], "--space is missing"),
         (["--space", "acme/x", "--sae", "acme/none"], 'unknown SAE "acme/none"'),
         (["--space", "acme/x", "--sae", "acme/sae@v9"], 'has no revision "v9"'),
-        (["--space", "acme/x", "--sae", "acme/sae/layer_3"], "its SAE is at the top"),
+        (["--space", "acme/x", "--sae", "acme/sae/layer_3"], "holds no layer_3/config.json"),
         (["--space", "acme/x", "--sae", "acme/sae", "--twin", "acme/none"], 'unknown SAE "acme/none"'),
         (["--space", "acme/x", "--sae", "acme/llama"], "this is no SAE"),
         (["--space", "acme/x", "--sae", "acme/half"], "has an SAE's config without its weights (model.safetensors)"),

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.data.activation_cache import ActivationStore
+from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.buffer import ActivationBatch
-from hf_selortho.data.cache_batches import ShardBatches
+from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.contexts import ContextStream
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.language_models.capture import ActivationCapture
@@ -112,14 +112,6 @@ def test_layers_and_twins_equal_runs_of_their_own(live, tmp_path, capsys) -> Non
     assert (tmp_path / "run" / "layer_1" / "README.md").is_file()
 
 
-def test_variants_by_name(live, tmp_path) -> None:
-    variants = '{"strong": {"ortho_coefficient": 5.0}, "top-4": {"activation": "topk", "k": 4}}'
-    train.main(live(layer=1, variants=variants, eval_samples=0))
-    configs = {p.name: SelOrthoSAE.from_pretrained(p).config for p in (tmp_path / "run").glob("layer_*")}
-    assert set(configs) == {"layer_1", "layer_1_strong", "layer_1_top-4"}
-    assert configs["layer_1_strong"].ortho_coefficient == 5.0 and configs["layer_1_top-4"].k == 4
-
-
 @pytest.mark.parametrize("source", ["live", "shards"])
 def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_path) -> None:
     build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
@@ -143,15 +135,15 @@ def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_pat
 class _Replay:
     """The activations of the shards' tokens, computed by the language model at once, in the order of the shards."""
 
-    def __init__(self, lm, layers, documents: Path, order: ShardBatches) -> None:
+    def __init__(self, lm, layers, documents: Path, order: CachedBatches) -> None:
         stream = ContextStream(
             open_documents(TextSource(str(documents))), lm.tokenizer, context_length=256, endless=False
         )
-        limits = [order.store.manifest.layer(layer)["max_norm"] for layer in layers]
+        limits = [order.cache.manifest.layer(layer).max_norm for layer in layers]
         capture = ActivationCapture(lm, layers, limits)
         self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
         while contexts := stream.take_tokens(3000):
-            part = capture.harvest(contexts)
+            part = capture.capture_all(contexts)
             places = zip(part.origins.document_ids.tolist(), part.origins.positions.tolist(), strict=True)
             for row, place in enumerate(places):
                 self.rows[place] = {layer: held[row] for layer, held in part.by_layer.items()}
@@ -172,14 +164,14 @@ def test_shards_train_the_weights_that_the_language_model_trains(
 ) -> None:
     build = {"activations": harvested, "layers": [1, 2], "eval_samples": 0, "max_steps": 20}
     train.main(arguments(**build))
-    made = training_data.ShardBatches
+    made = training_data.CachedBatches
     replays = []
 
     def replaying(store, layers, **settings):
         replays.append(_Replay(tiny_lm("llama"), list(layers), sample_text_files.csv, made(store, layers, **settings)))
         return replays[-1]
 
-    monkeypatch.setattr(training_data, "ShardBatches", replaying)
+    monkeypatch.setattr(training_data, "CachedBatches", replaying)
     train.main(arguments(**build, output_dir=tmp_path / "replayed"))
     assert replays
     for layer in (1, 2):
@@ -216,7 +208,7 @@ def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvest
     [
         ({}, "no layer given: choose --layer, or --layers for several, from 1, 2"),
         ({"layer": 3}, "holds no layer 3: choose from 1, 2"),
-        ({"layer": 1, "context_length": 64}, "--context_length 64: .* were harvested with 256"),
+        ({"layer": 1, "context_length": 64}, "--context_length 64: .* were cached with 256"),
         ({"layer": 1, "activations": "nowhere"}, "no such folder of activations: nowhere"),
         ({"layer": 1, "activations": "hub:acme"}, 'activations "hub:acme": expected hub:owner/name'),
         ({"layers": [1, 1]}, "expected each layer once"),
@@ -255,12 +247,12 @@ def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
     assert "4 SAEs with 16,768 parameters, trained on 1,024 tokens" in shown  # 4 (2 * 32 * 64 + 64 + 32)
     assert "activations held" in shown and "in all" in shown and not (tmp_path / "run").exists()
     monkeypatch.setattr(dry_run, "available_memory", lambda device: 100_000)
-    with pytest.raises(SelOrthoError, match="this run cannot fit: activations held"):
+    with pytest.raises(SelOrthoError, match="this run cannot fit: it needs .* of memory .*activations held"):
         train.main(build(layers=[1, 2], dry_run=True))
 
 
 def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("hf_selortho.data.cache_forecast.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("hf_selortho.data.cache_writer.PROBE_SECONDS", 0.2)
     settings = {
         "model": tiny_lm_dir("llama"), "dataset": sample_text_files.csv, "layers": [1], "cpu": True, "dry_run": True,
         "output_dir": tmp_path / "acts",
@@ -268,8 +260,8 @@ def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, ca
     cache_activations.main(command(settings, {}))
     shown = capsys.readouterr().out
     assert "peak memory of a process" in shown and "tokens/s" in shown and not (tmp_path / "acts").exists()
-    monkeypatch.setattr("hf_selortho.data.cache_forecast.available_memory", lambda device: -(1 << 40))
-    with pytest.raises(SelOrthoError, match="this harvest needs .* GB of memory"):
+    monkeypatch.setattr("hf_selortho.data.cache_writer.available_memory", lambda device: -(1 << 40))
+    with pytest.raises(SelOrthoError, match="each process needs .* GB of memory"):
         cache_activations.main(command(settings, {}))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(SelOrthoError, match="need about .* GB of disk, but"):
@@ -285,7 +277,7 @@ def test_other_texts_under_the_same_name_are_noticed(tiny_lm_dir, sample_documen
     }  # fmt: skip
     cache_activations.main(command(settings, {}))
     texts.write_text("".join(reversed(lines)))
-    with pytest.raises(SelOrthoError, match="holds a harvest with other settings .*fingerprint"):
+    with pytest.raises(SelOrthoError, match="holds a cache of other settings .*fingerprint"):
         cache_activations.main(command(settings, {}))
     cache_activations.main(command(settings, {"overwrite_output_dir": True}))
 
@@ -303,7 +295,7 @@ def test_settings_by_layer_count_in_a_run_of_a_single_layer_from_shards(argument
     settings = '{"1": {"k": 8, "activation": "topk"}, "9": {"k": 4}}'
     train.main(arguments(activations=harvested, layer=1, layer_settings=settings, max_steps=2, eval_samples=0))
     assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.k == 8
-    with pytest.raises(SelOrthoError, match="context_length 9: the activations of .* were harvested with 256"):
+    with pytest.raises(SelOrthoError, match="context_length 9: the activations of .* were cached with 256"):
         train.main(
             arguments(activations=harvested, layer=1, layer_settings='{"1": {"context_length": 9}}', output_dir="none")
         )
@@ -323,24 +315,12 @@ def test_a_changed_file_of_variants_is_noticed_on_resuming(arguments, harvested,
         train.main(arguments(**again))
 
 
-def test_a_run_of_several_that_died_while_it_wrote_its_saes_can_be_replaced(arguments, harvested, tmp_path) -> None:
-    changes = {"activations": harvested, "layers": [1, 2], "max_steps": 2, "eval_samples": 0}
-    train.main(arguments(**changes))
-    for name in ("run.json", "metrics.json", "README.md"):
-        (tmp_path / "run" / name).unlink()
-        (tmp_path / "run" / "layer_2" / name).unlink()
-    train.main(arguments(**changes, overwrite_output_dir=True))
-    assert (tmp_path / "run" / "run.json").is_file()
-
-
 def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes),
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     path = os.pathsep.join([str(ROOT / "tests" / "no_threads_left"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
-        [*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
+        [*torchrun, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240, check=False
     )
 
 
@@ -356,8 +336,8 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
     done = _launch(["scripts/cache_activations.py", *command(settings, {})], 2)
     assert done.returncode == 0, done.stderr
     again = _launch(["scripts/cache_activations.py", *command(settings, {})], 2)
-    assert again.returncode == 0 and again.stdout.count("holds this harvest already, complete") == 1
-    store = ActivationStore(str(tmp_path / "acts"))
+    assert again.returncode == 0 and again.stdout.count("holds this cache already, complete") == 1
+    store = ActivationCache(str(tmp_path / "acts"))
     documents: dict[int, set[int]] = {0: set(), 1: set()}
     for entry in store.manifest.shards:
         documents[entry.number % 2] |= set(store.read(entry, [1]).origins.document_ids.tolist())
@@ -371,6 +351,6 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
 
 
 def test_two_processes_agree_on_how_long_to_probe(live) -> None:
-    done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True, cpu=None)], 2)
+    done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True)], 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 SAEs with") == 1 and "trained on 1,024 tokens" in done.stdout

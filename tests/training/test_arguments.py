@@ -5,7 +5,8 @@ import json
 import pytest
 
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.training.arguments import list_presets, load_preset, parse_arguments, sae_config
+from hf_selortho.training.arguments import list_presets, load_preset, parse_arguments
+from hf_selortho.training.variants import make_variants
 
 GIVEN = ["--model", "org/lm", "--layer", "3"]
 
@@ -48,21 +49,14 @@ def test_what_finds_more_of_the_true_features_has_a_preset() -> None:
 def test_every_preset_parses_and_says_what_it_is() -> None:
     assert {"demo", "gemma2-2b-l5", "gemma2-2b-l12", "gemma2-2b-l19", "gemma2-2b-l12-paper"} <= set(list_presets())
     for name in list_presets():
-        config = sae_config(parse_arguments(["--preset", name]), d_in=4000)
-        assert config.d_in == 4000 and "description" not in load_preset(name)
+        (variant,) = make_variants(parse_arguments(["--preset", name]))
+        assert variant.config(d_in=4000).d_in == 4000 and "description" not in load_preset(name)
 
 
 def test_the_command_line_is_derived_from_the_config() -> None:
-    arguments = parse_arguments([*GIVEN, "--d_sae", "64", "--min_support", "7", "--correlation", "pearson"])
-    config = sae_config(arguments, d_in=32, lm_name="org/lm")
-    assert (config.d_sae, config.min_support, config.correlation, config.lm_name) == (64, 7, "pearson", "org/lm")
     defaults = SelOrthoConfig(d_in=32, d_sae=32)
     for name, value in vars(parse_arguments(GIVEN).sae).items():
         assert name in ("layer", "d_sae") or value == getattr(defaults, name), name
-
-
-def test_d_sae_defaults_to_the_papers_one_to_one() -> None:
-    assert sae_config(parse_arguments(GIVEN), d_in=48).d_sae == 48
 
 
 def test_sinks_can_be_kept() -> None:
@@ -82,11 +76,12 @@ def test_a_preset_of_ones_own(tmp_path) -> None:
         ([], "no language model given: pass --model"),
         (["--model", "org/lm"], "no layer given: pass --layer"),
         (["--preset", "nosuch"], "unknown preset 'nosuch': expected one of demo, gemma2"),
-        ([*GIVEN, "--pair_fraction", "2"], "pair_fraction=2.0"),
         ([*GIVEN, "--max_steps", "0"], "--max_steps 0: expected at least 1"),
         ([*GIVEN, "--held_out_fraction", "1"], "--held_out_fraction 1.0"),
         ([*GIVEN, "--seed", "-1"], "--seed -1: expected a number from 0"),
         ([*GIVEN, "--learning_rate", "nan"], "--learning_rate nan"),
+        ([*GIVEN, "--lm_dtype", "int8"], "--lm_dtype int8: expected auto, bfloat16 or float32"),
+        ([*GIVEN, "--cpu_threads", "0"], "--cpu_threads 0: expected at least 1"),
         ([*GIVEN, "--max_steps", "9", "--warmup_steps", "5", "--decay_steps", "5"], "exceed --max_steps 9"),
     ],
 )

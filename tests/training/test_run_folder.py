@@ -1,77 +1,61 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 
 import pytest
 
 from hf_selortho import SelOrthoError
-from hf_selortho.training.run_folder import MetricsLog, check_output_folder, prepare_output_folder, write_json
+from hf_selortho.training.run_folder import (
+    MARKER,
+    MetricsLog,
+    check_output_folder,
+    holds_unfinished_run,
+    prepare_output_folder,
+    write_json,
+)
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "metrics.jsonl").write_text("of another program, or of version 0.1.0")
     with pytest.raises(SelOrthoError, match="is not empty: choose another --output_dir, .*--overwrite_output_dir"):
         check_output_folder(tmp_path, overwrite=False, resuming=False)
     assert check_output_folder(tmp_path, overwrite=False, resuming=True) == tmp_path
-    with pytest.raises(SelOrthoError, match="holds no run of this script, so nothing in it is overwritten"):
+    with pytest.raises(SelOrthoError, match="holds no run of this version .* so nothing in it is overwritten"):
         check_output_folder(tmp_path, overwrite=True, resuming=False)
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert check_output_folder(tmp_path, overwrite=True, resuming=False) == tmp_path
-    assert (tmp_path / "thesis.tex").exists()
+    prepare_output_folder(tmp_path, overwrite=True, resuming=False)
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_lock_and_kept_batches_leave_a_folder_free(tmp_path) -> None:
+    (tmp_path / "debug").mkdir()
+    (tmp_path / ".lock").touch()
+    assert check_output_folder(tmp_path, overwrite=False, resuming=False) == tmp_path
+    assert holds_unfinished_run(tmp_path) and holds_unfinished_run(tmp_path / "missing")
 
 
 def test_overwriting_removes_a_run_and_nothing_else(tmp_path) -> None:
-    for name in ("thesis.tex", "config.json", "metrics.jsonl", "checkpoints/step_000010/trainer.json", "data/x.csv",
-                 "pair_history/step_000121.safetensors", "layer_3/pair_history/step_000121.safetensors"):  # fmt: skip
+    prepare_output_folder(tmp_path, overwrite=False, resuming=False)
+    ours = [
+        "README.md", "config.json", "metrics.jsonl", "run.json", "checkpoints/step_000010/trainer.json",
+        "pictures/a.png", "checkpoints/.step_000020.tmp/x.json", "checkpoints/damaged_step_000020/x.json",
+        "trackers/hf_selortho/events",
+        "pair_history/step_000121.safetensors", "layer_3/pair_history/.step_000121.safetensors.tmp",
+        "layer_3_twin/model.safetensors",
+    ]  # fmt: skip
+    others = [
+        "thesis.tex", "data/x.csv", "checkpoints/epoch_3.bin", "debug/step_000001.safetensors", "trackers/mine/x",
+        "layer_3/notes.txt", "pair_history/a.csv",
+    ]  # fmt: skip
+    for name in (*ours, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    prepare_output_folder(tmp_path, overwrite=True, resuming=False)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
-        "data/x.csv",
-        "thesis.tex",
-    ]
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "thesis.tex"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["checkpoints/epoch_3.bin", "debug/notes.txt", "trackers/mine/x", "layer_3/debug/a.log", "pair_history/a.csv"],
-)
-def test_folders_of_others_with_the_same_names_are_no_run(name, tmp_path) -> None:
-    (tmp_path / name).parent.mkdir(parents=True)
-    (tmp_path / name).write_text("years of work")
-    with pytest.raises(SelOrthoError, match="holds no run of this script, so nothing in it is overwritten"):
-        check_output_folder(tmp_path, overwrite=True, resuming=False)
-    (tmp_path / "metrics.jsonl").write_text("")  # of a run that somebody has put beside it
-    if not name.startswith("trackers"):
-        prepare_output_folder(
-            check_output_folder(tmp_path, overwrite=True, resuming=False), overwrite=True, resuming=False
-        )
-        assert (tmp_path / name).read_text() == "years of work" and not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_what_an_interrupted_run_leaves_can_be_overwritten(tmp_path) -> None:
-    for name in (".lock", "checkpoints/.step_000010.tmp/x.json", "debug/step_000001_rank_1_2.safetensors",
-                 "trackers/hf_selortho/events", "layer_3/.metrics.jsonl.tmp",
-                 "pair_history/step_000001.safetensors", "layer_3/pair_history/.step_000121.safetensors.tmp",
-                 ):  # fmt: skip
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
+    assert not holds_unfinished_run(tmp_path)
     check_output_folder(tmp_path, overwrite=True, resuming=False)
     prepare_output_folder(tmp_path, overwrite=True, resuming=False)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock", ".metrics.jsonl.tmp"]
-
-
-def test_batches_kept_by_the_run_itself_are_not_removed(tmp_path) -> None:
-    (tmp_path / "debug").mkdir()
-    for number in (1, 2):
-        (tmp_path / "debug" / f"step_00000{number}.safetensors").write_text("x")
-    os.utime(tmp_path / "debug" / "step_000001.safetensors", (1000, 1000))
-    (tmp_path / "metrics.jsonl").write_text("")
-    prepare_output_folder(tmp_path, overwrite=True, resuming=False, since=2000)
-    assert [path.name for path in (tmp_path / "debug").iterdir()] == ["step_000002.safetensors"]
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*others, MARKER}
+    assert holds_unfinished_run(tmp_path) and not (tmp_path / "layer_3_twin").exists()
 
 
 def test_a_row_waits_for_a_checkpoint_that_finds_no_room_to_go_again(small_disks) -> None:
@@ -121,7 +105,7 @@ def test_log_resumes_at_a_step_without_repeating_or_losing_one(tmp_path) -> None
     before = path.read_bytes()
     path.write_text(path.read_text() + '{"step": 40, "fv')  # the process was killed while writing
     again = MetricsLog(tmp_path, resume_at=20)
-    assert before.startswith(path.read_bytes()) and len(again) == 3
+    assert before.startswith(path.read_bytes()) and len(again.rows) == 3
     assert (again.mean_loss(5), again.mean_loss(20), again.mean_loss(99)) == (30, 40, 40)
     row = {"step": 30, "tokens": 150, "loss": None, "fvu": 0.5, "peak_correlation": 0.9}
     again.add(row, {"seconds_per_step": 2.0})

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from hf_selortho import Pairs, SelOrthoConfig, SelOrthoSAE
+from hf_selortho.sparse_ops import DenseFeatures, active_features
 from hf_selortho.training.state import TrainState, pair_churn, step_report
 
 
 def test_firing_counters() -> None:
     state = TrainState(torch.zeros(3, dtype=torch.int64))
-    state.count(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]), tokens=2)
-    state.count(torch.tensor([[0.0, 0.0, 2.0]]), tokens=5)
+    state.count(DenseFeatures(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])), tokens=2)
+    state.count(active_features(torch.tensor([[0.0, 0.0, 2.0]])), tokens=5)
     assert state.tokens == 7 and state.tokens_since_fired.tolist() == [7, 5, 0]
 
 

@@ -3,67 +3,53 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_selortho.errors import SelOrthoError
-from hf_selortho.utils.command_line import interface_towards, torchrun_arguments, use_all_cores, without_secrets
+from hf_selortho.utils.command_line import use_all_cores, without_secrets
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "hf_" + "aB3" * 11
+
+
+def test_accelerate_launch_with_several_processes_on_cpus_is_refused(tmp_path) -> None:
+    """It starts a single process, whatever their number."""
+    script = tmp_path / "script.py"
+    script.write_text("from hf_selortho.utils.command_line import *\nrun_script(check_launcher)\nprint('trains')")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes"]
+
+    def started(processes: str) -> subprocess.CompletedProcess[str]:
+        command = [*launch, processes, str(script)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert started("1").stdout == "trains\n"
+    refused = started("2")
+    assert refused.stdout == "" and refused.returncode != 0
+    assert "\nscript.py: error: accelerate launch starts a single process on CPUs" in refused.stderr
+    assert f"torchrun --nproc_per_node N {script} --cpu ..." in refused.stderr
 
 
 @pytest.mark.parametrize(
-    ("command", "expected"),
+    "launcher",
     [
-        (
-            "python accelerate launch --cpu --num_processes 2 scripts/train.py --preset demo",
-            "--standalone --nproc_per_node 2",
-        ),
-        ("accelerate-launch --cpu --num_processes=3 train.py", "--standalone --nproc_per_node 3"),
-        ("python -m accelerate.commands.launch --cpu --num_processes 2 train.py", "--standalone --nproc_per_node 2"),
-        (
-            "accelerate launch --cpu --num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 "
-            "--main_process_port 29501 train.py --seed 3",
-            "--nnodes 2 --node_rank 1 --nproc_per_node 2 --master_addr 10.0.0.1 --master_port 29501",
-        ),
-        (
-            "accelerate launch --cpu --num_processes 2 --num_machines 2 --main_process_ip host --main_process_port 9 t",
-            "--nnodes 2 --node_rank 0 --nproc_per_node 1 --master_addr host --master_port 9",
-        ),
-        ("accelerate launch --cpu --num_processes 1 train.py", None),
-        ("accelerate launch --cpu train.py", None),
-        ("/bin/bash -c something", None),
+        "python",
+        "python -m accelerate.commands.launch --quiet --cpu --num_processes 1",
+        "python -m torch.distributed.run --standalone --nproc_per_node 1",
+        "torchrun --standalone --nproc_per_node 1",
     ],
 )
-def test_what_accelerate_launch_was_asked_for(command, expected, monkeypatch) -> None:
-    monkeypatch.setattr("hf_selortho.utils.command_line.default_config_file", "/nonexistent")
-    found = torchrun_arguments(command.split())
-    assert found == (None if expected is None else expected.split())
-
-
-@pytest.mark.parametrize("processes", ["--num_processes 3", "--num_processes 1", ""])
-def test_machines_share_the_processes_evenly(processes) -> None:
-    with pytest.raises(SelOrthoError, match="is not a multiple of --num_machines 2"):
-        torchrun_arguments(f"accelerate launch --cpu {processes} --num_machines 2 --machine_rank 1 train.py".split())
-
-
-def test_a_config_file_of_accelerate_counts(tmp_path, monkeypatch) -> None:
-    config = tmp_path / "cpu.yaml"
-    config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\n"
-        "machine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\n"
-    )
-    command = ["accelerate", "launch", "--config_file", str(config), "train.py"]
-    assert torchrun_arguments(command) == ["--standalone", "--nproc_per_node", "2"]
-    monkeypatch.setattr("hf_selortho.utils.command_line.default_config_file", str(config))
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_json_config_file", str(config))
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(config))
-    assert torchrun_arguments(["accelerate", "launch", "train.py"]) == ["--standalone", "--nproc_per_node", "2"]
-    assert torchrun_arguments(["accelerate", "launch", "--cpu", "train.py"]) is None  # accelerate does not read it
-
-
-def test_the_interface_towards_another_machine() -> None:
-    assert interface_towards("127.0.0.1") == interface_towards("localhost") is not None
-    assert interface_towards("nowhere.invalid") is None
+def test_the_command_is_what_was_typed(launcher, tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from hf_selortho.utils.command_line import launch_command\nprint(launch_command(''))")
+    start = launcher.replace("torchrun", str(Path(sys.executable).with_name("torchrun")))
+    start = start.replace("python ", f"{sys.executable} ", 1) if start.startswith("python ") else start
+    start = sys.executable if start == "python" else start
+    command = [*start.split(), str(script), "--layer", "3", "--resume_from_checkpoint", "au to", "--hub_token", TOKEN]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{launcher} {script} --layer 3 --hub_token ***\n", done.stderr
 
 
 def test_cores_are_shared_among_processes(monkeypatch) -> None:
@@ -116,9 +102,6 @@ def test_a_module_calls_itself_what_users_type(file, module, tmp_path) -> None:
     command = [sys.executable, "-m", module, "mistake"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.stderr.startswith(f"python -m {module}: error: layer 99") and result.returncode == 2
-
-
-TOKEN = "hf_" + "aB3" * 11
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY"])

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ...errors import SelOrthoError
 from ...training.run_folder import as_os_error
 from ...utils.files import reason, sync
-from ...utils.repository_contents import listed
+from ...utils.hub import listed
 
 
 def check_target(folder: Path, replaceable: set[str] | None = None) -> None:

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SelOrthoError
-from ...utils.hub import one_line
-from ...utils.repository_contents import listed
-from ...utils.saved_files import find_file
+from ...utils.hub import find_file, listed, one_line
 from .plain import PlainSae, weight_shapes
 
 WEIGHTS = "params.npz"

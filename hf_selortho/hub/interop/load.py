@@ -12,8 +12,7 @@ import torch
 from ...configuration_selortho import SelOrthoConfig
 from ...errors import SelOrthoError
 from ...modeling_selortho import SelOrthoSAE
-from ...utils.repository_contents import contents_in_words
-from ...utils.saved_files import CONFIG, LOOKUP, at_one_commit, find_file, read_object, within_reach
+from ...utils.hub import CONFIG, LOOKUP, at_one_commit, find_file, in_subfolder, read_object, within_reach
 from . import gemma_scope, saelens, sparsify
 from .gemma_scope import read_gemma_scope
 from .plain import PlainSae
@@ -86,7 +85,7 @@ def read_sae(name: str | os.PathLike[str], format: str, lookup: Mapping[str, Any
             f"{name!r:.200} or where it is looked for holds a NUL byte: give a folder or an id of the Hub"
         )
     if format == "auto":
-        lookup = within_reach(name, lookup, (CONFIG, *(file for file, _ in _READERS.values())))
+        lookup = within_reach(name, lookup)
         format = format_of(name, lookup)
     file = CONFIG if format == "selortho" else _READERS[format][0]
     lookup = at_one_commit(name, lookup, file)
@@ -114,4 +113,5 @@ def format_of(name: str, lookup: Mapping[str, Any]) -> str:
             return format
     if config:
         return "selortho"  # it will say what the config is of
-    raise SelOrthoError(f"cannot load the SAE {name!r}: {contents_in_words(name, lookup)}")
+    files = ", ".join(in_subfolder(file, lookup) for file in (CONFIG, *(file for file, _ in _READERS.values())))
+    raise SelOrthoError(f"cannot load the SAE {name!r}: expected one of {files}, with a subfolder where it has several")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import SelOrthoError
-from ...utils.saved_files import find_file, read_object, read_tensors
+from ...utils.hub import find_file, read_object, read_tensors
 from .places import layer_of
 from .plain import PlainSae, weight_shapes
 

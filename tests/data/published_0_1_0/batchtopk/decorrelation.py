@@ -12,16 +12,16 @@ import logging
 import torch
 from torch import Tensor
 
+from .batch_group import BatchGroup
 from .errors import NonFiniteError, SelOrthoError
 from .pair_scores import SCORES, FeatureNorms, co_firing, pattern
 from .pair_selection import Columns, Pairs, best_pairs, pair_count, source_of
 from .pair_sums import pair_sums
 from .penalty_operator import DensePenalty, Operator, SparsePenalty
-from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import ActiveFeatures, active_features, as_float
 
 __all__ = [
-    "ActiveFeatures", "ProcessGroup", "FeatureNorms", "Pairs", "decorrelation_penalty", "feature_norms", "full_penalty",
+    "ActiveFeatures", "BatchGroup", "FeatureNorms", "Pairs", "decorrelation_penalty", "feature_norms", "full_penalty",
     "pair_count", "select_pairs", "selective_penalty",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ CHUNK_ELEMENTS = 1 << 22  # of a dense matrix that are widened to float32 at onc
 
 
 def feature_norms(
-    h: Tensor | ActiveFeatures, correlation: str = "cosine", group: ProcessGroup = SINGLE_PROCESS
+    h: Tensor | ActiveFeatures, correlation: str = "cosine", group: BatchGroup | None = None
 ) -> FeatureNorms:
     """Norm, support and mean of every feature over the batch `h` (B, n), summed over the processes of `group`.
 
@@ -41,7 +41,8 @@ def feature_norms(
     """
     sums = _sums(h)  # (3, n): support, squares, total
     tokens = sums.new_tensor([float(_tokens(h))])
-    sums, tokens = group.sum(sums), group.sum(tokens)
+    if group is not None:
+        sums, tokens = group.sum(sums), group.sum(tokens)
     support, squares, total = sums
     if not bool(torch.isfinite(squares).all()):
         raise NonFiniteError(_non_finite(squares))
@@ -49,7 +50,8 @@ def feature_norms(
         return FeatureNorms(squares, support, None, int(tokens))
     mean = total / tokens
     centred = _squares_about(h, mean)  # two passes: sum(h^2) - B mean^2 would cancel
-    centred = group.sum(centred)
+    if group is not None:
+        centred = group.sum(centred)
     centred[centred <= 1e-12 * squares] = 0  # a constant feature: what is left is rounding
     return FeatureNorms(centred, support, mean, int(tokens))
 
@@ -61,7 +63,7 @@ def select_pairs(
     min_support: int = 1,
     correlation: str = "cosine",
     method: str = "auto",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: BatchGroup | None = None,
     correlation_threshold: float = 0.0,
 ) -> Pairs:
     """The exact set `T` of eq. 5: the most correlated eligible pairs of features of a batch.
@@ -97,7 +99,7 @@ def select_by_score(
     min_support: int = 1,
     correlation: str = "cosine",
     method: str = "auto",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: BatchGroup | None = None,
     correlation_threshold: float = 0.0,
 ) -> Pairs:
     """[`select_pairs`] by any of the scores: "activation", "decoder" (cosine of the rows of `W_dec`), "redundancy".
@@ -110,7 +112,7 @@ def select_by_score(
         matrix: Tensor | ActiveFeatures = h
         if kind.of == "decoder":
             assert W_dec is not None
-            matrix, correlation, min_support, group, method = W_dec.T, "cosine", 1, SINGLE_PROCESS, "tiles"
+            matrix, correlation, min_support, group, method = W_dec.T, "cosine", 1, None, "tiles"
         norms = feature_norms(matrix, correlation, group)
         source = source_of(matrix, norms, correlation) if kind.of == "activations" else None
         if kind.of == "pattern":
@@ -131,7 +133,7 @@ def selective_penalty(
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: BatchGroup | None = None,
 ) -> tuple[Tensor, Pairs]:
     """[`select_pairs`] and [`decorrelation_penalty`] on the same batch."""
     pairs = select_pairs(h, pair_fraction, min_support, correlation, "auto", group)
@@ -139,7 +141,7 @@ def selective_penalty(
 
 
 def penalty_of_selection(
-    h: Tensor | ActiveFeatures, pairs: Pairs, coefficient: float, reduction: str, group: ProcessGroup
+    h: Tensor | ActiveFeatures, pairs: Pairs, coefficient: float, reduction: str, group: BatchGroup | None
 ) -> Tensor:
     """[`decorrelation_penalty`] on the pairs that [`select_pairs`] has just found in this very `h`, unchanged since."""
     assert pairs.source is not None
@@ -153,7 +155,7 @@ def decorrelation_penalty(
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: BatchGroup | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Penalty `coefficient * R * sum_T c_ij^2` on given pairs, with its closed-form gradient to `h`.
@@ -187,13 +189,13 @@ def _penalty(
     weighted: Tensor,
     norms: FeatureNorms,
     scale: float,
-    group: ProcessGroup,
+    group: BatchGroup | None,
 ) -> Tensor:
     """`scale * sum_T weighted c` with `weighted_ij = w_ij c_ij`, and the gradient of `Operator`."""
     with torch.autocast(_values(h).device.type, enabled=False), torch.no_grad():
         value = scale * (weighted * c).sum()
         operator = Operator.of_pairs(pairs.i, pairs.j, c, weighted, norms)
-    gradient_scale = 2 * scale * group.size
+    gradient_scale = 2 * scale * (1 if group is None else group.size)
     if isinstance(h, ActiveFeatures):
         return SparsePenalty.apply(h.values, h.detach(), value, operator, gradient_scale)
     return DensePenalty.apply(h, value, operator, gradient_scale)
@@ -207,7 +209,7 @@ def penalty_by_space(
     coefficient: float = 0.1,
     reduction: str = "mean",
     correlation: str = "cosine",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: BatchGroup | None = None,
 ) -> Tensor:
     """[`decorrelation_penalty`] on the squares of any of the scores.
 
@@ -224,7 +226,7 @@ def penalty_by_space(
         with torch.no_grad():
             fired = pattern(h)
             joint = pair_sums(fired, pairs.i, pairs.j)
-            joint = group.sum(joint)
+            joint = joint if group is None else group.sum(joint)
             norms = feature_norms(h, "cosine", group)
             share = co_firing(joint, pairs.i, pairs.j, norms)
             if space == "exclusion":
@@ -240,7 +242,7 @@ def full_penalty(
     reduction: str = "mean",
     min_support: int = 1,
     correlation: str = "cosine",
-    group: ProcessGroup = SINGLE_PROCESS,
+    group: BatchGroup | None = None,
 ) -> Tensor:
     """The same penalty on *every* eligible pair (the paper's "full orthogonality").
 
@@ -254,7 +256,7 @@ def full_penalty(
         scale = _scale(coefficient, reduction, m * (m - 1) // 2)
         value = scale * c.square().sum() / 2
         operator = Operator(_dense_operator(c, norms), norms)
-    return DensePenalty.apply(h, value, operator, 2 * scale * group.size)
+    return DensePenalty.apply(h, value, operator, 2 * scale * (1 if group is None else group.size))
 
 
 def full_penalty_bytes(n: int, batch: int) -> int:
@@ -281,20 +283,22 @@ def _dense_operator(c: Tensor, norms: FeatureNorms) -> Tensor:
     return c
 
 
-def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, group: ProcessGroup) -> Tensor:
+def _correlation_matrix(values: Tensor, norms: FeatureNorms, eligible: Tensor, group: BatchGroup | None) -> Tensor:
     """Correlations (n, n) of all eligible features, 0 elsewhere and on the diagonal."""
     c = values.T @ values
-    c = group.sum(c)
+    if group is not None:
+        c = group.sum(c)
     inverse = norms.inverse * eligible
     c *= inverse
     c *= inverse[:, None]
     return c.fill_diagonal_(0)
 
 
-def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: ProcessGroup) -> Tensor:
+def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pairs, group: BatchGroup | None) -> Tensor:
     """Correlations (T,) of given pairs in this batch."""
     sums = pair_sums(as_float(h) if isinstance(h, Tensor) else h, pairs.i, pairs.j)
-    sums = group.sum(sums)
+    if group is not None:
+        sums = group.sum(sums)
     if norms.mean is not None:
         sums = sums - norms.tokens * norms.mean[pairs.i] * norms.mean[pairs.j]
     inverse = norms.inverse
@@ -302,15 +306,15 @@ def _correlations_of(h: Tensor | ActiveFeatures, norms: FeatureNorms, pairs: Pai
 
 
 def _columns(
-    matrix: Tensor | ActiveFeatures, norms: FeatureNorms, min_support: int, method: str, group: ProcessGroup
+    matrix: Tensor | ActiveFeatures, norms: FeatureNorms, min_support: int, method: str, group: BatchGroup | None
 ) -> Columns:
     """The eligible columns of the global batch, through the active entries where these are few or travel."""
     if isinstance(matrix, Tensor):
         density = float(norms.support.sum()) / max(1, norms.tokens * matrix.shape[1])
-        if method == "coactivation" or group.size > 1 or density < SPARSE_BELOW:
+        if method == "coactivation" or group is not None or density < SPARSE_BELOW:
             matrix = active_features(matrix)
     columns = Columns(matrix, norms, min_support)
-    if group.size > 1:
+    if group is not None:
         assert columns.active is not None
         columns.active = group.gather_active(columns.active)
     return columns

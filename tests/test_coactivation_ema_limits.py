@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hf_selortho import select_pairs
-from hf_selortho.carried import CarriedSums
+from hf_selortho.pair_search import Blocks
+from hf_selortho.pair_selection import CoactivationEMA
 from hf_selortho.process_group import ProcessGroup
 
 N = 30
@@ -25,7 +26,7 @@ def batch(seed: int, tokens: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [4, 16])
 @pytest.mark.parametrize(("fraction", "support"), [(0.05, 1), (0.3, 1), (0.6, 1), (1.0, 1), (1.0, 2)])
 def test_nothing_carried_is_the_selection_of_the_batch_down_to_its_zeros(tokens, fraction, support) -> None:
-    carried = CarriedSums(N, decay=0.0, limit=10_000)
+    carried = CoactivationEMA(N, decay=0.0, limit=10_000)
     for seed in range(3):
         h = batch(seed, tokens)
         carried.update(h)
@@ -36,7 +37,7 @@ def test_nothing_carried_is_the_selection_of_the_batch_down_to_its_zeros(tokens,
 
 @pytest.mark.parametrize(("decay", "steps"), [(0.0, 1), (0.5, 200), (0.9, 700)])
 def test_features_that_died_leave_room(decay, steps) -> None:
-    carried = CarriedSums(N, decay, limit=20)
+    carried = CoactivationEMA(N, decay, limit=20)
     dying, living = torch.zeros(8, N), torch.zeros(8, N)
     dying[:, :7] = torch.arange(1, 8).float()  # 21 pairs of correlation 1, more than the limit
     living[:, 10:15] = torch.randint(1, 5, (8, 5)).float()
@@ -53,7 +54,7 @@ def test_features_that_died_leave_room(decay, steps) -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_activations_of_any_size(scale) -> None:
-    one, other = CarriedSums(N, 0.5, 40), CarriedSums(N, 0.5, 40)
+    one, other = CoactivationEMA(N, 0.5, 40), CoactivationEMA(N, 0.5, 40)
     for seed in range(3):
         one.update(batch(seed))
         other.update(batch(seed) * 2.0 ** round(torch.tensor(scale).log2().item()))
@@ -62,7 +63,7 @@ def test_activations_of_any_size(scale) -> None:
 
 def test_the_limit_is_that_of_a_brute_force() -> None:
     """Dense matrices, cut to the limit after every batch; integers and a decay of 1/2 leave no rounding."""
-    carried, limit = CarriedSums(N, 0.5, 25), 25
+    carried, limit = CoactivationEMA(N, 0.5, 25), 25
     gram, square = torch.zeros(N, N), torch.zeros(N)
     for seed in range(8):
         h = batch(seed)
@@ -74,21 +75,18 @@ def test_the_limit_is_that_of_a_brute_force() -> None:
         assert torch.equal(carried.sums, gram.flatten()[carried.keys])
 
 
-def test_blocks_are_put_together(monkeypatch) -> None:
-    monkeypatch.setattr("hf_selortho.pair_selection.CO_ACTIVATIONS", 50)
-    monkeypatch.setattr("hf_selortho.carried.SLACK", 3)
-    many = CarriedSums(N, 0.5, 25)
+def test_blocks_are_put_together() -> None:
+    many = CoactivationEMA(N, 0.5, 25, Blocks(co_activations=50, slack=3))
     for seed in range(5):
         many.update(batch(seed))
-    monkeypatch.undo()
-    one = CarriedSums(N, 0.5, 25)
+    one = CoactivationEMA(N, 0.5, 25)
     for seed in range(5):
         one.update(batch(seed))
     assert all(torch.equal(value, many.state_dict()[name]) for name, value in one.state_dict().items())
 
 
 def carry(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
-    carried, group = CarriedSums(N, 0.5, 40), ProcessGroup.of_run()
+    carried, group = CoactivationEMA(N, 0.5, 40), ProcessGroup.of_run()
     for seed in range(4):
         carried.update(batch(seed, 32)[rank::processes], group)
     return {**carried.state_dict(), "selected": carried.select(0.05, 3).keys(N)}

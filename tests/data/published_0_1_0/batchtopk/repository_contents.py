@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from .hub import LOOKUP_ERRORS
+from .hub_access import LOOKUP_ERRORS
 
 _SHOWN = 8  # names in a message
 _LOOKED_AT = 2000  # files of a folder

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_selortho import SelOrthoConfig, SelOrthoSAE, activation_functions
-from hf_selortho.modeling_selortho import PenaltyPlan
+from hf_selortho import SelOrthoConfig, SelOrthoSAE, training_step
+from hf_selortho.penalties import PenaltyPlan
 
 D_IN, D_SAE, TOKENS = 12, 64, 40
 
@@ -22,10 +22,9 @@ PENALTIES = {
     "selective": {"penalty": "selective"},
     "pearson": {"penalty": "selective", "correlation": "pearson"},
     "decoder": {"penalty_space": "decoder"},
-    "redundancy": {"penalty_space": "redundancy", "min_support": 2},
     "exclusion": {"penalty_space": "exclusion"},
     "both": {"penalty": "selective", "decoder_ratio": 2.0},
-    "by redundancy": {"penalty_space": "activation", "selection_space": "redundancy"},
+    "by directions": {"penalty_space": "activation", "selection_space": "decoder"},
     "full": {"penalty": "full"},
     "ortsae": {"penalty": "ortsae", "ortsae_chunk": 30},
     "none": {"penalty": "none"},
@@ -44,9 +43,9 @@ def make_sae(**settings) -> SelOrthoSAE:
 
 def train_once(sae: SelOrthoSAE, sparse: bool, monkeypatch, **arguments) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and features; gradients."""
-    monkeypatch.setattr(activation_functions, "SPARSE_BELOW", {"cpu": 2.0 if sparse else 0.0})
-    monkeypatch.setattr(activation_functions, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(activation_functions, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(training_step, "SPARSE_BELOW", {"cpu": 2.0 if sparse else 0.0})
+    monkeypatch.setattr(training_step, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(training_step, "CHUNK_ELEMENTS", {"cpu": 1})
     torch.manual_seed(1)
     x = torch.randn(TOKENS, D_IN, dtype=torch.float64)
     sae.zero_grad()
@@ -153,7 +152,7 @@ def test_a_resting_penalty_is_none_and_a_weight_multiplies_it(monkeypatch) -> No
 
 def test_dense_activations_are_not_handled_entry_by_entry(monkeypatch) -> None:
     sae = make_sae(activation="relu")
-    monkeypatch.setattr(activation_functions, "SPARSE_BELOW", {"cpu": 0.01})
+    monkeypatch.setattr(training_step, "SPARSE_BELOW", {"cpu": 0.01})
     assert sae.train()(torch.randn(TOKENS, D_IN).double(), return_feature_acts=False).active is None
 
 

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_selortho import SelOrthoError, decorrelation, decorrelation_penalty, pair_selection, select_pairs
-from hf_selortho.decorrelation import Pairs, full_penalty, penalty_by_space, select_by_score
-from hf_selortho.sparse_ops import active_features
+from hf_selortho import SelOrthoConfig, SelOrthoError, decorrelation_penalty, penalties, select_pairs
+from hf_selortho.pair_search import Blocks
+from hf_selortho.pair_selection import Pairs, Selection, select
+from hf_selortho.penalties import PenaltyPlan, full_penalty, penalty, select_directions
+from hf_selortho.sparse_ops import DenseFeatures, active_features, feature_activations
 
 
 def naive_correlations(h: Tensor, correlation: str = "cosine") -> Tensor:
@@ -54,14 +56,12 @@ def sparse_activations(tokens: int, features: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("correlation", ["cosine", "pearson"])
 @pytest.mark.parametrize("min_support", [1, 9])
-def test_selection_equals_brute_force(correlation, min_support, monkeypatch) -> None:
-    monkeypatch.setattr(pair_selection, "TILE_ROWS", 7)
-    monkeypatch.setattr(pair_selection, "TILE_COLUMNS", 11)
+def test_selection_equals_brute_force(correlation, min_support) -> None:
     h = sparse_activations(40, 37)
     h[:, 5] = 0
     h[:38, 20] = 0
     for fraction in (0.01, 0.2, 1.0):
-        pairs = select_pairs(h, fraction, min_support, correlation)
+        pairs = select(DenseFeatures(h), fraction, min_support, correlation, blocks=Blocks(7, 11)).pairs
         assert_same(pairs, brute_force(h, fraction, min_support, correlation))
 
 
@@ -198,60 +198,56 @@ def test_other_shapes_than_tokens_by_features_are_refused() -> None:
         select_pairs(torch.rand(2, 4, 4))
 
 
-def brute_force_score(score: str, h: Tensor, W_dec: Tensor, min_support: int) -> Tensor:
-    """Score of every pair as its docstring says, (n, n), 0 where not eligible and on and below the diagonal."""
-    unit = torch.nn.functional.normalize(W_dec, dim=1)
-    cosine = unit @ unit.T
-    if score == "decoder":
-        return cosine.triu(1)
-    support = (h != 0).sum(0)
-    joint = (h != 0).float().T @ (h != 0).float()
-    co_firing = torch.minimum(joint / support[:, None], joint / support)
-    eligible = support >= min_support
-    return torch.where(eligible[:, None] & eligible, co_firing * cosine, 0).nan_to_num(0).triu(1)
+def test_directions_are_selected_by_their_cosine() -> None:
+    torch.manual_seed(0)
+    W_dec = torch.randn(200, 12)
+    cosine = torch.nn.functional.cosine_similarity(W_dec[:, None], W_dec, dim=2).triu(1)
+    for fraction in (0.001, 0.02, 0.3):
+        pairs = select_directions(W_dec, fraction)
+        best = cosine.abs().flatten().sort(descending=True).values[: len(pairs)]
+        assert len(pairs) == math.ceil(fraction * 19900) == len(pairs.keys(200).unique())
+        torch.testing.assert_close(pairs.correlation.abs(), best)
+        torch.testing.assert_close(pairs.correlation, cosine[pairs.i, pairs.j])
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("method", ["auto", "tiles", "coactivation"])
-@pytest.mark.parametrize("score", ["decoder", "redundancy"])
-def test_other_scores_equal_brute_force(score, method, sparse, monkeypatch) -> None:
-    monkeypatch.setattr(pair_selection, "TILE_ROWS", 50)
-    monkeypatch.setattr(pair_selection, "TILE_COLUMNS", 64)
-    monkeypatch.setattr(pair_selection, "SAMPLE", 16)
-    monkeypatch.setattr(pair_selection, "CO_ACTIVATIONS", 2000)
+def test_a_score_of_ones_own_equals_brute_force(method, sparse) -> None:
     torch.manual_seed(0)
     h, W_dec = sparse_activations(80, 200) * (torch.rand(200) < 0.9), torch.randn(200, 12)
-    expected = brute_force_score(score, h, W_dec, 3)
+    unit = torch.nn.functional.normalize(W_dec, dim=1)
+    blocks = Blocks(tile_rows=50, tile_columns=64, sample=16, co_activations=2000)
+
+    def redundancy(c: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return c * (unit[i] * unit[j]).sum(1)
+
+    expected = (naive_correlations(h).nan_to_num(0) * (unit @ unit.T)).triu(1)
     for fraction in (0.001, 0.02, 0.3):
-        pairs = select_by_score(score, active_features(h) if sparse else h, W_dec, fraction, 3, method=method)
+        form = active_features(h) if sparse else h
+        pairs = select(feature_activations(form), fraction, 1, method=method, score=redundancy, blocks=blocks).pairs
         best = expected.abs().flatten().sort(descending=True).values[: len(pairs)]
-        assert len(pairs) == math.ceil(fraction * 19900)
-        torch.testing.assert_close(pairs.correlation.abs(), best)
-        torch.testing.assert_close(pairs.correlation, expected[pairs.i, pairs.j])
-        assert len(pairs.keys(200).unique()) == len(pairs)
+        assert len(pairs) == math.ceil(fraction * 19900) == len(pairs.keys(200).unique())
+        torch.testing.assert_close(pairs.correlation.abs(), best, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(pairs.correlation, expected[pairs.i, pairs.j], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("space", ["decoder", "redundancy", "exclusion"])
-def test_penalties_of_the_other_scores_are_their_squares(space) -> None:
+def config_of(space: str, **settings) -> SelOrthoConfig:
+    return SelOrthoConfig(d_in=12, d_sae=30, penalty_space=space, **{"pair_fraction": 0.1, **settings})
+
+
+@pytest.mark.parametrize("space", ["decoder", "exclusion"])
+def test_penalties_on_directions_are_their_weighted_squared_cosines(space) -> None:
     torch.manual_seed(0)
     h, W_dec = sparse_activations(80, 30).double(), torch.randn(30, 12, dtype=torch.float64, requires_grad=True)
-    selected_by = "decoder" if space == "exclusion" else space
-    pairs = select_by_score(selected_by, h, W_dec, 0.1, 3)
-    penalty = penalty_by_space(space, h, W_dec, pairs, 0.7, "mean")
+    loss, pairs = penalty(config_of(space, ortho_coefficient=0.7), DenseFeatures(h), W_dec)
+    assert pairs is not None and torch.equal(pairs.keys(30), select_directions(W_dec, 0.1).keys(30))
     unit = W_dec / W_dec.norm(dim=1, keepdim=True)
     support, joint = (h != 0).double().sum(0), (h != 0).double().T @ (h != 0).double()
-    share = {
-        "decoder": torch.ones_like(joint),
-        "redundancy": torch.minimum(joint / support[:, None], joint / support),
-        "exclusion": 1 - torch.maximum(joint / support[:, None], joint / support),
-    }
-    weight = share[space].nan_to_num(0)[pairs.i, pairs.j]
+    apart = 1 - torch.maximum(joint / support[:, None], joint / support)
+    weight = (apart if space == "exclusion" else torch.ones_like(joint)).nan_to_num(0)[pairs.i, pairs.j]
     expected = 0.7 * (weight * (unit @ unit.T)[pairs.i, pairs.j]).square().mean()
-    torch.testing.assert_close(penalty, expected)
-    torch.testing.assert_close(torch.autograd.grad(penalty, W_dec), torch.autograd.grad(expected, W_dec))
-    if space == selected_by:
-        score = 0.7 * pairs.correlation.double().square().mean()
-        torch.testing.assert_close(penalty.detach(), score, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, W_dec), torch.autograd.grad(expected, W_dec))
 
 
 def test_exclusion_spares_features_that_fire_together_and_those_that_do_not_fire() -> None:
@@ -259,20 +255,17 @@ def test_exclusion_spares_features_that_fire_together_and_those_that_do_not_fire
     parent[:100] = child[:50] = 1
     other[200:300] = 1
     h, W_dec = torch.stack([parent, child, other, dead], 1), torch.eye(4) + 0.5
-    pairs = select_by_score("decoder", h, W_dec, 1.0)
+    config = SelOrthoConfig(
+        d_in=4, d_sae=4, penalty_space="exclusion", pair_fraction=1.0, ortho_coefficient=1.0, reduction="sum"
+    )
     cosine = float(torch.nn.functional.cosine_similarity(W_dec[0], W_dec[1], dim=0))
-    penalty = penalty_by_space("exclusion", h, W_dec, pairs, 1.0, "sum")
-    torch.testing.assert_close(penalty, torch.tensor(2 * cosine**2))  # (parent, other) and (child, other)
+    loss, _ = penalty(config, DenseFeatures(h), W_dec)
+    torch.testing.assert_close(loss, torch.tensor(2 * cosine**2))  # (parent, other) and (child, other)
 
 
-def test_nested_features_are_not_redundant() -> None:
-    parent, child, twin = torch.zeros(3, 400)
-    parent[:100] = child[:5] = 1
-    twin[1:101] = 1
-    h, W_dec = torch.stack([parent, child, twin], 1), torch.eye(3) + 0.5
-    pairs = select_by_score("redundancy", h, W_dec, 1.0)
-    scores = dict(zip(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True), pairs.correlation.tolist(), strict=True))
-    assert scores[0, 2] > 15 * scores[0, 1] > 0
+def test_a_penalty_that_is_no_longer_trained_with_says_so() -> None:
+    with pytest.raises(SelOrthoError, match="no longer trained with"):
+        penalty(config_of("redundancy"), DenseFeatures(sparse_activations(80, 30)), torch.randn(30, 12))
 
 
 @settings(max_examples=80, deadline=None)
@@ -306,9 +299,8 @@ def test_all_roads_find_the_same_pairs_in_the_same_order(
 
 @pytest.mark.parametrize("correlation", ["cosine", "pearson"])
 @pytest.mark.parametrize("density", [0.03, 0.2, 0.6])
-def test_roads_agree_over_many_blocks_and_guesses(correlation, density, monkeypatch) -> None:
-    for name, value in {"TILE_ROWS": 60, "TILE_COLUMNS": 64, "SAMPLE": 16, "CO_ACTIVATIONS": 500, "SLACK": 8}.items():
-        monkeypatch.setattr(pair_selection, name, value)
+def test_roads_agree_over_many_blocks_and_guesses(correlation, density) -> None:
+    blocks = Blocks(tile_rows=60, tile_columns=64, sample=16, co_activations=500, slack=8)
     torch.manual_seed(0)
     h = torch.rand(64, 300) * (torch.rand(64, 300) < density * 2 * torch.rand(300))
     c = naive_correlations(h.double(), correlation).nan_to_num(0)
@@ -318,7 +310,7 @@ def test_roads_agree_over_many_blocks_and_guesses(correlation, density, monkeypa
     for fraction in (0.0001, 0.003, 0.1, 0.6):
         for method in ("tiles", "coactivation"):
             for form in (h, active_features(h)):
-                pairs = select_pairs(form, fraction, 2, correlation, method)
+                pairs = select(feature_activations(form), fraction, 2, correlation, method, blocks=blocks).pairs
                 torch.testing.assert_close(pairs.correlation.double(), c[pairs.i, pairs.j], atol=2e-6, rtol=1e-5)
                 best = strength[: len(pairs)]
                 torch.testing.assert_close(pairs.correlation.double().abs(), best, atol=2e-6, rtol=1e-5)
@@ -355,24 +347,21 @@ def test_gradient_at_the_active_entries(correlation, weighted) -> None:
     torch.testing.assert_close(torch.autograd.grad(penalty(values), values)[0], gradient[active.rows, active.cols])
 
 
-def test_correlations_of_the_selection_are_not_computed_again(monkeypatch) -> None:
+@pytest.mark.parametrize("form", [DenseFeatures, active_features])
+def test_correlations_of_a_selection_are_computed_again_for_another_batch_only(form, monkeypatch) -> None:
+    features, W_dec, config = form(sparse_activations(80, 30)), torch.randn(30, 12), config_of("activation")
+    selection = select(features, 0.1)
+    again, _ = penalty(config, features, W_dec, plan=PenaltyPlan(pairs=selection.pairs))
+
     def refuse(*arguments):
         raise AssertionError("computed again")
 
-    h = sparse_activations(40, 20).requires_grad_()
-    active = active_features(sparse_activations(40, 20))
-    pairs, of_active = select_pairs(h.detach(), 0.1), select_pairs(active, 0.1)
-    with monkeypatch.context() as patch:
-        patch.setattr(decorrelation, "_correlations_of", refuse)
-        decorrelation_penalty(h, pairs)
-        decorrelation_penalty(active, of_active)
-        for other in (h.detach().clone(), active_features(sparse_activations(40, 20))):
-            with pytest.raises(AssertionError, match="computed again"):
-                decorrelation_penalty(other, pairs)
-        h.data[0, 0] += 1
+    monkeypatch.setattr(penalties, "_correlations_of", refuse)
+    for plan in (None, PenaltyPlan(pairs=selection)):
+        torch.testing.assert_close(penalty(config, features, W_dec, plan=plan)[0], again)
+    for other in (Selection(selection.pairs), select(form(sparse_activations(80, 30)), 0.1)):
         with pytest.raises(AssertionError, match="computed again"):
-            decorrelation_penalty(h, pairs)
-    decorrelation_penalty(h, pairs).backward()
+            penalty(config, features, W_dec, plan=PenaltyPlan(pairs=other))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

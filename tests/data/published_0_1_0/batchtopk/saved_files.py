@@ -15,8 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ConfigError, SelOrthoError
-from .hub import LOOKUP_ERRORS, hub_error, patiently, resolve_commit, unreachable
+from .errors import ConfigError, SelOrthoError
+from .hub_access import LOOKUP_ERRORS, hub_error, patiently, resolve_commit, unreachable
 from .repository_contents import contents_in_words, listed
 from .safe_paths import is_commit, snapshot_of, target_outside
 

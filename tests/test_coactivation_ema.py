@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_selortho import select_pairs
-from hf_selortho.carried import CarriedSums
+from hf_selortho.pair_selection import CoactivationEMA
 from hf_selortho.sparse_ops import active_features
 
 N = 30
@@ -16,7 +16,7 @@ def batch(seed: int, tokens: int = 16) -> torch.Tensor:
 
 
 def test_nothing_carried_is_the_selection_of_the_batch() -> None:
-    carried = CarriedSums(N, decay=0.0, limit=10_000)
+    carried = CoactivationEMA(N, decay=0.0, limit=10_000)
     for seed in range(3):
         h = batch(seed)
         carried.update(h)
@@ -28,7 +28,7 @@ def test_nothing_carried_is_the_selection_of_the_batch() -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_sums_are_exponential_averages_of_the_batches(sparse) -> None:
-    carried = CarriedSums(N, decay=0.5, limit=10_000)
+    carried = CoactivationEMA(N, decay=0.5, limit=10_000)
     gram, support = torch.zeros(N, N), torch.zeros(N)
     for seed in range(4):
         h = batch(seed)
@@ -45,7 +45,7 @@ def test_sums_are_exponential_averages_of_the_batches(sparse) -> None:
 
 
 def test_rare_features_count_after_some_batches() -> None:
-    carried = CarriedSums(N, decay=0.9, limit=10_000)
+    carried = CoactivationEMA(N, decay=0.9, limit=10_000)
     h = torch.zeros(8, N)
     h[0, [4, 9]] = 1.0  # both fire once a batch, on the same token
     h[1:, 20] = 1.0
@@ -59,7 +59,7 @@ def test_rare_features_count_after_some_batches() -> None:
 
 def test_the_limit_keeps_the_most_correlated_pairs() -> None:
     h = batch(0, 64)
-    everything, limited = CarriedSums(N, 0.5, 10_000), CarriedSums(N, 0.5, 20)
+    everything, limited = CoactivationEMA(N, 0.5, 10_000), CoactivationEMA(N, 0.5, 20)
     everything.update(h)
     limited.update(h)
     assert len(limited.keys) == 20
@@ -67,16 +67,16 @@ def test_the_limit_keeps_the_most_correlated_pairs() -> None:
 
 
 def test_pairs_below_the_threshold_are_left_alone() -> None:
-    carried = CarriedSums(N, 0.0, 10_000)
+    carried = CoactivationEMA(N, 0.0, 10_000)
     carried.update(batch(1))
     found = carried.select(1.0, 1, correlation_threshold=0.5)
     assert 0 < len(found) < len(carried.select(1.0, 1)) and found.correlation.min() >= 0.5
 
 
 def test_it_goes_on_where_it_stopped() -> None:
-    one = CarriedSums(N, 0.7, 50)
+    one = CoactivationEMA(N, 0.7, 50)
     one.update(batch(0))
-    other = CarriedSums(N, 0.7, 50)
+    other = CoactivationEMA(N, 0.7, 50)
     other.load_state_dict({name: value.clone() for name, value in one.state_dict().items()})
     for carried in (one, other):
         carried.update(batch(1))

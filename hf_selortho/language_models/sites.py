@@ -1,0 +1,49 @@
+"""Hook sites: the places in a language model where activations are read or replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import SelOrthoError
+from .loading import LanguageModel
+
+
+@dataclass(frozen=True)
+class HookSite:
+    """The input or the output of one module of a language model."""
+
+    module: str  # its path in the model, such as "model.layers.8"
+    side: Literal["input", "output"] = "output"
+
+    def hook(self, model: nn.Module, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Call `function` on the activations at this site in every forward pass of `model`.
+
+        What it returns takes their place; None leaves them as they are. Of several inputs or outputs, the first counts.
+        """
+
+        def apply(value: Any) -> Any:
+            changed = function(value[0] if isinstance(value, tuple) else value)
+            return (changed, *value[1:]) if isinstance(value, tuple) and changed is not None else changed
+
+        module = model.get_submodule(self.module)
+        if self.side == "input":
+            return module.register_forward_pre_hook(lambda _module, inputs: apply(inputs))
+        return module.register_forward_hook(lambda _module, _inputs, output: apply(output))
+
+
+def decoder_layer_output(lm: LanguageModel, layer: int) -> HookSite:
+    """Name the site of the residual stream after a decoder layer of `lm`, counted from 0.
+
+    Raises:
+        SelOrthoError: the layer is out of range.
+    """
+    if not 0 <= layer < lm.num_layers:
+        raise SelOrthoError(
+            f'layer {layer} is out of range: "{lm.name}" has {lm.num_layers} layers, choose 0 to {lm.num_layers - 1}'
+        )
+    return HookSite(f"{lm.layers_path}.{layer}")

@@ -1,0 +1,210 @@
+"""Pairs of features, the sums that their correlations are made of, and the list of the best pairs so far.
+
+The correlation of two features over the B tokens of a batch is eq. 4, `c_ij = <h_i, h_j> / (|h_i| |h_j|)`, or its
+centred form (Pearson).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError
+from .process_group import SINGLE_PROCESS, ProcessGroup
+from .sparse_ops import FeatureActivations, as_float, csr, feature_activations, row_offsets
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Unordered feature pairs, sorted by falling absolute correlation (or other score), then by (i, j)."""
+
+    i: Tensor  # (T,) int64, the smaller index
+    j: Tensor  # (T,) int64, the larger index
+    correlation: Tensor  # (T,) float32 (float64 if the activations are)
+
+    def __len__(self) -> int:
+        return len(self.i)
+
+    def keys(self, n: int) -> Tensor:
+        """Return the pairs as single numbers `i * n + j`, (T,), for set operations."""
+        return self.i * n + self.j
+
+
+@dataclass(frozen=True)
+class FeatureNorms:
+    """Per-feature sums over the (global) batch."""
+
+    squares: Tensor  # (n,) squared L2 norm of the feature's column, centred for Pearson
+    support: Tensor  # (n,) tokens on which the feature fired
+    mean: Tensor | None  # (n,) mean activation, for Pearson only
+    tokens: int  # B, of the global batch
+
+    @property
+    def norm(self) -> Tensor:
+        """L2 norm of each column, (n,)."""
+        return self.squares.sqrt()
+
+    @property
+    def inverse(self) -> Tensor:
+        """`1 / norm`, and 0 for a column of zeros, (n,)."""
+        return torch.where(self.squares > 0, self.squares.rsqrt(), 0)
+
+    def eligible(self, min_support: int) -> Tensor:
+        """Tell which features may take part in a selected pair, (n,): enough support, and a correlation that exists."""
+        return (self.support >= min_support) & (self.squares > 0)
+
+
+def feature_norms(
+    h: Tensor | FeatureActivations, correlation: str = "cosine", group: ProcessGroup = SINGLE_PROCESS
+) -> FeatureNorms:
+    """Sum norm, support and mean of every feature over the batch `h` (B, n) of all processes of `group`.
+
+    Raises:
+        NonFiniteError: the activations hold NaN or infinity.
+    """
+    features = feature_activations(h)
+    sums = features.moments()  # (3, n)
+    tokens = int(group.sum(sums.new_tensor([float(features.tokens)])))
+    support, squares, total = group.sum(sums)
+    if not bool(torch.isfinite(squares).all()):
+        raise NonFiniteError(_non_finite(squares))
+    if correlation == "cosine":
+        return FeatureNorms(squares, support, None, tokens)
+    mean = total / tokens
+    centred = group.sum(features.squares_about(mean))  # two passes: sum(h^2) - B mean^2 would cancel
+    centred[centred <= 1e-12 * squares] = 0  # a constant feature: what is left is rounding
+    return FeatureNorms(centred, support, mean, tokens)
+
+
+def _non_finite(squares: Tensor) -> str:
+    features = (~torch.isfinite(squares)).nonzero()[:, 0]
+    named = ", ".join(map(str, features[:5].tolist())) + (", ..." if len(features) > 5 else "")
+    return (
+        f"feature activations h hold NaN or infinity, or values too large to square, in {len(features)} of "
+        f"{len(squares)} features ({named}): expected finite numbers; look for the batch or the weight they came from"
+    )
+
+
+def pair_sums(h: Tensor | FeatureActivations, i: Tensor, j: Tensor) -> Tensor:
+    """Sum `h_ti h_tj` over the tokens for given pairs (T,), with a dense copy of a few tokens of their features."""
+    features = feature_activations(h)
+    sums = as_float(features.values).new_zeros(len(i))
+    if len(i) == 0:
+        return sums
+    occurring, number = occurring_features(i, j, features.n)
+    rows, order = number[i].int().sort(stable=True)
+    shape = (len(occurring), len(occurring))
+    pattern = csr(row_offsets(torch.bincount(rows, minlength=shape[0])), number[j][order], sums, shape)
+    for chunk in features.chunks(occurring):
+        pattern = torch.sparse.sampled_addmm(pattern, chunk.block, chunk.block.T)
+    sums[order] = pattern.values()
+    return sums
+
+
+def occurring_features(i: Tensor, j: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the features in pairs (U,), rising, and the number of each feature among them (n,), -1 for the others."""
+    occurs = torch.zeros(n, dtype=torch.bool, device=i.device)
+    occurs[i] = occurs[j] = True
+    features = occurs.nonzero()[:, 0]
+    number = features.new_full((n,), -1)
+    number[features] = torch.arange(len(features), device=i.device)
+    return features, number
+
+
+class BestPairs:
+    """The `limit` pairs of largest `|score|` offered so far, as signed squares; ties go to the smaller (i, j)."""
+
+    def __init__(
+        self, limit: int, device: torch.device, dtype: torch.dtype, at_least: float = 0.0, slack: int = 1 << 16
+    ) -> None:
+        self.limit, self.at_least, self.slack = limit, at_least, slack
+        self.threshold = at_least**2  # of the squares; pairs equal to it may still win by their key
+        # in pieces, put together only where they are looked at: there may be millions of pairs and hundreds of tiles
+        self._squares = [torch.empty(0, dtype=dtype, device=device)]
+        self._keys = [torch.empty(0, dtype=torch.int64, device=device)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._keys))
+
+    @property
+    def squares(self) -> Tensor:
+        """Signed squares of the pairs, (m,)."""
+        self._squares = [torch.cat(self._squares)] if len(self._squares) > 1 else self._squares
+        return self._squares[0]
+
+    @property
+    def keys(self) -> Tensor:
+        """The pairs as single numbers `i * n + j`, (m,)."""
+        self._keys = [torch.cat(self._keys)] if len(self._keys) > 1 else self._keys
+        return self._keys[0]
+
+    def emptied(self) -> BestPairs:
+        """Return a list of the same limits without pairs."""
+        return BestPairs(self.limit, self.keys.device, self.squares.dtype, self.at_least, self.slack)
+
+    def replace(self, squares: Tensor, keys: Tensor) -> None:
+        """Take these pairs in place of all others."""
+        self._squares, self._keys = [squares], [keys]
+
+    def offer(self, squares: Tensor, keys: Tensor) -> None:
+        """Consider new pairs (m,)."""
+        good = squares.abs() >= self.threshold
+        self._squares.append(squares[good])
+        self._keys.append(keys[good])
+        if len(self) > self.limit + max(self.slack, self.limit // 4):
+            self.prune()
+
+    def prune(self) -> None:
+        """Keep the `limit` best and raise the threshold to the worst of them."""
+        if len(self) < self.limit or self.limit == 0:
+            return
+        strength = self.squares.abs()
+        kept = strongest(strength, self.keys, self.limit)
+        self.threshold = float(strength[kept].min())
+        self.replace(self.squares[kept], self.keys[kept])
+
+    def fill_with_zeros(self, features: Tensor, n: int) -> None:
+        """Fill up with pairs of score 0 among rising features (m,), the smallest (i, j) first."""
+        kept = self.squares != 0
+        self.replace(self.squares[kept], self.keys[kept])
+        if self.threshold > 0 or len(self) >= self.limit:
+            return
+        m = len(features)
+        offsets = row_offsets(torch.arange(m - 1, -1, -1, device=features.device))  # of partners with a larger index
+        number = torch.arange(min(self.limit, m * (m - 1) // 2), device=features.device)  # enough: some may be taken
+        i = torch.searchsorted(offsets, number, right=True) - 1
+        keys = features[i] * n + features[number - offsets[i] + i + 1]
+        keys = keys[~torch.isin(keys, self.keys)][: self.limit - len(self)]
+        self.offer(self.squares.new_zeros(len(keys)), keys)
+
+    def pairs(self, n: int) -> Pairs:
+        """Return the best pairs of n features, best first."""
+        self.prune()
+        by_key = self.keys.argsort()
+        squares, keys = self.squares[by_key], self.keys[by_key]
+        order = squares.abs().argsort(descending=True, stable=True)
+        squares, keys = squares[order], keys[order]
+        return Pairs(keys // n, keys % n, signed_root(squares))
+
+
+def strongest(strength: Tensor, keys: Tensor, limit: int) -> Tensor:
+    """Return which of at least `limit` pairs (m,) are the strongest, ties going to the smaller key: (limit,)."""
+    least = strength.topk(limit, sorted=False).values.min()  # cheaper than to sort them all
+    above = (strength > least).nonzero()[:, 0]
+    ties = (strength == least).nonzero()[:, 0]
+    ties = ties[keys[ties].argsort()[: limit - len(above)]]
+    return torch.cat([above, ties])
+
+
+def signed_root(squares: Tensor) -> Tensor:
+    """Turn signed squares `c |c|` into `c`, at most 1 in absolute value."""
+    return squares.sign() * squares.abs().sqrt().clamp_max(1)
+
+
+def power_of_two_scale(norm: Tensor) -> Tensor:
+    """Return the powers of two that bring norms closest to 1."""
+    return torch.exp2(-torch.log2(norm).round())

@@ -1,0 +1,346 @@
+"""The decorrelation penalties with their closed-form gradients: eq. 4 to 7 of the paper, and its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
+
+from .configuration_selortho import SelOrthoConfig
+from .errors import ConfigError, SelOrthoError
+from .pair_selection import Pairs, Selection, feature_norms, select
+from .pairs import FeatureNorms, occurring_features, pair_sums
+from .process_group import SINGLE_PROCESS, ProcessGroup
+from .sparse_ops import FeatureActivations, as_float, csr, feature_activations, row_offsets, times_dense
+
+NEAREST_ROWS = 1024  # features whose nearest neighbours are looked for at once
+
+
+@dataclass(frozen=True)
+class PenaltyPlan:
+    """What the decorrelation penalty does at one step."""
+
+    acts: bool = True
+    pairs: Pairs | Selection | None = None  # the pairs to act on; None: select them on this batch
+    weight: float = 1.0  # with penalty_schedule "on_selection", the number of steps that this one stands for
+    coefficient: float | None = None  # in place of the config's ortho_coefficient, when it is steered
+    seed: int = 0  # of the chunks of ortsae
+    select: Callable[[FeatureActivations], Pairs] | None = None  # in place of the config's own selection
+
+
+def penalty(
+    config: SelOrthoConfig,
+    features: FeatureActivations,
+    W_dec: Tensor,
+    group: ProcessGroup = SINGLE_PROCESS,
+    plan: PenaltyPlan | None = None,
+) -> tuple[Tensor, Pairs | None]:
+    """Compute the penalty that a configuration asks for.
+
+    Args:
+        config: its fields `penalty`, `penalty_space`, `ortho_coefficient` and those of the selection count.
+        features: of the batch, (B, n). W_dec: (n, d_in).
+        group: processes whose tokens together are the batch.
+        plan: what the penalty does at this step.
+
+    Returns:
+        A scalar, and the pairs that the selective penalty acted on (None for the others, those of the plan at rest).
+
+    Raises:
+        ConfigError: the configuration names a penalty that this version no longer trains with.
+    """
+    plan = plan or PenaltyPlan()
+    given = plan.pairs.pairs if isinstance(plan.pairs, Selection) else plan.pairs
+    coefficient = (config.ortho_coefficient if plan.coefficient is None else plan.coefficient) * plan.weight
+    if config.penalty == "none" or coefficient == 0 or not plan.acts:
+        return W_dec.new_zeros((), dtype=torch.float32), given
+    if config.penalty == "ortsae":
+        return ortsae_penalty(W_dec, coefficient, config.ortsae_chunk, plan.seed), None
+    if config.penalty == "full":
+        return full_penalty(
+            features, coefficient, config.reduction, config.min_support, config.correlation, group
+        ), None
+    selection = _selection_of(config, features, W_dec, group, plan)
+    loss = _selective(config, features, W_dec, selection, coefficient, group)
+    if config.decoder_ratio > 0:
+        loss = loss + _second_penalty(config, W_dec, coefficient * config.decoder_ratio, plan.seed)
+    return loss, selection.pairs
+
+
+def select_by_config(
+    config: SelOrthoConfig, h: Tensor | FeatureActivations, W_dec: Tensor, group: ProcessGroup | None = None
+) -> Selection:
+    """Select the pairs that the configured penalty acts on, by the correlations of the batch or by decoder cosines."""
+    check_trainable(config)
+    fraction, threshold = config.pair_fraction, config.correlation_threshold
+    if config.selects_by == "decoder":
+        return Selection(select_directions(W_dec, fraction, threshold))
+    features, group = feature_activations(h), group or SINGLE_PROCESS
+    return select(features, fraction, config.min_support, config.correlation, "auto", group, threshold)
+
+
+def select_directions(W_dec: Tensor, pair_fraction: float, cosine_threshold: float = 0.0) -> Pairs:
+    """Select the pairs of features whose decoder rows (n, d_in) have the largest absolute cosine."""
+    columns = feature_activations(W_dec.detach().T)
+    return select(columns, pair_fraction, method="tiles", correlation_threshold=cosine_threshold).pairs
+
+
+def check_trainable(config: SelOrthoConfig) -> None:
+    """Raise a ConfigError if the settings are those of a penalty that is only still loaded, not trained with."""
+    if config.penalty == "selective" and "redundancy" in (config.penalty_space, config.selection_space):
+        raise ConfigError(
+            "penalty_space or selection_space 'redundancy': SAEs that were trained with it load, but it bought little "
+            "and is no longer trained with (RESULTS.md); use penalty_space='exclusion' or 'decoder'"
+        )
+
+
+def _selection_of(
+    config: SelOrthoConfig, features: FeatureActivations, W_dec: Tensor, group: ProcessGroup, plan: PenaltyPlan
+) -> Selection:
+    if isinstance(plan.pairs, Selection):
+        return plan.pairs
+    if plan.pairs is not None:
+        return Selection(plan.pairs)
+    if plan.select is not None:
+        return Selection(plan.select(features.detach()))
+    return select_by_config(config, features, W_dec, group)
+
+
+def _selective(
+    config: SelOrthoConfig,
+    features: FeatureActivations,
+    W_dec: Tensor,
+    selection: Selection,
+    coefficient: float,
+    group: ProcessGroup,
+) -> Tensor:
+    """Compute eq. 7's last term on the selected pairs, or its counterpart on the cosines of decoder rows.
+
+    Decoder cosines are the same on every process, so that the mean over the processes is right as it is. "exclusion"
+    weights each by `(1 - max(P(i|j), P(j|i)))^2`, held fixed: it acts on features that point alike and stand in for one
+    another, as one that has absorbed another's direction does.
+    """
+    pairs, reduction = selection.pairs, config.reduction
+    if config.penalty_space == "activation":
+        if selection.is_of(features):
+            assert selection.norms is not None
+            scale = _scale(coefficient, reduction, len(pairs))
+            c = pairs.correlation
+            return _squared_correlations(features, pairs, c, c, selection.norms, scale, group)
+        return decorrelation_penalty(features, pairs, coefficient, reduction, config.correlation, group)
+    weights = _exclusion(features, pairs, group) if config.penalty_space == "exclusion" else None
+    return decorrelation_penalty(W_dec.T, pairs, coefficient, reduction, weights=weights)
+
+
+@torch.no_grad()
+def _exclusion(features: FeatureActivations, pairs: Pairs, group: ProcessGroup) -> Tensor:
+    """Weigh each pair by how rarely it fires together, (T,); 0 where one of the two does not fire."""
+    joint = group.sum(pair_sums(features.pattern(), pairs.i, pairs.j))
+    support = feature_norms(features, "cosine", group).support
+    share = 1 - joint / torch.minimum(support[pairs.i], support[pairs.j])
+    return share.nan_to_num(0).square()
+
+
+def _second_penalty(config: SelOrthoConfig, W_dec: Tensor, coefficient: float, seed: int) -> Tensor:
+    """Square the decoder cosines of the pairs whose directions are most alike, the same on every process."""
+    if config.decoder_pairs == "nearest":
+        return ortsae_penalty(W_dec, coefficient, config.ortsae_chunk, seed)
+    alike = select_directions(W_dec, config.pair_fraction)
+    return decorrelation_penalty(W_dec.T, alike, coefficient, config.reduction)
+
+
+def decorrelation_penalty(
+    h: Tensor | FeatureActivations,
+    pairs: Pairs,
+    coefficient: float = 0.1,
+    reduction: str = "mean",
+    correlation: str = "cosine",
+    group: ProcessGroup | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Compute `coefficient * R * sum_T c_ij^2` on given pairs, with its closed-form gradient to `h`.
+
+    `R` is 1 for "sum" (the paper) and `1 / |T|` for "mean". Correlations are those of this batch, computed for these
+    pairs alone. With `group`, they are those of the global batch and the gradient is scaled by the number of processes,
+    because data parallel training averages gradients.
+
+    Args:
+        h: feature activations, (B, n); as `ActiveFeatures`, the gradient goes to its values and is computed there
+            alone. pairs: the set `T`, e.g. from [`select_pairs`].
+        weights: a factor of each pair's square (T,), default 1.
+
+    Returns:
+        A scalar, float32 (float64 for a float64 `h`); 0 with a zero gradient if there are no pairs.
+    """
+    features, group = feature_activations(h), group or SINGLE_PROCESS
+    scale = _scale(coefficient, reduction, len(pairs))
+    with torch.autocast(features.values.device.type, enabled=False), torch.no_grad():
+        norms = feature_norms(features, correlation, group)
+        c = _correlations_of(features, norms, pairs, group)
+        weighted = c if weights is None else c * weights.to(c.dtype)
+    return _squared_correlations(features, pairs, c, weighted, norms, scale, group)
+
+
+def full_penalty(
+    h: Tensor | FeatureActivations,
+    coefficient: float = 0.1,
+    reduction: str = "mean",
+    min_support: int = 1,
+    correlation: str = "cosine",
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Tensor:
+    """Compute [`decorrelation_penalty`] on *every* eligible pair (the paper's "full orthogonality").
+
+    Its memory is that of [`full_penalty_bytes`]: the correlation matrix cannot be avoided.
+    """
+    features = feature_activations(feature_activations(h).to_dense())
+    with torch.autocast(features.values.device.type, enabled=False), torch.no_grad():
+        norms = feature_norms(features, correlation, group)
+        supported = norms.support >= min_support
+        values = as_float(features.values)
+        values = values if norms.mean is None else values - norms.mean
+        c = group.sum(values.T @ values)
+        inverse = norms.inverse * supported
+        c = c.mul_(inverse).mul_(inverse[:, None]).fill_diagonal_(0)  # (n, n)
+        eligible = int(supported.sum())
+        scale = _scale(coefficient, reduction, eligible * (eligible - 1) // 2)
+        value = scale * c.square().sum() / 2
+        diagonal = -torch.linalg.vecdot(c, c) * norms.inverse.square()
+        matrix = c.mul_(norms.inverse).mul_(norms.inverse[:, None])
+        matrix.diagonal().copy_(diagonal)
+        operator = _Operator(matrix, torch.arange(features.n, device=c.device), norms.mean)
+    return _Penalty.apply(features.values, features.detach(), value, operator, 2 * scale * group.size)
+
+
+def full_penalty_bytes(n: int, batch: int) -> int:
+    """Return the memory of the full penalty on n features and a batch of tokens, beside the activations themselves.
+
+    At the backward pass there are the correlation matrix turned operator, its squares, and the activations and their
+    gradient transposed, in float32.
+    """
+    return 4 * (2 * n * n + 2 * n * batch)
+
+
+def ortsae_penalty(W_dec: Tensor, coefficient: float = 0.25, chunk: int = 8192, seed: int = 0) -> Tensor:
+    """Compute OrtSAE's penalty (arXiv 2509.22033): `coefficient * mean_i (max_j cos(W_i, W_j))^2` within random chunks.
+
+    Args:
+        W_dec: decoder rows (n, d_in), of any norm.
+        chunk: features compared with one another; the chunks are drawn anew for every `seed`.
+
+    Returns:
+        A scalar, with the gradient through the largest cosine of each feature.
+    """
+    order = torch.randperm(len(W_dec), generator=torch.Generator().manual_seed(seed)).to(W_dec.device)
+    with torch.autocast(W_dec.device.type, enabled=False):
+        unit = normalize(as_float(W_dec), dim=1)
+        nearest = torch.cat([part[_nearest(unit.detach()[part])] for part in order.split(chunk) if len(part) > 1])
+        compared = order[: len(nearest)]  # a last chunk of a single feature has no neighbour
+        cosine = (unit[compared] * unit[nearest]).sum(1)
+        return coefficient * cosine.square().sum() / len(W_dec)
+
+
+def _nearest(unit: Tensor) -> Tensor:
+    """Return, of each row (m, d_in), the other row of largest cosine, (m,)."""
+    nearest = []
+    for start in range(0, len(unit), NEAREST_ROWS):
+        cosine = unit[start : start + NEAREST_ROWS] @ unit.T  # (rows, m)
+        own = torch.arange(len(cosine), device=unit.device)
+        cosine[own, start + own] = -torch.inf
+        nearest.append(cosine.argmax(1))
+    return torch.cat(nearest)
+
+
+def _scale(coefficient: float, reduction: str, pairs: int) -> float:
+    if reduction not in ("mean", "sum"):
+        raise SelOrthoError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
+    return coefficient if reduction == "sum" else coefficient / max(pairs, 1)
+
+
+def _correlations_of(features: FeatureActivations, norms: FeatureNorms, pairs: Pairs, group: ProcessGroup) -> Tensor:
+    """Compute the correlations (T,) of given pairs in this batch."""
+    sums = group.sum(pair_sums(features, pairs.i, pairs.j))
+    if norms.mean is not None:
+        sums = sums - norms.tokens * norms.mean[pairs.i] * norms.mean[pairs.j]
+    inverse = norms.inverse
+    return sums * inverse[pairs.i] * inverse[pairs.j]
+
+
+def _squared_correlations(
+    features: FeatureActivations,
+    pairs: Pairs,
+    c: Tensor,
+    weighted: Tensor,
+    norms: FeatureNorms,
+    scale: float,
+    group: ProcessGroup,
+) -> Tensor:
+    """Compute `scale * sum_T weighted c` with `weighted_ij = w_ij c_ij`, and its gradient."""
+    with torch.autocast(features.values.device.type, enabled=False), torch.no_grad():
+        value = scale * (weighted * c).sum()
+        operator = _Operator.of_pairs(pairs, c, weighted, norms)
+    return _Penalty.apply(features.values, features.detach(), value, operator, 2 * scale * group.size)
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """The symmetric matrix `S` (n, n) with which the gradient of `sum_T w_ij c_ij^2` is `2 h S`.
+
+    With `u_i = h_i / |h_i|` the gradient is `2 (sum_j w_ij c_ij u_j - u_i sum_j w_ij c_ij^2) / |h_i|`, that is
+    `S_ij = w_ij c_ij / (|h_i| |h_j|)`, `S_ii = -sum_j w_ij c_ij^2 / |h_i|^2`. It holds for centred activations too:
+    the gradient then sums to zero over the batch.
+    """
+
+    matrix: Tensor  # (U, U), dense or CSR, of the features that occur in pairs
+    features: Tensor  # (U,) rising
+    mean: Tensor | None  # (n,) for Pearson
+
+    @staticmethod
+    def of_pairs(pairs: Pairs, c: Tensor, weighted: Tensor, norms: FeatureNorms) -> _Operator:
+        i, j = pairs.i, pairs.j
+        features, number = occurring_features(i, j, len(norms.squares))
+        inverse = norms.inverse[features]
+        a, b = number[i], number[j]
+        scaled = weighted * inverse[a] * inverse[b]
+        diagonal = torch.zeros_like(inverse).index_add_(0, a, weighted * c).index_add_(0, b, weighted * c)
+        own = torch.arange(len(features), device=i.device)
+        rows, order = torch.cat([a, b, own]).int().sort(stable=True)  # a radix sort; within a row any order will do
+        cols = torch.cat([b, a, own])[order]
+        entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])[order]
+        crow = row_offsets(torch.bincount(rows, minlength=len(features)))
+        return _Operator(csr(crow, cols, entries, (len(features), len(features))), features, norms.mean)
+
+    def times(self, h: FeatureActivations) -> Tensor:
+        """Compute `h S` where `h` has values, in their shape."""
+        product = torch.zeros_like(as_float(h.values))
+        shift = None if self.mean is None else self.matrix @ self.mean[self.features][:, None]  # (U, 1)
+        for chunk in h.chunks(self.features):
+            block = times_dense(self.matrix, chunk.block)  # (U, tokens); the operator is symmetric
+            if shift is not None:
+                block -= shift
+            h.put(product, chunk, self.features, block)
+        return product
+
+
+class _Penalty(torch.autograd.Function):
+    """A penalty whose value is known, and whose gradient to the values of `h` is `scale * h S`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, h: FeatureActivations, value: Tensor, operator: _Operator, scale: float
+    ) -> Tensor:
+        ctx.h, ctx.operator, ctx.scale = h, operator, scale
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values = ctx.h.values
+        with torch.autocast(values.device.type, enabled=False):
+            gradient = ctx.operator.times(ctx.h)
+        return gradient.mul_(ctx.scale * grad).to(values.dtype), None, None, None, None

@@ -1,0 +1,203 @@
+"""A training run: what it may do is checked, then data, SAEs and trainers are made, and trained to the end."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs, set_seed
+
+from ..configuration_selortho import SelOrthoConfig
+from ..data.pair_history import PairHistory
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from ..utils.command_line import on_cpu, use_all_cores
+from ..utils.memory import available_memory
+from .arguments import TrainingArguments
+from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of, step_of
+from .data import CachedData, LiveData, TrainingData, open_store
+from .dry_run import check_memory
+from .non_finite import NonFinitePolicy
+from .run_folder import TRACKERS, MetricsLog, check_output_folder, prepare_output_folder
+from .sae_trainer import SAETrainer
+from .schedules import full_penalty_notice, make_controller
+from .stop_signals import StopSignals
+from .trainer import Trainer
+from .variants import all_settings, make_variants, with_shared_settings
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """A run whose arguments are known to be possible; nothing has been changed yet.
+
+    Attributes:
+        variants: the SAEs that it trains. data, saes, trainers: what [`train`] makes, one SAE and trainer a variant.
+        totals: what was read in training, over all processes.
+
+    Raises:
+        SelOrthoError: the arguments, the output folder or the checkpoint to resume from do not allow it.
+    """
+
+    data: TrainingData
+    configs: list[SelOrthoConfig]
+    saes: list[SelOrthoSAE]
+    trainers: list[SAETrainer]
+    totals: dict[str, int]
+
+    def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
+        run, self.accelerator = arguments.run, accelerator
+        self.checkpoint = agreed_checkpoint(accelerator, run.resume_from_checkpoint, run.output_dir)
+        self.resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, run.output_dir)
+        self.output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+        self.store = open_store(arguments)
+        self.variants = make_variants(arguments)
+        self.arguments = with_shared_settings(arguments, self.variants)
+        settings = all_settings(self.arguments, self.variants)
+        self.checkpoints = Checkpoints(accelerator, self.output, settings, run.checkpoint_every, run.keep_checkpoints)
+        self.resume_at = self.checkpoints.check(self.checkpoint) if self.checkpoint else 0
+
+    def train(self) -> int | None:
+        """Train to the end; returns the signal that has stopped it before, once a checkpoint is written."""
+        accelerator, run = self.accelerator, self.arguments.run
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped, rank, processes)
+        self.open_data()
+        if isinstance(self.data, LiveData):
+            self.data.capture.on_non_finite = policy.handle_activations
+        self.checkpoints.inputs = self.data.identity()
+        self.saes = self.new_saes() if self.checkpoint is None else self.load_saes(self.checkpoint)
+        self._prepare_folder()
+        start_trackers(accelerator, self.arguments, self.resume_at)
+        self.trainers = self.make_trainers(self.saes, policy, logged=accelerator.is_main_process)
+        if self.checkpoint is not None:
+            self.checkpoints.load(self.checkpoint, self.trainers, self.data.source)
+        with StopSignals() as signals:
+            signal = Trainer(self.trainers, self.data.source, run, self.checkpoints, signals).fit()
+        self.totals = self.data.source.totals()
+        self.data.source.release()
+        for trainer in self.trainers:
+            trainer.release()
+        return signal
+
+    def open_data(self) -> TrainingData:
+        """Open the activations of all SAEs and build the configurations, which depend on them.
+
+        Raises:
+            SelOrthoError: what they need does not fit in the memory.
+        """
+        layers = list(dict.fromkeys(variant.layer for variant in self.variants))
+        device, batch_size = self.accelerator.device, self.arguments.run.batch_size
+        if self.store is None:
+            self.data = LiveData(self.arguments, layers, self.accelerator)
+        else:
+            self.data = CachedData(self.store, self.arguments, layers, self.accelerator)
+        self.configs = [variant.config(**self.data.provenance(variant.layer)) for variant in self.variants]
+        check_memory(self.data, self.configs, device)
+        for config in self.configs:
+            notice = full_penalty_notice(config, batch_size, available_memory(device))
+            if notice is not None and self.accelerator.is_main_process:
+                logger.warning("%s", notice)
+        return self.data
+
+    def load_saes(self, checkpoint: Path) -> list[SelOrthoSAE]:
+        """Load the SAEs of a checkpoint."""
+        logger.info("resuming from %s", checkpoint)
+        pairs = zip(self.variants, self.configs, strict=True)
+        return [self.checkpoints.load_sae(checkpoint, variant.name, config) for variant, config in pairs]
+
+    def new_saes(self) -> list[SelOrthoSAE]:
+        """Fill the source of batches, and make SAEs that all start from the same random numbers."""
+        statistics = self.data.statistics(progress=self.accelerator.is_main_process)
+        saes = []
+        for variant, config in zip(self.variants, self.configs, strict=True):
+            set_seed(self.arguments.run.seed)
+            config.max_norm = statistics[variant.layer].max_norm
+            saes.append(SelOrthoSAE(config))
+            if config.input_normalization == "standard":
+                saes[-1].set_input_statistics(statistics[variant.layer].mean, statistics[variant.layer].scale)
+        return saes
+
+    def make_trainers(
+        self, saes: list[SelOrthoSAE], policy: NonFinitePolicy | None = None, logged: bool = False
+    ) -> list[SAETrainer]:
+        """Make the trainers of the SAEs; each has a log and a history of its pairs if it is `logged`."""
+        run, trainers = self.arguments.run, []
+        for variant, sae in zip(self.variants, saes, strict=True):
+            log, history, folder = None, None, self.output / variant.name
+            if logged:
+                folder.mkdir(exist_ok=True)
+                log = MetricsLog(folder, resume_at=self.resume_at)
+                history = PairHistory(folder, sae.config, run.max_steps, resume_at=self.resume_at)
+            controller = make_controller(run, sae.config.penalty, sae.config.ortho_coefficient)
+            trainers.append(SAETrainer(self.accelerator, sae, run, log, controller, variant.name, policy, history))
+        return trainers
+
+    def words_of_a_stop(self, command: str) -> str:
+        """Say where a run that a signal has stopped is, and how to go on."""
+        step, latest = self.trainers[0].state.step, self.checkpoints.latest
+        saved = latest is not None and step_of(latest) == step
+        checkpoint = "its checkpoint is written" if saved else f"its latest checkpoint is {latest or 'missing'}"
+        return f"\nstopped after step {step}; {checkpoint}. To go on:\n  {command} --resume_from_checkpoint auto\n"
+
+    def _prepare_folder(self) -> None:
+        """Replace an earlier run, now that this one is known to be able to start."""
+        if self.accelerator.is_main_process:
+            overwrite = self.arguments.run.overwrite_output_dir
+            prepare_output_folder(self.output, overwrite=overwrite, resuming=self.resuming)
+        self.accelerator.wait_for_everyone()
+
+
+def make_accelerator(arguments: TrainingArguments) -> Accelerator:
+    """Choose device, mixed precision and trackers.
+
+    Raises:
+        SelOrthoError: they are not to be had, or the processes cannot share a batch.
+    """
+    run = arguments.run
+    trackers = [name for name in run.report_to if name != "none"]
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu(run.cpu),
+            mixed_precision=run.mixed_precision,
+            log_with=trackers or None,
+            project_dir=str(Path(run.output_dir) / TRACKERS),
+            kwargs_handlers=[GradScalerKwargs(growth_factor=2.0, backoff_factor=0.5)],  # of float16's dynamic scale
+        )
+    except (ValueError, ImportError) as error:
+        raise SelOrthoError(f"accelerate cannot start with these arguments: {error}") from error
+    if missing := " ".join(sorted(set(trackers) - {str(tracker) for tracker in accelerator.log_with})):
+        raise SelOrthoError(f"--report_to {missing}: install the tracker with pip install {missing}")
+    if accelerator.device.type == "cpu":
+        use_all_cores(run.cpu_threads)
+        if accelerator.mixed_precision == "fp16":
+            raise SelOrthoError("--mixed_precision fp16 needs a GPU: use --mixed_precision bf16 or no on the CPU")
+    if run.batch_size % accelerator.num_processes:
+        raise SelOrthoError(
+            f"--batch_size {run.batch_size} is not a multiple of the {accelerator.num_processes} processes"
+        )
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, arguments: TrainingArguments, resume_at: int) -> None:
+    """Tell the trackers of `--report_to` about the run; one that goes on from a step replaces what came after it."""
+    if not accelerator.log_with:
+        return
+    output = os.path.abspath(arguments.run.output_dir)
+    name = os.path.basename(output)
+    identity = hashlib.sha256(output.encode()).hexdigest()[:12]  # by which a resumed run is the same one there too
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": resume_at + 1} if resume_at else {},
+        "wandb": {"id": identity, "name": name, **({"resume": "allow"} if resume_at else {})},
+        "trackio": {"name": f"{name}-{identity}", "resume": "allow"},
+    }
+    trackers = {str(tracker) for tracker in accelerator.log_with}
+    accelerator.init_trackers(
+        "hf_selortho",
+        config={k: v if isinstance(v, (int, float, str)) else str(v) for k, v in arguments.flat().items()},
+        init_kwargs={key: value for key, value in options.items() if key in trackers},
+    )

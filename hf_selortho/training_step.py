@@ -1,0 +1,279 @@
+"""One training step of an SAE up to its loss, eq. 7: on the active entries alone where these are few, exactly.
+
+The dense way holds pre-activations (B, n). The other way computes them a few tokens at a time and keeps what fires, so
+that `(B, n)` never exists. Loss and gradients are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .activation_functions import JumpReLU, activate, near_threshold
+from .configuration_selortho import SelOrthoConfig
+from .pairs import Pairs
+from .penalties import PenaltyPlan, check_trainable, penalty
+from .process_group import SINGLE_PROCESS, ProcessGroup
+from .sparse_ops import ActiveFeatures, DenseFeatures, FeatureActivations, row_offsets, sparse_encode
+
+if TYPE_CHECKING:
+    from .modeling_selortho import SelOrthoSAE
+
+CHUNK_ROWS = 128  # tokens whose pre-activations are held at once: enough for matrix products at full speed
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # pre-activations held at once, if that is more tokens
+# Densities below which the active entries are cheaper than dense arithmetic; the CPU's is measured (benchmark.py)
+SPARSE_BELOW = {"cpu": 0.08, "cuda": 0.004}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a batch gives before the gradients are computed."""
+
+    features: FeatureActivations  # (B, d_sae)
+    x_hat: Tensor  # (B, d_in), normalised reconstruction
+    losses: dict[str, Tensor]  # weighted terms of eq. 7
+    pairs: Pairs | None  # that the selective penalty acted on
+    threshold: Tensor | None  # batchtopk: the smallest activation that this batch kept
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Feature activations of a batch, and what the loss needs to know about how they came about."""
+
+    h: FeatureActivations
+    threshold: Tensor | None = None  # batchtopk: the smallest activation that was kept
+    l0: Tensor | None = None  # jumprelu: mean L0 with a gradient to the thresholds
+
+
+def run_step(
+    sae: SelOrthoSAE,
+    x: Tensor,
+    group: ProcessGroup | None = None,
+    plan: PenaltyPlan | None = None,
+    dead: Tensor | None = None,
+    dense: bool = False,
+) -> Step:
+    """Encode and reconstruct normalised activations `x` (B, d_in), and compute the terms of eq. 7.
+
+    Args:
+        sae: in training mode, batchtopk looks at the batch instead of its fixed threshold.
+        group: processes whose tokens together are the batch; default: this process alone.
+        plan: what the penalty does; default: select pairs and act on them.
+        dead: which features are dead (d_sae,), for the auxiliary loss of topk and batchtopk.
+        dense: give feature activations as an ordinary tensor.
+    """
+    group, config = group or SINGLE_PROCESS, sae.config
+    encoded = None
+    if not dense and sae.training and torch.is_grad_enabled() and not x.requires_grad:
+        encoded = _encode_active(sae, x, group)
+    if encoded is None:
+        encoded = _encode_dense(sae, x, group)
+    x_hat, reconstruction = _reconstruct(sae, x, encoded.h)
+    if sae.training:
+        check_trainable(config)
+    elif config.selects_by == "redundancy" or config.penalty_space == "redundancy":
+        plan = PenaltyPlan(acts=False)
+    ortho, pairs = penalty(config, encoded.h, sae.W_dec, group, plan)
+    losses = {"reconstruction": reconstruction, **_sparsity_losses(config, encoded), "ortho": ortho}
+    if dead is not None and sae.aux_features > 0:
+        losses["aux"] = _aux_loss(sae, x, x - x_hat.detach(), dead)
+    return Step(encoded.h, x_hat, losses, pairs, encoded.threshold)
+
+
+def _encode_dense(sae: SelOrthoSAE, x: Tensor, group: ProcessGroup) -> _Encoded:
+    config, z = sae.config, sae.pre_activations(x)
+    if config.activation == "batchtopk" and sae.training:
+        least = batch_threshold(z.detach().flatten(), _wanted(config, len(x), x.device, group), group)
+        return _Encoded(DenseFeatures(torch.where((z >= least) & (z > 0), z, 0)), threshold=least)
+    if config.activation == "jumprelu":
+        h, fired = JumpReLU.apply(z, sae.inference_threshold(), config.jumprelu_bandwidth)
+        return _Encoded(DenseFeatures(h), l0=fired / len(x))
+    return _Encoded(DenseFeatures(activate(config.activation, z, config.k, sae.inference_threshold())))
+
+
+def _encode_active(sae: SelOrthoSAE, x: Tensor, group: ProcessGroup) -> _Encoded | None:
+    """Encode as active entries with gradients to the encoder; None if there are too many of them."""
+    config, W_enc, b_enc = sae.config, sae.W_enc, sae.b_enc
+    thresholds = sae.inference_threshold() if config.activation == "jumprelu" else None
+    with torch.no_grad():
+        found = _find_active(config, x, W_enc, b_enc, thresholds, group)
+    if found is None:
+        return None
+    pattern, least = found
+    if thresholds is None:
+        return _Encoded(pattern.with_values(sparse_encode(x, W_enc, b_enc, pattern)), threshold=least)
+    above = pattern.values > thresholds.detach()[pattern.cols]
+    gated = pattern.with_values(pattern.values * above)
+    values = sparse_encode(x, W_enc, b_enc, gated, above)
+    values, fired = _SparseJumpReLU.apply(values, thresholds, pattern, above, config.jumprelu_bandwidth)
+    return _Encoded(pattern.with_values(values), l0=fired / len(x))
+
+
+def _find_active(
+    config: SelOrthoConfig, x: Tensor, W_enc: Tensor, b_enc: Tensor, thresholds: Tensor | None, group: ProcessGroup
+) -> tuple[ActiveFeatures, Tensor | None] | None:
+    device, n = x.device.type, W_enc.shape[1]
+    limit = SPARSE_BELOW.get(device, 0.0)
+    if config.k is not None and config.k > limit * n:
+        return None
+    wanted = _wanted(config, len(x), x.device, group) if config.activation == "batchtopk" else None
+    lower = None if thresholds is None else thresholds.detach() - config.jumprelu_bandwidth / 2
+    kept = _KeptEntries(n, config.k if config.activation == "topk" else None, wanted, lower)
+    rows = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 1 << 28) // n)
+    for start, z in _pre_activation_chunks(x, W_enc, b_enc, rows):
+        kept.add(z)
+        if start == 0 and config.k is None:
+            # under data parallelism all processes have to take the same way, as they talk along it
+            share = torch.tensor([kept.entries / max(1, z.numel())], device=x.device)
+            if float(group.sum(share)) / group.size > limit:
+                return None
+    least = None if wanted is None else batch_threshold(torch.cat(kept.values), wanted, group)
+    return kept.entries_of_batch(least), least
+
+
+def _wanted(config: SelOrthoConfig, tokens: int, device: torch.device, group: ProcessGroup) -> int:
+    """Return the entries that batchtopk keeps, `B k`; B counts the tokens of all processes."""
+    assert config.k is not None
+    return int(group.sum(torch.tensor([tokens], device=device))) * config.k
+
+
+def batch_threshold(z: Tensor, wanted: int, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
+    """Return the `wanted`-th largest of the pre-activations (m,) of all processes, 0 if fewer are positive."""
+    if group.size == 1:
+        return z.topk(min(wanted, len(z)), sorted=False).values.min().clamp_min(0)
+    bits = z[z > 0].float().view(torch.int32).sort().values  # positive floats are ordered as their bits are
+    low = torch.zeros(1, dtype=torch.int32, device=z.device)
+    for bit in range(30, -1, -1):  # the largest threshold that `wanted` entries reach, bit by bit
+        higher = low | (1 << bit)
+        reached = len(bits) - torch.searchsorted(bits, higher)
+        if int(group.sum(reached)) >= wanted:
+            low = higher
+    return low.view(torch.float32)[0]
+
+
+class _KeptEntries:
+    """What fires in the chunks of pre-activations looked through so far.
+
+    Args:
+        n: number of features. k: of topk. wanted: entries of batchtopk. lower: of jumprelu, (n,): entries above count.
+    """
+
+    def __init__(self, n: int, k: int | None, wanted: int | None, lower: Tensor | None) -> None:
+        self.n, self.k, self.wanted, self.lower = n, k, wanted, lower
+        self.counts: list[Tensor] = []  # per token
+        self.cols: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.least = 0.0  # of batchtopk: no smaller entry can be kept
+
+    @property
+    def entries(self) -> int:
+        return sum(map(len, self.cols))
+
+    def add(self, z: Tensor) -> None:
+        """Look through pre-activations (rows, n)."""
+        if self.k is not None:
+            values, cols = z.topk(self.k, dim=-1, sorted=False)
+            self.counts.append(torch.full((len(z),), cols.shape[1], device=z.device))
+            self.cols.append(cols.flatten())
+            self.values.append(values.relu_().flatten())
+            return
+        if self.lower is not None:
+            fires = z > self.lower
+        else:
+            fires = z >= self.least if self.least > 0 else z > 0
+        flat = fires.view(-1).nonzero()[:, 0]
+        rows = flat // self.n
+        self.counts.append(torch.bincount(rows, minlength=len(z)))
+        self.cols.append(flat - rows * self.n)
+        self.values.append(z.view(-1)[flat])
+        if self.wanted is not None and self.entries > 2 * self.wanted:
+            # raise the bar to what the entries so far say: the threshold of the batch can only be higher
+            values = torch.cat(self.values)
+            self.least = float(values.topk(self.wanted, sorted=False).values.min())
+            self._keep(values >= self.least)
+
+    def _keep(self, which: Tensor) -> None:
+        counts = torch.cat(self.counts)
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        self.counts = [torch.bincount(rows[which], minlength=len(counts))]
+        self.cols = [torch.cat(self.cols)[which]]
+        self.values = [torch.cat(self.values)[which]]
+
+    def entries_of_batch(self, least: Tensor | None) -> ActiveFeatures:
+        """Return the entries, of batchtopk those of at least `least`."""
+        if least is not None:
+            self._keep(torch.cat(self.values) >= least)
+        return ActiveFeatures(row_offsets(torch.cat(self.counts)), torch.cat(self.cols), torch.cat(self.values), self.n)
+
+
+def _pre_activation_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield first token and pre-activations (rows, n) of a few tokens at a time, always in the same memory."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W_enc.dtype
+    with torch.autocast(kind, enabled=False):
+        x, W_enc, b_enc = x.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+        memory = x.new_empty(min(rows, len(x)), W_enc.shape[1])
+        for start in range(0, len(x), rows):
+            part = x[start : start + rows]
+            z = torch.addmm(b_enc, part, W_enc, out=memory[: len(part)])
+            yield start, z if dtype == torch.float64 else z.float()
+
+
+class _SparseJumpReLU(torch.autograd.Function):
+    """[`JumpReLU`] on active entries: the identity on their values, which are gated already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, threshold: Tensor, pattern: ActiveFeatures, above: Tensor, bandwidth: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(threshold)
+        ctx.pattern, ctx.bandwidth = pattern, bandwidth
+        return values.clone(), above.sum().to(threshold.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_fired: Tensor) -> tuple[Tensor | None, ...]:
+        (threshold,) = ctx.saved_tensors
+        pattern: ActiveFeatures = ctx.pattern
+        own = threshold[pattern.cols]
+        per_entry = near_threshold(pattern.values, own, ctx.bandwidth) * (own * grad + grad_fired)
+        return grad, -pattern.sum_by_feature(per_entry) / ctx.bandwidth, None, None, None
+
+
+def _reconstruct(sae: SelOrthoSAE, x: Tensor, h: FeatureActivations) -> tuple[Tensor, Tensor]:
+    """Compute the normalised reconstruction (B, d_in) and its loss, the mean over the prefixes of a Matryoshka SAE."""
+    prefixes, W_dec = sae.config.matryoshka_prefixes, sae.W_dec
+    if prefixes is None:
+        x_hat = h.decode(W_dec) + sae.b_dec
+        return x_hat, (x_hat.to(x.dtype) - x).square().sum(-1).mean()
+    parts = h.decode(W_dec, prefixes)  # (B, prefixes, d_in)
+    nested = parts.cumsum(1) + sae.b_dec
+    return nested[:, -1], (nested.to(x.dtype) - x[:, None]).square().sum(-1).mean()
+
+
+def _sparsity_losses(config: SelOrthoConfig, encoded: _Encoded) -> dict[str, Tensor]:
+    values = encoded.h.values
+    zero = values.new_zeros((), dtype=torch.float32)
+    if encoded.l0 is not None:
+        return {"l1": zero, "l0_penalty": config.l0_coefficient * encoded.l0}
+    if config.activation != "relu" or config.l1_coefficient == 0:
+        return {"l1": zero}
+    return {"l1": config.l1_coefficient * values.float().sum() / encoded.h.tokens}  # h >= 0: its L1 norm is its sum
+
+
+def _aux_loss(sae: SelOrthoSAE, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    """Let the dead features with the largest pre-activations explain the residual (Gao et al. 2024, section A.2)."""
+    features = dead.nonzero()[:, 0]
+    if len(features) == 0:
+        return x.new_zeros(())
+    z = x.to(sae.W_enc.dtype) @ sae.W_enc[:, features] + sae.b_enc[features]  # (B, dead)
+    if len(features) > sae.aux_features:
+        least = z.detach().topk(sae.aux_features, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        z = torch.where(z >= least, z, 0)
+    explained = torch.relu(z) @ sae.W_dec[features]
+    return sae.config.aux_coefficient * (explained.to(x.dtype) - residual).square().sum(-1).mean()
