@@ -99,10 +99,10 @@ def test_what_is_no_run_is_refused(tmp_path) -> None:
     with pytest.raises(SelOrthoError, match="holds no config.json"):
         read_run(tmp_path)
     save_run(tmp_path / "x/deep/sae")
-    with pytest.raises(SelOrthoError, match=r"SAEs in sub-folders: deep/sae; choose one"):
+    with pytest.raises(SelOrthoError, match="holds no config.json; expected the folder of a run"):
         read_run(tmp_path / "x")
     (tmp_path / "x/deep/sae/metrics.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="expected an object"):
+    with pytest.raises(ConfigError, match="holds no JSON object"):
         read_run(tmp_path / "x/deep/sae")
 
 

@@ -261,7 +261,7 @@ def test_a_proposal_changes_nothing(hub, client, sae) -> None:
         (["--sae", "acme/sae"], "--space is missing"),
         (["--space", "acme/x", "--sae", "acme/none"], 'unknown SAE "acme/none"'),
         (["--space", "acme/x", "--sae", "acme/sae@v9"], 'has no revision "v9"'),
-        (["--space", "acme/x", "--sae", "acme/sae/layer_3"], "its SAE is at the top"),
+        (["--space", "acme/x", "--sae", "acme/sae/layer_3"], "holds no layer_3/config.json"),
         (["--space", "acme/x", "--sae", "acme/sae", "--twin", "acme/none"], 'unknown SAE "acme/none"'),
         (["--space", "acme/x", "--sae", "acme/llama"], "this is no SAE"),
         (["--space", "acme/x", "--sae", "acme/half"], "has an SAE's config without its weights (model.safetensors)"),
