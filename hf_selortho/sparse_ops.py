@@ -336,12 +336,12 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, active: ActiveFeatures, ends: Tensor | None) -> Tensor:
         ctx.save_for_backward(W_dec)
-        ctx.active, shape = active.with_values(values.detach()), (active.tokens, -1)
+        ctx.active = active.with_values(values.detach())
         if ends is not None:  # each token becomes G rows, one for each range of features
             row = active.rows * len(ends) + torch.searchsorted(ends, active.cols, right=True)
-            crow = row_offsets(torch.bincount(row, minlength=active.tokens * len(ends)))
-            ctx.active, shape = replace(ctx.active, crow=crow), (active.tokens, len(ends), -1)
-        return times_dense(ctx.active.matrix(), W_dec.to(values.dtype)).view(*shape[:-1], W_dec.shape[1])
+            ctx.active = replace(ctx.active, crow=row_offsets(torch.bincount(row, minlength=active.tokens * len(ends))))
+        x_hat = times_dense(ctx.active.matrix(), W_dec.to(values.dtype))
+        return x_hat if ends is None else x_hat.view(active.tokens, len(ends), -1)
 
     @staticmethod
     @once_differentiable
