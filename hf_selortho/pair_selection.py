@@ -113,7 +113,7 @@ def select(
 
 
 class CoactivationEMA:
-    """Exponential moving sums over batches: `S <- decay S + S_batch` of `<h_i, h_j>`, `|h_i|^2`, support and tokens.
+    """Exponential moving sums over batches: `S <- decay S + S_batch` of `<h_i, h_j>`, `|h_i|^2` and support.
 
     Features too rare for one batch count in a selection by `S_ij / sqrt(S_ii S_jj)`. At most `limit` pairs are kept,
     those of the largest such correlation, ties broken by (i, j); a pair that was dropped starts again from 0, so that
@@ -132,7 +132,6 @@ class CoactivationEMA:
         self.sums = torch.zeros(0)  # (m,)
         self.squares = torch.zeros(n)
         self.support = torch.zeros(n)  # decayed number of tokens
-        self.tokens = 0.0  # decayed
 
     @staticmethod
     def of_config(config: SelOrthoConfig) -> CoactivationEMA:
@@ -155,7 +154,6 @@ class CoactivationEMA:
         self._decay(norms.squares.device)
         self.squares = self.squares + norms.squares.float()
         self.support = self.support + norms.support.float()
-        self.tokens = self.tokens * self.decay + norms.tokens
         self._add_pairs(group.gather_active(active.with_values(as_float(active.values))))
 
     def select(self, pair_fraction: float, min_support: int, correlation_threshold: float = 0.0) -> Pairs:
@@ -178,15 +176,11 @@ class CoactivationEMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything kept, as tensors."""
-        tokens = torch.tensor(self.tokens, dtype=torch.float64)
-        return {
-            "keys": self.keys, "sums": self.sums, "squares": self.squares, "support": self.support, "tokens": tokens
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in ("keys", "sums", "squares", "support")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a [`state_dict`]."""
-        self.keys, self.sums = state["keys"], state["sums"]
-        self.squares, self.support, self.tokens = state["squares"], state["support"], float(state["tokens"])
+        self.keys, self.sums, self.squares, self.support = (state[n] for n in ("keys", "sums", "squares", "support"))
 
     def _decay(self, device: torch.device) -> None:
         """Let all sums fade, and forget the features of which nothing is left."""

@@ -225,7 +225,9 @@ class ActiveFeatures(_Features):
         return self.sum_by_feature((values - mean[self.cols]).square()) + (self.tokens - entries) * mean.square()
 
     def decode(self, W_dec: Tensor, ends: list[int] | None = None) -> Tensor:
-        return _Decode.apply(self.values, W_dec, self, None if ends is None else torch.tensor(ends).to(W_dec.device))
+        return SparseDecode.apply(
+            self.values, W_dec, self, None if ends is None else torch.tensor(ends).to(W_dec.device)
+        )
 
     def fired(self) -> Tensor:
         fired = torch.zeros(self.n, dtype=torch.bool, device=self.cols.device)
@@ -301,18 +303,11 @@ def as_float(h: Tensor) -> Tensor:
     return h if h.dtype == torch.float64 else h.float()
 
 
-def sparse_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures) -> Tensor:
-    """Give the pre-activations of `active` the gradient of `z_ti = <x_t, W_enc_:i> + b_enc_i` at its entries: (nnz,).
+class SparseEncode(torch.autograd.Function):
+    """Pre-activations `z_ti = <x_t, W_enc_:i> + b_enc_i` (nnz,) at the entries of `active`, which holds their values.
 
-    Args:
-        x: (B, d_in), without gradient. W_enc: (d_in, n). b_enc: (n,).
-        active: entries whose values were computed from the same tensors.
+    The gradient reaches the encoder `W_enc` (d_in, n), `b_enc` (n,) from these entries alone, `x` (B, d_in) has none.
     """
-    return _Encode.apply(x, W_enc, b_enc, active)
-
-
-class _Encode(torch.autograd.Function):
-    """Identity on the values; the gradient reaches the encoder from the active entries alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures) -> Tensor:
@@ -330,7 +325,7 @@ class _Encode(torch.autograd.Function):
         return None, dW, dz.sum_by_feature(grad).to(W_enc.dtype), None
 
 
-class _Decode(torch.autograd.Function):
+class SparseDecode(torch.autograd.Function):
     """CSR times dense; its gradients are a sampled product and CSR times dense."""
 
     @staticmethod

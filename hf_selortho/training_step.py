@@ -18,7 +18,7 @@ from .configuration_selortho import SelOrthoConfig
 from .pairs import Pairs
 from .penalties import PenaltyPlan, penalty
 from .process_group import SINGLE_PROCESS, ProcessGroup
-from .sparse_ops import ActiveFeatures, DenseFeatures, FeatureActivations, sparse_encode
+from .sparse_ops import ActiveFeatures, DenseFeatures, FeatureActivations, SparseEncode
 
 if TYPE_CHECKING:
     from .modeling_selortho import SelOrthoSAE
@@ -102,7 +102,7 @@ def _encode_active(sae: SelOrthoSAE, x: Tensor, group: ProcessGroup) -> _Encoded
     if found is None:
         return None
     pattern, least = found
-    z = sparse_encode(x, sae.W_enc, sae.b_enc, pattern)
+    z = SparseEncode.apply(x, sae.W_enc, sae.b_enc, pattern)
     if thresholds is None:
         return _Encoded(pattern.with_values(torch.relu(z)), threshold=least)
     h, fired = JumpReLU.apply(z, thresholds, config.jumprelu_bandwidth, pattern.cols)

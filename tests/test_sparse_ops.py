@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hf_selortho.sparse_ops import (
     ActiveFeatures,
+    SparseEncode,
     active_features,
-    sparse_encode,
     times_dense,
 )
 
@@ -100,7 +100,7 @@ def test_encoding_equals_dense_autograd(layout) -> None:
     h = torch.relu(x @ W_enc + b_enc)
     active = active_features(h.detach())
     upstream = weights(B, N).detach()
-    values = sparse_encode(x, W_enc, b_enc, active)
+    values = SparseEncode.apply(x, W_enc, b_enc, active)
     assert torch.equal(values, active.values)
     found = torch.autograd.grad((values * upstream[active.rows, active.cols]).sum(), (W_enc, b_enc))
     expected = torch.autograd.grad((h * upstream).sum(), (W_enc, b_enc))
