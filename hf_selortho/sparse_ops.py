@@ -49,6 +49,10 @@ class _Features:
         """Return 1 where a feature fired, else 0."""
         return self.with_values((self.values != 0).to(self.values.dtype))
 
+    def l0(self: Any) -> float:
+        """Return the mean number of active features of a token."""
+        return float((self.values > 0).sum()) / self.tokens
+
 
 @dataclass(frozen=True)
 class DenseFeatures(_Features):
