@@ -24,7 +24,6 @@ from ..language_models.capture import (
     ActivationCapture,
     CapturedActivations,
     TokenOrigins,
-    max_norm_from_ratio,
     within_norms,
 )
 from ..process_group import SINGLE_PROCESS, ProcessGroup
@@ -101,7 +100,7 @@ class CacheWriter:
         shards = {part: sorted(entries, key=lambda entry: entry["number"]) for part, entries in first.shards.items()}
         names = Counts.__dataclass_fields__
         summaries = {
-            str(layer): asdict(statistics.summary(self.capture.hook_name_of(layer), median, limit))
+            str(layer): asdict(statistics.summary(self.capture.sites[layer].module, median, limit))
             for (layer, statistics), (median, limit) in zip(first.statistics.items(), self._norms or (), strict=True)
         }
         content = {
@@ -182,7 +181,7 @@ class CacheWriter:
             median = None if norms is None or len(norms) == 0 else float(norms[:, column].median())
             medians.append(self.group.mean(median, self.capture.device) or 0.0)
         ratio = self.settings.max_norm_ratio
-        self._norms = [(median, max_norm_from_ratio(median, ratio) or None) for median in medians]
+        self._norms = [(median, ratio * median or None if ratio else None) for median in medians]
         if self.group.rank == 0:
             self.folder.write_norms(self._norms)
         self._wait()

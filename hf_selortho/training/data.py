@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.activation_cache import ActivationCache
 from ..data.buffer import ActivationBuffer, ActivationStatistics
 from ..data.cache_batches import CachedBatches, check_layers, held_out_batches
-from ..data.contexts import ContextStream, held_out_contexts
+from ..data.contexts import ContextStream, Cutter, held_out_contexts
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
@@ -52,14 +52,11 @@ class LiveData:
         check_context_length(self.lm, arguments.sae.context_length)
         self.capture = ActivationCapture(self.lm, layers, batch_tokens=model.lm_batch_tokens)
         self.source_device = self.capture.device
-        self._cutting: dict[str, Any] = {
-            "context_length": arguments.sae.context_length,
-            "prepend_bos": arguments.sae.prepend_bos,
-            "min_tokens": arguments.data.min_tokens,
-        }
+        sae, min_tokens = arguments.sae, arguments.data.min_tokens
+        self._cutter = Cutter(self.lm.tokenizer, sae.context_length, sae.prepend_bos, min_tokens)
         samples = arguments.evaluation.eval_samples if arguments.data.held_out_fraction else 0
         self.held_out = (  # found before the training, to fail early
-            list(held_out_contexts(self.documents, self.lm.tokenizer, limit=samples, **self._cutting))
+            list(held_out_contexts(self.documents, self._cutter, samples))
             if accelerator.is_main_process and samples
             else []
         )
@@ -69,9 +66,7 @@ class LiveData:
         """Make this process's part of a buffer of so many contexts, of documents that no other process reads."""
         run = self.arguments.run
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        stream = ContextStream(
-            self.documents, self.lm.tokenizer, seed=run.seed, rank=rank, world_size=processes, **self._cutting
-        )
+        stream = ContextStream(self.documents, self._cutter, seed=run.seed, rank=rank, world_size=processes)
         return ActivationBuffer(
             self.capture,
             stream,
@@ -94,7 +89,7 @@ class LiveData:
             "d_in": self.lm.d_model,
             "lm_name": self.lm.name,
             "lm_revision": self.lm.revision,
-            "hook_name": self.capture.hook_name_of(layer),
+            "hook_name": self.capture.sites[layer].module,
             "dataset": self.documents.name,
             "dataset_revision": self.documents.revision,
             "dataset_split": self.documents.split,

@@ -17,7 +17,7 @@ from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.buffer import ActivationBatch
 from hf_selortho.data.cache_batches import CachedBatches
-from hf_selortho.data.contexts import ContextStream
+from hf_selortho.data.contexts import ContextStream, Cutter
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.training import data as training_data
@@ -136,9 +136,8 @@ class _Replay:
     """The activations of the shards' tokens, computed by the language model at once, in the order of the shards."""
 
     def __init__(self, lm, layers, documents: Path, order: CachedBatches) -> None:
-        stream = ContextStream(
-            open_documents(TextSource(str(documents))), lm.tokenizer, context_length=256, endless=False
-        )
+        cutter = Cutter(lm.tokenizer, context_length=256)
+        stream = ContextStream(open_documents(TextSource(str(documents))), cutter, endless=False)
         limits = [order.cache.manifest.layer(layer).max_norm for layer in layers]
         capture = ActivationCapture(lm, layers, limits)
         self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
