@@ -317,11 +317,11 @@ class Checkpoints:
         return {f"{self._process}.safetensors": tensors, f"{self._process}.json": content, **files}
 
     def _summary(self, trainers: Sequence[SAETrainer]) -> dict[str, Any]:
-        losses = [trainer.log.mean_loss(self._step - max(1, self.every)) for trainer in trainers if trainer.log]
-        known = [loss for loss in losses if loss is not None]
+        means = [trainer.log.mean_of_last(max(1, self.every)) for trainer in trainers if trainer.log is not None]
+        losses = [mean["loss"] for mean in means if "loss" in mean]
         return {
             "step": self._step,
-            "loss": sum(known) / len(known) if known else None,  # by which the best one is known
+            "loss": sum(losses) / len(losses) if losses else None,  # by which the best one is known
             "processes": self.accelerator.num_processes,
             "inputs": dict(self.inputs),
             "arguments": {key: value for key, value in self.arguments.items() if key not in _FREE_ARGUMENTS},

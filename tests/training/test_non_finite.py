@@ -20,7 +20,7 @@ from hf_selortho.errors import NonFiniteError
 from hf_selortho.language_models.capture import TokenOrigins
 from hf_selortho.training.arguments import RunArguments
 from hf_selortho.training.checkpoint import Checkpoints
-from hf_selortho.training.non_finite import SPIKE_WINDOW, LossSpikes, NonFinitePolicy, first_not_finite, is_finite
+from hf_selortho.training.non_finite import SPIKE_WINDOW, LossSpikes, NonFinitePolicy, first_not_finite
 from hf_selortho.training.sae_trainer import SAETrainer
 from hf_selortho.training.trainer import Trainer
 
@@ -183,11 +183,14 @@ def test_a_signal_after_the_last_step_stops_before_the_evaluation(every, acceler
     assert Trainer([trainer], Batches(), arguments, Checkpoints(accelerator, tmp_path, {})).fit() is None
 
 
-@pytest.mark.parametrize("value", [0.0, 3e38, torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_is_finite_agrees_with_torch(value, dtype) -> None:
-    tensor = torch.full((5, 7), value, dtype=dtype)  # 3e38 added up overflows, and is finite
-    assert bool(is_finite(tensor)) == bool(tensor.isfinite().all())
-    mixed = torch.cat([torch.ones(3, 7, dtype=dtype), tensor])
-    named = {"whole": torch.ones(2), "none": None, "mixed": mixed}
-    assert first_not_finite(named) == (None if tensor.isfinite().all() else "mixed (35 of 56 numbers)")
+def test_the_first_tensor_that_is_not_finite_is_named() -> None:
+    mixed = torch.cat([torch.ones(3, 7), torch.full((5, 7), torch.nan)])
+    assert first_not_finite({"whole": torch.ones(2), "none": None, "mixed": mixed}) == "mixed (35 of 56 numbers)"
+    assert first_not_finite({"large": torch.full((5, 7), 3e38), "none": None}) is None  # though its sum is infinite
+
+
+def test_a_batch_after_a_skipped_one_is_kept_as_well(tmp_path) -> None:
+    policy = NonFinitePolicy(tmp_path, "skip")
+    policy.handle("it", batch_of(0).origins, {0: torch.ones(1)})
+    assert "step_000001_2.safetensors" in policy.keep("it", batch_of(1).origins, {0: torch.ones(1)})
+    assert policy.skipped == 1
