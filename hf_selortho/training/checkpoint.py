@@ -55,6 +55,9 @@ _FREE_ARGUMENTS = {
 class DamagedCheckpointError(SelOrthoError):
     """A checkpoint whose files are not those that were written."""
 
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(f"checkpoint {folder}: {name} is missing or damaged; resume from an earlier one")
+
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
@@ -130,22 +133,23 @@ def verify(folder: Path) -> None:
         DamagedCheckpointError: a file is missing, changed or a link to elsewhere; the message names it.
         SelOrthoError: it is of another version.
     """
-    name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         version, files = manifest["version"], dict(manifest["files"])
-        for name, expected in files.items() if version == VERSION else ():
-            if target_outside(folder, folder / name) or sha256_of(folder / name) != expected:
-                raise ValueError("another sha256")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DamagedCheckpointError(
-            f"checkpoint {folder}: {name} is missing or damaged; resume from an earlier one"
-        ) from error
+        raise DamagedCheckpointError(folder, MANIFEST) from error
     if version != VERSION:
         raise SelOrthoError(
             f"checkpoint {folder} is of version {version!r}, this hf_selortho reads {VERSION}: resume with the one "
             "that wrote it"
         )
+    for name, expected in files.items():
+        try:
+            intact = target_outside(folder, folder / name) is None and sha256_of(folder / name) == expected
+        except OSError:
+            intact = False
+        if not intact:
+            raise DamagedCheckpointError(folder, name)
 
 
 class Checkpoints:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..language_models.capture import ORIGIN_NAMES, NonFiniteActivationsError, TokenOrigins
+from ..process_group import ProcessGroup
 from ..utils.files import reason, replace_file
 from .run_folder import DEBUG
 
@@ -31,14 +32,12 @@ class NonFinitePolicy:
         folder: of the run; a batch is written to its `debug/step_N.safetensors`.
         policy: "stop", or "skip" for a run that goes on without the step.
         limit: steps that are skipped at most, those of several SAEs on one batch counted once.
-        rank, processes: this process's number, and how many there are; each keeps its part of the batch.
     """
 
-    def __init__(
-        self, folder: Path | None, policy: str = "stop", limit: int = 10, rank: int = 0, processes: int = 1
-    ) -> None:
+    def __init__(self, folder: Path | None, policy: str = "stop", limit: int = 10) -> None:
         self.folder, self.policy, self.limit = folder, policy, limit
-        self._suffix = f"_rank_{rank}" if processes > 1 else ""
+        group = ProcessGroup.of_run()
+        self._suffix = f"_rank_{group.rank}" if group.size > 1 else ""  # each process keeps its part of the batch
         self.step = 1  # that is on its way; whoever trains sets it
         self.skipped = 0
         self._batch: TokenOrigins | None = None  # of the latest batch that was kept

@@ -75,23 +75,13 @@ class SAETrainer:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a checkpoint keeps of this process, besides weights and Adam: tensors, and JSON-able rest."""
-        state, scaler = self.state, self.scaler
-        return state.tensors(), {
-            "step": state.step,
-            "tokens": state.tokens,
-            "skipped": state.skipped,
-            "coefficient": None if state.controller is None else state.controller.coefficient,
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "spikes": self.spikes.state_dict(),
-        }
+        tensors, counters = self.state.state_dict()
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return tensors, {**counters, "scaler": scaler, "spikes": self.spikes.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         """Go on from a [`state_dict`]."""
-        self.state.load_tensors(tensors, self.sae.config)
-        self.state.step, self.state.tokens = content["step"], content["tokens"]
-        self.state.skipped = content["skipped"]
-        if self.state.controller is not None:
-            self.state.controller.coefficient = content["coefficient"]
+        self.state.load_state_dict(tensors, content, self.sae.config)
         if self.scaler is not None:
             self.scaler.load_state_dict(content["scaler"])
         self.spikes.load_state_dict(content["spikes"])
@@ -124,7 +114,11 @@ class SAETrainer:
             if not self._skips:
                 output = self._forward(activations, last)
                 loss = self._backward(output, last)
-                self._count(output, len(activations) * self.group.size)
+                tokens = len(activations) * self.group.size
+                state.count(output.features.detach(), tokens)
+                self._since_report["tokens"] += tokens
+                if output.threshold is not None:
+                    self.sae.update_threshold(output.threshold)
             if last and output is not None:
                 self.spikes.add(state.step + 1, loss, batch.origins)
                 self._update(output)
@@ -175,12 +169,6 @@ class SAETrainer:
             where = first_not_finite({name: p.grad for name, p in self.sae.named_parameters()})
             raise NonFiniteError(f"NaN or infinity in the gradient: {where or 'its norm'}")
         return total / self.group.size
-
-    def _count(self, output: SelOrthoOutput, tokens: int) -> None:
-        self.state.count(output.features.detach(), tokens)
-        self._since_report["tokens"] += tokens
-        if output.threshold is not None:
-            self.sae.update_threshold(output.threshold)
 
     def _update(self, output: SelOrthoOutput) -> None:
         """Take the constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6).

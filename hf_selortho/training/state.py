@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,25 +58,30 @@ class TrainState:
         """Return the features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
         return group.minimum(self.tokens_since_fired) >= after_tokens
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return firing counters, selected pairs and carried co-activations of this process."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint keeps of this process: tensors, and JSON-able counters."""
         tensors = {"tokens_since_fired": self.tokens_since_fired}
         if self.pairs is not None:
             tensors |= {f"pairs.{name}": getattr(self.pairs, name) for name in ("i", "j", "correlation")}
         if self.carried is not None:
             tensors |= {f"carried.{name}": value for name, value in self.carried.state_dict().items()}
-        return tensors
+        coefficient = None if self.controller is None else self.controller.coefficient
+        return tensors, {
+            "step": self.step, "tokens": self.tokens, "skipped": self.skipped, "coefficient": coefficient,
+        }  # fmt: skip
 
-    def load_tensors(self, tensors: dict[str, Tensor], config: SelOrthoConfig) -> None:
-        """Take back what [`tensors`] gave."""
+    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, Any], config: SelOrthoConfig) -> None:
+        """Go on from a [`state_dict`] of a run of the same settings."""
         moved = {name: value.to(self.tokens_since_fired.device) for name, value in tensors.items()}
         self.tokens_since_fired = moved["tokens_since_fired"]
         if "pairs.i" in moved:
             self.pairs = Pairs(moved["pairs.i"], moved["pairs.j"], moved["pairs.correlation"])
-        carried = {name.removeprefix("carried."): moved[name] for name in moved if name.startswith("carried.")}
-        if carried:
+        if carried := {name.removeprefix("carried."): moved[name] for name in moved if name.startswith("carried.")}:
             self.carried = CoactivationEMA.of_config(config)
             self.carried.load_state_dict(carried)
+        self.step, self.tokens, self.skipped = counters["step"], counters["tokens"], counters["skipped"]
+        if self.controller is not None:
+            self.controller.coefficient = counters["coefficient"]
 
 
 @torch.no_grad()

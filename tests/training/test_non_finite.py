@@ -131,13 +131,13 @@ def test_a_step_of_several_batches_is_left_out_whole(bad, accelerator, tmp_path)
 
 
 def test_batches_of_one_step_do_not_replace_each_other(tmp_path) -> None:
-    policy = NonFinitePolicy(tmp_path, "skip", limit=3, rank=1, processes=2)
+    policy = NonFinitePolicy(tmp_path, "skip", limit=3)
     policy.step = 7
     for number in range(3):
         policy.handle("it", batch_of(number).origins, batch_of(number).by_layer, "do this")
     with pytest.raises(NonFiniteError, match="it at step 7: .*batch number 4 .*more than --max_skipped 3: do this"):
         policy.handle("it", batch_of(3).origins, {}, "do this")
-    names = ["step_000007_rank_1.safetensors", "step_000007_rank_1_2.safetensors", "step_000007_rank_1_3.safetensors"]
+    names = ["step_000007.safetensors", "step_000007_2.safetensors", "step_000007_3.safetensors"]
     assert sorted(path.name for path in (tmp_path / "debug").iterdir())[:3] == names
 
 
