@@ -64,8 +64,7 @@ class TrainingRun:
     def train(self) -> int | None:
         """Train to the end; returns the signal that has stopped it before, once a checkpoint is written."""
         accelerator, run = self.accelerator, self.arguments.run
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped, rank, processes)
+        policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped)
         self.open_data()
         if isinstance(self.data, LiveData):
             self.data.capture.on_non_finite = policy.handle_activations
