@@ -340,7 +340,7 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
     assert not documents[0] & documents[1] and documents[0] | documents[1] == set(range(5))
     per_process = [sum(entry.number % 2 == rank for entry in store.manifest.shards) for rank in (0, 1)]
     assert per_process[0] != per_process[1]
-    run = arguments(activations=tmp_path / "acts", batch_size=32, max_steps=30, twin=True, eval_samples=0)
+    run = arguments(activations=tmp_path / "acts", layer=1, batch_size=32, max_steps=30, twin=True, eval_samples=0)
     done = _launch(["scripts/train.py", *run], 2)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").glob("layer_*")} == {"layer_1", "layer_1_twin"}
