@@ -50,23 +50,24 @@ class LiveData:
             accelerator.is_main_process and samples and arguments.data.held_out_fraction
         ):  # before it trains, to fail early
             self.held_out += held_out_contexts(self.documents, self.lm.tokenizer, limit=samples, **self._cutting)
-        self.source = self.make_source(arguments.data.buffer_contexts, arguments.data.refresh_every)
+        self.source = self.make_source()
 
-    def make_source(self, buffer_contexts: int, refresh_every: int) -> ActivationBuffer:
-        """Make this process's part of a buffer of so many contexts, of documents that no other process reads."""
-        run, processes, rank = self.arguments.run, self.accelerator.num_processes, self.accelerator.process_index
+    def make_source(self) -> ActivationBuffer:
+        """Make this process's part of the buffer, of documents that no other process reads."""
+        run, data, sae = self.arguments.run, self.arguments.data, self.arguments.sae
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         stream = ContextStream(
             self.documents, self.lm.tokenizer, seed=run.seed, rank=rank, world_size=processes, **self._cutting
         )
         return ActivationBuffer(
             self.capture,
             stream,
-            contexts=-(-buffer_contexts // processes),
-            context_length=self.arguments.sae.context_length,
+            contexts=-(-data.buffer_contexts // processes),
+            context_length=sae.context_length,
             batch_size=run.batch_size // processes,
-            refresh_every=refresh_every,
-            reuse=self.arguments.data.buffer_reuse,
-            max_norm_ratio=self.arguments.sae.max_norm_ratio,
+            refresh_every=data.refresh_every,
+            reuse=data.buffer_reuse,
+            max_norm_ratio=sae.max_norm_ratio,
             seed=run.seed * processes + rank,
         )
 
@@ -109,17 +110,18 @@ class CachedData:
             self.held_out and arguments.evaluation.eval_ce_samples
         )
         self._check_model()
-        self.source = self.make_source(arguments.data.buffer_contexts, arguments.data.refresh_every)
+        self.source = self.make_source()
 
-    def make_source(self, buffer_contexts: int, refresh_every: int) -> CachedBatches:
-        """Make this process's batches; the pool that they are drawn from holds about so many contexts."""
-        processes = self.accelerator.num_processes
+    def make_source(self) -> CachedBatches:
+        """Make this process's batches; the pool that they are drawn from holds about as much as a buffer would."""
+        run, processes = self.arguments.run, self.accelerator.num_processes
+        tokens = self.arguments.data.buffer_contexts * self.arguments.sae.context_length
         return CachedBatches(
             self.store,
             self.layers,
-            batch_size=self.arguments.run.batch_size // processes,
-            pool_tokens=-(-buffer_contexts * self.arguments.sae.context_length // processes),
-            seed=self.arguments.run.seed,
+            batch_size=run.batch_size // processes,
+            pool_tokens=-(-tokens // processes),
+            seed=run.seed,
             rank=self.accelerator.process_index,
             processes=processes,
         )

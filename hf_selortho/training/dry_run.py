@@ -61,9 +61,10 @@ def dry_run(run: TrainingRun) -> str:
     device, arguments, before = run.accelerator.device, run.arguments, memory_now(run.accelerator.device)
     data = run.open_data()
     loaded, available, full = memory_now(device), available_memory(device), data.source.memory_bytes()
-    contexts = math.ceil(_PROBE_BATCHES * arguments.run.batch_size / arguments.sae.context_length)
-    contexts = min(contexts, arguments.data.buffer_contexts)
-    data.source = data.make_source(contexts, refresh_every=1)
+    wanted = arguments.data.buffer_contexts
+    contexts = min(math.ceil(_PROBE_BATCHES * arguments.run.batch_size / arguments.sae.context_length), wanted)
+    arguments.data.buffer_contexts, arguments.data.refresh_every = contexts, 1
+    data.source = data.make_source()
     start_peak(device)
     started = time.perf_counter()
     saes = run.new_saes()
@@ -90,7 +91,7 @@ def dry_run(run: TrainingRun) -> str:
         "checkpoints": kept * (checkpoint + buffers) if checkpoint else 0,
     }
     seconds = {
-        "filling the buffer": filling * arguments.data.buffer_contexts / contexts if live else 0.0,
+        "filling the buffer": filling * wanted / contexts if live else 0.0,
         f"training, from {steps} steps": step_seconds * arguments.run.max_steps,
     }
     free = free_disk(Path(arguments.run.output_dir))

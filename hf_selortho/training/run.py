@@ -68,7 +68,12 @@ class TrainingRun:
         if isinstance(self.data, LiveData):
             self.data.capture.on_non_finite = policy.handle_activations
         self.checkpoints.inputs = self.data.identity
-        self.saes = self.load_saes(self.checkpoint) if self.checkpoint else self.new_saes()
+        if self.checkpoint:
+            logger.info("resuming from %s", self.checkpoint)
+            pairs = zip(self.variants, self.configs, strict=True)
+            self.saes = [self.checkpoints.load_sae(self.checkpoint, v.name, config) for v, config in pairs]
+        else:
+            self.saes = self.new_saes()
         if accelerator.is_main_process:  # only now is it known that the run can start
             prepare_output_folder(self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming)
         accelerator.wait_for_everyone()
@@ -103,12 +108,6 @@ class TrainingRun:
             if notice is not None and self.accelerator.is_main_process:
                 logger.warning("%s", notice)
         return self.data
-
-    def load_saes(self, checkpoint: Path) -> list[SelOrthoSAE]:
-        """Load the SAEs of a checkpoint."""
-        logger.info("resuming from %s", checkpoint)
-        pairs = zip(self.variants, self.configs, strict=True)
-        return [self.checkpoints.load_sae(checkpoint, variant.name, config) for variant, config in pairs]
 
     def new_saes(self) -> list[SelOrthoSAE]:
         """Fill the source of batches, and make SAEs that all start from the same random numbers."""
