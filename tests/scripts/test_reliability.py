@@ -435,7 +435,10 @@ def test_a_run_without_checkpoints_writes_one_when_it_is_stopped(arguments, tmp_
     assert process.returncode == 143
     (name,) = checkpoints_of(run)
     verify(run / "checkpoints" / name)
-    assert f"stopped after step {int(name[5:])}; its checkpoint is written. To go on:\n  python " in errors
+    assert (
+        f"stopped after step {int(name[5:])}; latest checkpoint: {run}/checkpoints/{name}. To go on:\n  python "
+        in errors
+    )
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_one_is_not_in_the_way(arguments, tmp_path) -> None:
