@@ -130,7 +130,7 @@ class LossSpikes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a [`state_dict`]."""
-        self.count, self.losses = int(state["count"]), deque(map(float, state["losses"]), maxlen=SPIKE_WINDOW)
+        self.count, self.losses = state["count"], deque(state["losses"], maxlen=SPIKE_WINDOW)
 
 
 def first_not_finite(named: Mapping[str, Tensor | None]) -> str | None:

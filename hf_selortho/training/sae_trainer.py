@@ -130,9 +130,9 @@ class SAETrainer:
             self._finish_step(batch, activations, output)
         self._since_report["step"] += time.perf_counter() - started
         self._since_report["data"] += data_seconds
-        return (
-            self._report(activations, output, previous) if last and output is not None and self._is_logged() else None
-        )
+        if last and output is not None and self._is_logged():
+            return self._report(activations, output, previous)
+        return None
 
     def _forward(self, activations: Tensor, last: bool) -> SelOrthoOutput:
         """Compute the loss of a batch, its penalty as the schedule has it."""
