@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError
@@ -111,7 +112,11 @@ class ActivationCache:
         entries = (*self.manifest.shards, *self.manifest.held_out)
         expected = {path: file.bytes for entry in entries for path, file in entry.files.items()}
         if self._repository:
-            present = self._list_repository()
+            try:
+                api = HfApi(token=self._token)
+                present = api.list_repo_files(self._repository, repo_type="dataset", revision=self.revision)
+            except LOOKUP_ERRORS as error:
+                raise hub_error(error, "dataset", self._repository, self.revision) from error
         else:
             present = [path.relative_to(self._folder).as_posix() for path in self._folder.rglob("*.safetensors")]
         names = {name for name in present if name.endswith(".safetensors") and "/." not in f"/{name}"}
@@ -120,14 +125,6 @@ class ActivationCache:
         for path, size in expected.items() if not self._repository else ():
             if (length := self._path(path).stat().st_size) != size:
                 raise self._fault(path, f"has {length} bytes, expected {size}")
-
-    def _list_repository(self) -> list[str]:
-        try:
-            return HfApi(token=self._token).list_repo_files(
-                self._repository, repo_type="dataset", revision=self.revision
-            )
-        except LOOKUP_ERRORS as error:
-            raise hub_error(error, "dataset", self._repository, self.revision) from error
 
     def _load(self, shard: ShardEntry, part: str, folder: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Read a file of a shard, compare its hash, and check that it holds tensors of these shapes."""
@@ -157,17 +154,9 @@ class ActivationCache:
             if outside := target_outside(self._folder, path):
                 raise self._fault(file, f"is a link or below one that leads out of the folder, to {outside}")
             return path
+        lookup: dict[str, Any] = {"repo_type": "dataset", "revision": self.revision, "token": self._token}
         try:
-            return Path(
-                hf_hub_download(
-                    self._repository,
-                    file,
-                    repo_type="dataset",
-                    revision=self.revision,
-                    token=self._token,
-                    local_files_only=self._offline,
-                )
-            )
+            return Path(hf_hub_download(self._repository, file, **lookup, local_files_only=self._offline))
         except LOOKUP_ERRORS as error:
             reason = hub_error(error, "dataset", self._repository, self.revision)
             raise self._fault(file, f"cannot be downloaded ({reason})") from error

@@ -250,10 +250,9 @@ def held_out_batches(
         if contexts is not None:
             order = order[shard.origins.context_ids[order] < contexts]
             contexts -= shard.contexts
-        pool = {layer: torch.cat([rest[layer], shard.by_layer[layer][order].float()]) for layer in layers}
-        full = len(pool[layers[0]]) // batch_size * batch_size
-        for start in range(0, full, batch_size):
-            yield {layer: tensor[start : start + batch_size] for layer, tensor in pool.items()}
-        rest = {layer: tensor[full:] for layer, tensor in pool.items()}
+        rest = {layer: torch.cat([rest[layer], shard.by_layer[layer][order].float()]) for layer in layers}
+        while len(rest[layers[0]]) >= batch_size:
+            yield {layer: tensor[:batch_size] for layer, tensor in rest.items()}
+            rest = {layer: tensor[batch_size:] for layer, tensor in rest.items()}
     if len(rest[layers[0]]):
         yield rest

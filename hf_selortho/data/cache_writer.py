@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..language_models.capture import (
 )
 from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..utils.files import reason
-from ..utils.memory import available_memory, existing_folder, free_disk, memory_now, recent_peak, start_peak
+from ..utils.memory import available_memory, existing_folder, free_disk, memory_now, peak_memory, start_peak
 from .cache_folder import CacheFolder, Progress
 from .cache_manifest import HELD_OUT, STORED_DTYPES, TRAIN, CacheSettings, Counts, Manifest, from_json
 from .cache_statistics import CacheStatistics
@@ -76,8 +77,22 @@ class CacheWriter:
         self.capture.max_norms = (None,) * len(self.capture.layers)  # sinks are told apart afterwards
         if progress is not None:
             progress.update(sum(counts.get("tokens", 0) for counts in self._progress.counts.values()))
-        self._write_part(TRAIN, self._training_groups(), progress)
-        self._write_part(HELD_OUT, self._held_out_groups(), progress)
+        groups, writing = self._groups(), None
+        with ThreadPoolExecutor(2) as pool:  # the next shard is tokenised, and the last one written, meanwhile
+            coming = pool.submit(next, groups, None)
+            while (group := coming.result()) is not None:
+                coming = pool.submit(next, groups, None)
+                part, contexts, stream = group
+                computed = self._compute(contexts, progress)
+                if self._norms is None:
+                    self._calibrate(computed.norms if part == TRAIN else None)
+                if writing is not None:
+                    writing.result()  # one at a time: what waits is held in memory
+                writing = pool.submit(self._write, part, contexts, computed, stream)
+            if writing is not None:
+                writing.result()
+        if self._norms is None:  # no context came to this process; the others wait for its word
+            self._calibrate(None)
         self._progress.counts[TRAIN] |= {name: self.stream.counts[name] for name in _OF_STREAM}
         self.folder.write_progress(self.group.rank, self._progress)
         self._wait()
@@ -115,49 +130,25 @@ class CacheWriter:
         manifest: Manifest = from_json(Manifest, content)
         return manifest
 
-    def _write_part(
-        self, part: str, groups: Iterator[tuple[list[Context], dict[str, Any] | None]], progress: tqdm | None
-    ) -> None:
-        """Cache groups of contexts, a shard each: the next one is tokenised, and the last one written, meanwhile."""
-        with ThreadPoolExecutor(2) as pool:
-            writing: Future[None] | None = None
-            coming = pool.submit(next, groups, None)
-            while (group := coming.result()) is not None:
-                coming = pool.submit(next, groups, None)
-                contexts, stream = group
-                computed = self._compute(contexts, progress)
-                if self._norms is None:
-                    self._calibrate(computed.norms)
-                if writing is not None:
-                    writing.result()  # one at a time: what waits is held in memory
-                writing = pool.submit(self._write, part, contexts, computed, stream)
-            if writing is not None:
-                writing.result()
-        if self._norms is None:  # no context came to this process; the others wait for its word
-            self._calibrate(None)
-
-    def _training_groups(self) -> Iterator[tuple[list[Context], dict[str, Any] | None]]:
-        """Yield the contexts of each shard that is not there yet, and the state of the stream behind them."""
-        settings, taken = self.settings, self._progress.counts[TRAIN].get("tokens", 0)
-        if self._progress.stream is not None:
-            self.stream.load_state_dict(self._progress.stream)
-        share = None if settings.max_tokens is None else -(-settings.max_tokens // self.group.size)
-        while True:
-            wanted = settings.shard_tokens if share is None else min(settings.shard_tokens, share - taken)
-            contexts = self.stream.take_tokens(wanted)
-            if not contexts:
-                return
-            taken += count_tokens(contexts)
-            yield contexts, self.stream.state_dict()
-
-    def _held_out_groups(self) -> Iterator[tuple[list[Context], dict[str, Any] | None]]:
+    def _groups(self) -> Iterator[tuple[str, list[Context], dict[str, Any] | None]]:
+        """Yield the part and the contexts of each shard that is not there yet, and the stream's state behind them."""
+        settings, progress = self.settings, self._progress
+        if (stream := progress.stream) is not None:
+            self.stream.load_state_dict(stream)
+        left: float = math.inf
+        if settings.max_tokens is not None:
+            left = -(-settings.max_tokens // self.group.size) - progress.counts[TRAIN].get("tokens", 0)
+        while contexts := self.stream.take_tokens(int(min(settings.shard_tokens, left))):
+            left -= count_tokens(contexts)
+            stream = self.stream.state_dict()
+            yield TRAIN, contexts, stream
         groups: list[list[Context]] = []
         for context in self.held_out:
-            if not groups or count_tokens(groups[-1]) >= self.settings.shard_tokens:
+            if not groups or count_tokens(groups[-1]) >= settings.shard_tokens:
                 groups.append([])
             groups[-1].append(context)
-        for group in groups[self._progress.written[HELD_OUT] :]:
-            yield group, self._progress.stream
+        for contexts in groups[progress.written[HELD_OUT] :]:
+            yield HELD_OUT, contexts, stream
 
     def _compute(self, contexts: list[Context], progress: tqdm | None) -> CapturedActivations:
         """Read the activations of contexts, sinks included, into tensors of the stored dtype."""
@@ -276,7 +267,7 @@ def forecast(
         raise SelOrthoError(f"cannot write beside {folder} ({reason(error)}): choose another --output_dir") from error
     # one shard is computed while the one before it is written, of which one layer is being turned into bytes
     row = (2 * len(capture.layers) + 2) * capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize
-    peak = recent_peak(capture.device)
+    peak = peak_memory(capture.device)
     if capture.device.type == "cpu":
         peak += row * (settings.shard_tokens - probed)
     if available is not None and peak > available + before:

@@ -20,7 +20,7 @@ from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
 from ..errors import SelOrthoError
-from ..utils.fingerprint import fingerprint
+from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, one_line, resolve_commit, unreachable
 
 # What `datasets` raises for a missing, damaged or unexpected file. StopIteration: a json file without a row.

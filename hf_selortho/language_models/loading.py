@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
-from ..utils.fingerprint import fingerprint
+from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 

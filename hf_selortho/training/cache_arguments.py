@@ -69,16 +69,11 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
     model, text, arguments, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    _check(model, text, arguments)
-    return model, text, arguments
-
-
-def _check(model: ModelArguments, text: TextArguments, arguments: CacheArguments) -> None:
-    """Refuse what no cache could be made of, before anything is loaded."""
     if model.model is None:
         raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo")
     if not arguments.layers:
         raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) to read after")
-    if arguments.max_norm_ratio is not None and arguments.max_norm_ratio == float("inf"):
+    if arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
     check_values(model, text, arguments)
+    return model, text, arguments

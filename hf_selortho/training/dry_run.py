@@ -13,7 +13,7 @@ import torch
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..process_group import ProcessGroup
-from ..utils.memory import available_memory, free_disk, memory_now, recent_peak, start_peak
+from ..utils.memory import available_memory, free_disk, memory_now, peak_memory, start_peak
 from .arguments import TrainingArguments
 from .data import LiveData, TrainingData
 from .trainer import Trainer
@@ -84,7 +84,7 @@ def dry_run(run: TrainingRun) -> str:
     }
     small = data.source.memory_bytes() if on_device else 0
     named = sum(memory.values()) - memory["activations held"] - memory["checkpoint on its way to the disk"] + small
-    memory["steps, selection, forward passes"] = max(0, recent_peak(device) - named)
+    memory["steps, selection, forward passes"] = max(0, peak_memory(device) - named)
     kept = arguments.run.keep_checkpoints + 2  # the best one, and the one that is being written
     disk = {"SAEs and reports": 4 * parameters + _REPORT_BYTES * len(saes)}
     disk["checkpoints"] = kept * (checkpoint + full * processes * live) if checkpoint else 0
