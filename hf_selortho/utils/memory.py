@@ -26,14 +26,14 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has taken, of the GPU's memory or else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # not ru_maxrss: a process starts with that of the one that started it
+    with suppress(OSError, IndexError):  # Linux; not ru_maxrss: a process starts with that of its parent
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # does not exist on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # a Mac counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_now(device: torch.device) -> int:
