@@ -39,24 +39,29 @@ def activate(
 
 
 class JumpReLU(torch.autograd.Function):
-    """`z` (..., n) where `z > threshold` (n,), and how many of them, with the estimators of the module's docstring."""
+    """`z` where `z > threshold`, and how many of them, with the estimators of the module's docstring.
+
+    `z` is (..., n) for thresholds (n,), or, with `cols` (m,), holds the entries (m,) of these features.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(z, threshold)
+    def forward(
+        ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, cols: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z, threshold, cols)
         ctx.bandwidth = bandwidth
-        above = z > threshold
+        above = z > (threshold if cols is None else threshold[cols])
         return z * above, above.sum().to(threshold.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_fired: Tensor) -> tuple[Tensor | None, ...]:
-        z, threshold = ctx.saved_tensors
-        near = near_threshold(z, threshold, ctx.bandwidth).to(threshold.dtype)
-        per_entry = near * (threshold * grad + grad_fired)
-        return grad * (z > threshold), -per_entry.flatten(0, -2).sum(0) / ctx.bandwidth, None
-
-
-def near_threshold(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """Tell where the kernel `K` of width `bandwidth` about the threshold is not zero, bool in the shape of `z`."""
-    return (z - threshold).abs() < bandwidth / 2
+        z, threshold, cols = ctx.saved_tensors
+        own = threshold if cols is None else threshold[cols]
+        near = ((z - own).abs() < ctx.bandwidth / 2).to(own.dtype)
+        per_entry = near * (own * grad + grad_fired)
+        if cols is None:
+            summed = per_entry.flatten(0, -2).sum(0)
+        else:
+            summed = per_entry.new_zeros(len(threshold)).index_add_(0, cols, per_entry)
+        return grad * (z > own), -summed / ctx.bandwidth, None, None

@@ -21,14 +21,14 @@ from .configuration_selortho import SelOrthoConfig
 
 try:  # what training needs is not copied to the Hub: it is found in the installed package
     from hf_selortho.errors import SelOrthoError
-    from hf_selortho.sparse_ops import DenseFeatures
+    from hf_selortho.sparse_ops import DenseFeatures, as_float
     from hf_selortho.training_step import run_step
     from hf_selortho.utils import hub
 except ImportError:  # it is missing, or of a version without these
     if __name__.startswith("hf_selortho."):
         raise
     SelOrthoError, run_step, hub = ValueError, None, None  # type: ignore[assignment, misc]
-TRAINABLE: bool = run_step is not None
+PACKAGE_FOUND: bool = run_step is not None
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +58,17 @@ class SelOrthoOutput(ModelOutput):
 
 def _package_module(name: str, method: str) -> Any:
     """Import a module of the layers above at the call: this file also lives on the Hub, without the package."""
-    try:
-        return importlib.import_module(f"hf_selortho.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != "hf_selortho":
-            raise
-        raise SelOrthoError(f"SelOrthoSAE.{method} needs the package: pip install hf_selortho") from error
+    if hub is None:
+        raise SelOrthoError(f"SelOrthoSAE.{method} needs the package: pip install hf_selortho")
+    return importlib.import_module(f"hf_selortho.{name}")
 
 
 def weight_shapes(config: SelOrthoConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each parameter and buffer of a [`SelOrthoSAE`], without making one."""
     d_in, d_sae = config.d_in, config.d_sae
     assert d_in is not None and d_sae is not None  # the config has checked it
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (d_in, d_sae),
-        "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_in),
-        "b_dec": (d_in,),
-        "input_mean": (d_in,),
-        "input_scale": (),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
+    shapes |= {"b_dec": (d_in,), "input_mean": (d_in,), "input_scale": ()}
     if config.activation == "batchtopk":
         shapes["threshold"] = ()
     if config.activation == "jumprelu":
@@ -187,7 +178,7 @@ class SelOrthoSAE(PreTrainedModel):
             A list of `hf_selortho.features.TokenFeatures`.
 
         Raises:
-            SelOrthoError: as `hf_selortho.features.FeatureCapture`, or the package hf_selortho is not installed.
+            SelOrthoError: as `hf_selortho.features.FeatureCapture`, or the package is not installed.
         """
         return _package_module("features", "capture").FeatureCapture(self, lm).capture(texts)
 
@@ -228,8 +219,8 @@ class SelOrthoSAE(PreTrainedModel):
         Raises:
             SelOrthoError: the last axis is not `d_in` wide.
         """
-        if activations.shape[-1] != self.config.d_in:
-            config = self.config
+        config = self.config
+        if activations.shape[-1] != config.d_in:
             where = f" ({config.lm_name}, {config.hook_name})" if config.lm_name else ""
             raise SelOrthoError(
                 f"activations of shape {tuple(activations.shape)}: this SAE reads activations of width "
@@ -272,19 +263,19 @@ class SelOrthoSAE(PreTrainedModel):
         Raises:
             SelOrthoError: the last axis is not `d_in` wide.
         """
-        if not TRAINABLE:
+        if not PACKAGE_FOUND:
             if self.training:
                 logger.warning("no loss is computed: training needs the package, pip install hf_selortho")
             h = self.encode(activations)
             return SelOrthoOutput(reconstruction=self.decode(h), feature_acts=h)
         x = self.normalize_input(activations).reshape(-1, activations.shape[-1])  # (B, d_in)
         step = run_step(self, x, group, plan, dead, dense=return_feature_acts)
-        dense, terms = isinstance(step.features, DenseFeatures), step.losses.values()
+        dense = isinstance(step.features, DenseFeatures)
         feature_acts = step.features.values if dense else None
         if feature_acts is not None and activations.ndim != 2:
             feature_acts = feature_acts.view(*activations.shape[:-1], -1)
         return SelOrthoOutput(
-            loss=torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms]).sum(),
+            loss=torch.stack([as_float(term) for term in step.losses.values()]).sum(),
             reconstruction=self._denormalize(step.x_hat).to(activations.dtype).view(activations.shape),
             feature_acts=feature_acts,
             losses=step.losses,

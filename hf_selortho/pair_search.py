@@ -1,10 +1,9 @@
 """The exact search for the best-scored pairs of columns of a matrix, in memory of the pairs and one tile.
 
-Three roads to the same set. All of them visit the sums `<m_i, m_j>` in blocks and pass on those that may still be among
-the best; a bound that needs one comparison an entry leaves few to be scored.
+Two roads to the same set visit the sums `<m_i, m_j>` in blocks and pass on those that may still be among the best; a
+bound that needs one comparison an entry leaves few to be scored.
 
-- dense tiles: matrix products, `n^2 B / 2` multiplications at full speed;
-- sparse tiles: sparse rows times dense columns, `n / 2` multiplications for each active entry;
+- tiles: matrix products, `n^2 B / 2` multiplications at full speed, or `n / 2` for each active entry of sparse rows;
 - co-activations: sparse times sparse, one multiplication for every two features that fire on the same token.
 """
 
@@ -13,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,8 +28,8 @@ Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 GROUP = 32  # neighbours of a tile's row that are compared with the threshold at once
 # Nanoseconds on 2 CPU cores, measured by scripts/benchmark.py; only their ratios matter. CUDA: from data sheets.
 COSTS = {
-    "cpu": {"dense": 0.0075, "sparse": 0.063, "co-activation": 8.0, "tile entry": 0.7},
-    "cuda": {"dense": 0.0001, "sparse": 0.005, "co-activation": 0.5, "tile entry": 0.02},
+    "cpu": {"multiplication": 0.063, "co-activation": 8.0, "tile entry": 0.7},
+    "cuda": {"multiplication": 0.005, "co-activation": 0.5, "tile entry": 0.02},
 }
 
 
@@ -52,50 +52,40 @@ class Candidates(NamedTuple):
 
     i: Tensor  # (m,) the smaller index
     j: Tensor  # (m,)
-    sums: Tensor  # (m,) `<m_i, m_j>` of the scaled columns
+    sums: Tensor  # (m,) `<m_i, m_j>`
 
     def where(self, mask: Tensor) -> Candidates:
         """Keep the marked ones (m,) bool."""
         kept = mask.nonzero()[:, 0]
         return Candidates(self.i[kept], self.j[kept], self.sums[kept])
 
-    def upper(self) -> Candidates:
-        """Keep those above the diagonal."""
-        return self.where(self.i < self.j)
-
 
 class Columns:
-    """The eligible columns of a matrix, scaled by powers of two to norms between 0.7 and 1.5.
+    """The eligible columns of the global batch, scaled by powers of two to norms between 0.7 and 1.5.
 
     The scale rounds nothing and keeps squares of sums in the range of floats.
     """
 
-    def __init__(self, h: FeatureActivations, norms: FeatureNorms, min_support: int) -> None:
+    def __init__(self, h: FeatureActivations, norms: FeatureNorms, min_support: int, group: ProcessGroup) -> None:
         self.n = h.n
         self.index = norms.eligible(min_support).nonzero()[:, 0]  # (m,)
         if isinstance(h, ActiveFeatures):  # in every tile the scaled norms are then alike, and the bound is tight
-            norm = norms.norm[self.index]
+            norm = norms.squares.sqrt()[self.index]
             self.index = self.index[(norm * power_of_two_scale(norm)).argsort()]
-        self.scale = power_of_two_scale(norms.norm[self.index])  # (m,)
-        self.tokens = norms.tokens
+        self.scale = power_of_two_scale(norms.squares.sqrt()[self.index])  # (m,)
         squares, support = norms.squares[self.index] * self.scale.square(), norms.support[self.index]
         mean = None if norms.mean is None else norms.mean[self.index] * self.scale
         self.norms = FeatureNorms(squares, support, mean, norms.tokens)
-        self.active = self._compact(h) if isinstance(h, ActiveFeatures) else None
+        self.active = group.gather_active(self._compact(h)) if isinstance(h, ActiveFeatures) else None
         self._dense = h.values  # looked at where `active` is None
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def keys(self, i: Tensor, j: Tensor) -> Tensor:
-        """Return pairs of columns as single numbers, the smaller feature times n plus the larger."""
+    def features(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features of pairs of columns, the smaller first, (m,) each."""
         first, second = self.index[i], self.index[j]
-        return torch.minimum(first, second) * self.n + torch.maximum(first, second)
-
-    def signed_squares(self, sums: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Return `c |c|` with `c_ij = <m_i, m_j> / (|m_i| |m_j|)`, eq. 4; equal correlations are equal numbers."""
-        squares = self.norms.squares
-        return sums * sums.abs() / (squares[i] * squares[j])
+        return torch.minimum(first, second), torch.maximum(first, second)
 
     def _compact(self, h: ActiveFeatures) -> ActiveFeatures:
         """Renumber the entries of the eligible features."""
@@ -110,9 +100,10 @@ class Columns:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return the dense columns start to stop, (B, width), centred for Pearson."""
-        block = self._raw(start, stop)
-        if self.active is None:
-            block = block * self.scale[start:stop]
+        if self.active is not None:
+            block = self.active.feature_columns(start, stop)
+        else:
+            block = self._raw(start, stop) * self.scale[start:stop]
         return block if self.norms.mean is None else block - self.norms.mean[start:stop]
 
     def times(self, start: int, stop: int, block: Tensor) -> Tensor:
@@ -125,32 +116,13 @@ class Columns:
         return (self._raw(start, stop).T @ block).mul_(self.scale[start:stop, None])
 
     def _raw(self, start: int, stop: int) -> Tensor:
-        """Return dense columns, neither centred nor, where they come from a dense matrix, scaled: (B, width)."""
-        if self.active is not None:
-            return self.active.feature_columns(start, stop)
         whole = len(self) == self.n  # then a view does
         return self._dense[:, slice(start, stop) if whole else self.index[start:stop]].to(self.scale.dtype)
 
 
-def cheapest_method(columns: Columns) -> str:
-    """Return "dense" or "sparse" (tiles), or "coactivation", by the measured cost of their arithmetic."""
-    cost = COSTS["cuda" if columns.index.device.type == "cuda" else "cpu"]
-    m, active = len(columns), columns.active
-    entries = m * m / 2 * cost["tile entry"]
-    expected = {"dense": m * m / 2 * columns.tokens * cost["dense"] + entries}
-    if active is not None:
-        together = float((active.crow[1:] - active.crow[:-1]).double().square().sum()) / 2
-        # under Pearson, pairs that never fire together are negatively correlated, and there are many of them
-        apart = 0 if columns.norms.mean is None else entries / 4
-        expected["coactivation"] = together * cost["co-activation"] + apart
-        if columns.norms.mean is None:
-            expected["sparse"] = len(active.cols) * m / 2 * cost["sparse"] + entries
-    return min(expected, key=lambda name: expected[name])
-
-
 @dataclass(frozen=True)
 class PairSearch:
-    """A search for the best pairs among columns; those of the global batch, the same on every process of `group`."""
+    """A search for the best pairs among columns, the same on every process of `group`."""
 
     columns: Columns
     score: Score | None = None  # None: the correlation itself
@@ -161,109 +133,71 @@ class PairSearch:
         """Find the `limit` pairs of best score (fewer if there are fewer), exactly.
 
         Args:
-            method: "tiles" (dense or sparse), "coactivation" (needs active entries), or "auto", the cheapest.
+            method: "tiles", "coactivation" (needs active entries), or "auto", the cheaper one.
             at_least: pairs of a lower |score| are not taken.
         """
         columns = self.columns
         limit = min(limit, len(columns) * (len(columns) - 1) // 2)
-        best = BestPairs(limit, columns.index.device, columns.scale.dtype, at_least, self.blocks.slack)
         if limit == 0:
-            return best.pairs(columns.n)
-        method = cheapest_method(columns) if method == "auto" else method
-        floor, guess = best.threshold, self._guess(limit)
+            return BestPairs(0, columns.scale, 0.0, 0).pairs(columns.n)
+        method = self._cheaper_method() if method == "auto" else method
+        floor, guess = at_least**2, self._guess(limit)
         while True:  # search above a guess of the least score; one that was too high costs another try
-            best.threshold = max(floor, guess)
-            best = self._search(best, method)
-            if len(best) >= best.limit or best.threshold <= floor:
+            best = BestPairs(limit, columns.scale, max(floor, guess), self.blocks.slack)
+            if not self._search(best, method):
+                method = "tiles"
+            elif len(best) >= limit or best.threshold <= floor:
                 return best.pairs(columns.n)
-            guess, best = guess / 4 if guess > 1e-3 else 0.0, best.emptied()
+            else:
+                guess = guess / 4 if guess > 1e-3 else 0.0
 
-    def co_activations(self, best: BestPairs) -> Iterator[Candidates]:
-        """Yield the pairs that fire together and may still be among the best, in blocks of features."""
-        active = self.columns.active
-        assert active is not None  # the callers see to it
-        offsets, rows = active.by_feature.offsets, active.by_feature.rows
-        per_token = active.crow[1:] - active.crow[:-1]
-        work = row_offsets(per_token[rows])[offsets]  # (m + 1,) multiplications of the features before
-        size = self.blocks.co_activations
-        ends = torch.arange(0, int(work[-1]) + size, size, device=work.device)
-        bounds = torch.searchsorted(work, ends).clamp_max(len(self.columns)).unique().tolist()
-        for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if number % self.group.size != self.group.rank:
-                continue
-            product = active.feature_rows(start, stop) @ _columns_from(active, start)
-            bound = self._bound(best, slice(start, stop), slice(start, None))
-            bound = bound if self.columns.norms.mean is None else 0.0  # the means are not taken off yet
-            near = (product.values().abs() >= max(bound, TINY)).nonzero()[:, 0]
-            i = torch.searchsorted(product.crow_indices(), near, right=True) - 1
-            yield Candidates(i + start, product.col_indices()[near] + start, product.values()[near]).upper()
+    def _cheaper_method(self) -> str:
+        """Return "tiles" or "coactivation", by the measured cost of their arithmetic."""
+        m, active = len(self.columns), self.columns.active
+        if active is None:
+            return "tiles"
+        cost = COSTS["cuda" if active.cols.device.type == "cuda" else "cpu"]
+        entries = m * m / 2 * cost["tile entry"]
+        tiles = len(active.cols) * m / 2 * cost["multiplication"] + entries
+        # under Pearson, pairs that never fire together are negatively correlated, and there are many of them
+        apart = 0 if self.columns.norms.mean is None else entries / 4
+        together = float(active.crow.diff().double().square().sum()) / 2
+        return "tiles" if tiles < together * cost["co-activation"] + apart else "coactivation"
 
-    def _search(self, best: BestPairs, method: str) -> BestPairs:
-        if method == "coactivation":
-            if self._by_co_activations(best):
-                return best
-            method, best = "tiles", best.emptied()
-        if method == "tiles":
-            method = "sparse" if self.columns.active is not None and self.columns.norms.mean is None else "dense"
-        for found in self._tiles(best, sparse=method == "sparse"):
+    def _search(self, best: BestPairs, method: str) -> bool:
+        """Offer every pair; False if too many of them, which never fire together, would have to be looked at."""
+        for found in self._tiles(best) if method == "tiles" else self._co_activations(best):
             self._offer(best, found)
-        self._merge(best)
+        if self.group.size > 1:  # each process has visited its share of the blocks
+            best.prune()
+            squares, keys = best.whole()
+            best.replace(self.group.gather(squares), self.group.gather(keys))
+        if method == "coactivation" and self.columns.norms.mean is not None:
+            best.prune()
+            return best.threshold > 0 and self._offer_apart(best)
         best.fill_with_zeros(self.columns.index.sort().values, self.columns.n)
-        return best
-
-    def _by_co_activations(self, best: BestPairs) -> bool:
-        """Offer the pairs that fire together, then those that do not; False if the latter are too many to look at."""
-        mean, tokens = self.columns.norms.mean, self.columns.tokens
-        for found in self.co_activations(best):
-            if mean is not None:
-                found = found._replace(sums=found.sums - tokens * mean[found.i] * mean[found.j])
-            self._offer(best, found)
-        self._merge(best)
-        if mean is None:
-            best.fill_with_zeros(self.columns.index.sort().values, self.columns.n)
-            return True
-        best.prune()
-        return best.threshold > 0 and self._offer_apart(best)
-
-    def _offer_apart(self, best: BestPairs) -> bool:
-        """Offer, for Pearson, the pairs that never fire together: `c = -B mean_i mean_j / (|m_i| |m_j|)`."""
-        columns, norms = self.columns, self.columns.norms
-        assert norms.mean is not None and columns.active is not None
-        strength, order = (math.sqrt(columns.tokens) * norms.mean * norms.inverse).sort(descending=True)  # (m,)
-        bound = math.sqrt(best.threshold) * (1 - 1e-5)
-        # the partners of each feature are those before it whose product with it reaches the bound
-        reach = torch.searchsorted(
-            -strength, -(bound / strength).clamp_max(torch.finfo(strength.dtype).max), right=True
-        )
-        partners = torch.minimum(reach, torch.arange(len(columns), device=reach.device))
-        if int(partners.sum()) > 4 * best.limit + self.blocks.slack:
-            return False
-        second = torch.repeat_interleave(torch.arange(len(columns), device=reach.device), partners)
-        first = torch.arange(len(second), device=reach.device) - row_offsets(partners)[second]
-        i, j = torch.minimum(order[first], order[second]), torch.maximum(order[first], order[second])
-        joint = pair_sums(columns.active.with_values(columns.active.values.abs()), i, j)
-        sums = -columns.tokens * norms.mean[i] * norms.mean[j]
-        self._offer(best, Candidates(i, j, sums).where(joint == 0))
         return True
 
+    def _offer(self, best: BestPairs, found: Candidates) -> None:
+        i, j = self.columns.features(found.i, found.j)
+        best.offer(self._signed_squares(found), i * self.columns.n + j)
+
     def _signed_squares(self, found: Candidates) -> Tensor:
-        """Score candidates, as `s |s|`."""
-        squares = self.columns.signed_squares(found.sums, found.i, found.j)
+        """Score candidates, as `s |s|`; equal correlations are equal numbers."""
+        norms = self.columns.norms.squares
+        squares = found.sums * found.sums.abs() / (norms[found.i] * norms[found.j])  # eq. 4
         if self.score is None:
             return squares
-        first, second = self.columns.index[found.i], self.columns.index[found.j]
-        i, j = torch.minimum(first, second), torch.maximum(first, second)
-        score = self.score(signed_root(squares), i, j)
+        score = self.score(signed_root(squares), *self.columns.features(found.i, found.j))
         return score * score.abs()
 
-    def _offer(self, best: BestPairs, found: Candidates) -> None:
-        best.offer(self._signed_squares(found), self.columns.keys(found.i, found.j))
+    def _bound(self, best: BestPairs, rows: slice, cols: slice) -> float:
+        """Return the least |sum| of scaled columns whose score may reach the threshold, less rounding errors.
 
-    def _merge(self, best: BestPairs) -> None:
-        """Put the lists of all processes together, each of which has visited its share of the blocks."""
-        if self.group.size > 1:
-            best.prune()
-            best.replace(self.group.gather(best.squares), self.group.gather(best.keys))
+        `|score| <= |sum| / (|m_i| |m_j|)`, with norms of these rows and columns.
+        """
+        squares = self.columns.norms.squares
+        return math.sqrt(best.threshold * float(squares[rows].min() * squares[cols].min())) * (1 - 1e-5)
 
     def _guess(self, limit: int) -> float:
         """Guess the squared score that a little more than `limit` pairs reach, going by the pairs of a few features."""
@@ -283,44 +217,86 @@ class PairSearch:
         wanted = math.ceil(2 * limit / (m * (m - 1) / 2) * sample * (m - 1)) + 8
         return float(found.topk(wanted, sorted=False).values.min()) if wanted <= len(found) else 0.0
 
-    def _bound(self, best: BestPairs, rows: slice, cols: slice) -> float:
-        """Return the least |sum| of scaled columns whose score may reach the threshold, less rounding errors.
-
-        `|score| <= |sum| / (|m_i| |m_j|)`, with norms of these rows and columns.
-        """
-        squares = self.columns.norms.squares
-        return math.sqrt(best.threshold * float(squares[rows].min() * squares[cols].min())) * (1 - 1e-5)
-
-    def _tiles(self, best: BestPairs, sparse: bool) -> Iterator[Candidates]:
+    def _tiles(self, best: BestPairs) -> Iterator[Candidates]:
         """Yield the candidates of every tile on and above the diagonal."""
         columns, m, height, width = self.columns, len(self.columns), self.blocks.tile_rows, self.blocks.tile_columns
-        active = columns.active if sparse else None
-        bands = [(top, min(top + height, m)) for top in range(0, m, height)]
-        rows = [] if active is None else [active.feature_rows(*band) for band in bands]  # CSR, (rows, B)
+        active = columns.active if columns.norms.mean is None else None
         non_negative = active is not None and bool((active.values >= 0).all())  # then so are the sums
-        for number, left in enumerate(range(0, m, width)):
-            if number % self.group.size != self.group.rank:
-                continue
+        for left in range(self.group.rank * width, m, width * self.group.size):
             right = min(left + width, m)
             block = columns.block(left, right)  # (B, width)
-            for band, (top, bottom) in enumerate(bands):
-                if top >= right:
-                    break
-                # on the diagonal some rows lie below it: they are sorted out afterwards
-                tile = times_dense(rows[band], block) if rows else columns.times(top, bottom, block)  # (rows, width)
+            for top in range(0, right, height):
+                bottom = min(top + height, m)
+                tile = columns.times(top, bottom, block)  # (rows, width)
                 bound = self._bound(best, slice(top, bottom), slice(left, right))
                 i, j, sums = _near_the_best(tile, bound, non_negative)
                 found = Candidates(i + top, j + left, sums)
-                yield found.upper() if bottom > left else found
+                # on the diagonal some rows lie below it
+                yield found.where(found.i < found.j) if bottom > left else found
+
+    def _co_activations(self, best: BestPairs) -> Iterator[Candidates]:
+        """Yield the pairs that fire together and may still be among the best."""
+        active, mean = self.columns.active, self.columns.norms.mean
+        assert active is not None  # the callers see to it
+        bound = partial(self._bound, best) if mean is None else None
+        for i, j, sums in co_activations(active, self.blocks, self.group, bound):
+            yield Candidates(i, j, sums if mean is None else sums - self.columns.norms.tokens * mean[i] * mean[j])
+
+    def _offer_apart(self, best: BestPairs) -> bool:
+        """Offer, for Pearson, the pairs that never fire together: `c = -B mean_i mean_j / (|m_i| |m_j|)`.
+
+        Returns False, having offered none, if they are too many.
+        """
+        columns, norms = self.columns, self.columns.norms
+        assert norms.mean is not None and columns.active is not None
+        strength, order = (math.sqrt(norms.tokens) * norms.mean * norms.inverse).sort(descending=True)  # (m,)
+        bound = math.sqrt(best.threshold) * (1 - 1e-5)
+        # the partners of each feature are those before it whose product with it reaches the bound
+        reach = torch.searchsorted(
+            -strength, -(bound / strength).clamp_max(torch.finfo(strength.dtype).max), right=True
+        )
+        numbers = torch.arange(len(columns), device=reach.device)
+        partners = torch.minimum(reach, numbers)
+        if int(partners.sum()) > 4 * best.limit + self.blocks.slack:
+            return False
+        second = torch.repeat_interleave(numbers, partners)
+        first = torch.arange(len(second), device=reach.device) - row_offsets(partners)[second]
+        i, j = torch.minimum(order[first], order[second]), torch.maximum(order[first], order[second])
+        joint = pair_sums(columns.active.with_values(columns.active.values.abs()), i, j)
+        sums = -norms.tokens * norms.mean[i] * norms.mean[j]
+        self._offer(best, Candidates(i, j, sums).where(joint == 0))
+        return True
 
 
-def _columns_from(active: ActiveFeatures, start: int) -> Tensor:
-    """Return features start to n as a CSR tensor, (B, n - start): the sums below the diagonal are not wanted."""
-    if start == 0:
-        return active.matrix()
-    kept = (active.cols >= start).nonzero()[:, 0]
-    crow = row_offsets(torch.bincount(active.rows[kept], minlength=active.tokens))
-    return csr(crow, active.cols[kept] - start, active.values[kept], (active.tokens, active.n - start))
+def co_activations(
+    active: ActiveFeatures,
+    blocks: Blocks = BLOCKS,
+    group: ProcessGroup = SINGLE_PROCESS,
+    bound: Callable[[slice, slice], float] | None = None,
+) -> Iterator[Candidates]:
+    """Yield the pairs of features that fire together, in blocks of features, of which each process takes its share.
+
+    Args:
+        active: the entries of the global batch.
+        bound: the least |sum| of interest between two ranges of features.
+    """
+    by_feature = active.by_feature
+    work = row_offsets(active.crow.diff()[by_feature.rows])[by_feature.offsets]  # (n + 1,) multiplications before
+    ends = torch.arange(0, int(work[-1]) + blocks.co_activations, blocks.co_activations, device=work.device)
+    bounds = torch.searchsorted(work, ends).clamp_max(active.n).unique().tolist()
+    for start, stop in list(zip(bounds, bounds[1:], strict=False))[group.rank :: group.size]:
+        columns = active.matrix()
+        if start > 0:  # the sums below the diagonal are not wanted
+            kept = (active.cols >= start).nonzero()[:, 0]
+            crow = row_offsets(torch.bincount(active.rows[kept], minlength=active.tokens))
+            shape = (active.tokens, active.n - start)
+            columns = csr(crow, active.cols[kept] - start, active.values[kept], shape)
+        product = active.feature_rows(start, stop) @ columns
+        least = max(TINY, bound(slice(start, stop), slice(start, None)) if bound else 0.0)
+        near = (product.values().abs() >= least).nonzero()[:, 0]
+        i = torch.searchsorted(product.crow_indices(), near, right=True) - 1
+        found = Candidates(i + start, product.col_indices()[near] + start, product.values()[near])
+        yield found.where(found.i < found.j)
 
 
 def _near_the_best(tile: Tensor, bound: float, non_negative: bool) -> tuple[Tensor, Tensor, Tensor]:

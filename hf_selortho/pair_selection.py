@@ -11,23 +11,13 @@ from torch import Tensor
 
 from .configuration_selortho import SelOrthoConfig
 from .errors import SelOrthoError
-from .pair_search import BLOCKS, Blocks, Columns, PairSearch, Score
+from .pair_search import BLOCKS, Blocks, Columns, PairSearch, Score, co_activations
 from .pairs import BestPairs, FeatureNorms, Pairs, feature_norms, power_of_two_scale, strongest
 from .process_group import SINGLE_PROCESS, ProcessGroup
-from .sparse_ops import FeatureActivations, active_features, feature_activations
-
-__all__ = [
-    "CoactivationEMA",
-    "FeatureNorms",
-    "Pairs",
-    "Selection",
-    "feature_norms",
-    "pair_count",
-    "select",
-    "select_pairs",
-]
+from .sparse_ops import ActiveFeatures, FeatureActivations, as_float, feature_activations
 
 logger = logging.getLogger(__name__)
+_logged: set[tuple[int, int]] = set()  # pairs asked for and features for which it was said that they are too many
 
 SPARSE_BELOW = 0.1  # activations of a lower density are handled through their non-zero entries
 EMA_PAIRS = 8  # co-activations that a running average keeps, as a multiple of the pairs asked for
@@ -43,10 +33,6 @@ class Selection:
     pairs: Pairs
     features: FeatureActivations | None = None
     norms: FeatureNorms | None = None  # of these features
-
-    def is_of(self, features: FeatureActivations) -> bool:
-        """Tell whether the pairs carry the correlations of these very feature activations."""
-        return self.features is features
 
 
 def pair_count(n: int, pair_fraction: float) -> int:
@@ -93,7 +79,7 @@ def select_pairs(
 @torch.no_grad()
 def select(
     features: FeatureActivations,
-    pair_fraction: float = 1e-3,
+    pair_fraction: float,
     min_support: int = 1,
     correlation: str = "cosine",
     method: str = "auto",
@@ -103,25 +89,31 @@ def select(
     blocks: Blocks = BLOCKS,
 ) -> Selection:
     """Select pairs as [`select_pairs`] does, and remember the batch that they come from."""
-    _check_arguments(pair_fraction, correlation, method)
+    if not 0 < pair_fraction <= 1:
+        raise SelOrthoError(f"pair_fraction={pair_fraction!r}: expected a share in (0, 1]")
+    if correlation not in ("cosine", "pearson"):
+        raise SelOrthoError(f"correlation={correlation!r}: expected 'cosine' or 'pearson'")
+    if method not in ("auto", "tiles", "coactivation"):
+        raise SelOrthoError(f"method={method!r}: expected 'auto', 'tiles' or 'coactivation'")
     with torch.autocast(features.values.device.type, enabled=False):
         norms = feature_norms(features, correlation, group)
-        matrix = features
         density = float(norms.support.sum()) / max(1, norms.tokens * features.n)
-        if method == "coactivation" or group.size > 1 or density < SPARSE_BELOW:
-            matrix = features.to_active()
-        columns = Columns(matrix, norms, min_support)
-        if columns.active is not None:
-            columns.active = group.gather_active(columns.active)
+        sparse = method == "coactivation" or group.size > 1 or density < SPARSE_BELOW
+        columns = Columns(features.to_active() if sparse else features, norms, min_support, group)
         asked = pair_count(columns.n, pair_fraction)
         pairs = PairSearch(columns, score, group, blocks).best(asked, method, correlation_threshold)
-    if len(pairs) < asked and correlation_threshold == 0:
-        _log_fewer_pairs(asked, len(pairs), columns.n, min_support)
+    if len(pairs) < asked and correlation_threshold == 0 and (asked, columns.n) not in _logged:
+        _logged.add((asked, columns.n))
+        logger.info(
+            "%d pairs were asked for, but only %d are eligible (both features active on at least %d tokens of the "
+            "batch, of %d features): taking these; said once",
+            asked, len(pairs), min_support, columns.n,
+        )  # fmt: skip
     return Selection(pairs, features, norms)
 
 
 class CoactivationEMA:
-    """Exponential moving sums over batches: `S <- decay S + S_batch` of `<h_i, h_j>`, `|h_i|^2`, support and tokens.
+    """Exponential moving sums over batches: `S <- decay S + S_batch` of `<h_i, h_j>`, `|h_i|^2` and support.
 
     Features too rare for one batch count in a selection by `S_ij / sqrt(S_ii S_jj)`. At most `limit` pairs are kept,
     those of the largest such correlation, ties broken by (i, j); a pair that was dropped starts again from 0, so that
@@ -140,7 +132,6 @@ class CoactivationEMA:
         self.sums = torch.zeros(0)  # (m,)
         self.squares = torch.zeros(n)
         self.support = torch.zeros(n)  # decayed number of tokens
-        self.tokens = 0.0  # decayed
 
     @staticmethod
     def of_config(config: SelOrthoConfig) -> CoactivationEMA:
@@ -158,17 +149,12 @@ class CoactivationEMA:
         Raises:
             NonFiniteError: the activations hold NaN or infinity.
         """
-        active = active_features(h) if isinstance(h, Tensor) else h.to_active()
+        active = feature_activations(h).to_active()
         norms = feature_norms(active, "cosine", group)
-        everything = FeatureNorms(torch.ones_like(norms.squares), norms.support, None, norms.tokens)  # scales nothing
-        columns = Columns(active, everything, 1)
-        assert columns.active is not None
-        columns.active = group.gather_active(columns.active)
         self._decay(norms.squares.device)
         self.squares = self.squares + norms.squares.float()
         self.support = self.support + norms.support.float()
-        self.tokens = self.tokens * self.decay + norms.tokens
-        self._add_pairs(columns)
+        self._add_pairs(group.gather_active(active.with_values(as_float(active.values))))
 
     def select(self, pair_fraction: float, min_support: int, correlation_threshold: float = 0.0) -> Pairs:
         """Select the most correlated pairs by the moving sums, in the order of [`select_pairs`].
@@ -182,24 +168,19 @@ class CoactivationEMA:
         kept = (eligible[self.keys // self.n] & eligible[self.keys % self.n]).nonzero()[:, 0]
         count = int(eligible.sum())
         limit = min(pair_count(self.n, pair_fraction), count * (count - 1) // 2)
-        best = BestPairs(limit, self.keys.device, self.sums.dtype, correlation_threshold, self.blocks.slack)
-        if limit > 0:
-            best.offer(self._signed_squares(self.keys[kept], self.sums[kept]), self.keys[kept])
+        best = BestPairs(limit, self.sums, correlation_threshold**2, self.blocks.slack)
+        best.offer(self._signed_squares(self.keys[kept], self.sums[kept]), self.keys[kept])
         if correlation_threshold == 0 and len(best) < limit:  # as in `select_pairs`: the smallest (i, j) first
             best.fill_with_zeros(eligible.nonzero()[:, 0], self.n)
         return best.pairs(self.n)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything kept, as tensors."""
-        tokens = torch.tensor(self.tokens, dtype=torch.float64)
-        return {
-            "keys": self.keys, "sums": self.sums, "squares": self.squares, "support": self.support, "tokens": tokens
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in ("keys", "sums", "squares", "support")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a [`state_dict`]."""
-        self.keys, self.sums = state["keys"], state["sums"]
-        self.squares, self.support, self.tokens = state["squares"], state["support"], float(state["tokens"])
+        self.keys, self.sums, self.squares, self.support = (state[n] for n in ("keys", "sums", "squares", "support"))
 
     def _decay(self, device: torch.device) -> None:
         """Let all sums fade, and forget the features of which nothing is left."""
@@ -211,13 +192,12 @@ class CoactivationEMA:
         kept = (living[keys // self.n] & living[keys % self.n]).nonzero()[:, 0]
         self.keys, self.sums = keys[kept], sums[kept]
 
-    def _add_pairs(self, columns: Columns) -> None:
+    def _add_pairs(self, active: ActiveFeatures) -> None:
         """Add the sums of a batch to those kept, a block of features at a time, keeping the `limit` best."""
         untouched = torch.ones_like(self.keys, dtype=torch.bool)
         keys, sums = self.keys[:0], self.sums[:0]
-        everything = BestPairs(0, columns.index.device, columns.scale.dtype)  # leaves nothing out
-        for found in PairSearch(columns, blocks=self.blocks).co_activations(everything):  # a pair comes up once
-            block = columns.keys(found.i, found.j)
+        for found in co_activations(active, self.blocks):  # a pair comes up once
+            block = found.i * self.n + found.j
             added = found.sums.float()
             if len(self.keys):
                 place = torch.searchsorted(self.keys, block).clamp_max(len(self.keys) - 1)
@@ -245,25 +225,3 @@ class CoactivationEMA:
         scale = torch.where(self.squares > 0, power_of_two_scale(self.squares.sqrt()), 0)
         scaled, squares = sums * scale[i] * scale[j], self.squares * scale.square()
         return scaled * scaled.abs() / (squares[i] * squares[j])
-
-
-def _check_arguments(pair_fraction: float, correlation: str, method: str) -> None:
-    if not 0 < pair_fraction <= 1:
-        raise SelOrthoError(f"pair_fraction={pair_fraction!r}: expected a share in (0, 1]")
-    if correlation not in ("cosine", "pearson"):
-        raise SelOrthoError(f"correlation={correlation!r}: expected 'cosine' or 'pearson'")
-    if method not in ("auto", "tiles", "coactivation"):
-        raise SelOrthoError(f"method={method!r}: expected 'auto', 'tiles' or 'coactivation'")
-
-
-def _log_fewer_pairs(asked: int, found: int, n: int, min_support: int) -> None:
-    if (asked, n) not in _logged:
-        _logged.add((asked, n))
-        logger.info(
-            "%d pairs were asked for, but only %d are eligible (both features active on at least %d tokens of the "
-            "batch, of %d features): taking these; said once",
-            asked, found, min_support, n,
-        )  # fmt: skip
-
-
-_logged: set[tuple[int, int]] = set()

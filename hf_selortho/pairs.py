@@ -44,11 +44,6 @@ class FeatureNorms:
     tokens: int  # B, of the global batch
 
     @property
-    def norm(self) -> Tensor:
-        """L2 norm of each column, (n,)."""
-        return self.squares.sqrt()
-
-    @property
     def inverse(self) -> Tensor:
         """`1 / norm`, and 0 for a column of zeros, (n,)."""
         return torch.where(self.squares > 0, self.squares.rsqrt(), 0)
@@ -70,23 +65,20 @@ def feature_norms(
     sums = features.moments()  # (3, n)
     tokens = int(group.sum(sums.new_tensor([float(features.tokens)])))
     support, squares, total = group.sum(sums)
-    if not bool(torch.isfinite(squares).all()):
-        raise NonFiniteError(_non_finite(squares))
+    bad = (~torch.isfinite(squares)).nonzero()[:, 0]
+    if len(bad):
+        named = ", ".join(map(str, bad[:5].tolist())) + (", ..." if len(bad) > 5 else "")
+        raise NonFiniteError(
+            f"feature activations h hold NaN or infinity, or values too large to square, in {len(bad)} of "
+            f"{len(squares)} features ({named}): expected finite numbers; look for the batch or the weight they came "
+            "from"
+        )
     if correlation == "cosine":
         return FeatureNorms(squares, support, None, tokens)
     mean = total / tokens
     centred = group.sum(features.squares_about(mean))  # two passes: sum(h^2) - B mean^2 would cancel
     centred[centred <= 1e-12 * squares] = 0  # a constant feature: what is left is rounding
     return FeatureNorms(centred, support, mean, tokens)
-
-
-def _non_finite(squares: Tensor) -> str:
-    features = (~torch.isfinite(squares)).nonzero()[:, 0]
-    named = ", ".join(map(str, features[:5].tolist())) + (", ..." if len(features) > 5 else "")
-    return (
-        f"feature activations h hold NaN or infinity, or values too large to square, in {len(features)} of "
-        f"{len(squares)} features ({named}): expected finite numbers; look for the batch or the weight they came from"
-    )
 
 
 def pair_sums(h: Tensor | FeatureActivations, i: Tensor, j: Tensor) -> Tensor:
@@ -99,8 +91,8 @@ def pair_sums(h: Tensor | FeatureActivations, i: Tensor, j: Tensor) -> Tensor:
     rows, order = number[i].int().sort(stable=True)
     shape = (len(occurring), len(occurring))
     pattern = csr(row_offsets(torch.bincount(rows, minlength=shape[0])), number[j][order], sums, shape)
-    for chunk in features.chunks(occurring):
-        pattern = torch.sparse.sampled_addmm(pattern, chunk.block, chunk.block.T)
+    for chunk, _ in features.chunks(occurring):
+        pattern = torch.sparse.sampled_addmm(pattern, chunk, chunk.T)
     sums[order] = pattern.values()
     return sums
 
@@ -116,35 +108,27 @@ def occurring_features(i: Tensor, j: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 class BestPairs:
-    """The `limit` pairs of largest `|score|` offered so far, as signed squares; ties go to the smaller (i, j)."""
+    """The `limit` pairs of largest `|score|` offered so far, as signed squares; ties go to the smaller (i, j).
 
-    def __init__(
-        self, limit: int, device: torch.device, dtype: torch.dtype, at_least: float = 0.0, slack: int = 1 << 16
-    ) -> None:
-        self.limit, self.at_least, self.slack = limit, at_least, slack
-        self.threshold = at_least**2  # of the squares; pairs equal to it may still win by their key
+    Args:
+        limit: pairs kept, beside a `slack` so that the list is cut rarely.
+        like: of the dtype and on the device of the squares.
+        threshold: pairs of a smaller square are left out; those equal to it may still win by their key.
+    """
+
+    def __init__(self, limit: int, like: Tensor, threshold: float, slack: int) -> None:
+        self.limit, self.threshold, self.slack = limit, threshold, slack
         # in pieces, put together only where they are looked at: there may be millions of pairs and hundreds of tiles
-        self._squares = [torch.empty(0, dtype=dtype, device=device)]
-        self._keys = [torch.empty(0, dtype=torch.int64, device=device)]
+        self._squares, self._keys = [like.new_empty(0)], [like.new_empty(0, dtype=torch.int64)]
 
     def __len__(self) -> int:
         return sum(map(len, self._keys))
 
-    @property
-    def squares(self) -> Tensor:
-        """Signed squares of the pairs, (m,)."""
-        self._squares = [torch.cat(self._squares)] if len(self._squares) > 1 else self._squares
-        return self._squares[0]
-
-    @property
-    def keys(self) -> Tensor:
-        """The pairs as single numbers `i * n + j`, (m,)."""
-        self._keys = [torch.cat(self._keys)] if len(self._keys) > 1 else self._keys
-        return self._keys[0]
-
-    def emptied(self) -> BestPairs:
-        """Return a list of the same limits without pairs."""
-        return BestPairs(self.limit, self.keys.device, self.squares.dtype, self.at_least, self.slack)
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return signed squares and keys `i * n + j` of the pairs, (m,) each."""
+        self._squares = [torch.cat(self._squares)]
+        self._keys = [torch.cat(self._keys)]
+        return self._squares[0], self._keys[0]
 
     def replace(self, squares: Tensor, keys: Tensor) -> None:
         """Take these pairs in place of all others."""
@@ -160,33 +144,36 @@ class BestPairs:
 
     def prune(self) -> None:
         """Keep the `limit` best and raise the threshold to the worst of them."""
-        if len(self) < self.limit or self.limit == 0:
+        if len(self) < max(1, self.limit):
             return
-        strength = self.squares.abs()
-        kept = strongest(strength, self.keys, self.limit)
+        squares, keys = self.whole()
+        strength = squares.abs()
+        kept = strongest(strength, keys, self.limit)
         self.threshold = float(strength[kept].min())
-        self.replace(self.squares[kept], self.keys[kept])
+        self.replace(squares[kept], keys[kept])
 
     def fill_with_zeros(self, features: Tensor, n: int) -> None:
         """Fill up with pairs of score 0 among rising features (m,), the smallest (i, j) first."""
-        kept = self.squares != 0
-        self.replace(self.squares[kept], self.keys[kept])
-        if self.threshold > 0 or len(self) >= self.limit:
+        squares, taken = self.whole()
+        kept = squares != 0
+        squares, taken = squares[kept], taken[kept]
+        self.replace(squares, taken)
+        if self.threshold > 0 or len(taken) >= self.limit:
             return
         m = len(features)
         offsets = row_offsets(torch.arange(m - 1, -1, -1, device=features.device))  # of partners with a larger index
         number = torch.arange(min(self.limit, m * (m - 1) // 2), device=features.device)  # enough: some may be taken
         i = torch.searchsorted(offsets, number, right=True) - 1
         keys = features[i] * n + features[number - offsets[i] + i + 1]
-        keys = keys[~torch.isin(keys, self.keys)][: self.limit - len(self)]
-        self.offer(self.squares.new_zeros(len(keys)), keys)
+        keys = keys[~torch.isin(keys, taken)][: self.limit - len(taken)]
+        self.offer(squares.new_zeros(len(keys)), keys)
 
     def pairs(self, n: int) -> Pairs:
         """Return the best pairs of n features, best first."""
         self.prune()
-        by_key = self.keys.argsort()
-        squares, keys = self.squares[by_key], self.keys[by_key]
-        order = squares.abs().argsort(descending=True, stable=True)
+        squares, keys = self.whole()
+        by_key = keys.argsort()
+        order = by_key[squares[by_key].abs().argsort(descending=True, stable=True)]
         squares, keys = squares[order], keys[order]
         return Pairs(keys // n, keys % n, signed_root(squares))
 

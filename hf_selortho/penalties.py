@@ -26,7 +26,7 @@ class PenaltyPlan:
     """What the decorrelation penalty does at one step."""
 
     acts: bool = True
-    pairs: Pairs | Selection | None = None  # the pairs to act on; None: select them on this batch
+    pairs: Pairs | None = None  # the pairs to act on; None: select them on this batch
     weight: float = 1.0  # with penalty_schedule "on_selection", the number of steps that this one stands for
     coefficient: float | None = None  # in place of the config's ortho_coefficient, when it is steered
     seed: int = 0  # of the chunks of ortsae
@@ -49,34 +49,36 @@ def penalty(
         plan: what the penalty does at this step.
 
     Returns:
-        A scalar, and the pairs that the selective penalty acted on (None for the others, those of the plan at rest).
+        A scalar, and the pairs that the selective penalty acted on (None for the others and at rest).
 
     Raises:
         ConfigError: the configuration names a penalty that this version no longer trains with.
     """
     plan = plan or PenaltyPlan()
-    given = plan.pairs.pairs if isinstance(plan.pairs, Selection) else plan.pairs
     coefficient = (config.ortho_coefficient if plan.coefficient is None else plan.coefficient) * plan.weight
     if config.penalty == "none" or coefficient == 0 or not plan.acts:
-        return W_dec.new_zeros((), dtype=torch.float32), given
+        return W_dec.new_zeros((), dtype=torch.float32), None
     if config.penalty == "ortsae":
         return ortsae_penalty(W_dec, coefficient, config.ortsae_chunk, plan.seed), None
     if config.penalty == "full":
         return full_penalty(
             features, coefficient, config.reduction, config.min_support, config.correlation, group
         ), None
-    selection = _selection_of(config, features, W_dec, group, plan)
-    loss = _selective(config, features, W_dec, selection, coefficient, group)
-    if config.decoder_ratio > 0:
-        loss = loss + _second_penalty(config, W_dec, coefficient * config.decoder_ratio, plan.seed)
-    return loss, selection.pairs
+    _check_trainable(config)
+    if plan.pairs is not None:
+        selection = Selection(plan.pairs)
+    elif plan.select is not None:
+        selection = Selection(plan.select(features.detach()))
+    else:
+        selection = select_by_config(config, features, W_dec, group)
+    return selective_penalty(config, features, W_dec, selection, coefficient, group, plan.seed), selection.pairs
 
 
 def select_by_config(
     config: SelOrthoConfig, h: Tensor | FeatureActivations, W_dec: Tensor, group: ProcessGroup | None = None
 ) -> Selection:
     """Select the pairs that the configured penalty acts on, by the correlations of the batch or by decoder cosines."""
-    check_trainable(config)
+    _check_trainable(config)
     fraction, threshold = config.pair_fraction, config.correlation_threshold
     if config.selects_by == "decoder":
         return Selection(select_directions(W_dec, fraction, threshold))
@@ -90,8 +92,7 @@ def select_directions(W_dec: Tensor, pair_fraction: float, cosine_threshold: flo
     return select(columns, pair_fraction, method="tiles", correlation_threshold=cosine_threshold).pairs
 
 
-def check_trainable(config: SelOrthoConfig) -> None:
-    """Raise a ConfigError if the settings are those of a penalty that is only still loaded, not trained with."""
+def _check_trainable(config: SelOrthoConfig) -> None:
     if config.penalty == "selective" and "redundancy" in (config.penalty_space, config.selection_space):
         raise ConfigError(
             "penalty_space or selection_space 'redundancy': SAEs that were trained with it load, but it bought little "
@@ -99,27 +100,16 @@ def check_trainable(config: SelOrthoConfig) -> None:
         )
 
 
-def _selection_of(
-    config: SelOrthoConfig, features: FeatureActivations, W_dec: Tensor, group: ProcessGroup, plan: PenaltyPlan
-) -> Selection:
-    if isinstance(plan.pairs, Selection):
-        return plan.pairs
-    if plan.pairs is not None:
-        return Selection(plan.pairs)
-    if plan.select is not None:
-        return Selection(plan.select(features.detach()))
-    return select_by_config(config, features, W_dec, group)
-
-
-def _selective(
+def selective_penalty(
     config: SelOrthoConfig,
     features: FeatureActivations,
     W_dec: Tensor,
     selection: Selection,
     coefficient: float,
-    group: ProcessGroup,
+    group: ProcessGroup = SINGLE_PROCESS,
+    seed: int = 0,
 ) -> Tensor:
-    """Compute eq. 7's last term on the selected pairs, or its counterpart on the cosines of decoder rows.
+    """Compute eq. 7's last term on selected pairs, or its counterpart on the cosines of decoder rows.
 
     Decoder cosines are the same on every process, so that the mean over the processes is right as it is. "exclusion"
     weights each by `(1 - max(P(i|j), P(j|i)))^2`, held fixed: it acts on features that point alike and stand in for one
@@ -127,14 +117,17 @@ def _selective(
     """
     pairs, reduction = selection.pairs, config.reduction
     if config.penalty_space == "activation":
-        if selection.is_of(features):
-            assert selection.norms is not None
-            scale = _scale(coefficient, reduction, len(pairs))
-            c = pairs.correlation
-            return _squared_correlations(features, pairs, c, c, selection.norms, scale, group)
-        return decorrelation_penalty(features, pairs, coefficient, reduction, config.correlation, group)
-    weights = _exclusion(features, pairs, group) if config.penalty_space == "exclusion" else None
-    return decorrelation_penalty(W_dec.T, pairs, coefficient, reduction, weights=weights)
+        loss = _squared_correlations(features, selection, coefficient, reduction, config.correlation, group)
+    else:
+        weights = _exclusion(features, pairs, group) if config.penalty_space == "exclusion" else None
+        loss = decorrelation_penalty(W_dec.T, pairs, coefficient, reduction, weights=weights)
+    second = coefficient * config.decoder_ratio
+    if second > 0 and config.decoder_pairs == "nearest":
+        loss = loss + ortsae_penalty(W_dec, second, config.ortsae_chunk, seed)
+    elif second > 0:
+        alike = select_directions(W_dec, config.pair_fraction)
+        loss = loss + decorrelation_penalty(W_dec.T, alike, second, reduction)
+    return loss
 
 
 @torch.no_grad()
@@ -144,14 +137,6 @@ def _exclusion(features: FeatureActivations, pairs: Pairs, group: ProcessGroup) 
     support = feature_norms(features, "cosine", group).support
     share = 1 - joint / torch.minimum(support[pairs.i], support[pairs.j])
     return share.nan_to_num(0).square()
-
-
-def _second_penalty(config: SelOrthoConfig, W_dec: Tensor, coefficient: float, seed: int) -> Tensor:
-    """Square the decoder cosines of the pairs whose directions are most alike, the same on every process."""
-    if config.decoder_pairs == "nearest":
-        return ortsae_penalty(W_dec, coefficient, config.ortsae_chunk, seed)
-    alike = select_directions(W_dec, config.pair_fraction)
-    return decorrelation_penalty(W_dec.T, alike, coefficient, config.reduction)
 
 
 def decorrelation_penalty(
@@ -178,12 +163,7 @@ def decorrelation_penalty(
         A scalar, float32 (float64 for a float64 `h`); 0 with a zero gradient if there are no pairs.
     """
     features, group = feature_activations(h), group or SINGLE_PROCESS
-    scale = _scale(coefficient, reduction, len(pairs))
-    with torch.autocast(features.values.device.type, enabled=False), torch.no_grad():
-        norms = feature_norms(features, correlation, group)
-        c = _correlations_of(features, norms, pairs, group)
-        weighted = c if weights is None else c * weights.to(c.dtype)
-    return _squared_correlations(features, pairs, c, weighted, norms, scale, group)
+    return _squared_correlations(features, Selection(pairs), coefficient, reduction, correlation, group, weights)
 
 
 def full_penalty(
@@ -213,8 +193,9 @@ def full_penalty(
         diagonal = -torch.linalg.vecdot(c, c) * norms.inverse.square()
         matrix = c.mul_(norms.inverse).mul_(norms.inverse[:, None])
         matrix.diagonal().copy_(diagonal)
-        operator = _Operator(matrix, torch.arange(features.n, device=c.device), norms.mean)
-    return _Penalty.apply(features.values, features.detach(), value, operator, 2 * scale * group.size)
+        everything = torch.arange(features.n, device=c.device)
+    scale = 2 * scale * group.size
+    return _Penalty.apply(features.values, value, features.detach(), matrix, everything, norms.mean, scale)
 
 
 def full_penalty_bytes(n: int, batch: int) -> int:
@@ -262,85 +243,69 @@ def _scale(coefficient: float, reduction: str, pairs: int) -> float:
     return coefficient if reduction == "sum" else coefficient / max(pairs, 1)
 
 
-def _correlations_of(features: FeatureActivations, norms: FeatureNorms, pairs: Pairs, group: ProcessGroup) -> Tensor:
-    """Compute the correlations (T,) of given pairs in this batch."""
-    sums = group.sum(pair_sums(features, pairs.i, pairs.j))
-    if norms.mean is not None:
-        sums = sums - norms.tokens * norms.mean[pairs.i] * norms.mean[pairs.j]
-    inverse = norms.inverse
-    return sums * inverse[pairs.i] * inverse[pairs.j]
-
-
 def _squared_correlations(
     features: FeatureActivations,
-    pairs: Pairs,
-    c: Tensor,
-    weighted: Tensor,
-    norms: FeatureNorms,
-    scale: float,
+    selection: Selection,
+    coefficient: float,
+    reduction: str,
+    correlation: str,
     group: ProcessGroup,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Compute `scale * sum_T weighted c` with `weighted_ij = w_ij c_ij`, and its gradient."""
+    """Compute [`decorrelation_penalty`]; what the selection knows about these very features is not computed again."""
+    pairs, norms, c = selection.pairs, selection.norms, selection.pairs.correlation
+    scale = _scale(coefficient, reduction, len(pairs))
     with torch.autocast(features.values.device.type, enabled=False), torch.no_grad():
+        if norms is None or selection.features is not features:
+            norms = feature_norms(features, correlation, group)
+            sums = group.sum(pair_sums(features, pairs.i, pairs.j))
+            if norms.mean is not None:
+                sums = sums - norms.tokens * norms.mean[pairs.i] * norms.mean[pairs.j]
+            inverse = norms.inverse
+            c = sums * inverse[pairs.i] * inverse[pairs.j]
+        weighted = c if weights is None else c * weights.to(c.dtype)
         value = scale * (weighted * c).sum()
-        operator = _Operator.of_pairs(pairs, c, weighted, norms)
-    return _Penalty.apply(features.values, features.detach(), value, operator, 2 * scale * group.size)
+        matrix, occurring = _operator(pairs, c, weighted, norms)
+    scale = 2 * scale * group.size
+    return _Penalty.apply(features.values, value, features.detach(), matrix, occurring, norms.mean, scale)
 
 
-@dataclass(frozen=True)
-class _Operator:
-    """The symmetric matrix `S` (n, n) with which the gradient of `sum_T w_ij c_ij^2` is `2 h S`.
-
-    With `u_i = h_i / |h_i|` the gradient is `2 (sum_j w_ij c_ij u_j - u_i sum_j w_ij c_ij^2) / |h_i|`, that is
-    `S_ij = w_ij c_ij / (|h_i| |h_j|)`, `S_ii = -sum_j w_ij c_ij^2 / |h_i|^2`. It holds for centred activations too:
-    the gradient then sums to zero over the batch.
-    """
-
-    matrix: Tensor  # (U, U), dense or CSR, of the features that occur in pairs
-    features: Tensor  # (U,) rising
-    mean: Tensor | None  # (n,) for Pearson
-
-    @staticmethod
-    def of_pairs(pairs: Pairs, c: Tensor, weighted: Tensor, norms: FeatureNorms) -> _Operator:
-        i, j = pairs.i, pairs.j
-        features, number = occurring_features(i, j, len(norms.squares))
-        inverse = norms.inverse[features]
-        a, b = number[i], number[j]
-        scaled = weighted * inverse[a] * inverse[b]
-        diagonal = torch.zeros_like(inverse).index_add_(0, a, weighted * c).index_add_(0, b, weighted * c)
-        own = torch.arange(len(features), device=i.device)
-        rows, order = torch.cat([a, b, own]).int().sort(stable=True)  # a radix sort; within a row any order will do
-        cols = torch.cat([b, a, own])[order]
-        entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])[order]
-        crow = row_offsets(torch.bincount(rows, minlength=len(features)))
-        return _Operator(csr(crow, cols, entries, (len(features), len(features))), features, norms.mean)
-
-    def times(self, h: FeatureActivations) -> Tensor:
-        """Compute `h S` where `h` has values, in their shape."""
-        product = torch.zeros_like(as_float(h.values))
-        shift = None if self.mean is None else self.matrix @ self.mean[self.features][:, None]  # (U, 1)
-        for chunk in h.chunks(self.features):
-            block = times_dense(self.matrix, chunk.block)  # (U, tokens); the operator is symmetric
-            if shift is not None:
-                block -= shift
-            h.put(product, chunk, self.features, block)
-        return product
+def _operator(pairs: Pairs, c: Tensor, weighted: Tensor, norms: FeatureNorms) -> tuple[Tensor, Tensor]:
+    """Return the matrix `S` of [`_Penalty`] (U, U), CSR, and the features (U,) that occur in pairs, rising."""
+    features, number = occurring_features(pairs.i, pairs.j, len(norms.squares))
+    inverse = norms.inverse[features]
+    a, b = number[pairs.i], number[pairs.j]
+    scaled = weighted * inverse[a] * inverse[b]
+    diagonal = torch.zeros_like(inverse).index_add_(0, a, weighted * c).index_add_(0, b, weighted * c)
+    own = torch.arange(len(features), device=a.device)
+    rows, order = torch.cat([a, b, own]).int().sort(stable=True)  # a radix sort; within a row any order will do
+    cols = torch.cat([b, a, own])[order]
+    entries = torch.cat([scaled, scaled, -diagonal * inverse.square()])[order]
+    crow = row_offsets(torch.bincount(rows, minlength=len(features)))
+    return csr(crow, cols, entries, (len(features), len(features))), features
 
 
 class _Penalty(torch.autograd.Function):
-    """A penalty whose value is known, and whose gradient to the values of `h` is `scale * h S`."""
+    """A penalty `sum_T w_ij c_ij^2` whose value is known, and whose gradient to the values of `h` is `2 h S`, scaled.
+
+    With `u_i = h_i / |h_i|` the gradient is `2 (sum_j w_ij c_ij u_j - u_i sum_j w_ij c_ij^2) / |h_i|`, that is
+    `S_ij = w_ij c_ij / (|h_i| |h_j|)`, `S_ii = -sum_j w_ij c_ij^2 / |h_i|^2`. It holds for activations centred by
+    `mean` (n,) too: the gradient then sums to zero over the batch.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, h: FeatureActivations, value: Tensor, operator: _Operator, scale: float
-    ) -> Tensor:
-        ctx.h, ctx.operator, ctx.scale = h, operator, scale
+    def forward(ctx: Any, values: Tensor, value: Tensor, *parts: Any) -> Tensor:
+        ctx.parts = parts  # h without gradient; S (U, U) among features (U,), dense or CSR; mean; scale
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values = ctx.h.values
-        with torch.autocast(values.device.type, enabled=False):
-            gradient = ctx.operator.times(ctx.h)
-        return gradient.mul_(ctx.scale * grad).to(values.dtype), None, None, None, None
+        h, matrix, features, mean, scale = ctx.parts
+        with torch.autocast(h.values.device.type, enabled=False):
+            product = torch.zeros_like(as_float(h.values))
+            shift = None if mean is None else matrix @ mean[features][:, None]  # (U, 1)
+            for chunk, place in h.chunks(features):
+                block = times_dense(matrix, chunk)  # (U, tokens); the matrix is symmetric
+                h.put(product, place, block if shift is None else block.sub_(shift))
+        return product.mul_(scale * grad).to(h.values.dtype), *[None] * 6

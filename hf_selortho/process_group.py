@@ -22,14 +22,12 @@ class ProcessGroup:
 
     size: int = 1
     rank: int = 0
-    handle: Any = None  # of torch.distributed; None: all processes
 
     @staticmethod
-    def of_run(handle: Any = None) -> ProcessGroup:
-        """Return the group of all processes of torch.distributed (or of `handle`); where it is not in use, of one."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return ProcessGroup()
-        return ProcessGroup(dist.get_world_size(handle), dist.get_rank(handle), handle)
+    def of_run() -> ProcessGroup:
+        """Return the group of all processes of torch.distributed; where it is not in use, of one."""
+        in_use = dist.is_available() and dist.is_initialized()
+        return ProcessGroup(dist.get_world_size(), dist.get_rank()) if in_use else SINGLE_PROCESS
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the processes; the result is the same on each of them."""
@@ -55,14 +53,14 @@ class ProcessGroup:
         padded = tensor.new_zeros(max(longest), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in longest]
-        dist.all_gather(parts, padded, group=self.handle)
+        dist.all_gather(parts, padded)
         return torch.cat([part[:length] for part, length in zip(parts, longest, strict=True)])
 
     def gather_active(self, active: ActiveFeatures) -> ActiveFeatures:
         """Put the active entries of all processes together: 8 bytes each on the way, never `(B, n)`."""
         if self.size == 1:
             return active
-        counts = self.gather((active.crow[1:] - active.crow[:-1]).int())
+        counts = self.gather(active.crow.diff().int())
         cols, values = self.gather(active.cols.int()), self.gather(active.values)
         return ActiveFeatures(row_offsets(counts), cols.long(), values, active.n)
 
@@ -70,7 +68,7 @@ class ProcessGroup:
         if self.size == 1:
             return tensor
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(tensor, operation, group=self.handle)
+        dist.all_reduce(tensor, operation)
         return tensor
 
 

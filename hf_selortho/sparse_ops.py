@@ -14,7 +14,6 @@ No intermediate is larger than `(B, d_in)`, `(n, d_in)` or one chunk of pre-acti
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,63 +34,12 @@ CHUNK_ELEMENTS = 1 << 21  # of the dense copy of some features on some tokens, i
 CHUNK_TOKENS = 512  # but no fewer tokens: for each chunk, all pairs are gone through
 
 
-class TokenChunk(NamedTuple):
-    """Some features on some tokens."""
-
-    block: Tensor  # (U, tokens) dense
-    entries: Any  # where the chunk lies in `values`: rows of dense activations, or entries (m,) of active ones
-    places: Tensor | None  # (m,) where these entries lie in the flattened block; None: all of it
-
-
-class FeatureActivations(ABC):
-    """Feature activations of B tokens and n features: one interface for [`DenseFeatures`] and [`ActiveFeatures`].
-
-    `values` holds the numbers, (B, n) or those of the entries (nnz,), and may require a gradient.
-    """
-
+class _Features:
     values: Tensor
-    n: int
 
-    @property
-    @abstractmethod
-    def tokens(self) -> int:
-        """Number of tokens B."""
-
-    @abstractmethod
-    def with_values(self, values: Tensor) -> Any:
+    def with_values(self: Any, values: Tensor) -> Any:
         """Replace the numbers, of the same shape."""
-
-    @abstractmethod
-    def to_dense(self) -> Tensor:
-        """Return an ordinary tensor (B, n)."""
-
-    @abstractmethod
-    def to_active(self) -> ActiveFeatures:
-        """Return the non-zero entries."""
-
-    @abstractmethod
-    def moments(self) -> Tensor:
-        """Sum over tokens, for each feature: support, squares and values, (3, n), in float32 or wider."""
-
-    @abstractmethod
-    def squares_about(self, mean: Tensor) -> Tensor:
-        """Sum `(h_ti - mean_i)^2` over tokens, (n,)."""
-
-    @abstractmethod
-    def decode(self, W_dec: Tensor, ends: list[int] | None = None) -> Tensor:
-        """Compute `h W_dec` (B, d_in), or the parts (B, G, d_in) of ranges of features with these rising ends (G,)."""
-
-    @abstractmethod
-    def fired(self) -> Tensor:
-        """Tell which features fired on any token, (n,) bool."""
-
-    @abstractmethod
-    def chunks(self, features: Tensor) -> Iterator[TokenChunk]:
-        """Yield dense copies of some features (U,), a few tokens at a time."""
-
-    @abstractmethod
-    def put(self, target: Tensor, chunk: TokenChunk, features: Tensor, block: Tensor) -> None:
-        """Write what belongs to a chunk (U, tokens) to its place in `target`, which has the shape of `values`."""
+        return replace(self, values=values)
 
     def detach(self) -> Any:
         """Return the same activations without gradient."""
@@ -101,51 +49,37 @@ class FeatureActivations(ABC):
         """Return 1 where a feature fired, else 0."""
         return self.with_values((self.values != 0).to(self.values.dtype))
 
-    def l0(self) -> float:
+    def l0(self: Any) -> float:
         """Return the mean number of active features of a token."""
         return float((self.values > 0).sum()) / self.tokens
 
 
-def feature_activations(h: Tensor | FeatureActivations) -> FeatureActivations:
-    """Return `h` itself, or a tensor (B, n) as [`DenseFeatures`].
-
-    Raises:
-        SelOrthoError: the tensor has not two axes.
-    """
-    if not isinstance(h, Tensor):
-        return h
-    if h.ndim != 2:
-        raise SelOrthoError(
-            f"h has shape {tuple(h.shape)}: expected (tokens, features); flatten the leading axes first"
-        )
-    return DenseFeatures(h)
-
-
 @dataclass(frozen=True)
-class DenseFeatures(FeatureActivations):
-    """Feature activations as an ordinary tensor."""
+class DenseFeatures(_Features):
+    """Feature activations as an ordinary tensor; [`ActiveFeatures`] has the same methods."""
 
     values: Tensor  # (B, n)
 
     @property
-    def n(self) -> int:  # type: ignore[override]
+    def n(self) -> int:
         """Number of features."""
         return self.values.shape[1]
 
     @property
     def tokens(self) -> int:
+        """Number of tokens B."""
         return len(self.values)
 
-    def with_values(self, values: Tensor) -> DenseFeatures:
-        return DenseFeatures(values)
-
     def to_dense(self) -> Tensor:
+        """Return an ordinary tensor (B, n)."""
         return self.values
 
     def to_active(self) -> ActiveFeatures:
+        """Return the non-zero entries."""
         return active_features(self.values)
 
     def moments(self) -> Tensor:
+        """Sum over tokens, for each feature: support, squares and values, (3, n), in float32 or wider."""
         h = self.values
         sums = torch.zeros(3, self.n, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         for chunk in h.split(max(1, WIDENED_ELEMENTS // max(1, self.n))):
@@ -156,28 +90,38 @@ class DenseFeatures(FeatureActivations):
         return sums
 
     def squares_about(self, mean: Tensor) -> Tensor:
+        """Sum `(h_ti - mean_i)^2` over tokens, (n,)."""
         squares = torch.zeros_like(mean)
         for chunk in self.values.split(max(1, WIDENED_ELEMENTS // max(1, self.n))):
             squares += (chunk.to(mean.dtype) - mean).square().sum(0)
         return squares
 
     def decode(self, W_dec: Tensor, ends: list[int] | None = None) -> Tensor:
+        """Compute `h W_dec` (B, d_in), with gradients to `values` and `W_dec` (n, d_in).
+
+        With the rising ends of ranges of features (G,), the last of them n, the parts of the sum that belong to each
+        range stand apart: (B, G, d_in).
+        """
         if ends is None:
             return self.values @ W_dec
         bounds = zip([0, *ends], ends, strict=False)
         return torch.stack([self.values[:, a:b] @ W_dec[a:b] for a, b in bounds], dim=1)
 
     def fired(self) -> Tensor:
+        """Tell which features fired on any token, (n,) bool."""
         return (self.values > 0).any(0)
 
-    def chunks(self, features: Tensor) -> Iterator[TokenChunk]:
+    def chunks(self, features: Tensor) -> Iterator[tuple[Tensor, Any]]:
+        """Yield dense copies (U, tokens) of some features (U,), a few tokens at a time, and their place for `put`."""
         step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, len(features)))
         for start in range(0, self.tokens, step):
             rows = slice(start, start + step)
-            yield TokenChunk(as_float(self.values[rows, features]).T.contiguous(), rows, None)
+            yield as_float(self.values[rows, features]).T.contiguous(), (rows, features)
 
-    def put(self, target: Tensor, chunk: TokenChunk, features: Tensor, block: Tensor) -> None:
-        target[chunk.entries].index_copy_(1, features, block.T)
+    def put(self, target: Tensor, place: Any, block: Tensor) -> None:
+        """Write numbers in the shape of a chunk to its place in `target`, which has the shape of `values`."""
+        rows, features = place
+        target[rows].index_copy_(1, features, block.T)
 
 
 class FeatureOrder(NamedTuple):
@@ -190,17 +134,24 @@ class FeatureOrder(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ActiveFeatures(FeatureActivations):
-    """Non-zero feature activations of a batch, sorted by token (CSR).
+class ActiveFeatures(_Features):
+    """Non-zero feature activations of a batch, sorted by token (CSR), with the methods of [`DenseFeatures`].
 
-    Entries may be zero: a pattern can be wider than what fired. The features of a token may stand in any order, but for
-    [`sparse_decode`] with groups they rise.
+    Entries may be zero: a pattern can be wider than what fired. The features of a token may stand in any order, but to
+    be decoded by ranges they rise.
     """
 
     crow: Tensor  # (B + 1,) int64, entries of token t are crow[t] to crow[t + 1]
     cols: Tensor  # (nnz,) int64, feature of each entry
     values: Tensor  # (nnz,) activations
     n: int  # number of features
+
+    @staticmethod
+    def at(flat: Tensor, values: Tensor, tokens: int, n: int) -> ActiveFeatures:
+        """Make them from the places `token * n + feature` (nnz,) of the entries, rising by token."""
+        rows = flat // max(1, n)
+        cols = torch.sub(flat, rows, alpha=n)
+        return ActiveFeatures(row_offsets(torch.bincount(rows, minlength=tokens)), cols, values, n)
 
     @property
     def tokens(self) -> int:
@@ -209,18 +160,15 @@ class ActiveFeatures(FeatureActivations):
     @cached_property
     def rows(self) -> Tensor:
         """Token of each entry, (nnz,)."""
-        counts = self.crow[1:] - self.crow[:-1]
-        return torch.repeat_interleave(
-            torch.arange(self.tokens, device=self.cols.device), counts, output_size=len(self.cols)
-        )
+        tokens = torch.arange(self.tokens, device=self.cols.device)
+        return torch.repeat_interleave(tokens, self.crow.diff(), output_size=len(self.cols))
 
     @cached_property
     def by_feature(self) -> FeatureOrder:
         """The same entries sorted by feature."""
         small = torch.int16 if self.n <= 1 << 15 else torch.int32  # a radix sort: half the bytes, half the time
         cols, order = self.cols.to(small).sort(stable=True)
-        offsets = self.crow.new_zeros(self.n + 1)
-        torch.cumsum(torch.bincount(self.cols, minlength=self.n), 0, out=offsets[1:])
+        offsets = row_offsets(torch.bincount(self.cols, minlength=self.n))
         return FeatureOrder(offsets, self.rows[order], order, cols.long())
 
     @cached_property
@@ -281,14 +229,16 @@ class ActiveFeatures(FeatureActivations):
         return self.sum_by_feature((values - mean[self.cols]).square()) + (self.tokens - entries) * mean.square()
 
     def decode(self, W_dec: Tensor, ends: list[int] | None = None) -> Tensor:
-        return sparse_decode(self, W_dec, None if ends is None else torch.tensor(ends, device=W_dec.device))
+        return SparseDecode.apply(
+            self.values, W_dec, self, None if ends is None else torch.tensor(ends).to(W_dec.device)
+        )
 
     def fired(self) -> Tensor:
         fired = torch.zeros(self.n, dtype=torch.bool, device=self.cols.device)
         fired[self.cols[self.values > 0]] = True
         return fired
 
-    def chunks(self, features: Tensor) -> Iterator[TokenChunk]:
+    def chunks(self, features: Tensor) -> Iterator[tuple[Tensor, Any]]:
         step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // max(1, len(features)))
         number = features.new_full((self.n,), -1)
         number[features] = torch.arange(len(features), device=features.device)
@@ -300,22 +250,35 @@ class ActiveFeatures(FeatureActivations):
             places = torch.add(self.rows[first:last][kept] - start, rank[kept], alpha=width)
             entries = kept + first
             block = self.values.new_zeros(len(features) * width).scatter_(0, places, self.values[entries])
-            yield TokenChunk(block.view(-1, width), entries, places)
+            yield block.view(-1, width), (entries, places)
 
-    def put(self, target: Tensor, chunk: TokenChunk, features: Tensor, block: Tensor) -> None:
-        target[chunk.entries] = block.view(-1)[chunk.places]
+    def put(self, target: Tensor, place: Any, block: Tensor) -> None:
+        entries, places = place
+        target[entries] = block.view(-1)[places]
+
+
+FeatureActivations = DenseFeatures | ActiveFeatures
+
+
+def feature_activations(h: Tensor | FeatureActivations) -> FeatureActivations:
+    """Return `h` itself, or a tensor (B, n) as [`DenseFeatures`].
+
+    Raises:
+        SelOrthoError: the tensor has not two axes.
+    """
+    if not isinstance(h, Tensor):
+        return h
+    if h.ndim != 2:
+        raise SelOrthoError(
+            f"h has shape {tuple(h.shape)}: expected (tokens, features); flatten the leading axes first"
+        )
+    return DenseFeatures(h)
 
 
 def active_features(h: Tensor) -> ActiveFeatures:
     """Return the non-zero entries of feature activations `h` (B, n)."""
     flat = (h != 0).flatten().nonzero()[:, 0]
-    rows = flat // max(1, h.shape[1])
-    return ActiveFeatures(
-        crow=row_offsets(torch.bincount(rows, minlength=len(h))),
-        cols=flat - rows * h.shape[1],
-        values=h.flatten()[flat],
-        n=h.shape[1],
-    )
+    return ActiveFeatures.at(flat, h.flatten()[flat], *h.shape)
 
 
 def row_offsets(counts: Tensor) -> Tensor:
@@ -344,63 +307,40 @@ def as_float(h: Tensor) -> Tensor:
     return h if h.dtype == torch.float64 else h.float()
 
 
-def sparse_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures, gain: Tensor | None = None
-) -> Tensor:
-    """Give the activations of `active` the gradient of `h_ti = <x_t, W_enc_:i> + b_enc_i`; values (nnz,).
+class SparseEncode(torch.autograd.Function):
+    """Pre-activations `z_ti = <x_t, W_enc_:i> + b_enc_i` (nnz,) at the entries of `active`, which holds their values.
 
-    Args:
-        x: (B, d_in), without gradient. W_enc: (d_in, n). b_enc: (n,).
-        active: what [`active_features`] or an activation function chose, computed from the same tensors.
-        gain: derivative of the activation at each entry (nnz,); None: 1 where the value is positive, else 0.
+    The gradient reaches the encoder `W_enc` (d_in, n), `b_enc` (n,) from these entries alone, `x` (B, d_in) has none.
     """
-    return _Encode.apply(x, W_enc, b_enc, active, gain)
-
-
-def sparse_decode(active: ActiveFeatures, W_dec: Tensor, groups: Tensor | None = None) -> Tensor:
-    """Compute `h W_dec` from the active entries: (B, d_in), with gradients to `active.values` and `W_dec` (n, d_in).
-
-    With `groups`, the rising ends of ranges of features (G,), the last of them n, the parts of the sum that belong to
-    each range stand apart: (B, G, d_in).
-    """
-    return _Decode.apply(active.values, W_dec, active, groups)
-
-
-class _Encode(torch.autograd.Function):
-    """Identity on the values; the gradient reaches the encoder from the active entries alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures, gain: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, active: ActiveFeatures) -> Tensor:
         ctx.save_for_backward(x, W_enc)
-        ctx.active, ctx.gain = active, gain
+        ctx.active = active
         return active.values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc = ctx.saved_tensors
-        active = ctx.active
-        gain = (active.values > 0) if ctx.gain is None else ctx.gain
-        dz = active.with_values(grad * gain)
+        dz = ctx.active.with_values(grad)
         # the gradient comes out as (n, d_in); a parameter that is stored in this order takes it without a copy
-        dW = times_dense(dz.transposed(), x.to(grad.dtype)) if ctx.needs_input_grad[1] else None
-        db = dz.sum_by_feature(dz.values)
-        return None, None if dW is None else dW.T.to(W_enc.dtype), db.to(W_enc.dtype), None, None
+        dW = times_dense(dz.transposed(), x.to(grad.dtype)).T.to(W_enc.dtype) if ctx.needs_input_grad[1] else None
+        return None, dW, dz.sum_by_feature(grad).to(W_enc.dtype), None
 
 
-class _Decode(torch.autograd.Function):
+class SparseDecode(torch.autograd.Function):
     """CSR times dense; its gradients are a sampled product and CSR times dense."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, active: ActiveFeatures, groups: Tensor | None) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, active: ActiveFeatures, ends: Tensor | None) -> Tensor:
         ctx.save_for_backward(W_dec)
-        active = active.with_values(values.detach())
-        ctx.active, ctx.shape = active, (active.tokens, -1)
-        if groups is not None:
-            ctx.active, ctx.shape = _split_tokens(active, groups), (active.tokens, len(groups), -1)
-        return times_dense(ctx.active.matrix(), W_dec.to(values.dtype)).view(*ctx.shape[:-1], W_dec.shape[1])
+        ctx.active = active.with_values(values.detach())
+        if ends is not None:  # each token becomes G rows, one for each range of features
+            row = active.rows * len(ends) + torch.searchsorted(ends, active.cols, right=True)
+            ctx.active = replace(ctx.active, crow=row_offsets(torch.bincount(row, minlength=active.tokens * len(ends))))
+        x_hat = times_dense(ctx.active.matrix(), W_dec.to(values.dtype))
+        return x_hat if ends is None else x_hat.view(active.tokens, len(ends), -1)
 
     @staticmethod
     @once_differentiable
@@ -416,10 +356,3 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dW = times_dense(active.transposed(), flat).to(W_dec.dtype)
         return dvalues, dW, None, None
-
-
-def _split_tokens(active: ActiveFeatures, groups: Tensor) -> ActiveFeatures:
-    """Split each token into G rows, one for each range of features."""
-    row = active.rows * len(groups) + torch.searchsorted(groups, active.cols, right=True)
-    crow = row_offsets(torch.bincount(row, minlength=active.tokens * len(groups)))
-    return ActiveFeatures(crow, active.cols, active.values, active.n)

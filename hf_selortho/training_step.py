@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .activation_functions import JumpReLU, activate, near_threshold
+from .activation_functions import JumpReLU, activate
 from .configuration_selortho import SelOrthoConfig
 from .pairs import Pairs
-from .penalties import PenaltyPlan, check_trainable, penalty
+from .penalties import PenaltyPlan, penalty
 from .process_group import SINGLE_PROCESS, ProcessGroup
-from .sparse_ops import ActiveFeatures, DenseFeatures, FeatureActivations, row_offsets, sparse_encode
+from .sparse_ops import ActiveFeatures, DenseFeatures, FeatureActivations, SparseEncode
 
 if TYPE_CHECKING:
     from .modeling_selortho import SelOrthoSAE
@@ -74,10 +73,8 @@ def run_step(
     if encoded is None:
         encoded = _encode_dense(sae, x, group)
     x_hat, reconstruction = _reconstruct(sae, x, encoded.h)
-    if sae.training:
-        check_trainable(config)
-    elif config.selects_by == "redundancy" or config.penalty_space == "redundancy":
-        plan = PenaltyPlan(acts=False)
+    if not sae.training and "redundancy" in (config.penalty_space, config.selection_space):
+        plan = PenaltyPlan(acts=False)  # loaded, but no longer trained with
     ortho, pairs = penalty(config, encoded.h, sae.W_dec, group, plan)
     losses = {"reconstruction": reconstruction, **_sparsity_losses(config, encoded), "ortho": ortho}
     if dead is not None and sae.aux_features > 0:
@@ -98,42 +95,64 @@ def _encode_dense(sae: SelOrthoSAE, x: Tensor, group: ProcessGroup) -> _Encoded:
 
 def _encode_active(sae: SelOrthoSAE, x: Tensor, group: ProcessGroup) -> _Encoded | None:
     """Encode as active entries with gradients to the encoder; None if there are too many of them."""
-    config, W_enc, b_enc = sae.config, sae.W_enc, sae.b_enc
+    config = sae.config
     thresholds = sae.inference_threshold() if config.activation == "jumprelu" else None
     with torch.no_grad():
-        found = _find_active(config, x, W_enc, b_enc, thresholds, group)
+        found = _find_active(sae, x, thresholds, group)
     if found is None:
         return None
     pattern, least = found
+    z = SparseEncode.apply(x, sae.W_enc, sae.b_enc, pattern)
     if thresholds is None:
-        return _Encoded(pattern.with_values(sparse_encode(x, W_enc, b_enc, pattern)), threshold=least)
-    above = pattern.values > thresholds.detach()[pattern.cols]
-    gated = pattern.with_values(pattern.values * above)
-    values = sparse_encode(x, W_enc, b_enc, gated, above)
-    values, fired = _SparseJumpReLU.apply(values, thresholds, pattern, above, config.jumprelu_bandwidth)
-    return _Encoded(pattern.with_values(values), l0=fired / len(x))
+        return _Encoded(pattern.with_values(torch.relu(z)), threshold=least)
+    h, fired = JumpReLU.apply(z, thresholds, config.jumprelu_bandwidth, pattern.cols)
+    return _Encoded(pattern.with_values(h), l0=fired / len(x))
 
 
 def _find_active(
-    config: SelOrthoConfig, x: Tensor, W_enc: Tensor, b_enc: Tensor, thresholds: Tensor | None, group: ProcessGroup
+    sae: SelOrthoSAE, x: Tensor, thresholds: Tensor | None, group: ProcessGroup
 ) -> tuple[ActiveFeatures, Tensor | None] | None:
-    device, n = x.device.type, W_enc.shape[1]
-    limit = SPARSE_BELOW.get(device, 0.0)
+    """Find the pre-activations that pass, a few tokens at a time, and the smallest of them with batchtopk.
+
+    Jumprelu's may lie below the threshold by half of the bandwidth, where the threshold still learns from them.
+    """
+    config, n, kind = sae.config, sae.W_enc.shape[1], x.device.type
+    limit = SPARSE_BELOW.get(kind, 0.0)
     if config.k is not None and config.k > limit * n:
         return None
     wanted = _wanted(config, len(x), x.device, group) if config.activation == "batchtopk" else None
-    lower = None if thresholds is None else thresholds.detach() - config.jumprelu_bandwidth / 2
-    kept = _KeptEntries(n, config.k if config.activation == "topk" else None, wanted, lower)
-    rows = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 1 << 28) // n)
-    for start, z in _pre_activation_chunks(x, W_enc, b_enc, rows):
-        kept.add(z)
+    lower: Tensor | float = 0.0 if thresholds is None else thresholds - config.jumprelu_bandwidth / 2
+    places, values, count = list[Tensor](), list[Tensor](), 0  # token * n + feature
+    rows = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(kind, 1 << 28) // n)
+    for start, z in _pre_activation_chunks(x, sae.W_enc, sae.b_enc, rows):
+        if config.activation == "topk":
+            assert config.k is not None
+            best, cols = z.topk(config.k, dim=-1, sorted=False)
+            values.append(best.flatten())
+            places.append((cols + torch.arange(start, start + len(z), device=z.device)[:, None] * n).flatten())
+            continue
+        flat = (z > lower).view(-1).nonzero()[:, 0]
+        values.append(z.view(-1)[flat])
+        places.append(flat + start * n)
+        count += len(flat)
         if start == 0 and config.k is None:
             # under data parallelism all processes have to take the same way, as they talk along it
-            share = torch.tensor([kept.entries / max(1, z.numel())], device=x.device)
+            share = torch.tensor([count / max(1, z.numel())], device=x.device)
             if float(group.sum(share)) / group.size > limit:
                 return None
-    least = None if wanted is None else batch_threshold(torch.cat(kept.values), wanted, group)
-    return kept.entries_of_batch(least), least
+        if wanted is not None and count > 2 * wanted:
+            # raise the bar to what the entries so far say: the threshold of the batch can only be higher
+            all_values = torch.cat(values)
+            least = all_values.topk(wanted, sorted=False).values.min()
+            kept = all_values >= least
+            places, values, count = [torch.cat(places)[kept]], [all_values[kept]], int(kept.sum())
+            lower = torch.nextafter(least, torch.zeros_like(least))
+    flat, found = torch.cat(places), torch.cat(values)
+    del places, values  # they may be large
+    if wanted is None:
+        return ActiveFeatures.at(flat, found, len(x), n), None
+    least = batch_threshold(found, wanted, group)
+    return ActiveFeatures.at(flat[found >= least], found[found >= least], len(x), n), least
 
 
 def _wanted(config: SelOrthoConfig, tokens: int, device: torch.device, group: ProcessGroup) -> int:
@@ -156,61 +175,6 @@ def batch_threshold(z: Tensor, wanted: int, group: ProcessGroup = SINGLE_PROCESS
     return low.view(torch.float32)[0]
 
 
-class _KeptEntries:
-    """What fires in the chunks of pre-activations looked through so far.
-
-    Args:
-        n: number of features. k: of topk. wanted: entries of batchtopk. lower: of jumprelu, (n,): entries above count.
-    """
-
-    def __init__(self, n: int, k: int | None, wanted: int | None, lower: Tensor | None) -> None:
-        self.n, self.k, self.wanted, self.lower = n, k, wanted, lower
-        self.counts: list[Tensor] = []  # per token
-        self.cols: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.least = 0.0  # of batchtopk: no smaller entry can be kept
-
-    @property
-    def entries(self) -> int:
-        return sum(map(len, self.cols))
-
-    def add(self, z: Tensor) -> None:
-        """Look through pre-activations (rows, n)."""
-        if self.k is not None:
-            values, cols = z.topk(self.k, dim=-1, sorted=False)
-            self.counts.append(torch.full((len(z),), cols.shape[1], device=z.device))
-            self.cols.append(cols.flatten())
-            self.values.append(values.relu_().flatten())
-            return
-        if self.lower is not None:
-            fires = z > self.lower
-        else:
-            fires = z >= self.least if self.least > 0 else z > 0
-        flat = fires.view(-1).nonzero()[:, 0]
-        rows = flat // self.n
-        self.counts.append(torch.bincount(rows, minlength=len(z)))
-        self.cols.append(flat - rows * self.n)
-        self.values.append(z.view(-1)[flat])
-        if self.wanted is not None and self.entries > 2 * self.wanted:
-            # raise the bar to what the entries so far say: the threshold of the batch can only be higher
-            values = torch.cat(self.values)
-            self.least = float(values.topk(self.wanted, sorted=False).values.min())
-            self._keep(values >= self.least)
-
-    def _keep(self, which: Tensor) -> None:
-        counts = torch.cat(self.counts)
-        rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        self.counts = [torch.bincount(rows[which], minlength=len(counts))]
-        self.cols = [torch.cat(self.cols)[which]]
-        self.values = [torch.cat(self.values)[which]]
-
-    def entries_of_batch(self, least: Tensor | None) -> ActiveFeatures:
-        """Return the entries, of batchtopk those of at least `least`."""
-        if least is not None:
-            self._keep(torch.cat(self.values) >= least)
-        return ActiveFeatures(row_offsets(torch.cat(self.counts)), torch.cat(self.cols), torch.cat(self.values), self.n)
-
-
 def _pre_activation_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
     """Yield first token and pre-activations (rows, n) of a few tokens at a time, always in the same memory."""
     kind = x.device.type
@@ -222,27 +186,6 @@ def _pre_activation_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: int) -
             part = x[start : start + rows]
             z = torch.addmm(b_enc, part, W_enc, out=memory[: len(part)])
             yield start, z if dtype == torch.float64 else z.float()
-
-
-class _SparseJumpReLU(torch.autograd.Function):
-    """[`JumpReLU`] on active entries: the identity on their values, which are gated already."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, threshold: Tensor, pattern: ActiveFeatures, above: Tensor, bandwidth: float
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(threshold)
-        ctx.pattern, ctx.bandwidth = pattern, bandwidth
-        return values.clone(), above.sum().to(threshold.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_fired: Tensor) -> tuple[Tensor | None, ...]:
-        (threshold,) = ctx.saved_tensors
-        pattern: ActiveFeatures = ctx.pattern
-        own = threshold[pattern.cols]
-        per_entry = near_threshold(pattern.values, own, ctx.bandwidth) * (own * grad + grad_fired)
-        return grad, -pattern.sum_by_feature(per_entry) / ctx.bandwidth, None, None, None
 
 
 def _reconstruct(sae: SelOrthoSAE, x: Tensor, h: FeatureActivations) -> tuple[Tensor, Tensor]:

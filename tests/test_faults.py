@@ -265,7 +265,7 @@ def test_told_to_stop_it_does_and_ends_as_if_nothing_had_happened(processes, sou
 
 def check_words_of_a_stop(said: str, folder: Path, command: str) -> None:
     """That they tell the step of the newest checkpoint, and how to go on."""
-    found = re.search(r"stopped after step (\d+); its checkpoint is written. To go on:\n  (.*)", said)
+    found = re.search(r"stopped after step (\d+); latest checkpoint: \S+. To go on:\n  (.*)", said)
     assert found, said[-3000:]
     assert max((folder / "checkpoints").glob("step_*")).name == f"step_{int(found[1]):06d}"
     assert found[2].startswith(command) and found[2].endswith(" --resume_from_checkpoint auto")

@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_selortho import SelOrthoConfig, SelOrthoError, decorrelation_penalty, penalties, select_pairs
 from hf_selortho.pair_search import Blocks
 from hf_selortho.pair_selection import Pairs, Selection, select
-from hf_selortho.penalties import PenaltyPlan, full_penalty, penalty, select_directions
+from hf_selortho.pairs import pair_sums
+from hf_selortho.penalties import PenaltyPlan, full_penalty, penalty, select_directions, selective_penalty
 from hf_selortho.sparse_ops import DenseFeatures, active_features, feature_activations
 
 
@@ -352,16 +353,14 @@ def test_correlations_of_a_selection_are_computed_again_for_another_batch_only(f
     features, W_dec, config = form(sparse_activations(80, 30)), torch.randn(30, 12), config_of("activation")
     selection = select(features, 0.1)
     again, _ = penalty(config, features, W_dec, plan=PenaltyPlan(pairs=selection.pairs))
-
-    def refuse(*arguments):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(penalties, "_correlations_of", refuse)
-    for plan in (None, PenaltyPlan(pairs=selection)):
-        torch.testing.assert_close(penalty(config, features, W_dec, plan=plan)[0], again)
+    calls = []
+    monkeypatch.setattr(penalties, "pair_sums", lambda *arguments: calls.append(1) or pair_sums(*arguments))
+    for known in (select(features, 0.1), selection):
+        torch.testing.assert_close(selective_penalty(config, features, W_dec, known, 0.03), again)
+    assert calls == []
     for other in (Selection(selection.pairs), select(form(sparse_activations(80, 30)), 0.1)):
-        with pytest.raises(AssertionError, match="computed again"):
-            penalty(config, features, W_dec, plan=PenaltyPlan(pairs=other))
+        torch.testing.assert_close(selective_penalty(config, features, W_dec, other, 0.03), again)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from hf_selortho.sparse_ops import (
     ActiveFeatures,
+    SparseEncode,
     active_features,
-    sparse_decode,
-    sparse_encode,
     times_dense,
 )
 
@@ -66,7 +65,7 @@ def test_decoding_equals_dense_autograd(order) -> None:
     h, W_dec, upstream = sparse_matrix(), weights(N, D_IN), weights(B, D_IN).detach()
     active = order(active_features(h))
     values = active.values.clone().requires_grad_()
-    x_hat = sparse_decode(active.with_values(values), W_dec)
+    x_hat = active.with_values(values).decode(W_dec)
     grad_values, grad_W = torch.autograd.grad((x_hat * upstream).sum(), (values, W_dec))
     h.requires_grad_()
     expected = h @ W_dec
@@ -77,20 +76,20 @@ def test_decoding_equals_dense_autograd(order) -> None:
 
 
 def test_decoding_by_ranges_of_features() -> None:
-    h, W_dec, bounds = sparse_matrix(), weights(N, D_IN), torch.tensor([3, 8, N])
+    h, W_dec, bounds = sparse_matrix(), weights(N, D_IN), [3, 8, N]
     active = active_features(h)
     values = active.values.clone().requires_grad_()
-    parts = sparse_decode(active.with_values(values), W_dec, bounds)
+    parts = active.with_values(values).decode(W_dec, bounds)
     expected = torch.stack([h[:, a:b] @ W_dec[a:b] for a, b in ((0, 3), (3, 8), (8, N))], 1)
     torch.testing.assert_close(parts, expected)
     inputs = (values, W_dec)
-    assert torch.autograd.gradcheck(lambda v, W: sparse_decode(active.with_values(v), W, bounds), inputs)
+    assert torch.autograd.gradcheck(lambda v, W: active.with_values(v).decode(W, bounds), inputs)
 
 
 def test_gradients_of_decoding_in_closed_form_equal_differences() -> None:
     active, W_dec = active_features(sparse_matrix()), weights(N, D_IN)
     values = active.values.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, W: sparse_decode(active.with_values(v), W), (values, W_dec))
+    assert torch.autograd.gradcheck(lambda v, W: active.with_values(v).decode(W), (values, W_dec))
 
 
 @pytest.mark.parametrize("layout", ["as it is", "by feature"])
@@ -101,7 +100,7 @@ def test_encoding_equals_dense_autograd(layout) -> None:
     h = torch.relu(x @ W_enc + b_enc)
     active = active_features(h.detach())
     upstream = weights(B, N).detach()
-    values = sparse_encode(x, W_enc, b_enc, active)
+    values = SparseEncode.apply(x, W_enc, b_enc, active)
     assert torch.equal(values, active.values)
     found = torch.autograd.grad((values * upstream[active.rows, active.cols]).sum(), (W_enc, b_enc))
     expected = torch.autograd.grad((h * upstream).sum(), (W_enc, b_enc))
@@ -119,4 +118,4 @@ def test_few_and_many_features(n) -> None:
 def test_an_empty_batch() -> None:
     active = active_features(torch.zeros(0, N))
     assert active.tokens == 0
-    assert sparse_decode(active, weights(N, D_IN).float()).shape == (0, D_IN)
+    assert active.decode(weights(N, D_IN).float()).shape == (0, D_IN)

@@ -14,7 +14,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Selection
-from ..penalties import PenaltyPlan, penalty, select_by_config
+from ..penalties import penalty, select_by_config, selective_penalty
 from ..process_group import SINGLE_PROCESS
 from ..sparse_ops import ActiveFeatures, FeatureActivations
 from ..training.arguments import RunArguments
@@ -176,11 +176,13 @@ class TrainingSteps:
     def _time_penalty(self, h: FeatureActivations, selected: Selection | None) -> tuple[float, float]:
         """Return the seconds of the penalty on `h` (B, n) and of its gradient."""
         leaf = h.with_values(h.values.detach().requires_grad_())
-        if selected is not None and selected.is_of(h):
-            selected = dataclasses.replace(selected, features=leaf)
         cfg, W_dec = self.sae.config, self.sae.W_dec
         watch = Stopwatch(self.device)
-        loss, _ = penalty(cfg, leaf, W_dec, plan=PenaltyPlan(pairs=selected))
+        if selected is None:
+            loss, _ = penalty(cfg, leaf, W_dec)
+        else:
+            selected = dataclasses.replace(selected, features=leaf if selected.features is h else None)
+            loss = selective_penalty(cfg, leaf, W_dec, selected, cfg.ortho_coefficient)
         forward = watch.stop()
         target = W_dec if cfg.penalty == "ortsae" or cfg.penalty_space != "activation" else leaf.values
         watch = Stopwatch(self.device)

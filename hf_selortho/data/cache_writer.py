@@ -25,7 +25,6 @@ from ..language_models.capture import (
     ActivationCapture,
     CapturedActivations,
     TokenOrigins,
-    max_norm_from_ratio,
     within_norms,
 )
 from ..process_group import SINGLE_PROCESS, ProcessGroup
@@ -116,7 +115,7 @@ class CacheWriter:
             raise SelOrthoError("the text gives no activation to train on: use other texts or a lower --min_tokens")
         summaries = {}
         for row, (layer, norms) in enumerate(zip(self.capture.layers, self._norms or (), strict=True)):
-            summary = statistics.summary(row, counts[TRAIN]["rows"], self.capture.hook_name_of(layer), *norms)
+            summary = statistics.summary(row, counts[TRAIN]["rows"], self.capture.sites[layer].module, *norms)
             summaries[str(layer)] = asdict(summary)
         content = {
             **asdict(self.settings),
@@ -176,7 +175,7 @@ class CacheWriter:
             median = None if norms is None or len(norms) == 0 else float(norms[:, column].median())
             medians.append(self.group.mean(median, self.capture.device) or 0.0)
         ratio = self.settings.max_norm_ratio
-        self._norms = [(median, max_norm_from_ratio(median, ratio) or None) for median in medians]
+        self._norms = [(median, ratio * median or None if ratio else None) for median in medians]
         if self.group.rank == 0:
             self.folder.write_norms(self._norms)
         self._wait()

@@ -180,7 +180,7 @@ def _unit_columns(h: Tensor, min_support: int, correlation: str) -> Tensor:
     columns = h[:, eligible].float()
     if norms.mean is not None:
         columns = columns - norms.mean[eligible]
-    return columns / norms.norm[eligible]
+    return columns / norms.squares[eligible].sqrt()
 
 
 def _non_negative(unit: Tensor) -> bool:

@@ -17,7 +17,7 @@ from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.cache_folder import CacheFolder
 from hf_selortho.data.cache_manifest import HELD_OUT, CacheError, CacheSettings, ContextInfo, ModelInfo, TextInfo
 from hf_selortho.data.cache_writer import CacheWriter
-from hf_selortho.data.contexts import ContextStream, held_out_contexts
+from hf_selortho.data.contexts import ContextStream, Cutter, held_out_contexts
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.language_models.capture import ActivationCapture
 
@@ -65,11 +65,11 @@ def make(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
         folder, capture = CacheFolder(tmp_path / name), ActivationCapture(lm, LAYERS, batch_tokens=256)
 
         def stream() -> ContextStream:
-            return ContextStream(texts, lm.tokenizer, context_length=64, endless=False)
+            return ContextStream(texts, Cutter(lm.tokenizer, context_length=64), endless=False)
 
         def run(overwrite: bool = False) -> None:
             if folder.begin(settings, overwrite=overwrite):
-                held_out = list(held_out_contexts(texts, lm.tokenizer, limit=9, context_length=64))
+                held_out = list(held_out_contexts(texts, Cutter(lm.tokenizer, context_length=64), 9))
                 writer = CacheWriter(capture, stream(), held_out, folder, settings)
                 writer.run()
                 folder.finish(writer.manifest({}), "card\n")
