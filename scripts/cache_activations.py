@@ -84,16 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         begun = begin(folder, settings, arguments.overwrite_output_dir, group, accelerator.device)
         if begun:
             writer = CacheWriter(capture, stream, held_out[group.rank :: group.size], folder, settings, group)
-            started = time.perf_counter()
-            total = round(tokens / group.size)
+            started, total = time.perf_counter(), round(tokens / group.size)
             with tqdm(total=total, desc="caching", unit="token", disable=not accelerator.is_main_process) as bar:
                 writer.run(bar)
-            seconds = time.perf_counter() - started
+            speed = writer.tokens / (time.perf_counter() - started) * group.size
         leave_process_group(accelerator)
         if accelerator.is_main_process and begun:
             manifest = writer.manifest(library_versions())
             folder.finish(manifest, str(render_shards_card(manifest)))
-            speed = writer.tokens / seconds * group.size
             sys.stdout.write(closing_words(folder.folder, manifest, speed, peak_memory(accelerator.device)))
         elif accelerator.is_main_process:
             sys.stdout.write(f"{folder.folder} holds this cache already, complete\n")

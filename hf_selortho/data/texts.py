@@ -26,7 +26,7 @@ from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
 from ..errors import SelOrthoError
-from ..utils.fingerprint import fingerprint
+from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, is_commit, one_line, resolve_commit, unreachable
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
 

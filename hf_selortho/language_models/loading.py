@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
-from ..utils.fingerprint import fingerprint
+from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 
@@ -161,7 +161,7 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
         # By branch, not by commit, so that the cache learns what the branch stands for when there is no network.
         config = hf_hub_download(name, "config.json", revision=revision, token=token, local_files_only=not online)
     except LOOKUP_ERRORS as error:
-        raise hub_error(error, "model", name, revision, token) from error
+        raise hub_error(error, "model", name, revision) from error
     commit = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
     options = {"revision": commit, "token": token, "local_files_only": not online}
     return {"pretrained_model_name_or_path": name, **options}, commit

@@ -66,16 +66,11 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
 
     words = "Language model, text and layer of a preset of scripts/train.py."
     model, text, arguments, _ = parse_groups(argv, groups, words, adapt)
-    _check(model, text, arguments)
-    return model, text, arguments
-
-
-def _check(model: ModelArguments, text: TextArguments, arguments: CacheArguments) -> None:
-    """Refuse what no cache could be made of, before anything is loaded."""
     if model.model is None:
         raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo")
     if not arguments.layers:
         raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) to read after")
-    if arguments.max_norm_ratio is not None and arguments.max_norm_ratio == float("inf"):
+    if arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
     check_values(model, text, arguments)
+    return model, text, arguments

@@ -14,7 +14,7 @@ import torch
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..process_group import ProcessGroup
-from ..utils.memory import available_memory, free_disk, memory_now, recent_peak, start_peak
+from ..utils.memory import available_memory, free_disk, memory_now, peak_memory, start_peak
 from .data import LiveData, TrainingData
 from .trainer import Trainer
 
@@ -82,7 +82,7 @@ def dry_run(run: TrainingRun) -> str:
         "SAE weights, gradients, Adam": training,
         "activations held": full if on_device else 0,
         "checkpoint on its way to the disk": checkpoint if device.type == "cpu" else 0,
-        "steps, selection, forward passes": max(0, recent_peak(device) - loaded - training - small),
+        "steps, selection, forward passes": max(0, peak_memory(device) - loaded - training - small),
     }
     kept = arguments.run.keep_checkpoints + 2  # the best one, and the one that is being written
     buffers = full * run.accelerator.num_processes if live else 0

@@ -13,7 +13,7 @@ import torch
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.activation_cache import ActivationCache
-from hf_selortho.data.cache_batches import layer_statistics
+from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.cache_folder import CacheFolder
 from hf_selortho.data.cache_manifest import HELD_OUT, CacheError, CacheSettings, ContextInfo, ModelInfo, TextInfo
 from hf_selortho.data.cache_writer import CacheWriter
@@ -123,7 +123,8 @@ def test_statistics_are_those_of_the_rows(make) -> None:
     everything = made.capture.capture_all(made.stream().take(10_000))
     for layer in LAYERS:
         rows = torch.cat([cache.read(e, [layer]).by_layer[layer] for e in cache.manifest.shards]).double()
-        statistics, summary = layer_statistics(cache, layer), cache.manifest.layer(layer)
+        statistics = CachedBatches(cache, [layer], batch_size=1).statistics()[layer]
+        summary = cache.manifest.layer(layer)
         torch.testing.assert_close(statistics.mean, rows.mean(0).float(), atol=1e-5, rtol=1e-5)
         assert statistics.scale == pytest.approx(float((rows - rows.mean(0)).square().sum(1).mean().sqrt()), rel=1e-5)
         norms = everything.by_layer[layer].double().norm(dim=1)

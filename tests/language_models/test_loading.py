@@ -161,7 +161,7 @@ def test_models_that_are_no_decoders_are_refused(tiny_tokenizer: PreTrainedToken
 
 
 def test_name_that_is_neither_folder_nor_id() -> None:
-    with pytest.raises(SelOrthoError, match="no such local path, and not an id of the Hub"):
+    with pytest.raises(SelOrthoError, match="neither on the Hub nor a local path"):
         load_language_model("./no/such/folder")
 
 

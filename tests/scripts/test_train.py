@@ -359,7 +359,7 @@ def test_contexts_longer_than_the_models_window(arguments) -> None:
         (["--batch_size", "0"], "--batch_size 0: expected at least 1"),
         (["--output", "/nonexistent/x.json"], "there is no folder /nonexistent"),
         (["--probing_texts", "3"], "--probing_texts 3: expected at least 8"),
-        ([], "no such local path"),
+        ([], "neither on the Hub nor a local path"),
     ],
 )
 def test_bad_arguments_of_the_evaluation(argv, message, tmp_path) -> None:

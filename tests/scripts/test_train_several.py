@@ -208,7 +208,7 @@ def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvest
         ({}, "no layer given: pass --layer or --layers"),
         ({"layer": 3}, "holds no layer 3: choose from 1, 2"),
         ({"layer": 1, "context_length": 64}, "--context_length 64: .* were cached with 256"),
-        ({"layer": 1, "activations": "nowhere"}, "no such folder of activations: nowhere"),
+        ({"layer": 1, "activations": "nowhere"}, "nowhere holds no cache of activations: write one with"),
         ({"layer": 1, "activations": "hub:acme"}, 'activations "hub:acme": expected hub:owner/name'),
         ({"layers": [1, 1]}, "expected each layer once"),
         ({"layer": 1, "variants": '{"a b": {}}'}, "names a variant 'a b'"),
