@@ -63,18 +63,18 @@ from scripts import cache_activations
 
 ROOT = Path(__file__).parents[1]
 SECONDS, GIGABYTE = 5, 1 << 30  # that one input may take; that a process may take on top
-# How many inputs of each kind the long test reads, 100,000 in all: more where one takes little time.
+# How many inputs of each kind the long test reads, 10,000 in all: more where one takes little time.
 COUNTS = {
-    "manifest": 29_000,
-    "config": 23_000,
-    "weights": 13_000,
-    "index": 8_000,
-    "shard": 8_000,
-    "pairs": 4_000,
-    "feature_index": 4_000,
-    "card": 2_500,
-    "parquet": 5_000,
-    "text": 3_500,
+    "manifest": 2_900,
+    "config": 2_300,
+    "weights": 1_300,
+    "index": 800,
+    "shard": 800,
+    "pairs": 400,
+    "feature_index": 400,
+    "card": 250,
+    "parquet": 500,
+    "text": 350,
 }
 
 
@@ -635,12 +635,12 @@ def _assert_all_are_read_or_refused(counts: dict[str, int], seed: int) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and measures a process as Linux does")
 def test_two_thousand_damaged_files_are_read_or_refused() -> None:
-    _assert_all_are_read_or_refused({name: count // 50 for name, count in COUNTS.items()}, seed=1)
+    _assert_all_are_read_or_refused({name: count // 5 for name, count in COUNTS.items()}, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and measures a process as Linux does")
-def test_a_hundred_thousand_damaged_files_are_read_or_refused() -> None:
+def test_ten_thousand_damaged_files_are_read_or_refused() -> None:
     _assert_all_are_read_or_refused(COUNTS, seed=2)
 
 
