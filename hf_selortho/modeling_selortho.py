@@ -28,6 +28,7 @@ except ImportError:  # it is missing, or of a version without these
     if __name__.startswith("hf_selortho."):
         raise
     SelOrthoError, run_step, hub = ValueError, None, None  # type: ignore[assignment, misc]
+PACKAGE_FOUND: bool = run_step is not None
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ class SelOrthoSAE(PreTrainedModel):
         Raises:
             SelOrthoError: the last axis is not `d_in` wide.
         """
-        if run_step is None:
+        if not PACKAGE_FOUND:
             if self.training:
                 logger.warning("no loss is computed: training needs the package, pip install hf_selortho")
             h = self.encode(activations)

@@ -27,7 +27,7 @@ from hf_selortho.data.cache_folder import CacheFolder
 from hf_selortho.data.cache_manifest import CacheSettings, ContextInfo, Manifest, ModelInfo, TextInfo
 from hf_selortho.data.cache_report import report_table
 from hf_selortho.data.cache_writer import CacheWriter, check_disk, disk_bytes, forecast, tokenizer_hash
-from hf_selortho.data.contexts import Context, ContextStream, count_tokens, estimate_tokens, held_out_contexts
+from hf_selortho.data.contexts import Context, ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
 from hf_selortho.data.texts import Documents, open_documents
 from hf_selortho.hub.dataset_card import render_shards_card
 from hf_selortho.language_models.capture import ActivationCapture
@@ -56,20 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     capture = ActivationCapture(lm, sorted(arguments.layers), batch_tokens=model.lm_batch_tokens)
     group = ProcessGroup.of_run()
     settings = cache_settings(capture, documents, text, arguments, group.size)
-    cutting = asdict(settings.contexts)
+    cutter = Cutter(lm.tokenizer, **asdict(settings.contexts))
     held_out: list[Context] = []
     if arguments.eval_samples and text.held_out_fraction:
-        held_out = list(held_out_contexts(documents, lm.tokenizer, limit=arguments.eval_samples, **cutting))
-    tokens = training_tokens(estimate_tokens(documents, lm.tokenizer, **cutting), arguments.max_tokens)
+        held_out = list(held_out_contexts(documents, cutter, arguments.eval_samples))
+    tokens = training_tokens(estimate_tokens(documents, cutter), arguments.max_tokens)
     tokens += count_tokens(held_out)
     stream = ContextStream(
         documents,
-        lm.tokenizer,
+        cutter,
         seed=arguments.seed,
         rank=group.rank,
         world_size=group.size,
         endless=arguments.dry_run,
-        **cutting,
     )
     folder = CacheFolder(Path(arguments.output_dir))
     if accelerator.is_main_process:
@@ -85,16 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         begun = begin(folder, settings, arguments.overwrite_output_dir, group, accelerator.device)
         if begun:
             writer = CacheWriter(capture, stream, held_out[group.rank :: group.size], folder, settings, group)
-            started = time.perf_counter()
-            total = round(tokens / group.size)
+            started, total = time.perf_counter(), round(tokens / group.size)
             with tqdm(total=total, desc="caching", unit="token", disable=not accelerator.is_main_process) as bar:
                 writer.run(bar)
-            seconds = time.perf_counter() - started
+            speed = writer.tokens / (time.perf_counter() - started) * group.size
         leave_process_group(accelerator)
         if accelerator.is_main_process and begun:
             manifest = writer.manifest(library_versions())
             folder.finish(manifest, str(render_shards_card(manifest)))
-            speed = writer.tokens / seconds * group.size
             sys.stdout.write(closing_words(folder.folder, manifest, speed, peak_memory(accelerator.device)))
         elif accelerator.is_main_process:
             sys.stdout.write(f"{folder.folder} holds this cache already, complete\n")

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_selortho import SelOrthoError
-from hf_selortho.data.contexts import held_out_contexts
+from hf_selortho.data.contexts import Cutter, held_out_contexts
 from hf_selortho.data.texts import open_documents
 from hf_selortho.evaluation.evaluator import evaluate_sae
 from hf_selortho.evaluation.stability import stability
@@ -85,14 +85,8 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     documents = open_documents(source)
     lm = load_lm_of(config, arguments)
     capture = capture_of(config, lm, arguments)
-    contexts = held_out_contexts(
-        documents,
-        lm.tokenizer,
-        limit=arguments.eval_samples,
-        context_length=config.context_length,
-        prepend_bos=config.prepend_bos,
-        min_tokens=least_tokens(config, arguments),
-    )
+    cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, least_tokens(config, arguments))
+    contexts = held_out_contexts(documents, cutter, arguments.eval_samples)
     evaluation = evaluate_sae(
         sae, capture, list(contexts), batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
     )

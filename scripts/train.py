@@ -63,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave_process_group(accelerator)
         if signal is not None:
             if is_main:
-                say(run.words_of_a_stop(command))
+                step, latest = run.trainers[0].state.step, run.checkpoints.latest
+                say(
+                    f"\nstopped after step {step}; latest checkpoint: {latest or 'none'}. To go on:\n"
+                    f"  {command} --resume_from_checkpoint auto\n"
+                )
             sys.exit(128 + signal)  # as shells have it of a process that a signal has ended
         if is_main:
             save_and_report(run, command, started)
@@ -97,11 +101,12 @@ def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
     if not data.held_out:
         return [None] * len(run.saes)
     logger.info("evaluating on %d held-out contexts", len(data.held_out))
+    capture, batches = data.evaluation_inputs(batch_size)
     return evaluate_saes(
         run.saes,
-        data.evaluation_capture(),
+        capture,
         data.held_out,
-        batches=data.held_out_batches(batch_size),
+        batches=batches,
         batch_size=batch_size,
         ce_samples=run.arguments.evaluation.eval_ce_samples,
     )

@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE, select_pairs
 from hf_selortho.data.activation_cache import ActivationCache
-from hf_selortho.data.cache_batches import layer_statistics
+from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.cache_manifest import HELD_OUT, TRAIN
 from hf_selortho.data.cache_report import report_table
 from hf_selortho.data.pair_history import PAIR_HISTORY, read_pair_history, snapshot_bytes, snapshot_name
@@ -454,8 +454,7 @@ def _card_facts(config: SelOrthoConfig) -> dict[str, Any]:
 
 def _use_activations(folder: Path) -> None:
     store = ActivationCache(str(folder))
-    for layer in store.manifest.layers:
-        layer_statistics(store, layer)
+    CachedBatches(store, store.manifest.layers, batch_size=1).statistics()
     store.held_out_contexts()
     for part, entries in ((TRAIN, store.manifest.shards), (HELD_OUT, store.manifest.held_out)):
         for entry in entries:

@@ -109,7 +109,7 @@ def test_only_safetensors_are_read(saved) -> None:
     assert message in refused(saved, use_safetensors=False)
     (saved / "config.json").unlink()
     assert "it holds no config.json" in refused(saved)
-    assert "no such local path" in refused(saved / "nowhere")
+    assert "neither on the Hub nor a local path" in refused(saved / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_selortho import SelOrthoConfig
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.memory import memory_now, recent_peak, start_peak
+from ..utils.memory import memory_now, peak_memory, start_peak
 from .cases import ENCODER, NONE, Case
 from .inputs import Batches
 from .pipeline import wait_for
@@ -86,7 +86,7 @@ def measure(folder: Path) -> int:
         steps.run(Case(NONE).config(config), 0)  # brings in the state of the optimiser
         before = _start(device)
         steps.run(case.config(config), 0, steps=min(case.interval, STEPS))
-    return max(0, recent_peak(device) - before)
+    return max(0, peak_memory(device) - before)
 
 
 def _start(device: torch.device) -> int:

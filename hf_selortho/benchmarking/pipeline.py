@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.buffer import ActivationBuffer
-from ..data.contexts import ContextStream
+from ..data.contexts import ContextStream, Cutter
 from ..data.texts import TextSource, open_documents
 from ..language_models.capture import ActivationCapture, only
 from ..language_models.loading import LanguageModel, check_context_length
@@ -32,7 +32,7 @@ def measure_supply(lm: LanguageModel, layer: int, dataset: str, batch: int) -> S
     """Time the harvest after decoder layer `layer` on the texts of `dataset`, and the buffer's batches."""
     capture = ActivationCapture(lm, layer)
     check_context_length(lm, CONTEXT_LENGTH)
-    stream = ContextStream(open_documents(TextSource(dataset)), lm.tokenizer, context_length=CONTEXT_LENGTH)
+    stream = ContextStream(open_documents(TextSource(dataset)), Cutter(lm.tokenizer, context_length=CONTEXT_LENGTH))
     contexts = math.ceil(BATCHES * batch / CONTEXT_LENGTH)
     buffer = ActivationBuffer(
         capture, stream, contexts=contexts, context_length=CONTEXT_LENGTH, batch_size=batch, refresh_every=BATCHES

@@ -12,13 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
-from ..language_models.capture import (
-    ORIGIN_NAMES,
-    ActivationCapture,
-    TokenOrigins,
-    max_norm_from_ratio,
-    within_norms,
-)
+from ..language_models.capture import ORIGIN_NAMES, ActivationCapture, TokenOrigins, within_norms
 from ..process_group import ProcessGroup
 from .contexts import ContextStream
 
@@ -51,17 +45,13 @@ class BatchSource(Protocol):
         """Draw the next batch of this process."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Save what is needed to go on exactly here: tensors (some change later, see [`hold`]), and JSON-able rest."""
+        """Return what is needed to go on exactly here: tensors (some change later, see [`hold`]) and JSON-able rest."""
 
     def hold(self, reader: Future[None]) -> None:
         """Change nothing that [`state_dict`] gave until its reader is done."""
 
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Go on exactly where the saved source stopped.
-
-        Raises:
-            KeyError, ValueError: something is missing or of another size.
-        """
+        """Go on exactly where the saved source stopped; raises KeyError if something is missing."""
 
     def totals(self) -> dict[str, int]:
         """Count what all processes have read so far; each of them has to call this."""
@@ -79,7 +69,7 @@ class ActivationBuffer:
     The buffer has room for `contexts` contexts of `context_length` tokens. It serves `refresh_every` batches of a
     random permutation of its rows, then replaces the rows that were used most by fresh ones. With `reuse` = 1 every
     activation is used exactly once; with `reuse` = r, r times on average, for r times fewer forward passes of the
-    language model. It is a [`BatchSource`].
+    language model. Each method that has no description does what [`BatchSource`] says.
 
     Args:
         capture: reads the activations, of one or several layers. Its `max_norms` are set by [`fill`] from
@@ -127,11 +117,8 @@ class ActivationBuffer:
             raise SelOrthoError(f"buffer_reuse={reuse}: expected at least 1 (every activation used once)")
 
     def fill(self, progress: bool = False) -> dict[int, ActivationStatistics]:
-        """Fill the empty buffer and estimate mean, scale and sink threshold of each layer on it (on all processes).
-
-        `progress` shows a bar.
-        """
-        capture, device = self.capture, self.capture.device
+        """Fill the empty buffer and estimate mean, scale and sink threshold of each layer on it (on all processes)."""
+        capture, device, ratio = self.capture, self.capture.device, self.max_norm_ratio
         capture.max_norms = (None,) * len(capture.layers)
         shape, dtype = (self.capacity, capture.lm.d_model), capture.lm.model.dtype
         self._activations = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in capture.layers}
@@ -139,7 +126,7 @@ class ActivationBuffer:
         with tqdm(total=self.capacity, desc="filling the buffer", unit="token", disable=not progress) as bar:
             norms = self._replace(torch.arange(self.capacity), bar)
         medians = [ProcessGroup.of_run().mean(float(column.median()), device) or 0.0 for column in norms.T]
-        capture.max_norms = tuple(max_norm_from_ratio(median, self.max_norm_ratio) for median in medians)
+        capture.max_norms = tuple(None if ratio is None else ratio * median for median in medians)
         sinks = (~within_norms(norms, capture.max_norms)).nonzero()[:, 0]
         self.counts["tokens_kept"] -= len(sinks)
         self.counts["dropped_sinks"] += len(sinks)
@@ -152,7 +139,6 @@ class ActivationBuffer:
         }
 
     def next_batch(self) -> ActivationBatch:
-        """Draw the next batch; refreshes the buffer first when its turn has come."""
         if self._served == self.refresh_every:
             self._refresh()
         rows = self._order[self._served * self.batch_size : (self._served + 1) * self.batch_size]
@@ -162,17 +148,15 @@ class ActivationBuffer:
         return ActivationBatch(by_layer, self._origins[rows])
 
     def totals(self) -> dict[str, int]:
-        """Count what all processes have read so far; each of them has to call this."""
         stream = {name: self.stream.counts[name] for name in ("documents", "dropped_tails")}
         counts = {**self.counts, **stream, "processes": 1}
         sums = ProcessGroup.of_run().sum(torch.tensor(list(counts.values()), device=self.capture.device))
         return {**dict(zip(counts, sums.tolist(), strict=True)), "epoch": self.stream.epoch}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Save what is needed to go on exactly here: tensors, which change at the next refresh, and JSON-able rest."""
         tensors = {
             **{f"activations.{layer}": held.cpu() for layer, held in self._activations.items()},
-            **{name: getattr(self._origins, name) for name in ORIGIN_NAMES},
+            **vars(self._origins),
             "uses": self._uses.clone(),
             "order": self._order,
             "generator": self._generator.get_state(),
@@ -186,21 +170,11 @@ class ActivationBuffer:
         return tensors, rest
 
     def hold(self, reader: Future[None]) -> None:
-        """Let the next refresh wait until the reader of what [`state_dict`] gave is done."""
-        self._reader = reader
+        self._reader = reader  # the next refresh waits for it
 
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Go on exactly where the saved buffer stopped.
-
-        Raises:
-            KeyError, ValueError: something is missing or of another size.
-        """
-        names = {layer: f"activations.{layer}" for layer in self.capture.layers}
-        for name in ("uses", "order", *ORIGIN_NAMES, *names.values()):
-            shape = (self.capacity, self.capture.lm.d_model) if name in names.values() else (self.capacity,)
-            if tensors[name].shape != shape:
-                raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}, expected {shape}")
-        self._activations = {layer: tensors[name].to(self.capture.device) for layer, name in names.items()}
+        layers, device = self.capture.layers, self.capture.device
+        self._activations = {layer: tensors[f"activations.{layer}"].to(device) for layer in layers}
         self._origins = TokenOrigins(*(tensors[name] for name in ORIGIN_NAMES))
         self._uses, self._order = tensors["uses"], tensors["order"]
         self._generator.set_state(tensors["generator"])
@@ -210,13 +184,11 @@ class ActivationBuffer:
         self.stream.load_state_dict(rest["stream"])
 
     def memory_bytes(self) -> int:
-        """Compute what the activations that are held take, once all of them are there."""
         capture = self.capture
         row = len(capture.layers) * capture.lm.d_model * capture.lm.model.dtype.itemsize
         return self.capacity * (row + 8 * len(ORIGIN_NAMES) + 12)  # 12: uses and order
 
     def release(self) -> None:
-        """Free the activations: the training is over."""
         self._activations = {}
         self._origins = TokenOrigins.empty(0)
 

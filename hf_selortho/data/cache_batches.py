@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -32,19 +30,19 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Pool:
-    """Shards in memory, and the order in which their rows are drawn."""
+    """Shards in memory, by number, and the order in which their rows are drawn."""
 
     plan: _Plan
-    shards: list[Shard]
+    shards: dict[int, Shard]
     order: Tensor  # (rows,)
 
     def gather(self, rows: Tensor, by_layer: dict[int, Tensor], origins: TokenOrigins) -> None:
         """Put these rows of the pool into tensors of as many rows."""
-        ends = torch.tensor(list(accumulate(map(len, self.shards))))
-        numbers = torch.bucketize(rows, ends, right=True)
-        for number, shard in enumerate(self.shards):
-            targets = (numbers == number).nonzero()[:, 0]
-            local = rows[targets] - (ends[number] - len(shard))
+        start = 0
+        for shard in self.shards.values():
+            targets = ((rows >= start) & (rows < start + len(shard))).nonzero()[:, 0]
+            local = rows[targets] - start
+            start += len(shard)
             for layer, tensor in by_layer.items():
                 tensor[targets] = shard.by_layer[layer][local].float()
             for name in ORIGIN_NAMES:
@@ -107,7 +105,11 @@ class CachedBatches:
 
     def statistics(self) -> dict[int, ActivationStatistics]:
         """Return mean, scale and sink threshold of each layer, as they were measured when the cache was written."""
-        return {layer: layer_statistics(self.cache, layer) for layer in self.layers}
+        summaries = {layer: self.cache.manifest.layer(layer) for layer in self.layers}
+        return {
+            layer: ActivationStatistics(torch.tensor(entry.mean), entry.scale, entry.median_norm, entry.max_norm)
+            for layer, entry in summaries.items()
+        }
 
     def next_batch(self) -> ActivationBatch:
         """Return the next batch.
@@ -185,8 +187,7 @@ class CachedBatches:
 
     def _plan(self, epoch: int, cursor: int) -> _Plan:
         """Say which shards make the pool that holds a row of an epoch."""
-        plans = self._pools(epoch)
-        return plans[bisect_right(plans, cursor, key=lambda plan: plan.start) - 1]
+        return next(plan for plan in self._pools(epoch) if cursor < plan.end)
 
     def _pools(self, epoch: int) -> list[_Plan]:
         """Plan the pools of an epoch, in order."""
@@ -203,12 +204,12 @@ class CachedBatches:
 
     def _load(self, plan: _Plan, previous: _Pool | None) -> _Pool:
         """Read the shards of a pool, but those that the previous one holds if it holds them all."""
-        held = dict(zip(previous.plan.shards, previous.shards, strict=True)) if previous is not None else {}
+        held = previous.shards if previous is not None else {}
         if set(held) != set(plan.shards):
             held = {number: self._read(number) for number in plan.shards}
         generator = np.random.default_rng([self._seed, self._rank, plan.epoch, plan.start + 1])
         order = torch.from_numpy(generator.permutation(plan.end - plan.start))
-        return _Pool(plan, [held[number] for number in plan.shards], order)
+        return _Pool(plan, {number: held[number] for number in plan.shards}, order)
 
     def _read(self, number: int) -> Shard:
         shard = self.cache.read(self._shards[number], self.layers)
@@ -225,12 +226,6 @@ def check_layers(cache: ActivationCache, layers: Sequence[int]) -> None:
             f"{cache.source} holds no layer {', '.join(map(str, missing))}: choose from "
             f"{', '.join(map(str, cache.manifest.layers))}"
         )
-
-
-def layer_statistics(cache: ActivationCache, layer: int) -> ActivationStatistics:
-    """Return mean, scale and sink threshold of a layer, as they were measured when the cache was written."""
-    summary = cache.manifest.layer(layer)
-    return ActivationStatistics(torch.tensor(summary.mean), summary.scale, summary.median_norm, summary.max_norm)
 
 
 def held_out_batches(
@@ -255,10 +250,9 @@ def held_out_batches(
         if contexts is not None:
             order = order[shard.origins.context_ids[order] < contexts]
             contexts -= shard.contexts
-        pool = {layer: torch.cat([rest[layer], shard.by_layer[layer][order].float()]) for layer in layers}
-        full = len(pool[layers[0]]) // batch_size * batch_size
-        for start in range(0, full, batch_size):
-            yield {layer: tensor[start : start + batch_size] for layer, tensor in pool.items()}
-        rest = {layer: tensor[full:] for layer, tensor in pool.items()}
+        rest = {layer: torch.cat([rest[layer], shard.by_layer[layer][order].float()]) for layer in layers}
+        while len(rest[layers[0]]) >= batch_size:
+            yield {layer: tensor[:batch_size] for layer, tensor in rest.items()}
+            rest = {layer: tensor[batch_size:] for layer, tensor in rest.items()}
     if len(rest[layers[0]]):
         yield rest

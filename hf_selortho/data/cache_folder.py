@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import SelOrthoError
 from ..utils.files import LOCK, is_full, reason, replace_file, sync
 from .cache_manifest import FORMAT, FORMAT_VERSION, HELD_OUT, MANIFEST, TRAIN, WORK, CacheSettings, Manifest, shard_path
-from .cache_statistics import LayerStatistics
+from .cache_statistics import CacheStatistics
 
 _SETTINGS, _NORMS = "settings.json", "norms.json"
 _SHARD = re.compile(r"(held_out/)?(tokens|layer_\d+)/\d+\.safetensors")
@@ -29,27 +29,11 @@ _SHARD = re.compile(r"(held_out/)?(tokens|layer_\d+)/\d+\.safetensors")
 class Progress:
     """What one process has cached; training and held-out shards apart, by TRAIN and HELD_OUT."""
 
-    statistics: dict[int, LayerStatistics]  # by layer
+    statistics: CacheStatistics
     written: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, HELD_OUT: 0})  # shards, empty ones included
     shards: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {TRAIN: [], HELD_OUT: []})
     counts: dict[str, dict[str, int]] = field(default_factory=lambda: {TRAIN: {}, HELD_OUT: {}})
     stream: dict[str, Any] | None = None  # state of the text stream behind the last training shard
-
-    def to_bytes(self) -> bytes:
-        """Return it as a safetensors file."""
-        tensors = {
-            f"{n}.{name}": tensor for n, layer in self.statistics.items() for name, tensor in vars(layer).items()
-        }
-        return save(tensors, {"progress": json.dumps({k: v for k, v in vars(self).items() if k != "statistics"})})
-
-    def load(self, path: Path) -> None:
-        """Take what a file of [`to_bytes`] holds."""
-        with safe_open(path, framework="pt") as file:
-            for name, value in json.loads(file.metadata()["progress"]).items():
-                setattr(self, name, value)
-            for name in file.keys():
-                layer, _, attribute = name.partition(".")
-                setattr(self.statistics[int(layer)], attribute, file.get_tensor(name))
 
 
 class CacheFolder:
@@ -94,9 +78,10 @@ class CacheFolder:
             self.work.mkdir(parents=True, exist_ok=True)
             (self.work / _SETTINGS).unlink(missing_ok=True)  # first: without it, nothing in the work folder counts
             (self.folder / MANIFEST).unlink(missing_ok=True)
-            for path in self.work.iterdir():
+            others = self.folder.rglob("*.safetensors")  # of the user, perhaps: only shards are removed
+            shards = [path for path in others if _SHARD.fullmatch(path.relative_to(self.folder).as_posix())]
+            for path in (*self.work.iterdir(), *shards):
                 path.unlink()
-            self._remove_shards()
             self.write(f"{WORK}/{_SETTINGS}", _json(plan))
         return True
 
@@ -131,13 +116,16 @@ class CacheFolder:
 
     def write_progress(self, rank: int, progress: Progress) -> None:
         """Write what a process has cached."""
-        self.write(f"{WORK}/{rank}.safetensors", progress.to_bytes())
+        numbers = {name: value for name, value in vars(progress).items() if name != "statistics"}
+        self.write(f"{WORK}/{rank}.safetensors", save(vars(progress.statistics), {"progress": json.dumps(numbers)}))
 
     def read_progress(self, rank: int, progress: Progress) -> Progress:
         """Fill an empty progress with what the process of this rank has written, if anything."""
         path = self.work / f"{rank}.safetensors"
         if path.is_file():
-            progress.load(path)
+            with safe_open(path, framework="pt") as file:
+                vars(progress).update(json.loads(file.metadata()["progress"]))
+                vars(progress.statistics).update({name: file.get_tensor(name) for name in file.keys()})
         return progress
 
     def write_norms(self, norms: Sequence[tuple[float, float | None]]) -> None:
@@ -155,26 +143,19 @@ class CacheFolder:
         self.write(MANIFEST, _json({"format": FORMAT, "version": FORMAT_VERSION, **asdict(manifest)}))
         shutil.rmtree(self.work)
 
-    def _remove_shards(self) -> None:
-        """Remove the shards of another cache, and nobody else's files."""
-        for path in list(self.folder.rglob("*.safetensors")):
-            if _SHARD.fullmatch(path.relative_to(self.folder).as_posix()):
-                path.unlink()
-
 
 def _json(content: Mapping[str, Any]) -> bytes:
     """Write an object with a line for each of its keys."""
-    lines = (
-        f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
-        for key, value in content.items()
+    values = (
+        (json.dumps(key), json.dumps(value, ensure_ascii=False, allow_nan=False)) for key, value in content.items()
     )
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    return ("{\n" + ",\n".join(f" {key}: {value}" for key, value in values) + "\n}\n").encode()
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if there is no such file or it holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

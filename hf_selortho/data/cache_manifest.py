@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import reprlib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -22,17 +21,6 @@ STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LOWEST_OCTAVE, OCTAVES, BARS_PER_OCTAVE = -24, 64, 8  # of the histogram of norms, from 2^-24 to 2^40
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
-# Types of the manifest's values, in words, and what a value has to satisfy.
-Count = Annotated[int, "a whole number of at least 0", lambda value: value >= 0]
-Norm = Annotated[float, "a number of at least 0", lambda value: value >= 0]
-Positive = Annotated[float, "a number above 0", lambda value: value > 0]
-Ratio = Annotated[float, "a number above 1", lambda value: value > 1]
-Sha256 = Annotated[str, "64 hexadecimal digits", re.compile(r"[0-9a-f]{64}").fullmatch]
-Dtype = Annotated[str, " or ".join(STORED_DTYPES), STORED_DTYPES.__contains__]
-Histogram = Annotated[
-    tuple[Count, ...], f"{OCTAVES * BARS_PER_OCTAVE} counts", lambda value: len(value) == OCTAVES * BARS_PER_OCTAVE
-]
-
 
 class CacheError(SelOrthoError):
     """Cached activations that are damaged, incomplete or not those of their manifest."""
@@ -45,7 +33,7 @@ class ModelInfo:
     name: str
     revision: str | None
     dtype: str
-    batch_tokens: Count
+    batch_tokens: int
     device: str
     tokenizer_sha256: str
 
@@ -57,12 +45,12 @@ class TextInfo:
     dataset: str
     revision: str | None
     fingerprint: str | None  # of local files, which have no revision
-    rows: Count | None
+    rows: int | None
     config: str | None
     split: str
     text_column: str | None
     streaming: bool
-    held_out_fraction: Norm
+    held_out_fraction: float
     seed: int
 
 
@@ -70,9 +58,9 @@ class TextInfo:
 class ContextInfo:
     """How documents were cut into contexts."""
 
-    context_length: Count
+    context_length: int
     prepend_bos: bool
-    min_tokens: Count
+    min_tokens: int
 
 
 @dataclass(frozen=True)
@@ -82,27 +70,27 @@ class CacheSettings:
     model: ModelInfo
     text: TextInfo
     contexts: ContextInfo
-    layers: tuple[Count, ...]
-    stored_dtype: Dtype
-    max_norm_ratio: Ratio | None
-    max_tokens: Count | None  # tokens of all contexts for training, over all processes; None: all of the text
-    held_out_contexts: Count
-    shard_tokens: Count  # tokens of the contexts of a shard
-    processes: Count
+    layers: tuple[int, ...]
+    stored_dtype: str
+    max_norm_ratio: float | None
+    max_tokens: int | None  # tokens of all contexts for training, over all processes; None: all of the text
+    held_out_contexts: int
+    shard_tokens: int  # tokens of the contexts of a shard
+    processes: int
 
 
 @dataclass(frozen=True)
 class Counts:
     """What was read, and what was left out."""
 
-    rows: Count  # tokens kept
-    tokens: Count  # tokens read, BOS included
-    contexts: Count
-    dropped_special: Count
-    dropped_sinks: Count
-    documents: Count = 0
-    dropped_tails: Count = 0  # ends of documents that are too short
-    dropped_tail_tokens: Count = 0
+    rows: int  # tokens kept
+    tokens: int  # tokens read, BOS included
+    contexts: int
+    dropped_special: int
+    dropped_sinks: int
+    documents: int
+    dropped_tails: int  # ends of documents that are too short
+    dropped_tail_tokens: int
 
 
 @dataclass(frozen=True)
@@ -111,12 +99,12 @@ class LayerSummary:
 
     hook_name: str
     mean: tuple[float, ...]
-    scale: Positive  # root mean squared norm about the mean
-    median_norm: Norm
-    max_norm: Positive | None  # tokens of a larger norm are sinks
-    norm_quantiles: dict[str, Norm]
-    norm_histogram: Histogram
-    sinks_by_position: tuple[Count, ...]
+    scale: float  # root mean squared norm about the mean
+    median_norm: float
+    max_norm: float | None  # tokens of a larger norm are sinks
+    norm_quantiles: dict[str, float]
+    norm_histogram: tuple[int, ...]
+    sinks_by_position: tuple[int, ...]
 
     @property
     def d_in(self) -> int:
@@ -128,21 +116,17 @@ class LayerSummary:
 class ShardFile:
     """Hash and size of a file."""
 
-    sha256: Sha256
-    bytes: Count
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """A shard as the manifest lists it."""
 
-    number: Count
-    rows: Count
+    number: int
+    rows: int
     files: dict[str, ShardFile]  # by path within the folder
-
-    def file(self, part: str, folder: str) -> str:
-        """Return the path of the shard's tokens or of a layer: `shard.file(TRAIN, "layer_8")`."""
-        return shard_path(part, folder, self.number)
 
 
 @dataclass(frozen=True)
@@ -157,11 +141,17 @@ class Manifest(CacheSettings):
     held_out: tuple[ShardEntry, ...]
 
     def __post_init__(self) -> None:
+        _require(self.stored_dtype in STORED_DTYPES, "stored_dtype", self.stored_dtype, " or ".join(STORED_DTYPES))
         _require(set(self.statistics) == set(map(str, self.layers)), "layers", self.layers, "those of the statistics")
+        for number, layer in self.statistics.items():
+            _require(layer.scale > 0, f"statistics.{number}.scale", layer.scale, "a number above 0")
+            bars = OCTAVES * BARS_PER_OCTAVE
+            _require(len(layer.norm_histogram) == bars, f"bars of statistics.{number}", layer.norm_histogram, str(bars))
         _require(len(self.shards) > 0, "shards", self.shards, "at least one")
         for key, part, entries in (("shards", TRAIN, self.shards), ("held_out", HELD_OUT, self.held_out)):
             for entry in entries:
-                paths = {entry.file(part, folder) for folder in ("tokens", *(f"layer_{n}" for n in self.layers))}
+                folders = ("tokens", *(f"layer_{layer}" for layer in self.layers))
+                paths = {shard_path(part, folder, entry.number) for folder in folders}
                 _require(set(entry.files) == paths, f"files of {key} {entry.number}", sorted(entry.files), str(paths))
                 most = min(file.bytes for file in entry.files.values())
                 _require(0 < entry.rows <= most, f"rows of {key} {entry.number}", entry.rows, f"1 to {most}")
@@ -196,51 +186,39 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
                 f"{name} is of version {reprlib.repr(content.get('version'))}, this hf_selortho reads version "
                 f"{FORMAT_VERSION}: cache the activations again"
             )
-        return read_manifest(content)
+        manifest: Manifest = from_json(Manifest, content)
     except (ValueError, RecursionError) as error:
         raise CacheError(
             f"{name} is damaged: {one_line(error)}; restore it from a copy, or cache the activations again"
         ) from error
-
-
-def read_manifest(content: dict[str, Any]) -> Manifest:
-    """Read a manifest out of its content.
-
-    Raises:
-        ValueError: "FIELD is VALUE, expected TYPE".
-    """
-    manifest: Manifest = _from_json(Manifest, content, "")
     return manifest
 
 
-def _from_json(kind: Any, value: Any, name: str) -> Any:
-    """Build a value of a type out of JSON: a dataclass, tuple, dict, optional, annotated or plain type.
+def from_json(kind: Any, value: Any, name: str = "") -> Any:
+    """Build a dataclass, tuple, dict, optional or plain value out of JSON.
 
     Raises:
         ValueError: "FIELD is VALUE, expected TYPE".
     """
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        inner, words, holds = arguments
-        result = _from_json(inner, value, name)
-        _require(holds(result), name, value, words)
-        return result
     if origin in (Union, UnionType):  # X | None
-        return None if value is None else _from_json(arguments[0], value, name)
+        return None if value is None else from_json(arguments[0], value, name)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind, include_extras=True)
-        names = {field.name: f"{name}.{field.name}".lstrip(".") for field in fields(kind)}
-        for key in names.keys() - value.keys():
-            raise ValueError(f"{names[key]} is missing")
-        return kind(**{key: _from_json(hints[key], value[key], names[key]) for key in names})
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_from_json(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _from_json(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if kind is float and type(value) in (int, float) and abs(value) <= _FLOAT32_MAX:
+        types = get_type_hints(kind)
+        if missing := types.keys() - value.keys():
+            raise ValueError(f"{name}.{min(missing)} is missing".lstrip("."))
+        return kind(**{key: from_json(types[key], value[key], f"{name}.{key}".lstrip(".")) for key in types})
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), name, value, "a list")
+        return tuple(from_json(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value))
+    if origin is dict:
+        _require(isinstance(value, dict), name, value, "an object")
+        return {key: from_json(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if kind is float:
+        _require(type(value) in (int, float) and abs(value) <= _FLOAT32_MAX, name, value, "a finite number")
         return float(value)
-    plain = type(value) is kind and kind is not float and (kind is not int or abs(value) < 2**63)
-    _require(plain, name or "the content", value, getattr(kind, "__name__", str(kind)))
+    holds = 0 <= value < 2**63 if type(value) is kind is int else type(value) is kind
+    _require(holds, name, value, "a whole number of at least 0" if kind is int else kind.__name__)
     return value
 
 

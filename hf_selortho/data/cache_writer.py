@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +25,18 @@ from ..language_models.capture import (
     ActivationCapture,
     CapturedActivations,
     TokenOrigins,
-    max_norm_from_ratio,
     within_norms,
 )
 from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..utils.files import reason
-from ..utils.memory import available_memory, existing_folder, free_disk, memory_now, recent_peak, start_peak
+from ..utils.memory import available_memory, existing_folder, free_disk, memory_now, peak_memory, start_peak
 from .cache_folder import CacheFolder, Progress
-from .cache_manifest import HELD_OUT, STORED_DTYPES, TRAIN, CacheSettings, Counts, Manifest, read_manifest
-from .cache_statistics import LayerStatistics
+from .cache_manifest import HELD_OUT, STORED_DTYPES, TRAIN, CacheSettings, Counts, Manifest, from_json
+from .cache_statistics import CacheStatistics
 from .contexts import Context, ContextStream, count_tokens
 
-T = TypeVar("T")
 PROBE_SECONDS = 10.0  # of a dry run
+_WARM_UP = 2048  # tokens before it
 _OF_STREAM = ("documents", "dropped_tails", "dropped_tail_tokens")
 
 
@@ -76,8 +76,22 @@ class CacheWriter:
         self.capture.max_norms = (None,) * len(self.capture.layers)  # sinks are told apart afterwards
         if progress is not None:
             progress.update(sum(counts.get("tokens", 0) for counts in self._progress.counts.values()))
-        self._write_part(TRAIN, self._training_groups(), progress)
-        self._write_part(HELD_OUT, self._held_out_groups(), progress)
+        groups, writing = self._groups(), None
+        with ThreadPoolExecutor(2) as pool:  # the next shard is tokenised, and the last one written, meanwhile
+            coming = pool.submit(next, groups, None)
+            while (group := coming.result()) is not None:
+                coming = pool.submit(next, groups, None)
+                part, contexts, stream = group
+                computed = self._compute(contexts, progress)
+                if self._norms is None:
+                    self._calibrate(computed.norms if part == TRAIN else None)
+                if writing is not None:
+                    writing.result()  # one at a time: what waits is held in memory
+                writing = pool.submit(self._write, part, contexts, computed, stream)
+            if writing is not None:
+                writing.result()
+        if self._norms is None:  # no context came to this process; the others wait for its word
+            self._calibrate(None)
         self._progress.counts[TRAIN] |= {name: self.stream.counts[name] for name in _OF_STREAM}
         self.folder.write_progress(self.group.rank, self._progress)
         self._wait()
@@ -88,73 +102,52 @@ class CacheWriter:
         Raises:
             SelOrthoError: there is no activation, as no text was long enough.
         """
-        first, *others = (self._read_progress(rank) for rank in range(self.group.size))
-        counts = {part: Counter(numbers) for part, numbers in first.counts.items()}
-        for other in others:
-            for part in counts:
-                counts[part].update(other.counts[part])
-                first.shards[part] += other.shards[part]
-            for layer, statistics in first.statistics.items():
-                statistics.merge(other.statistics[layer])
-        if not first.shards[TRAIN]:
-            raise SelOrthoError("the text gives no activation to train on: use other texts or a lower --min_tokens")
-        shards = {part: sorted(entries, key=lambda entry: entry["number"]) for part, entries in first.shards.items()}
-        names = Counts.__dataclass_fields__
-        summaries = {
-            str(layer): asdict(statistics.summary(self.capture.hook_name_of(layer), median, limit))
-            for (layer, statistics), (median, limit) in zip(first.statistics.items(), self._norms or (), strict=True)
+        parts = [self._read_progress(rank) for rank in range(self.group.size)]
+        statistics = parts[0].statistics
+        for other in parts[1:]:
+            statistics.merge(other.statistics)
+        shards = {part: [entry for p in parts for entry in p.shards[part]] for part in (TRAIN, HELD_OUT)}
+        counts = {
+            part: {name: sum(p.counts[part].get(name, 0) for p in parts) for name in Counts.__dataclass_fields__}
+            for part in shards
         }
+        if not shards[TRAIN]:
+            raise SelOrthoError("the text gives no activation to train on: use other texts or a lower --min_tokens")
+        summaries = {}
+        for row, (layer, norms) in enumerate(zip(self.capture.layers, self._norms or (), strict=True)):
+            summary = statistics.summary(row, counts[TRAIN]["rows"], self.capture.sites[layer].module, *norms)
+            summaries[str(layer)] = asdict(summary)
         content = {
             **asdict(self.settings),
-            "counts": {name: counts[TRAIN][name] for name in names},
-            "held_out_counts": {name: counts[HELD_OUT][name] for name in names},
+            "counts": counts[TRAIN],
+            "held_out_counts": counts[HELD_OUT],
             "versions": versions,
             "statistics": summaries,
-            "shards": shards[TRAIN],
-            "held_out": shards[HELD_OUT],
+            "shards": sorted(shards[TRAIN], key=lambda entry: entry["number"]),
+            "held_out": sorted(shards[HELD_OUT], key=lambda entry: entry["number"]),
         }
-        return read_manifest(content)
+        manifest: Manifest = from_json(Manifest, content)
+        return manifest
 
-    def _write_part(
-        self, part: str, groups: Iterable[tuple[list[Context], dict[str, Any] | None]], progress: tqdm | None
-    ) -> None:
-        """Cache groups of contexts, a shard each: the next one is tokenised, and the last one written, meanwhile."""
-        with ThreadPoolExecutor(2) as pool:
-            writing: Future[None] | None = None
-            for contexts, stream in _ahead(groups, pool):
-                computed = self._compute(contexts, progress)
-                if self._norms is None:
-                    self._calibrate(computed.norms)
-                if writing is not None:
-                    writing.result()  # one at a time: what waits is held in memory
-                writing = pool.submit(self._write, part, contexts, computed, stream)
-            if writing is not None:
-                writing.result()
-        if self._norms is None:  # no context came to this process; the others wait for its word
-            self._calibrate(None)
-
-    def _training_groups(self) -> Iterator[tuple[list[Context], dict[str, Any] | None]]:
-        """Yield the contexts of each shard that is not there yet, and the state of the stream behind them."""
-        settings, taken = self.settings, self._progress.counts[TRAIN].get("tokens", 0)
-        if self._progress.stream is not None:
-            self.stream.load_state_dict(self._progress.stream)
-        share = None if settings.max_tokens is None else -(-settings.max_tokens // self.group.size)
-        while True:
-            wanted = settings.shard_tokens if share is None else min(settings.shard_tokens, share - taken)
-            contexts = self.stream.take_tokens(wanted)
-            if not contexts:
-                return
-            taken += count_tokens(contexts)
-            yield contexts, self.stream.state_dict()
-
-    def _held_out_groups(self) -> Iterator[tuple[list[Context], dict[str, Any] | None]]:
+    def _groups(self) -> Iterator[tuple[str, list[Context], dict[str, Any] | None]]:
+        """Yield the part and the contexts of each shard that is not there yet, and the stream's state behind them."""
+        settings, progress = self.settings, self._progress
+        if (stream := progress.stream) is not None:
+            self.stream.load_state_dict(stream)
+        left: float = math.inf
+        if settings.max_tokens is not None:
+            left = -(-settings.max_tokens // self.group.size) - progress.counts[TRAIN].get("tokens", 0)
+        while contexts := self.stream.take_tokens(int(min(settings.shard_tokens, left))):
+            left -= count_tokens(contexts)
+            stream = self.stream.state_dict()
+            yield TRAIN, contexts, stream
         groups: list[list[Context]] = []
         for context in self.held_out:
-            if not groups or count_tokens(groups[-1]) >= self.settings.shard_tokens:
+            if not groups or count_tokens(groups[-1]) >= settings.shard_tokens:
                 groups.append([])
             groups[-1].append(context)
-        for group in groups[self._progress.written[HELD_OUT] :]:
-            yield group, self._progress.stream
+        for contexts in groups[progress.written[HELD_OUT] :]:
+            yield HELD_OUT, contexts, stream
 
     def _compute(self, contexts: list[Context], progress: tqdm | None) -> CapturedActivations:
         """Read the activations of contexts, sinks included, into tensors of the stored dtype."""
@@ -182,7 +175,7 @@ class CacheWriter:
             median = None if norms is None or len(norms) == 0 else float(norms[:, column].median())
             medians.append(self.group.mean(median, self.capture.device) or 0.0)
         ratio = self.settings.max_norm_ratio
-        self._norms = [(median, max_norm_from_ratio(median, ratio) or None) for median in medians]
+        self._norms = [(median, ratio * median or None if ratio else None) for median in medians]
         if self.group.rank == 0:
             self.folder.write_norms(self._norms)
         self._wait()
@@ -203,7 +196,7 @@ class CacheWriter:
             folders[f"layer_{layer}"] = {"activations": activations}
             if part == TRAIN:
                 norms = computed.norms[:, column]
-                progress.statistics[layer].add(activations, norms, kept, computed.origins, limit)
+                progress.statistics.add(column, activations, norms, kept, computed.origins, limit)
         if len(origins):
             number = self.group.rank + self.group.size * progress.written[part]
             progress.shards[part].append(self.folder.write_shard(part, number, len(origins), folders))
@@ -220,9 +213,8 @@ class CacheWriter:
         self.folder.write_progress(self.group.rank, progress)
 
     def _read_progress(self, rank: int) -> Progress:
-        width, length = self.capture.lm.d_model, self.settings.contexts.context_length
-        progress = Progress({layer: LayerStatistics(width, length) for layer in self.capture.layers})
-        return self.folder.read_progress(rank, progress)
+        lengths = len(self.capture.layers), self.capture.lm.d_model, self.settings.contexts.context_length
+        return self.folder.read_progress(rank, Progress(CacheStatistics(*lengths)))
 
     def _wait(self) -> None:
         """Wait for the other processes."""
@@ -256,36 +248,31 @@ def forecast(
     Raises:
         SelOrthoError: the disk cannot be written, or there is too little memory.
     """
-
-    def probe(shard_tokens: int) -> float:
-        """Cache one shard; return tokens a second."""
-        small = replace(settings, shard_tokens=shard_tokens, max_tokens=shard_tokens, processes=1)
-        try:
-            with TemporaryDirectory(prefix=".probe-", dir=existing_folder(folder)) as name:
-                target = CacheFolder(Path(name))
-                target.begin(small)
-                started = time.perf_counter()
-                CacheWriter(capture, stream, [], target, small).run()
-                return shard_tokens / (time.perf_counter() - started)
-        except OSError as error:
-            raise SelOrthoError(
-                f"cannot write beside {folder} ({reason(error)}): choose another --output_dir"
-            ) from error
-
-    probed = min(settings.shard_tokens, max(2048, int(PROBE_SECONDS * probe(2048))))
-    available = available_memory(capture.device)
-    if available is not None:
-        available += memory_now(capture.device)
+    started = time.perf_counter()
+    capture.capture_all(stream.take_tokens(_WARM_UP))
+    speed = _WARM_UP / (time.perf_counter() - started)
+    probed = min(settings.shard_tokens, max(_WARM_UP, int(PROBE_SECONDS * speed)))
+    small = replace(settings, shard_tokens=probed, max_tokens=probed, processes=1)
+    available, before = available_memory(capture.device), memory_now(capture.device)
     start_peak(capture.device)
-    speed = probe(probed) * settings.processes
+    try:
+        with TemporaryDirectory(prefix=".probe-", dir=existing_folder(folder)) as name:
+            target = CacheFolder(Path(name))
+            target.begin(small)
+            started = time.perf_counter()
+            CacheWriter(capture, stream, [], target, small).run()
+            speed = settings.processes * probed / (time.perf_counter() - started)
+    except OSError as error:
+        raise SelOrthoError(f"cannot write beside {folder} ({reason(error)}): choose another --output_dir") from error
     # one shard is computed while the one before it is written, of which one layer is being turned into bytes
     row = (2 * len(capture.layers) + 2) * capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize
-    on_cpu = capture.device.type == "cpu"
-    peak = recent_peak(capture.device) + (row * (settings.shard_tokens - probed) if on_cpu else 0)
-    if available is not None and peak > available:
+    peak = peak_memory(capture.device)
+    if capture.device.type == "cpu":
+        peak += row * (settings.shard_tokens - probed)
+    if available is not None and peak > available + before:
         raise SelOrthoError(
-            f"each process needs {peak / 1e9:.2f} GB of memory, {available / 1e9:.2f} GB are available: lower "
-            "--shard_tokens or --lm_batch_tokens, or read fewer --layers"
+            f"each process needs {peak / 1e9:.2f} GB of memory, {(available + before) / 1e9:.2f} GB are available: "
+            "lower --shard_tokens or --lm_batch_tokens, or read fewer --layers"
         )
     return (
         f"{tokens:,.0f} tokens at {speed:,.0f} tokens/s: {timedelta(seconds=round(tokens / speed))}\n"
@@ -317,13 +304,3 @@ def _token_tensors(contexts: list[Context], origins: TokenOrigins, *, with_conte
             "context_document_ids": torch.tensor([c.document_id for c in contexts], dtype=torch.int64),
         }
     return tensors
-
-
-def _ahead(items: Iterable[T], pool: ThreadPoolExecutor) -> Iterator[T]:
-    """Yield the items, each made in the background while the one before it is used."""
-    iterator = iter(items)
-    end = object()
-    coming = pool.submit(next, iterator, end)
-    while (item := coming.result()) is not end:
-        coming = pool.submit(next, iterator, end)
-        yield item  # type: ignore[misc]

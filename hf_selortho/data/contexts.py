@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,17 +34,18 @@ class Cutter:
         tokenizer: of the language model. Text that spells a special token stays text.
         context_length: longest context in tokens, BOS included.
         prepend_bos: whether contexts start with the tokenizer's BOS.
-        min_tokens: shorter ends of documents, without BOS, are dropped and counted.
-
-    Attributes:
-        counts: documents and contexts made so far, ends dropped as too short, and the tokens in them.
+        min_tokens: shorter ends of documents, without BOS, are dropped.
 
     Raises:
         SelOrthoError: the tokenizer has no BOS, or no context can be long enough.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, context_length: int, prepend_bos: bool, min_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int = 128,
+        prepend_bos: bool = True,
+        min_tokens: int = 8,
     ) -> None:
         if prepend_bos and tokenizer.bos_token_id is None:
             raise SelOrthoError(
@@ -58,10 +60,12 @@ class Cutter:
                 f"context_length {context_length} holds {max(self._width, 0)} tokens of text, and min_tokens is "
                 f"{min_tokens}: min_tokens must be at least 1 and must fit"
             )
-        self.counts = {"documents": 0, "contexts": 0, "dropped_tails": 0, "dropped_tail_tokens": 0}
 
-    def cut(self, documents: Sequence[tuple[int, str]]) -> list[Context]:
-        """Make the contexts of the documents, in their order."""
+    def cut(self, documents: Sequence[tuple[int, str]], counts: Counter[str] | None = None) -> list[Context]:
+        """Make the contexts of the documents, in their order.
+
+        `counts` is increased by these documents and contexts, the ends dropped as too short, and the tokens in them.
+        """
         if not documents:
             return []
         encoded = self._tokenizer(
@@ -71,15 +75,18 @@ class Cutter:
             return_attention_mask=False,
             verbose=False,  # longer than the model's window is fine: it is cut here
         )
-        contexts = []
-        for (document_id, _), ids in zip(documents, encoded["input_ids"], strict=True):
-            pieces = [ids[start : start + self._width] for start in range(0, len(ids), self._width)]
-            kept = [piece for piece in pieces if len(piece) >= self.min_tokens]
-            contexts += [Context(document_id, self._prefix + piece) for piece in kept]
-            self.counts["dropped_tails"] += len(pieces) - len(kept)
-            self.counts["dropped_tail_tokens"] += len(ids) - sum(map(len, kept))
-        self.counts["documents"] += len(documents)
-        self.counts["contexts"] += len(contexts)
+        pieces = [
+            Context(document_id, self._prefix + ids[start : start + self._width])
+            for (document_id, _), ids in zip(documents, encoded["input_ids"], strict=True)
+            for start in range(0, len(ids), self._width)
+        ]
+        contexts = [piece for piece in pieces if len(piece.input_ids) >= len(self._prefix) + self.min_tokens]
+        if counts is not None:
+            dropped = len(pieces) - len(contexts)
+            tokens = count_tokens(pieces) - count_tokens(contexts) - dropped * len(self._prefix)
+            counts.update(
+                documents=len(documents), contexts=len(contexts), dropped_tails=dropped, dropped_tail_tokens=tokens
+            )
         return contexts
 
 
@@ -88,56 +95,46 @@ class ContextStream:
 
     Args:
         documents: where the texts come from; every epoch has an order of its own.
-        tokenizer, context_length, prepend_bos, min_tokens: as in [`Cutter`].
+        cutter: makes the contexts.
         seed: of the order of the documents.
         rank: this process's number; the processes read different documents.
         world_size: number of processes.
         endless: begin another epoch at the end of one; else the stream ends there.
+
+    Attributes:
+        epoch: which one is being read, from 0.
+        counts: of all epochs so far, see [`Cutter.cut`].
     """
 
     def __init__(
         self,
         documents: Documents,
-        tokenizer: PreTrainedTokenizerBase,
+        cutter: Cutter,
         *,
-        context_length: int = 128,
-        prepend_bos: bool = True,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        min_tokens: int = 8,
         endless: bool = True,
     ) -> None:
-        self._documents, self._endless = documents, endless
-        self._cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
+        self._documents, self._cutter, self._endless = documents, cutter, endless
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._start(epoch=0)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Documents and contexts made so far over all epochs, ends dropped as too short, and the tokens in them."""
-        return dict(self._cutter.counts)
+        self.counts: Counter[str] = Counter()
+        self.epoch = self._chunk = self._handed_out = 0  # contexts handed out of that chunk of that epoch
+        self._contexts = self._read()
 
     def __iter__(self) -> Iterator[Context]:
-        return self
+        return self._contexts
 
-    def __next__(self) -> Context:
-        """Give the next context.
+    def take(self, n: int) -> list[Context]:
+        """Take the next n contexts, fewer only where the stream ends.
 
         Raises:
             SelOrthoError: no context in a whole epoch of an endless stream.
         """
-        while self._handed_out == len(self._chunk):
-            self._next_chunk()
-        self._handed_out += 1
-        return self._chunk[self._handed_out - 1]
-
-    def take(self, n: int) -> list[Context]:
-        """Take the next n contexts, fewer only where the stream ends."""
-        return list(itertools.islice(self, n))
+        return list(itertools.islice(self._contexts, n))
 
     def take_tokens(self, n: int, beside_bos: bool = False) -> list[Context]:
-        """Take as many contexts as hold n tokens (not counting BOS if `beside_bos`); fewer only at the end."""
+        """Take as many contexts as hold n tokens (not counting BOS if `beside_bos`); ends and errors as [`take`]."""
         taken: list[Context] = []
         while n > 0 and (fresh := self.take(1)):
             taken += fresh
@@ -146,72 +143,56 @@ class ContextStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the stream stands; JSON-able and small."""
-        return {
-            "epoch": self.epoch,
-            "documents": self._consumed,
-            "handed_out": self._handed_out,
-            "counts": dict(self._counts_before),
-        }
+        place = {"epoch": self.epoch, "chunk": self._chunk, "handed_out": self._handed_out}
+        return {**place, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the stream that gave `state` stood; it had the same arguments."""
-        self._cutter.counts = dict(state["counts"])
-        self._start(epoch=state["epoch"], skip=state["documents"])
-        if state["handed_out"]:
-            self._next_chunk()
-            self._handed_out = state["handed_out"]
+        self.epoch, self._chunk, self._handed_out = state["epoch"], state["chunk"], state["handed_out"]
+        self.counts = Counter(state["counts"])
+        self._contexts = self._read()
 
-    def _start(self, epoch: int, skip: int = 0) -> None:
-        self.epoch = epoch
-        stream = self._documents.train(epoch, self._seed, rank=self._rank, world_size=self._world_size)
-        self._stream: Iterator[tuple[int, str]] = itertools.islice(stream, skip, None)
-        self._consumed = skip  # documents of the epoch before the current chunk
-        self._counts_before = self.counts  # before the current chunk
-        self._chunk: list[Context] = []
-        self._chunk_documents = self._handed_out = 0
-
-    def _next_chunk(self) -> None:
-        """Replace the current chunk, all handed out, by the contexts of the next documents, maybe of a new epoch."""
-        documents = list(itertools.islice(self._stream, _CHUNK_DOCUMENTS))
-        if not documents and self._endless:
+    def _read(self) -> Iterator[Context]:
+        """Go on after the contexts that were handed out."""
+        while True:
+            documents = self._documents.train(self.epoch, self._seed, rank=self._rank, world_size=self._world_size)
+            for chunk in _chunks(itertools.islice(documents, self._chunk * _CHUNK_DOCUMENTS, None)):
+                counts = None if self._handed_out else self.counts  # they have a chunk that was begun before
+                for context in self._cutter.cut(chunk, counts)[self._handed_out :]:
+                    self._handed_out += 1
+                    yield context
+                self._chunk, self._handed_out = self._chunk + 1, 0
+            if not self._endless:
+                return
             if not self.counts["contexts"]:
                 share = f" for process {self._rank + 1} of {self._world_size}" if self._world_size > 1 else ""
                 raise SelOrthoError(
                     f'"{self._documents.name}" gives no training context{share}: {self.counts["documents"]} documents, '
                     f"none with {self._cutter.min_tokens} tokens or more; use other texts or a lower --min_tokens"
                 )
-            return self._start(self.epoch + 1)
-        self._consumed += self._chunk_documents
-        self._counts_before = self.counts
-        self._chunk, self._chunk_documents, self._handed_out = self._cutter.cut(documents), len(documents), 0
-        if not documents:
-            raise StopIteration
+            self.epoch, self._chunk = self.epoch + 1, 0
 
 
-def held_out_contexts(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    limit: int | None = None,
-    context_length: int = 128,
-    prepend_bos: bool = True,
-    min_tokens: int = 8,
-) -> Iterator[Context]:
+def _chunks(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    return iter(lambda: list(itertools.islice(documents, _CHUNK_DOCUMENTS)), [])
+
+
+def held_out_contexts(documents: Documents, cutter: Cutter, limit: int | None = None) -> Iterator[Context]:
     """Read the first `limit` contexts of the documents that training never sees, or all; always the same ones.
 
     Raises:
         SelOrthoError: there is none.
     """
-    cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
-    stream, given = documents.held_out(), 0
-    while (limit is None or given < limit) and (batch := list(itertools.islice(stream, _CHUNK_DOCUMENTS))):
-        contexts = cutter.cut(batch)[: None if limit is None else limit - given]
-        given += len(contexts)
-        yield from contexts
+    counts: Counter[str] = Counter()
+    given = 0
+    contexts = (context for chunk in _chunks(documents.held_out()) for context in cutter.cut(chunk, counts))
+    for context in itertools.islice(contexts, limit):
+        given += 1
+        yield context
     if not given:
         raise SelOrthoError(
-            f'"{documents.name}" gives no held-out context: {cutter.counts["documents"]} documents are held out, none '
-            f"with {min_tokens} tokens or more; give more texts or a larger held-out fraction"
+            f'"{documents.name}" gives no held-out context: {counts["documents"]} documents are held out, none '
+            f"with {cutter.min_tokens} tokens or more; give more texts or a larger held-out fraction"
         )
     if limit is not None and given < limit:
         logger.warning('"%s" gives %d held-out contexts, %d were asked for', documents.name, given, limit)
@@ -222,22 +203,13 @@ def count_tokens(contexts: Iterable[Context]) -> int:
     return sum(len(context.input_ids) for context in contexts)
 
 
-def estimate_tokens(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int = 128,
-    prepend_bos: bool = True,
-    min_tokens: int = 8,
-    sample: int = 1000,
-) -> float | None:
+def estimate_tokens(documents: Documents, cutter: Cutter, sample: int = 1000) -> float | None:
     """Estimate the tokens of one epoch of the training documents, BOS included, from `sample` of them.
 
     Exact where there are no more documents than that; None for a stream, whose length nobody knows.
     """
     if documents.count is None:
         return None
-    cutter = Cutter(tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
     texts = list(itertools.islice(documents.train(0, 0), sample + 1))
     tokens = count_tokens(cutter.cut(texts[:sample]))
     if len(texts) <= sample:

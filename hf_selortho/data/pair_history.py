@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,6 @@ PAIR_HISTORY = "pair_history"
 KEPT = 20_000  # pairs of a snapshot
 MOST = 32  # snapshots, besides that of the last selection: between 17 and 32 of a training with as many selections
 _NAME = re.compile(r"step_(\d{6,12})\.safetensors")
-_WRITTEN = re.compile(rf"{_NAME.pattern}|\.{_NAME.pattern}\.tmp")
 _DTYPES = {"i": torch.int32, "j": torch.int32, "correlation": torch.float32}
 _LARGEST_FILE = 1 << 24  # bytes; the largest one that is written has a quarter of a million
 
@@ -67,12 +67,11 @@ class PairHistory:
         self._stride = 1
         while self._last // self._stride >= MOST:
             self._stride *= 2
-        for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
-            step = _step_of(path.name)
-            kept = step is not None and 0 < step <= resume_at and self.is_due(step)
-            if _WRITTEN.fullmatch(path.name) and not kept:
+        for path in [*self.folder.glob("step_[0-9]*.safetensors"), *self.folder.glob(".step_[0-9]*.tmp")]:
+            match = _NAME.fullmatch(path.name)
+            if not match or int(match[1]) > resume_at or not self.is_due(int(match[1])):
                 path.unlink()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        with suppress(OSError):  # snapshots are in it, or something of somebody else, or it is not there
             self.folder.rmdir()
 
     def is_due(self, step: int) -> bool:
@@ -153,12 +152,6 @@ def read_pair_history(folder: str | Path, d_sae: int | None = None) -> list[Pair
     return sorted(snapshots, key=lambda snapshot: snapshot.step)
 
 
-def _step_of(name: str) -> int | None:
-    match = _NAME.fullmatch(name)
-    step = int(match.group(1)) if match else None
-    return step if step is not None and snapshot_name(step) == name else None
-
-
 def _read(path: Path, d_sae: int | None) -> PairSnapshot:
     """Read a file; raises ValueError, KeyError, OSError or SafetensorError if it is not the snapshot of its step."""
     if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
@@ -167,20 +160,26 @@ def _read(path: Path, d_sae: int | None) -> PairSnapshot:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name).clone() for name in _DTYPES}  # the file may go
     step, selected = int(metadata["step"]), int(metadata["selected"])
-    i, j, correlation = tensors["i"].long(), tensors["j"].long(), tensors["correlation"]
-    strength = correlation.abs()
-    _check(step > 0 and snapshot_name(step) == path.name, f"of step {step}, not of the one in its name")
-    _check(all(tensors[name].dtype == dtype for name, dtype in _DTYPES.items()), f"expected {_DTYPES}")
-    _check(i.ndim == 1 and i.shape == j.shape == correlation.shape, "expected one number of each for every pair")
-    _check(len(i) <= selected, f"{len(i)} pairs, of {selected} that were selected")
-    _check(bool(((i >= 0) & (i < j)).all()), "expected pairs with 0 <= i < j")
-    _check(d_sae is None or bool((j < d_sae).all()), f"a pair names a feature beyond the {d_sae} of the SAE")
-    _check(bool(correlation.isfinite().all()), "correlations are NaN or infinite")
-    _check(bool((strength[1:] <= strength[:-1]).all()), "expected correlations by falling absolute value")
-    _check(len(torch.unique((i << 31) | j)) == len(i), "a pair is there twice")
+    i, j, correlation = tensors["i"], tensors["j"], tensors["correlation"]
+    if snapshot_name(step) != path.name:
+        raise ValueError(f"of step {step}, not of the one in its name")
+    if not (
+        {name: tensor.dtype for name, tensor in tensors.items()} == _DTYPES
+        and i.ndim == 1
+        and i.shape == j.shape == correlation.shape
+    ):
+        raise ValueError(f"expected a column of each of {_DTYPES}")
+    i, j, strength = i.long(), j.long(), correlation.abs()
+    if not (
+        len(i) <= selected
+        and bool(((i >= 0) & (i < j)).all())
+        and (d_sae is None or bool((j < d_sae).all()))
+        and bool(correlation.isfinite().all())
+        and bool((strength[1:] <= strength[:-1]).all())
+        and len(torch.unique((i << 31) | j)) == len(i)
+    ):
+        among = "" if d_sae is None else f" < {d_sae}"
+        raise ValueError(
+            f"expected at most {selected} pairs 0 <= i < j{among}, none twice, by falling absolute correlation"
+        )
     return PairSnapshot(step, i, j, correlation, selected)
-
-
-def _check(holds: bool, fault: str) -> None:
-    if not holds:
-        raise ValueError(fault)

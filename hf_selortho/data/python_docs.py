@@ -8,7 +8,6 @@ import gc
 import hashlib
 import importlib
 import inspect
-import logging
 import os
 import platform
 import re
@@ -18,8 +17,6 @@ import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
 
 PYTHON_DOCS = "python-docs"
 
@@ -38,9 +35,9 @@ _PARAGRAPH_END = re.compile(r"\n\s*\n")
 def python_docs() -> tuple[str, ...]:
     """Collect the texts, in an order that depends on the Python installation alone; no paragraph occurs twice.
 
-    They are Python's help topics, the docstrings of the standard library (per module, class or function; read from the
-    source, nothing is imported for them) and of the modules built into the interpreter, and the comments of the
-    standard library's modules. What an installation lacks is left out. Takes a few seconds, then stays in memory.
+    They are Python's help topics, the docstrings and comments of the standard library (read from the source, nothing is
+    imported for them), and the docstrings of the modules built into the interpreter. What an installation lacks is left
+    out. Takes a few seconds, then stays in memory.
     """
     collecting = gc.isenabled()
     gc.disable()  # beside torch it takes two thirds of the time, walking over millions of live syntax nodes
@@ -61,8 +58,7 @@ def python_docs_revision() -> str:
 def _documents() -> Iterator[str]:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        logger.info("this Python has no help topics (pydoc_data.topics), going on without them")
+    except ImportError:  # some distributions have none
         topics = {}
     yield from (topics[name] for name in sorted(topics))
     yield from _built_in_docstrings()
@@ -120,24 +116,22 @@ def _comments(source: str) -> str:
 
 def _built_in_docstrings() -> Iterator[str]:
     """Read the modules compiled into the interpreter, which have no source; importing them runs no Python code."""
-    for name in ["builtins", *sorted(set(sys.builtin_module_names) - {"builtins"})]:
+    for name in sorted(sys.builtin_module_names, key=lambda name: (name != "builtins", name)):
         try:
             module = importlib.import_module(name)
         except ImportError:
             continue
         yield inspect.cleandoc(module.__doc__ or "")
         for _, value in sorted(vars(module).items()):
-            if isinstance(value, type):
-                yield "\n\n".join(_own_docs([value, *(member for _, member in sorted(vars(value).items()))]))
-            elif inspect.isroutine(value):
-                yield "\n\n".join(_own_docs([value]))
+            if isinstance(value, type) or inspect.isroutine(value):
+                members = sorted(vars(value).items()) if isinstance(value, type) else []
+                yield "\n\n".join(filter(None, map(_own_doc, [value, *(member for _, member in members)])))
 
 
-def _own_docs(things: Iterable[object]) -> Iterator[str]:
-    for thing in things:
-        doc = getattr(thing, "__doc__", None)
-        if isinstance(doc, str) and (isinstance(thing, type) or doc != type(thing).__doc__):
-            yield inspect.cleandoc(doc)
+def _own_doc(thing: object) -> str:
+    doc = getattr(thing, "__doc__", None)
+    own = isinstance(doc, str) and (isinstance(thing, type) or doc != type(thing).__doc__)
+    return inspect.cleandoc(doc or "") if own else ""
 
 
 def _pieces(document: str, seen: set[str]) -> Iterator[str]:

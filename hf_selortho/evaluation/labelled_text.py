@@ -10,8 +10,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from ..data.python_docs import PYTHON_DOCS
-from ..data.text_loading import READ_ERRORS, read_error
-from ..data.texts import Documents, TextSource, column_kinds, open_documents
+from ..data.texts import READ_ERRORS, Documents, TextSource, column_kinds, open_documents, read_error
 from ..errors import SelOrthoError
 
 

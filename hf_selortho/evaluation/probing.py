@@ -93,7 +93,7 @@ def read_labelled_texts(
     layer = capture.layer  # a single one
     values = _values(texts, labels)
     _check_classes(Counter(map(str, labels)))  # before the language model has worked for nothing
-    cutter = Cutter(capture.lm.tokenizer, context_length=context_length, prepend_bos=prepend_bos, min_tokens=min_tokens)
+    cutter = Cutter(capture.lm.tokenizer, context_length, prepend_bos, min_tokens)
     first: dict[int, Context] = {}
     for context in cutter.cut(list(enumerate(texts))):
         first.setdefault(context.document_id, context)

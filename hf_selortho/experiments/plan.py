@@ -133,7 +133,7 @@ def load_plan(name: str, *, quick: bool = False, seeds: int | None = None) -> Pl
     Raises:
         SelOrthoError: there is no such plan, or something in it is not allowed; says what and where.
     """
-    path, content = read_named("plan", name, PLANS, list_plans(), "an object")
+    path, content = read_named("plan", name, PLANS)
     reader = _Reader(path, content)
     return reader.plan(path.stem, quick, seeds)
 

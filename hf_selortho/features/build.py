@@ -175,7 +175,7 @@ def _facts(
             "d_sae": len(sae.b_enc),
             "d_in": sae.config.d_in,
             "layer": sources.capture.layer,
-            "hook_name": sources.capture.hook_name_of(sources.capture.layer),
+            "hook_name": sources.capture.sites[sources.capture.layer].module,
             "activation": sae.config.activation,
             "weights_sha256": sources.weights_sha256,
             "name": sources.name,

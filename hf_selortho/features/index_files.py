@@ -107,8 +107,7 @@ class HubFile(RangedFile):
         try:
             return patiently(request)
         except LOOKUP_ERRORS as error:
-            lookup = self._lookup
-            raise hub_error(error, "SAE", self._repo_id, lookup.get("revision"), lookup.get("token")) from error
+            raise hub_error(error, "SAE", self._repo_id, self._lookup.get("revision")) from error
 
 
 class RangedParquet:

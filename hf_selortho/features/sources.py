@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..data.contexts import Context, held_out_contexts
+from ..data.contexts import Context, Cutter, held_out_contexts
 from ..data.pair_history import PairSnapshot
 from ..data.texts import Documents
 from ..errors import SelOrthoError
@@ -52,10 +52,5 @@ class Sources:
     def contexts(self) -> Iterator[Context]:
         """Held-out contexts, from the start."""
         config = self.sae.config
-        return held_out_contexts(
-            self.documents,
-            self.capture.lm.tokenizer,
-            context_length=config.context_length,
-            prepend_bos=config.prepend_bos,
-            min_tokens=self.min_tokens,
-        )
+        cutter = Cutter(self.capture.lm.tokenizer, config.context_length, config.prepend_bos, self.min_tokens)
+        return held_out_contexts(self.documents, cutter)

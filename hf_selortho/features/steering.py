@@ -102,9 +102,7 @@ class Steering:
         config = sae.config
         assert config.layer is not None  # FeatureCapture has checked it
         self._capture = ActivationCapture(self.lm, config.layer, config.max_norm)
-        self._cutter = Cutter(
-            self.lm.tokenizer, context_length=config.context_length, prepend_bos=config.prepend_bos, min_tokens=1
-        )
+        self._cutter = Cutter(self.lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
         self._end_ids = end_ids(self.lm)
         takes = inspect.signature(self.lm.model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20 has the latter

@@ -98,9 +98,7 @@ class FeatureCapture:
             )
         self.sae, self.lm = sae, lm
         self._capture = ActivationCapture(lm, config.layer, config.max_norm)
-        self._cutter = Cutter(
-            lm.tokenizer, context_length=config.context_length, prepend_bos=config.prepend_bos, min_tokens=1
-        )
+        self._cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
 
     @torch.inference_mode()
     def capture(self, texts: Sequence[str]) -> list[TokenFeatures]:

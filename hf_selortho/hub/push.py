@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from huggingface_hub import errors as hub
 from .. import __version__
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.hub import ATTEMPTS, CONFIG, is_busy, listed, one_line, pause
+from ..utils.hub import ATTEMPTS, CONFIG, is_busy, listed, pause
 from .model_card import Publisher
 from .publication import Publication, publish_run, publish_sae
 from .repository import REQUEST_ERRORS, SIGNATURE, RepoKind, Repository, cause_of, check_repo_id, content_hash
@@ -179,8 +178,7 @@ def _commit(place: Repository, files: Mapping[str, Path], title: str, head: str,
             refused = isinstance(error, hub.HfHubHTTPError | ValueError) and not is_busy(error)
             if attempt == ATTEMPTS - 1 or refused:
                 raise place.refusal(error) from error
-            logger.info("the Hub does not answer (%s); again in %.0f s", one_line(error), pause(attempt))
-            time.sleep(pause(attempt))
+            pause(attempt, error)
     raise AssertionError("the last attempt returns or raises")
 
 

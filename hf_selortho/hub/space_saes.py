@@ -59,7 +59,7 @@ def pin_sae(name: str, token: str | None = None) -> PinnedSae:
     try:
         info = patiently(lambda: HfApi(token=token).model_info(place.name, revision=place.revision))
     except LOOKUP_ERRORS as error:
-        raise hub_error(error, "SAE", place.name, place.revision, token) from error
+        raise hub_error(error, "SAE", place.name, place.revision) from error
     pinned = RepoRef(place.name, info.sha, place.subfolder)
     config = SelOrthoConfig.from_pretrained(place.name, token=token, **pinned.lookup)
     folder = PurePosixPath(place.subfolder or "")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..data.contexts import Context, pad_batch
 from ..errors import NonFiniteError, SelOrthoError
+from ..utils.hub import listed
 from .loading import LanguageModel
 from .sites import decoder_layer_output
 
@@ -88,8 +89,12 @@ class ActivationCapture:
         max_norm: activations of a larger L2 norm ("sink" tokens) are left out; None keeps all. With several layers,
             one norm for each; a token that is a sink at one of them is left out at all of them.
         batch_tokens: padded tokens a forward pass of the language model takes at once; by default 1024 on a CPU, where
-            more falls out of its caches (Gemma-3-270m: 2050 tokens/s at 1024, 1850 at 2048, 1550 at 4096), and 16384
-            elsewhere.
+            more falls out of its caches, and 16384 elsewhere.
+
+    Attributes:
+        sites: the hook site of each layer, whose `module` is its name, such as "model.layers.8".
+        on_non_finite: called with activations that are not finite, whose tokens are then left out; None: the error is
+            raised.
 
     Raises:
         SelOrthoError: a layer is out of range; the message gives the range.
@@ -106,12 +111,10 @@ class ActivationCapture:
         self.layers: tuple[int, ...] = (layer,) if isinstance(layer, int) else tuple(layer)
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise SelOrthoError(f"layers {list(self.layers)}: expected at least one, and none twice")
-        self._sites = {number: decoder_layer_output(lm, number) for number in self.layers}
+        self.sites = {number: decoder_layer_output(lm, number) for number in self.layers}
         limits = [max_norm] * len(self.layers) if max_norm is None or isinstance(max_norm, (int, float)) else max_norm
         self.max_norms: tuple[float | None, ...] = tuple(limits)
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
-        self.forward_seconds = 0.0  # spent in the language model so far
-        # called with activations that are not finite, whose tokens are then left out; None: the error is raised
         self.on_non_finite: Callable[[NonFiniteActivationsError], None] | None = None
         self._special_ids = torch.tensor(sorted(set(lm.tokenizer.all_special_ids)), dtype=torch.int64)
 
@@ -127,10 +130,6 @@ class ActivationCapture:
         """Where the language model computes."""
         return self.lm.model.device
 
-    def hook_name_of(self, layer: int) -> str:
-        """Name the module of the language model that is read for a layer, such as "model.layers.8"."""
-        return self._sites[layer].module
-
     def at(self, layer: int) -> ActivationCapture:
         """Make a capture of a single one of the layers."""
         return ActivationCapture(self.lm, layer, self.max_norms[self.layers.index(layer)], self.batch_tokens)
@@ -140,15 +139,12 @@ class ActivationCapture:
         """Read hidden states (b, t, d_in) by layer, for tokens (b, t); the layers above the highest do not run."""
         captured: dict[int, Tensor] = {}
 
-        def reader(layer: int) -> Callable[[Tensor], None]:
-            def read(hidden: Tensor) -> None:
-                captured[layer] = hidden
-                if len(captured) == len(self.layers):
-                    raise _SitesRead
+        def read(layer: int, hidden: Tensor) -> None:
+            captured[layer] = hidden
+            if len(captured) == len(self.layers):
+                raise _SitesRead
 
-            return read
-
-        handles = [site.hook(self.lm.model, reader(layer)) for layer, site in self._sites.items()]
+        handles = [site.hook(self.lm.model, partial(read, layer)) for layer, site in self.sites.items()]
         # Padding on the right is never attended to by what precedes it, so causal attention needs no mask; without one
         # it runs on faster kernels.
         padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
@@ -193,7 +189,7 @@ class ActivationCapture:
     @contextmanager
     def splice(self, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Within it, the language model runs whole and the layer's hidden states h (b, t, d_in) become `replace(h)`."""
-        handle = self._sites[self.layer].hook(self.lm.model, replace)
+        handle = self.sites[self.layer].hook(self.lm.model, replace)
         try:
             yield
         finally:
@@ -206,11 +202,7 @@ class ActivationCapture:
         input_ids, attention_mask = pad_batch(contexts, self.lm.tokenizer.pad_token_id or 0)
         regular = self._regular(input_ids, attention_mask)  # (b, t)
         rows = regular.flatten().nonzero()[:, 0]
-        started = time.perf_counter()
         hidden = self.hidden_states(input_ids, attention_mask)  # (b, t, d_in) each
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the norms below wait for the GPU anyway
-        self.forward_seconds += time.perf_counter() - started
         by_layer = {layer: h.flatten(0, 1)[rows.to(h.device)] for layer, h in hidden.items()}
         norms = torch.stack([h.float().norm(dim=1) for h in by_layer.values()], dim=1).cpu()  # (tokens, layers)
         document_ids = torch.tensor([c.document_id for c in contexts])[:, None].expand(regular.shape)
@@ -227,14 +219,12 @@ class ActivationCapture:
         return captured if kept.all() else replace(captured[kept], dropped_sinks=int((~kept).sum()))
 
     def _handle_non_finite(self, captured: CapturedActivations) -> None:
-        bad = ~captured.norms.isfinite()
-        tokens = bad.any(1)
-        documents = captured.origins.document_ids[tokens].unique().tolist()
-        listed = ", ".join(map(str, documents[:8])) + (f" and {len(documents) - 8} more" if documents[8:] else "")
+        bad = ~captured.norms.isfinite()  # (tokens, layers)
+        tokens, layer = bad.any(1), self.layers[int(bad.any(0).nonzero()[0])]
+        documents = listed(map(str, captured.origins.document_ids[tokens].unique().tolist()))
         message = (
-            f"NaN or infinity in the activations of {self.lm.name} at "
-            f"{self.hook_name_of(self.layers[int(bad.any(0).nonzero()[0])])}, on {int(tokens.sum())} tokens of "
-            f"documents {listed}"
+            f"NaN or infinity in the activations of {self.lm.name} at {self.sites[layer].module}, on "
+            f"{int(tokens.sum())} tokens of documents {documents}"
         )
         if self.on_non_finite is None:
             message = f"{message}; {NonFiniteActivationsError.advice}"
@@ -264,8 +254,3 @@ def length_batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[l
         batch.append(number)
     if batch:
         yield batch
-
-
-def max_norm_from_ratio(median_norm: Tensor | float, ratio: float | None) -> float | None:
-    """Compute the norm above which a token counts as a sink; None if there is no `ratio`."""
-    return None if ratio is None else ratio * float(median_norm)

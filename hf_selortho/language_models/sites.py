@@ -42,8 +42,7 @@ def decoder_layer_output(lm: LanguageModel, layer: int) -> HookSite:
     Raises:
         SelOrthoError: the layer is out of range.
     """
-    if not 0 <= layer < lm.num_layers:
-        raise SelOrthoError(
-            f'layer {layer} is out of range: "{lm.name}" has {lm.num_layers} layers, choose 0 to {lm.num_layers - 1}'
-        )
+    depth = len(lm.layers)
+    if not 0 <= layer < depth:
+        raise SelOrthoError(f'layer {layer} is out of range: "{lm.name}" has {depth} layers, choose 0 to {depth - 1}')
     return HookSite(f"{lm.layers_path}.{layer}")

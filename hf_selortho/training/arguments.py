@@ -8,9 +8,8 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -36,8 +35,10 @@ SAEArguments = make_dataclass(
     namespace={"__doc__": "Settings of the SAE: the fields of `SelOrthoConfig` that a user chooses."},
 )
 
-# that may differ between the SAEs of a run
-SETTING_NAMES = {f.name for f in dataclasses.fields(SAEArguments)} - {"layer"}
+# Settings that may differ between the SAEs of a run: all but those that decide which tokens are read.
+SETTING_NAMES = {f.name for f in dataclasses.fields(SAEArguments)} - {
+    "layer", "context_length", "prepend_bos", "max_norm_ratio"
+}  # fmt: skip
 
 
 class Range(NamedTuple):
@@ -57,7 +58,6 @@ CountOrZero = Annotated[int, Range(lambda v: v >= 0, "at least 0")]
 NotNegative = Annotated[float, Range(lambda v: v >= 0, "at least 0")]
 Positive = Annotated[float, Range(lambda v: 0 < v < math.inf, "a finite number above 0")]
 Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295")]
-Above0 = Annotated[float, Range(lambda v: v > 0, "a number above 0")]
 Above1 = Annotated[float, Range(lambda v: v > 1, "a number above 1")]
 AtLeast1 = Annotated[float, Range(lambda v: 1 <= v < math.inf, "a finite number of at least 1")]
 Share = Annotated[float, Range(lambda v: 0 <= v < 1, "a number in [0, 1)")]
@@ -141,7 +141,7 @@ class RunArguments:
         0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0."
     )
     decay_steps: NotNegative = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
-    max_grad_norm: Above0 | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
+    max_grad_norm: Positive | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
     mixed_precision: Annotated[str, one_of("no", "bf16", "fp16")] | None = argument(
         None, "no, bf16 or fp16; default: what accelerate launch was given."
     )
@@ -230,6 +230,46 @@ class OneLineParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
 
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
+    """Parse a command line on top of its preset.
+
+    Raises:
+        SelOrthoError: an unknown preset, or a value that is not allowed. Unknown arguments exit with code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups = (ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments, HubArguments)
+    words = f"Named settings to start from: {', '.join(list_presets())}, or a .json file."
+    model, sae, data, run, evaluation, hub, rest = parse_groups(argv, groups, words)
+    # options may be written with hyphens, truth values also as --no_...
+    names = {part[2:].split("=", 1)[0].replace("-", "_") for part in argv if part.startswith("--")}
+    given = frozenset(names | {name.removeprefix("no_") for name in names})
+    arguments = TrainingArguments(model, sae, data, run, evaluation, hub, rest.preset, given)
+    _check(arguments)
+    return arguments
+
+
+def parse_groups(
+    argv: Sequence[str],
+    groups: Sequence[Any],
+    preset_help: str,
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] = lambda preset: preset,
+) -> list[Any]:
+    """Parse a command line into dataclasses, and last a namespace with the name of the preset that it starts from.
+
+    Unknown arguments, and values of another type, exit with code 2, those of the preset too; `adapt` makes arguments
+    of its content.
+    """
+    parser = OneLineParser(groups, allow_abbrev=False)
+    parser.add_argument("--preset", help=preset_help)
+    name, options = parser.parse_known_args(argv)[0].preset, list[str]()
+    for key, value in (adapt(load_preset(name)) if name else {}).items():
+        options += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    *parsed, unknown = parser.parse_args_into_dataclasses([*options, *argv], return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return parsed
+
+
 def list_presets() -> list[str]:
     """List the names of the presets that come with the package."""
     return sorted(path.stem for path in PRESET_FOLDER.glob("*.json"))
@@ -239,64 +279,31 @@ def load_preset(name: str) -> dict[str, Any]:
     """Read the arguments of a preset, given by name or as the path of a JSON file, without its "description".
 
     Raises:
-        SelOrthoError: there is no such preset (lists them), or it is not a JSON object.
+        SelOrthoError: there is no such preset (lists them), or it is not a JSON object, or one with null.
     """
-    preset = read_named("preset", name, PRESET_FOLDER, list_presets(), "an object of arguments by name")[1]
+    preset = read_named("preset", name, PRESET_FOLDER)[1]
+    if None in preset.values():
+        raise SelOrthoError(f'preset {name} holds null: leave the argument out, or say "inf" where it is a limit')
     return {key: value for key, value in preset.items() if key != "description"}
 
 
-def read_named(kind: str, name: str, folder: Path, known: Sequence[str], expected: str) -> tuple[Path, dict[str, Any]]:
-    """Read a JSON object that comes with the package, or that of a file of the user's; returns its path too.
-
-    Args:
-        kind: what it is, "preset". name: one of `known`, or the path of a .json file.
-        folder: of those that come with the package.
-        expected: what the file has to hold, in words.
+def read_named(kind: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read a JSON object of a folder of the package by its name, or a .json file of the user's; returns its path too.
 
     Raises:
-        SelOrthoError: there is none of this name (lists them), or the file holds something else.
+        SelOrthoError: there is no such `kind` of file (lists the names), or it holds something else.
     """
     path = Path(name) if name.endswith(".json") else folder / f"{name}.json"
     if not path.is_file():
-        raise SelOrthoError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}, or a .json file")
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+        raise SelOrthoError(f"unknown {kind} {name!r}: expected one of {known}, or a .json file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SelOrthoError(f"{path} is not valid JSON ({error}); mend it or choose another {kind}") from error
     if not isinstance(content, dict):
-        raise SelOrthoError(f"{path} holds a {type(content).__name__}: expected {expected}")
+        raise SelOrthoError(f"{path} holds a {type(content).__name__}: expected an object")
     return path, content
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
-    """Parse a command line on top of its preset.
-
-    Raises:
-        SelOrthoError: an unknown preset, or a value that is not allowed. Unknown arguments exit with code 2.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    groups: list[Any] = [ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments, HubArguments]
-    parser = OneLineParser(groups, allow_abbrev=False)
-    parser.add_argument("--preset", help=f"Named settings to start from: {', '.join(list_presets())}, or a .json file.")
-    preset = preset_defaults(argv)
-    _check_types(preset, groups)
-    parser.set_defaults(**preset)
-    *parsed, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    model, sae, data, run, evaluation, hub = parsed
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    arguments = TrainingArguments(model, sae, data, run, evaluation, hub, rest.preset, _given(argv))
-    _check(arguments)
-    return arguments
-
-
-def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
-    """Read the arguments of the preset that a command line names; empty if it names none."""
-    preset = ""
-    for part, following in pairwise([*argv, ""]):
-        if part == "--preset" or part.startswith("--preset="):
-            preset = part.removeprefix("--preset=") if "=" in part else following
-    return load_preset(preset) if preset else {}
 
 
 def check_values(*groups: Any) -> None:
@@ -304,27 +311,10 @@ def check_values(*groups: Any) -> None:
     for group in groups:
         for name, hint in get_type_hints(type(group), include_extras=True).items():
             value = getattr(group, name)
-            ranges = [item for part in (hint, *get_args(hint)) for item in getattr(part, "__metadata__", ())]
-            for range_ in ranges:
-                if value is not None and not range_.holds(value):
-                    raise SelOrthoError(f"--{name} {value}: expected {range_.words}")
-
-
-def _given(argv: Sequence[str]) -> frozenset[str]:
-    """Names of the arguments on a command line, which also takes them with hyphens, and truth values as --no_..."""
-    names = {part[2:].split("=", 1)[0].replace("-", "_") for part in argv if part.startswith("--")}
-    return frozenset(names | {name.removeprefix("no_") for name in names})
-
-
-def _check_types(preset: dict[str, Any], groups: Sequence[Any]) -> None:
-    hints = {key: hint for group in groups for key, hint in get_type_hints(group).items()}
-    if unknown := sorted(set(preset) - set(hints)):
-        raise SelOrthoError(f"the preset has unknown arguments: {', '.join(unknown)}")
-    for key, value in preset.items():
-        allowed = (list,) if get_origin(hints[key]) is list else get_args(hints[key]) or (hints[key],)
-        if isinstance(allowed[0], type) and type(value) not in (*allowed, int if float in allowed else None):
-            names = " or ".join(t.__name__ for t in allowed)
-            raise SelOrthoError(f"the preset sets {key} to {value!r}: expected {names}")
+            for part in (hint, *get_args(hint)):  # of X | None
+                for allowed in getattr(part, "__metadata__", ()):
+                    if value is not None and not allowed.holds(value):
+                        raise SelOrthoError(f"--{name} {value}: expected {allowed.words}")
 
 
 def _check(arguments: TrainingArguments) -> None:
@@ -334,7 +324,7 @@ def _check(arguments: TrainingArguments) -> None:
         raise SelOrthoError(
             "no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out"
         )
-    if arguments.sae.layer is None and not run.layers and arguments.data.activations is None:
+    if arguments.sae.layer is None and not run.layers:
         raise SelOrthoError(
             "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"
         )

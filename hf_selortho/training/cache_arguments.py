@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from ..data.cache_manifest import STORED_DTYPES
@@ -12,14 +12,13 @@ from .arguments import (
     Count,
     CountOrZero,
     ModelArguments,
-    OneLineParser,
     Range,
     Seed,
     TextArguments,
     argument,
     check_values,
     one_of,
-    preset_defaults,
+    parse_groups,
 )
 
 
@@ -58,27 +57,20 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
         SelOrthoError: a value is not allowed, or no language model or layer is given. Unknown arguments exit with
             code 2.
     """
-    groups: list[Any] = [ModelArguments, TextArguments, CacheArguments]
-    parser = OneLineParser(groups, allow_abbrev=False)
-    parser.add_argument("--preset", help="Language model, text and layer of a preset of scripts/train.py.")
-    preset = preset_defaults(argv)
-    if "layer" in preset:
-        preset["layers"] = [preset["layer"]]
-    known = {action.dest for action in parser._actions} - {"output_dir"}
-    parser.set_defaults(**{key: value for key, value in preset.items() if key in known})
-    model, text, arguments, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    _check(model, text, arguments)
-    return model, text, arguments
+    groups = (ModelArguments, TextArguments, CacheArguments)
+    known = {f.name for group in groups for f in fields(group)} - {"output_dir"}
 
+    def adapt(preset: dict[str, Any]) -> dict[str, Any]:
+        layers = {"layers": preset["layer"]} if "layer" in preset else {}
+        return {key: value for key, value in {**preset, **layers}.items() if key in known}
 
-def _check(model: ModelArguments, text: TextArguments, arguments: CacheArguments) -> None:
-    """Refuse what no cache could be made of, before anything is loaded."""
+    words = "Language model, text and layer of a preset of scripts/train.py."
+    model, text, arguments, _ = parse_groups(argv, groups, words, adapt)
     if model.model is None:
         raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo")
     if not arguments.layers:
         raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) to read after")
-    if arguments.max_norm_ratio is not None and arguments.max_norm_ratio == float("inf"):
+    if arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
     check_values(model, text, arguments)
+    return model, text, arguments

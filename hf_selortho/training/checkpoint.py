@@ -33,7 +33,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.buffer import BatchSource
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.files import reason, replace_file, sha256_of, sync
+from ..utils.files import reason, replace_file, sha256_of, sync, target_outside
 from .run_folder import CHECKPOINTS, as_os_error, holds_unfinished_run, jsonable
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ _FREE_ARGUMENTS = {
 
 class DamagedCheckpointError(SelOrthoError):
     """A checkpoint whose files are not those that were written."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(f"checkpoint {folder}: {name} is missing or damaged; resume from an earlier one")
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -79,17 +82,17 @@ def agreed_checkpoint(accelerator: Accelerator, wanted: str | None, output_dir: 
     main process looks, for all of them.
 
     Raises:
-        SelOrthoError: the given folder is no checkpoint or a damaged one, or all are damaged.
+        SelOrthoError: the given folder is no checkpoint or a damaged one, or there is none that could be used.
     """
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None]
     if accelerator.is_main_process and wanted is not None:
         try:
             answer[0] = _newest_intact(Path(output_dir)) if wanted == "auto" else _given(Path(wanted), output_dir)
         except SelOrthoError as error:
-            answer[1] = str(error)
+            answer[0] = str(error)
     broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise SelOrthoError(answer[1])
+    if isinstance(answer[0], str):
+        raise SelOrthoError(answer[0])
     return answer[0]
 
 
@@ -104,31 +107,20 @@ def _newest_intact(output_dir: Path) -> Path | None:
         if folder != folders[-1]:
             logger.warning("going on from the checkpoint before, %s", folder)
         return folder
-    if folders:
+    if folders or not holds_unfinished_run(output_dir):
         raise SelOrthoError(
-            f"all checkpoints in {output_dir / CHECKPOINTS} are damaged: restore one from a copy, or start again with "
-            "--overwrite_output_dir and without --resume_from_checkpoint"
-        )
-    if not holds_unfinished_run(output_dir):
-        raise SelOrthoError(
-            f"{output_dir} holds no checkpoint to resume from (see --checkpoint_every), but a finished run or "
-            "other files: choose another --output_dir"
+            f"{output_dir} holds no intact checkpoint to resume from, and is not that of a run without any: restore "
+            "one from a copy, or start again in another --output_dir, without --resume_from_checkpoint"
         )
     logger.warning("%s holds no checkpoint: starting from the beginning", output_dir)
     return None
 
 
 def _given(folder: Path, output_dir: str | Path) -> Path:
-    existing = list_checkpoints(output_dir)
-    if not (folder / MANIFEST).is_file():
-        available = ", ".join(map(str, existing)) or "none"
-        raise SelOrthoError(
-            f"{folder} is not a checkpoint (it has no {MANIFEST}); checkpoints of this run: {available}"
-        )
     verify(folder)
-    if is_checkpoint_of(folder, output_dir) and existing and step_of(existing[-1]) > step_of(folder):
+    if is_checkpoint_of(folder, output_dir) and step_of(newest := list_checkpoints(output_dir)[-1]) > step_of(folder):
         raise SelOrthoError(
-            f"{existing[-1]} is later than {folder}: resume with auto, move it away, or go on from the earlier one in "
+            f"{newest} is later than {folder}: resume with auto, move it away, or go on from the earlier one in "
             "another --output_dir"
         )
     return folder
@@ -138,31 +130,26 @@ def verify(folder: Path) -> None:
     """Compare every file of a checkpoint with its manifest.
 
     Raises:
-        DamagedCheckpointError: a file is missing, added or changed; the message names it.
+        DamagedCheckpointError: a file is missing, changed or a link to elsewhere; the message names it.
         SelOrthoError: it is of another version.
     """
-    manifest = _read_json(folder, MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _damaged(folder, MANIFEST)
-    if manifest.get("version") != VERSION:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        version, files = manifest["version"], dict(manifest["files"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(folder, MANIFEST) from error
+    if version != VERSION:
         raise SelOrthoError(
-            f"checkpoint {folder} is of version {manifest.get('version')!r}, this hf_selortho reads {VERSION}: resume "
-            "with the one that wrote it"
+            f"checkpoint {folder} is of version {version!r}, this hf_selortho reads {VERSION}: resume with the one "
+            "that wrote it"
         )
-    expected = manifest.get("files")
-    if not isinstance(expected, dict):
-        raise _damaged(folder, MANIFEST)
-    paths = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    }
-    for name in sorted((paths.keys() | expected.keys()) - {MANIFEST}):
+    for name, expected in files.items():
         try:
-            if paths[name].is_symlink() or sha256_of(paths[name]) != expected[name]:
-                raise _damaged(folder, name)
-        except (KeyError, OSError) as error:
-            raise _damaged(folder, name) from error
+            intact = target_outside(folder, folder / name) is None and sha256_of(folder / name) == expected
+        except OSError:
+            intact = False
+        if not intact:
+            raise DamagedCheckpointError(folder, name)
 
 
 class Checkpoints:
@@ -189,68 +176,60 @@ class Checkpoints:
         self.arguments = jsonable({**arguments, "mixed_precision": accelerator.mixed_precision})
         self.every, self.keep = every, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Any] | None = None
-        self._step = 0  # of the checkpoint that is being written
+        self._written: Future[Any] | None = None  # hashes of this process's files of the checkpoint on its way
+        self._step = 0  # of that checkpoint
 
     @property
     def latest(self) -> Path | None:
         """Newest complete checkpoint of the run."""
         return next(reversed(list_checkpoints(self.output_dir)), None)
 
-    def progress(self) -> tuple[bool, bool]:
-        """Tell whether this process is still writing its files, and whether it could not."""
-        writing = self._writing is not None and not self._writing.done()
-        return writing, self._writing is not None and not writing and self._writing.exception() is not None
+    @property
+    def writing(self) -> bool:
+        """Whether this process is still writing its files."""
+        return self._written is not None and not self._written.done()
 
     def save(self, trainers: Sequence[SAETrainer], source: BatchSource) -> None:
         """Begin to write a checkpoint of the current step; none may be on its way any more ([`settle`])."""
-        assert self._writing is None
+        assert self._written is None
         self._step = trainers[0].state.step
         if self.accelerator.is_main_process:
             for unfinished in self._temporary.parent.glob(".step_*.tmp"):  # of runs that were killed
                 shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        writing: Future[Any] = self._thread.submit(
-            self._write, self._temporary, self._files(trainers, source), trainers
-        )
-        self._writing = writing
-        source.hold(writing)
+        files = self._files(trainers, source)
+        self._written = self._thread.submit(self._write, self._temporary, files, trainers)
+        source.hold(self._written)
 
     def wait(self) -> None:
         """Wait until this process has written its files, or has failed to."""
-        if self._writing is not None:
-            self._writing.exception()
+        if self._written is not None:
+            self._written.exception()
 
-    def settle(self, writing: bool, failed: bool) -> None:
-        """Give a checkpoint that all processes have written its name, or remove what is left of one that failed.
-
-        Args:
-            writing: whether a process is still writing. failed: whether one could not write its files.
-        """
-        if self._writing is None or writing:
+    def settle(self) -> None:
+        """Give a checkpoint that all processes have written its name, or remove what is left of one that failed."""
+        if self._written is None:
             return
-        future, self._writing = self._writing, None
-        error = future.exception()
-        hashes = gather_object([{} if failed else future.result()])
+        written, self._written = self._written, None
+        parts = gather_object([written.exception() or written.result()])
         if not self.accelerator.is_main_process:
             return
         try:
-            if failed:
-                raise error or OSError("another process could not write its files")
-            self._publish({name: sha256 for part in hashes for name, sha256 in part.items()})
+            if errors := [part for part in parts if isinstance(part, BaseException)]:
+                raise errors[0]
+            self._publish({name: sha256 for part in parts for name, sha256 in part.items()})
             self._thread.submit(self._prune)
-        except OSError as problem:
+        except OSError as error:
             shutil.rmtree(self._temporary, ignore_errors=True)
             logger.warning(
                 "the checkpoint of step %d could not be written: %s. The run goes on; its latest checkpoint: %s",
-                *(self._step, reason(problem), self.latest or "none"),
+                *(self._step, reason(error), self.latest or "none"),
             )
 
     def close(self) -> None:
         """Wait for what happens in the background; several processes have to [`settle`] before."""
         if self.accelerator.num_processes == 1:
-            self.wait()
-            self.settle(*self.progress())
+            self.settle()
         self._thread.shutdown()
 
     def check(self, folder: Path) -> int:
@@ -259,13 +238,11 @@ class Checkpoints:
         Raises:
             SelOrthoError: it was made with other settings (names them) or another number of processes.
         """
-        content, free = _read_json(folder, TRAINER), set(_FREE_ARGUMENTS)
+        content, free = _read_json(folder / TRAINER), set(_FREE_ARGUMENTS)
         if not self.arguments.get("decay_steps") and not 0 < self.arguments.get("warmup_steps", 0) < 1:
             free.add("max_steps")  # else it decides the learning rate
         now = {"processes": self.accelerator.num_processes, **self.arguments}
         saved = {"processes": content["processes"], **content["arguments"]}
-        if saved.get("saes") != now.get("saes"):  # then the settings of each one differ as well
-            now = {"saes": now.get("saes")}
         if changes := _changes(saved, {key: value for key, value in now.items() if key not in free}):
             raise SelOrthoError(
                 f"checkpoint {folder} was made with other settings ({changes}); use the same ones, or start a new run "
@@ -277,14 +254,11 @@ class Checkpoints:
         """Load an SAE of a checkpoint, once it is known to read the same activations as this run.
 
         Raises:
-            SelOrthoError: it is damaged, or its language model, texts or shards are others by now (names them).
+            SelOrthoError: it does not fit, or its language model, texts or shards are others by now (names them).
         """
-        try:
-            sae = SelOrthoSAE.from_pretrained(folder / name, dtype=torch.float32)
-        except OSError as error:
-            raise SelOrthoError(f"checkpoint {folder} is damaged ({error}); resume from an earlier one") from error
+        sae = SelOrthoSAE.from_pretrained(folder / name, dtype=torch.float32)
         origin = ("d_in", "lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision")
-        saved = {**sae.config.own_settings(), **_read_json(folder, TRAINER)["inputs"]}
+        saved = {**sae.config.own_settings(), **_read_json(folder / TRAINER)["inputs"]}
         if changes := _changes(saved, {**{key: getattr(expected, key) for key in origin}, **self.inputs}):
             raise SelOrthoError(
                 f"checkpoint {folder} was made on other activations ({changes}); pin the revisions, restore what was "
@@ -297,32 +271,24 @@ class Checkpoints:
     def load(self, folder: Path, trainers: Sequence[SAETrainer], source: BatchSource) -> None:
         """Restore optimisers, counters, batches and random numbers, once [`load_sae`] has loaded the SAEs.
 
-        Later checkpoints of this run, which are damaged, are moved out of the way.
-
-        Raises:
-            DamagedCheckpointError: something is missing in it or does not fit.
+        Later checkpoints of this run, which are damaged, are moved out of the way until there is a new one.
         """
-        tensors = _read_tensors(folder, f"{self._process}.safetensors")
-        content = _read_json(folder, f"{self._process}.json")
-        try:
-            for trainer in trainers:
-                optimizer = _read_tensors(folder / trainer.name, "optimizer.safetensors")
-                trainer.load_state_dict(_part_of(f"sae.{trainer.name}", tensors), content["saes"][trainer.name])
-                trainer.optimizer.load_tensors(optimizer)
-            trainers[0].policy.skipped = content["not_finite"]
-            source.load_state_dict(_part_of("source", tensors), content["source"])
-            torch.set_rng_state(tensors["random.torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensors["random.cuda"])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder} does not hold what it should ({type(error).__name__}: {error}), though its "
-                "hashes are right: move it away to resume from an earlier one"
-            ) from error
+        tensors = _read_tensors(folder / f"{self._process}.safetensors")
+        content = _read_json(folder / f"{self._process}.json")
+        for trainer in trainers:
+            trainer.load_state_dict(_part_of(f"sae.{trainer.name}", tensors), content["saes"][trainer.name])
+            trainer.optimizer.load_tensors(_read_tensors(folder / trainer.name / "optimizer.safetensors"))
+        trainers[0].policy.skipped = content["not_finite"]
+        source.load_state_dict(_part_of("source", tensors), content["source"])
+        torch.set_rng_state(tensors["random.torch"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
         if self.accelerator.is_main_process and is_checkpoint_of(folder, self.output_dir):
             for later in list_checkpoints(self.output_dir):
                 if step_of(later) > step_of(folder):
-                    logger.warning("the damaged checkpoint is %s from now on", _set_aside(later))
+                    aside = later.with_name(f"{_DAMAGED}{later.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    logger.warning("the damaged checkpoint is %s from now on", later.rename(aside))
 
     @property
     def _temporary(self) -> Path:
@@ -342,8 +308,8 @@ class Checkpoints:
         counters: dict[str, Any] = {}
         files: dict[str, Any] = {}
         for trainer in trainers:
-            own, counters[trainer.name] = trainer.state_dict()
-            tensors |= {f"sae.{trainer.name}.{name}": tensor for name, tensor in _copied(own).items()}
+            state, counters[trainer.name] = trainer.state_dict()
+            tensors |= {f"sae.{trainer.name}.{name}": tensor for name, tensor in _copied(state).items()}
             if self.accelerator.is_main_process:
                 prefix = f"{trainer.name}/" if trainer.name else ""
                 files[f"{prefix}model.safetensors"] = _copied(trainer.sae.state_dict())
@@ -355,11 +321,11 @@ class Checkpoints:
         return {f"{self._process}.safetensors": tensors, f"{self._process}.json": content, **files}
 
     def _summary(self, trainers: Sequence[SAETrainer]) -> dict[str, Any]:
-        losses = [trainer.log.mean_loss(self._step - max(1, self.every)) for trainer in trainers if trainer.log]
-        known = [loss for loss in losses if loss is not None]
+        means = [trainer.log.mean_of_last(max(1, self.every)) for trainer in trainers if trainer.log is not None]
+        losses = [mean["loss"] for mean in means if "loss" in mean]
         return {
             "step": self._step,
-            "loss": sum(known) / len(known) if known else None,  # by which the best one is known
+            "loss": sum(losses) / len(losses) if losses else None,  # by which the best one is known
             "processes": self.accelerator.num_processes,
             "inputs": dict(self.inputs),
             "arguments": {key: value for key, value in self.arguments.items() if key not in _FREE_ARGUMENTS},
@@ -390,24 +356,19 @@ class Checkpoints:
             raise as_os_error(error) from error
 
     def _publish(self, hashes: Mapping[str, str]) -> None:
-        temporary, folder = self._temporary, self.output_dir / CHECKPOINTS / f"step_{self._step:06d}"
+        temporary = self._temporary
         manifest = {"format": FORMAT, "version": VERSION, "files": dict(sorted(hashes.items()))}
         replace_file(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
         for inner in {(temporary / name).parent for name in hashes}:
             sync(inner)
-        if folder.exists():  # a damaged one of this step
-            _set_aside(folder)
-        temporary.rename(folder)
-        sync(folder.parent)
+        temporary.rename(temporary.with_name(f"step_{self._step:06d}"))
+        sync(temporary.parent)
 
     def _prune(self) -> None:
-        """Remove all checkpoints but the newest and the best one, and damaged ones that were made up for."""
+        """Remove all checkpoints but the newest and the best one, in the background."""
         folders = list_checkpoints(self.output_dir)
-        losses = {_loss_of(folder): folder for folder in reversed(folders)}
-        best = losses[min(losses)] if min(losses) < float("inf") else None
-        aside = (self.output_dir / CHECKPOINTS).glob(f"{_DAMAGED}step_*")
-        made_up_for = [path for path in aside if int(path.name.rpartition("_")[2]) <= step_of(folders[-1])]
-        for folder in [*folders[: -self.keep], *made_up_for]:
+        best = min(folders, key=_loss_of)
+        for folder in [*folders[: -self.keep], *best.parent.glob(f"{_DAMAGED}step_*")]:
             if folder != best:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -415,16 +376,9 @@ class Checkpoints:
 def _loss_of(folder: Path) -> float:
     """Return the mean training loss before a checkpoint; infinity if it is not known."""
     try:
-        return float(_read_json(folder, TRAINER)["loss"])
-    except (DamagedCheckpointError, KeyError, TypeError, ValueError):
+        return float(_read_json(folder / TRAINER)["loss"])
+    except (OSError, KeyError, TypeError, ValueError):
         return float("inf")
-
-
-def _set_aside(folder: Path) -> Path:
-    """Take a damaged checkpoint out of the way, under a name by which it is no checkpoint any more."""
-    aside = folder.with_name(f"{_DAMAGED}{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return folder.rename(aside)
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -449,21 +403,11 @@ def _part_of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def _read_json(folder: Path, name: str) -> Any:
-    try:
-        return json.loads((folder / name).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(folder, name) from error
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
 
 
-def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read tensors into memory of their own: none keeps the file open."""
-    try:
-        with safe_open(folder / name, framework="pt") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise _damaged(folder, name) from error
-
-
-def _damaged(folder: Path, name: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"checkpoint {folder}: {name} is missing or damaged; resume from an earlier one")
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key).clone() for key in file.keys()}

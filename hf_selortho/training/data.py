@@ -11,27 +11,13 @@ from torch import Tensor
 
 from ..data.activation_cache import ActivationCache
 from ..data.buffer import ActivationBuffer, ActivationStatistics
-from ..data.cache_batches import CachedBatches, check_layers, held_out_batches
-from ..data.contexts import ContextStream, held_out_contexts
+from ..data.cache_batches import CachedBatches, held_out_batches
+from ..data.contexts import Context, ContextStream, Cutter, held_out_contexts
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
-from .arguments import TrainingArguments
-
-# Arguments that cached activations decide: their group, and where the manifest has them.
-_CACHED = {
-    "context_length": ("sae", "contexts", "context_length"),
-    "prepend_bos": ("sae", "contexts", "prepend_bos"),
-    "max_norm_ratio": ("sae", "max_norm_ratio"),
-    "min_tokens": ("data", "contexts", "min_tokens"),
-    "dataset": ("data", "text", "dataset"),
-    "dataset_config": ("data", "text", "config"),
-    "dataset_revision": ("data", "text", "revision"),
-    "split": ("data", "text", "split"),
-    "text_column": ("data", "text", "text_column"),
-    "held_out_fraction": ("data", "text", "held_out_fraction"),
-}
+from .arguments import DataArguments, TrainingArguments
 
 
 class LiveData:
@@ -41,46 +27,40 @@ class LiveData:
         source: batches to train on; it takes no memory until [`statistics`] fills it.
         source_device: holds the activations of the source.
         held_out: contexts to evaluate on, in the main process; empty if nothing is evaluated.
+        identity: what, besides the provenance, has to be the same for the same activations.
     """
 
     def __init__(self, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator) -> None:
         self.arguments, self.accelerator = arguments, accelerator
         self.documents = open_documents(arguments.data.source())
-        model = arguments.model
         with accelerator.local_main_process_first():  # one process a machine downloads or converts it
             self.lm = _load_lm(arguments, accelerator)
         check_context_length(self.lm, arguments.sae.context_length)
-        self.capture = ActivationCapture(self.lm, layers, batch_tokens=model.lm_batch_tokens)
+        self.capture = ActivationCapture(self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens)
         self.source_device = self.capture.device
-        self._cutting: dict[str, Any] = {
-            "context_length": arguments.sae.context_length,
-            "prepend_bos": arguments.sae.prepend_bos,
-            "min_tokens": arguments.data.min_tokens,
-        }
-        samples = arguments.evaluation.eval_samples if arguments.data.held_out_fraction else 0
-        self.held_out = (  # found before the training, to fail early
-            list(held_out_contexts(self.documents, self.lm.tokenizer, limit=samples, **self._cutting))
-            if accelerator.is_main_process and samples
-            else []
-        )
-        self.source = self.make_source(arguments.data.buffer_contexts, arguments.data.refresh_every)
+        dtype = str(self.lm.model.dtype).removeprefix("torch.")
+        self.identity = {"texts": self.documents.fingerprint, "lm_dtype": dtype}
+        sae, data = arguments.sae, arguments.data
+        self._cutter = Cutter(self.lm.tokenizer, sae.context_length, sae.prepend_bos, data.min_tokens)
+        samples, self.held_out = arguments.evaluation.eval_samples, list[Context]()
+        if accelerator.is_main_process and samples and data.held_out_fraction:  # before it trains, to fail early
+            self.held_out += held_out_contexts(self.documents, self._cutter, samples)
+        self.source = self.make_source()
 
-    def make_source(self, buffer_contexts: int, refresh_every: int) -> ActivationBuffer:
-        """Make this process's part of a buffer of so many contexts, of documents that no other process reads."""
-        run = self.arguments.run
+    def make_source(self) -> ActivationBuffer:
+        """Make this process's part of the buffer, of documents that no other process reads."""
+        run, data, sae = self.arguments.run, self.arguments.data, self.arguments.sae
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        stream = ContextStream(
-            self.documents, self.lm.tokenizer, seed=run.seed, rank=rank, world_size=processes, **self._cutting
-        )
+        stream = ContextStream(self.documents, self._cutter, seed=run.seed, rank=rank, world_size=processes)
         return ActivationBuffer(
             self.capture,
             stream,
-            contexts=-(-buffer_contexts // processes),
-            context_length=self.arguments.sae.context_length,
+            contexts=-(-data.buffer_contexts // processes),
+            context_length=sae.context_length,
             batch_size=run.batch_size // processes,
-            refresh_every=refresh_every,
-            reuse=self.arguments.data.buffer_reuse,
-            max_norm_ratio=self.arguments.sae.max_norm_ratio,
+            refresh_every=data.refresh_every,
+            reuse=data.buffer_reuse,
+            max_norm_ratio=sae.max_norm_ratio,
             seed=run.seed * processes + rank,
         )
 
@@ -94,25 +74,13 @@ class LiveData:
             "d_in": self.lm.d_model,
             "lm_name": self.lm.name,
             "lm_revision": self.lm.revision,
-            "hook_name": self.capture.hook_name_of(layer),
-            "dataset": self.documents.name,
-            "dataset_revision": self.documents.revision,
-            "dataset_split": self.documents.split,
-            **_text_settings(self.arguments),
+            "hook_name": self.capture.sites[layer].module,
+            **_text_settings(self.arguments.data, self.documents.revision),
         }
 
-    def identity(self) -> dict[str, Any]:
-        """Return what, besides the provenance, has to be the same for the same activations."""
-        dtype = str(self.lm.model.dtype).removeprefix("torch.")
-        return {"texts": self.documents.fingerprint, "lm_dtype": dtype}
-
-    def evaluation_capture(self) -> ActivationCapture | None:
-        """Return the language model at the layers of the run; None if it is not to be had."""
-        return self.capture
-
-    def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
-        """Return held-out activations; None: the language model of `evaluation_capture` has to compute them."""
-        return None
+    def evaluation_inputs(self, batch_size: int) -> EvaluationInputs:
+        """Return the language model and held-out activations, of which one may be None: see [`evaluate_saes`]."""
+        return self.capture, None
 
 
 class CachedData:
@@ -122,26 +90,31 @@ class CachedData:
     methods are those of [`LiveData`].
     """
 
+    source_device = torch.device("cpu")
+
     def __init__(
         self, store: ActivationCache, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator
     ) -> None:
         self.store, self.arguments, self.layers, self.accelerator = store, arguments, list(layers), accelerator
-        self.source_device = torch.device("cpu")
+        self.identity = {"activations": store.sha256}
         samples = arguments.evaluation.eval_samples
         self.held_out = store.held_out_contexts()[:samples] if accelerator.is_main_process and samples else []
-        self._measures_loss = bool("model" in arguments.given and arguments.evaluation.eval_ce_samples and samples)
+        self._measures_loss = "model" in arguments.given and bool(
+            self.held_out and arguments.evaluation.eval_ce_samples
+        )
         self._check_model()
-        self.source = self.make_source(arguments.data.buffer_contexts, arguments.data.refresh_every)
+        self.source = self.make_source()
 
-    def make_source(self, buffer_contexts: int, refresh_every: int) -> CachedBatches:
-        """Make this process's batches; the pool that they are drawn from holds about so many contexts."""
-        processes = self.accelerator.num_processes
+    def make_source(self) -> CachedBatches:
+        """Make this process's batches; the pool that they are drawn from holds about as much as a buffer would."""
+        run, processes = self.arguments.run, self.accelerator.num_processes
+        tokens = self.arguments.data.buffer_contexts * self.arguments.sae.context_length
         return CachedBatches(
             self.store,
             self.layers,
-            batch_size=self.arguments.run.batch_size // processes,
-            pool_tokens=-(-buffer_contexts * self.arguments.sae.context_length // processes),
-            seed=self.arguments.run.seed,
+            batch_size=run.batch_size // processes,
+            pool_tokens=-(-tokens // processes),
+            seed=run.seed,
             rank=self.accelerator.process_index,
             processes=processes,
         )
@@ -150,85 +123,82 @@ class CachedData:
         return self.source.statistics()
 
     def provenance(self, layer: int) -> dict[str, Any]:
-        entry, model = self.store.manifest.layer(layer), self.store.manifest.model
-        data = self.arguments.data  # which `open_store` has taken from the manifest
+        entry, model, data = self.store.manifest.layer(layer), self.store.manifest.model, self.arguments.data
         return {
             "d_in": entry.d_in,
             "lm_name": model.name,
             "lm_revision": model.revision,
             "hook_name": entry.hook_name,
-            "dataset": data.dataset,
-            "dataset_revision": data.dataset_revision,
-            "dataset_split": data.split,
-            **_text_settings(self.arguments),
+            **_text_settings(data, data.dataset_revision),
         }
 
-    def identity(self) -> dict[str, Any]:
-        return {"activations": self.store.sha256}
-
-    def evaluation_capture(self) -> ActivationCapture | None:
+    def evaluation_inputs(self, batch_size: int) -> EvaluationInputs:
+        batches = held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out))
         if not self._measures_loss:
-            return None
+            return None, batches
         limits = [self.store.manifest.layer(layer).max_norm for layer in self.layers]
-        lm = _load_lm(self.arguments, self.accelerator)  # in the main process alone
-        return ActivationCapture(lm, self.layers, limits, self.arguments.model.lm_batch_tokens)
-
-    def held_out_batches(self, batch_size: int) -> Iterable[Mapping[int, Tensor]] | None:
-        return held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out))
+        lm = _load_lm(self.arguments, self.accelerator)
+        return ActivationCapture(lm, self.layers, limits, self.arguments.model.lm_batch_tokens), batches
 
     def _check_model(self) -> None:
         """Refuse another language model than that of the activations before the training, not after it."""
         cached, model = self.store.manifest.model, self.arguments.model
-        if "model" in self.arguments.given and model.model != cached.name:
+        if "model" not in self.arguments.given:
+            return
+        revision = cached.revision
+        if self._measures_loss and model.model == cached.name:
+            revision = find_revision(cached.name, model.model_revision)
+        if (model.model, revision) != (cached.name, cached.revision):
             raise SelOrthoError(
-                f'--model {model.model}: the activations of {self.store.source} are those of "{cached.name}"; '
-                "leave --model out, or give that one to have the loss recovered measured"
+                f"--model {model.model} at revision {revision}: the activations of {self.store.source} are those of "
+                f'"{cached.name}" at {cached.revision}; give these as --model and --model_revision to have the loss '
+                "recovered measured, or leave --model out"
             )
-        if self._measures_loss and self.accelerator.is_main_process:
-            revision = find_revision(model.model or "", model.model_revision)
-            if revision != cached.revision:
-                raise SelOrthoError(
-                    f'"{model.model}" is at revision {revision}, the activations of {self.store.source} are of '
-                    f"{cached.revision}: give that one as --model_revision, or leave --model out"
-                )
 
 
 TrainingData = LiveData | CachedData
+EvaluationInputs = tuple[ActivationCapture | None, Iterable[Mapping[int, Tensor]] | None]
 
 
 def open_store(arguments: TrainingArguments) -> ActivationCache | None:
     """Open the cached activations that the arguments name; their settings take the place of those of the arguments.
 
     Raises:
-        SelOrthoError: the command line contradicts them, or no layer is named and there are several.
+        SelOrthoError: the command line contradicts them.
     """
     if arguments.data.activations is None:
         return None
     store = ActivationCache(arguments.data.activations)
-    for name, (group, *keys) in _CACHED.items():
-        value: Any = store.manifest
-        for key in keys:
-            value = getattr(value, key)
-        wanted = getattr(getattr(arguments, group), name)
-        if name in arguments.given and wanted != value:
-            raise SelOrthoError(
-                f"--{name} {wanted}: the activations of {store.source} were cached with {value}; leave it out, or "
-                "cache them again"
-            )
-        setattr(getattr(arguments, group), name, value)
-    if not arguments.run.layers and arguments.sae.layer is None:
-        if len(layers := store.manifest.layers) > 1:
-            raise SelOrthoError(
-                f"no layer given: choose --layer, or --layers for several, from {', '.join(map(str, layers))}"
-            )
-        arguments.sae.layer = layers[0]
-    check_layers(store, arguments.run.layers or [arguments.sae.layer])
+    text, contexts = store.manifest.text, store.manifest.contexts
+    sae = {
+        "context_length": contexts.context_length,
+        "prepend_bos": contexts.prepend_bos,
+        "max_norm_ratio": store.manifest.max_norm_ratio,
+    }
+    data = {
+        "min_tokens": contexts.min_tokens,
+        "dataset": text.dataset,
+        "dataset_config": text.config,
+        "dataset_revision": text.revision,
+        "split": text.split,
+        "text_column": text.text_column,
+        "held_out_fraction": text.held_out_fraction,
+    }
+    for group, cached in ((arguments.sae, sae), (arguments.data, data)):
+        for name, value in cached.items():
+            if name in arguments.given and getattr(group, name) != value:
+                raise SelOrthoError(
+                    f"--{name} {getattr(group, name)}: the activations of {store.source} were cached with {value}; "
+                    "leave it out, or cache them again"
+                )
+            setattr(group, name, value)
     return store
 
 
-def _text_settings(arguments: TrainingArguments) -> dict[str, Any]:
-    names = ("dataset_config", "text_column", "min_tokens", "held_out_fraction")
-    return {name: getattr(arguments.data, name) for name in names}
+def _text_settings(data: DataArguments, revision: str | None) -> dict[str, Any]:
+    names = ("dataset", "dataset_config", "text_column", "min_tokens", "held_out_fraction")
+    settings = {name: getattr(data, name) for name in names}
+    return {**settings, "dataset_revision": revision, "dataset_split": data.split}
 
 
 def _load_lm(arguments: TrainingArguments, accelerator: Accelerator) -> LanguageModel:

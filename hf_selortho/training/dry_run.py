@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,7 @@ import torch
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..process_group import ProcessGroup
-from ..utils.memory import available_memory, free_disk, memory_now, recent_peak, start_peak
-from .arguments import TrainingArguments
+from ..utils.memory import available_memory, free_disk, memory_now, peak_memory, start_peak
 from .data import LiveData, TrainingData
 from .trainer import Trainer
 
@@ -33,9 +33,9 @@ def check_fits(kind: str, parts: Mapping[str, int], available: int | None, remed
     """Raise a SelOrthoError that names the parts, in bytes, if they need more than is available of a kind."""
     needed = sum(parts.values())
     if available is not None and needed > available:
-        listed = ", ".join(f"{part} {size / 1e9:.2f} GB" for part, size in parts.items())
+        listed = ", ".join(f"{part} {_gigabytes(size)}" for part, size in parts.items())
         raise SelOrthoError(
-            f"this run cannot fit: it needs {needed / 1e9:.2f} GB of {kind} ({listed}), {available / 1e9:.2f} GB are "
+            f"this run cannot fit: it needs {_gigabytes(needed)} of {kind} ({listed}), {_gigabytes(available)} are "
             f"available; {remedy}"
         )
 
@@ -58,44 +58,52 @@ def dry_run(run: TrainingRun) -> str:
     Raises:
         SelOrthoError: it cannot fit.
     """
-    device, arguments = run.accelerator.device, run.arguments
-    before = memory_now(device)
+    device, arguments, before = run.accelerator.device, run.arguments, memory_now(run.accelerator.device)
     data = run.open_data()
     loaded, available, full = memory_now(device), available_memory(device), data.source.memory_bytes()
-    contexts = math.ceil(_PROBE_BATCHES * arguments.run.batch_size / arguments.sae.context_length)
-    contexts = min(contexts, arguments.data.buffer_contexts)
-    data.source = data.make_source(contexts, refresh_every=1)
+    wanted = arguments.data.buffer_contexts
+    contexts = min(math.ceil(_PROBE_BATCHES * arguments.run.batch_size / arguments.sae.context_length), wanted)
+    arguments.data.buffer_contexts, arguments.data.refresh_every = contexts, 1
+    data.source = data.make_source()
     start_peak(device)
     started = time.perf_counter()
     saes = run.new_saes()
     filling = time.perf_counter() - started
     step_seconds, steps = _probe(Trainer(run.make_trainers(saes), data.source, arguments.run, run.checkpoints))
 
-    processes, live = run.accelerator.num_processes, isinstance(data, LiveData)
+    live, on_device = isinstance(data, LiveData), data.source_device.type == device.type
     parameters = sum(parameter.numel() for sae in saes for parameter in sae.parameters())
-    on_device = data.source_device.type == device.type
+    training = _TRAINING_BYTES * parameters
     checkpoint = _CHECKPOINT_BYTES * parameters if arguments.run.checkpoint_every else 0
+    small = data.source.memory_bytes() if on_device else 0
     memory = {
         "libraries and process": before,
         "language model" if live else "manifest": loaded - before,
-        "SAE weights, gradients, Adam": _TRAINING_BYTES * parameters,
+        "SAE weights, gradients, Adam": training,
         "activations held": full if on_device else 0,
         "checkpoint on its way to the disk": checkpoint if device.type == "cpu" else 0,
+        "steps, selection, forward passes": max(0, peak_memory(device) - loaded - training - small),
     }
-    small = data.source.memory_bytes() if on_device else 0
-    named = sum(memory.values()) - memory["activations held"] - memory["checkpoint on its way to the disk"] + small
-    memory["steps, selection, forward passes"] = max(0, recent_peak(device) - named)
     kept = arguments.run.keep_checkpoints + 2  # the best one, and the one that is being written
-    disk = {"SAEs and reports": 4 * parameters + _REPORT_BYTES * len(saes)}
-    disk["checkpoints"] = kept * (checkpoint + full * processes * live) if checkpoint else 0
+    buffers = full * run.accelerator.num_processes if live else 0
+    disk = {
+        "SAEs and reports": 4 * parameters + _REPORT_BYTES * len(saes),
+        "checkpoints": kept * (checkpoint + buffers) if checkpoint else 0,
+    }
     seconds = {
-        "filling the buffer": filling * arguments.data.buffer_contexts / contexts if live else 0.0,
+        "filling the buffer": filling * wanted / contexts if live else 0.0,
         f"training, from {steps} steps": step_seconds * arguments.run.max_steps,
     }
     free = free_disk(Path(arguments.run.output_dir))
     check_fits("memory", memory, None if available is None else available + loaded)
     check_fits("disk", disk, free, "use another --output_dir, or fewer --keep_checkpoints")
-    return _table(len(saes), parameters, arguments, memory, disk, seconds)
+    tokens = arguments.run.max_steps * arguments.run.batch_size * arguments.run.gradient_accumulation_steps
+    return (
+        f"{len(saes)} SAE{'s' if len(saes) > 1 else ''} with {parameters:,} parameters, trained on {tokens:,} tokens\n"
+        + _table("memory of a process", memory, _gigabytes)
+        + _table("disk", disk, _gigabytes)
+        + _table("time, without the evaluation", seconds, lambda value: str(timedelta(seconds=round(value))))
+    )
 
 
 def _probe(trainer: Trainer) -> tuple[float, int]:
@@ -112,33 +120,10 @@ def _probe(trainer: Trainer) -> tuple[float, int]:
     return sum(later) / len(later), len(later)
 
 
-def _table(
-    saes: int,
-    parameters: int,
-    arguments: TrainingArguments,
-    memory: Mapping[str, int],
-    disk: Mapping[str, int],
-    seconds: Mapping[str, float],
-) -> str:
-    run = arguments.run
-    tokens = run.max_steps * run.batch_size * run.gradient_accumulation_steps
-
-    text = f"{saes} SAE{'s' if saes > 1 else ''} with {parameters:,} parameters, trained on {tokens:,} tokens\n"
-    for title, parts, shown in (
-        ("memory of a process", memory, _size),
-        ("disk", disk, _size),
-        ("time, without the evaluation", seconds, _duration),
-    ):
-        cells = [*parts.items(), ("in all", sum(parts.values()))]
-        text += f"\n{title}\n" + "".join(f"  {part:<40}{shown(value):>14}\n" for part, value in cells)
-    return text
+def _table(title: str, parts: Mapping[str, float], words: Callable[[float], str]) -> str:
+    rows = [*parts.items(), ("in all", sum(parts.values()))]
+    return f"\n{title}\n" + "".join(f"  {part:<40}{words(value):>14}\n" for part, value in rows)
 
 
-def _size(number: float) -> str:
-    return f"{number / 1e9:.2f} GB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

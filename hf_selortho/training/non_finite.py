@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..language_models.capture import ORIGIN_NAMES, NonFiniteActivationsError, TokenOrigins
+from ..process_group import ProcessGroup
 from ..utils.files import reason, replace_file
 from .run_folder import DEBUG
 
@@ -33,25 +32,19 @@ class NonFinitePolicy:
         folder: of the run; a batch is written to its `debug/step_N.safetensors`.
         policy: "stop", or "skip" for a run that goes on without the step.
         limit: steps that are skipped at most, those of several SAEs on one batch counted once.
-        rank, processes: this process's number, and how many there are; each keeps its part of the batch.
     """
 
-    def __init__(
-        self, folder: Path | None, policy: str = "stop", limit: int = 10, rank: int = 0, processes: int = 1
-    ) -> None:
+    def __init__(self, folder: Path | None, policy: str = "stop", limit: int = 10) -> None:
         self.folder, self.policy, self.limit = folder, policy, limit
-        self._suffix = f"_rank_{rank}" if processes > 1 else ""
+        group = ProcessGroup.of_run()
+        self._suffix = f"_rank_{group.rank}" if group.size > 1 else ""  # each process keeps its part of the batch
         self.step = 1  # that is on its way; whoever trains sets it
         self.skipped = 0
-        self._batch: TokenOrigins | None = None  # of the latest batch that was counted
-        self._kept: dict[tuple[int, ...], str] = {}  # of that batch, by layers: where it is
+        self._batch: TokenOrigins | None = None  # of the latest batch that was kept
+        self._kept: dict[tuple[int, ...], str] = {}  # where it is, by layers
 
     def handle(
-        self,
-        fault: str,
-        origins: TokenOrigins,
-        activations: Mapping[int, Tensor],
-        advice: str = ADVICE,
+        self, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor], advice: str = ADVICE
     ) -> None:
         """Keep a batch that was not finite; returns if the run goes on without it.
 
@@ -63,9 +56,7 @@ class NonFinitePolicy:
         Raises:
             NonFiniteError: the run stops here.
         """
-        if origins is not self._batch:
-            self._batch, self._kept = origins, {}
-            self.skipped += 1
+        self.skipped += origins is not self._batch
         words = f"{fault} at step {self.step}: the step was not taken. {self.keep(fault, origins, activations)}"
         if self.policy == "stop":
             raise NonFiniteError(f"{words}; {advice}, or pass --non_finite skip to leave such batches out")
@@ -82,12 +73,12 @@ class NonFinitePolicy:
 
     def keep(self, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
         """Write a batch to `debug/`, once for each layer; says of which documents it is, and where."""
-        documents = f"Documents of the batch: {_listed(origins)}"
-        if self.folder is None:
-            return documents
-        if tuple(activations) not in self._kept:
-            self._kept[tuple(activations)] = self._write(self.folder / DEBUG, fault, origins, activations)
-        return f"{documents}; {self._kept[tuple(activations)]}"
+        if origins is not self._batch:
+            self._batch, self._kept = origins, {}
+        layers = tuple(activations)
+        if self.folder is not None and layers not in self._kept:
+            self._kept[layers] = f"; {self._write(self.folder / DEBUG, fault, origins, activations)}"
+        return f"Documents of the batch: {_listed(origins)}{self._kept.get(layers, '')}"
 
     def _write(self, folder: Path, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
         tensors = {name: getattr(origins, name).cpu().contiguous() for name in ORIGIN_NAMES}
@@ -139,15 +130,7 @@ class LossSpikes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a [`state_dict`]."""
-        self.count, self.losses = int(state["count"]), deque(map(float, state["losses"]), maxlen=SPIKE_WINDOW)
-
-
-def is_finite(tensor: Tensor) -> Tensor:
-    """Tell whether all numbers are finite, () bool; NaN and infinity survive a sum, which reads them only once."""
-    if tensor.device.type == "cuda":  # looking at the sum would wait for the GPU
-        return tensor.detach().isfinite().all()
-    quick = tensor.detach().sum(dtype=torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None)
-    return quick.isfinite() if math.isfinite(float(quick)) else tensor.detach().isfinite().all()
+        self.count, self.losses = state["count"], deque(state["losses"], maxlen=SPIKE_WINDOW)
 
 
 def first_not_finite(named: Mapping[str, Tensor | None]) -> str | None:

@@ -49,17 +49,12 @@ class SAEOptimizer:
         return {f"{name}.{key}": value for name, state in self.moments().items() for key, value in state.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of [`tensors`]; raises KeyError if one is missing, ValueError if it has another shape."""
+        """The reverse of [`tensors`]."""
         if not tensors:  # it had taken no step, as when all batches were skipped
             return
-        parameters = self.adam.param_groups[0]["params"]
-        for (name, weight), parameter in zip(self.sae.named_parameters(), parameters, strict=True):
-            saved = {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-            for key, value in saved.items():
-                if value.shape != (weight.shape if key != "step" else ()):
-                    raise ValueError(f"{name}.{key} of shape {tuple(value.shape)} for a weight {tuple(weight.shape)}")
-            state = {key: value.to(parameter.device).contiguous() for key, value in _as_parameter(name, saved).items()}
-            self.adam.state[parameter] = state
+        for (name, _), parameter in zip(self.sae.named_parameters(), self.adam.param_groups[0]["params"], strict=True):
+            saved = _as_parameter(name, {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")})
+            self.adam.state[parameter] = {key: v.to(parameter.device).contiguous() for key, v in saved.items()}
 
 
 def _as_parameter(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
@@ -18,7 +17,7 @@ from ..modeling_selortho import SelOrthoSAE
 from ..utils.command_line import on_cpu, use_all_cores
 from ..utils.memory import available_memory
 from .arguments import TrainingArguments
-from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of, step_of
+from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
 from .data import CachedData, LiveData, TrainingData, open_store
 from .dry_run import check_memory
 from .non_finite import NonFinitePolicy
@@ -27,7 +26,7 @@ from .sae_trainer import SAETrainer
 from .schedules import full_penalty_notice, make_controller
 from .stop_signals import StopSignals
 from .trainer import Trainer
-from .variants import all_settings, make_variants, with_shared_settings
+from .variants import all_settings, make_variants
 
 logger = logging.getLogger(__name__)
 
@@ -50,31 +49,36 @@ class TrainingRun:
     totals: dict[str, int]
 
     def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
-        run, self.accelerator = arguments.run, accelerator
+        run, self.arguments, self.accelerator = arguments.run, arguments, accelerator
         self.checkpoint = agreed_checkpoint(accelerator, run.resume_from_checkpoint, run.output_dir)
         self.resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, run.output_dir)
         self.output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=self.resuming)
         self.store = open_store(arguments)
         self.variants = make_variants(arguments)
-        self.arguments = with_shared_settings(arguments, self.variants)
-        settings = all_settings(self.arguments, self.variants)
+        settings = all_settings(arguments, self.variants)
         self.checkpoints = Checkpoints(accelerator, self.output, settings, run.checkpoint_every, run.keep_checkpoints)
         self.resume_at = self.checkpoints.check(self.checkpoint) if self.checkpoint else 0
 
     def train(self) -> int | None:
         """Train to the end; returns the signal that has stopped it before, once a checkpoint is written."""
         accelerator, run = self.accelerator, self.arguments.run
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped, rank, processes)
+        policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped)
         self.open_data()
         if isinstance(self.data, LiveData):
             self.data.capture.on_non_finite = policy.handle_activations
-        self.checkpoints.inputs = self.data.identity()
-        self.saes = self.new_saes() if self.checkpoint is None else self.load_saes(self.checkpoint)
-        self._prepare_folder()
+        self.checkpoints.inputs = self.data.identity
+        if self.checkpoint:
+            logger.info("resuming from %s", self.checkpoint)
+            pairs = zip(self.variants, self.configs, strict=True)
+            self.saes = [self.checkpoints.load_sae(self.checkpoint, v.name, config) for v, config in pairs]
+        else:
+            self.saes = self.new_saes()
+        if accelerator.is_main_process:  # only now is it known that the run can start
+            prepare_output_folder(self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+        accelerator.wait_for_everyone()
         start_trackers(accelerator, self.arguments, self.resume_at)
         self.trainers = self.make_trainers(self.saes, policy, logged=accelerator.is_main_process)
-        if self.checkpoint is not None:
+        if self.checkpoint:
             self.checkpoints.load(self.checkpoint, self.trainers, self.data.source)
         with StopSignals() as signals:
             signal = Trainer(self.trainers, self.data.source, run, self.checkpoints, signals).fit()
@@ -104,12 +108,6 @@ class TrainingRun:
                 logger.warning("%s", notice)
         return self.data
 
-    def load_saes(self, checkpoint: Path) -> list[SelOrthoSAE]:
-        """Load the SAEs of a checkpoint."""
-        logger.info("resuming from %s", checkpoint)
-        pairs = zip(self.variants, self.configs, strict=True)
-        return [self.checkpoints.load_sae(checkpoint, variant.name, config) for variant, config in pairs]
-
     def new_saes(self) -> list[SelOrthoSAE]:
         """Fill the source of batches, and make SAEs that all start from the same random numbers."""
         statistics = self.data.statistics(progress=self.accelerator.is_main_process)
@@ -136,20 +134,6 @@ class TrainingRun:
             controller = make_controller(run, sae.config.penalty, sae.config.ortho_coefficient)
             trainers.append(SAETrainer(self.accelerator, sae, run, log, controller, variant.name, policy, history))
         return trainers
-
-    def words_of_a_stop(self, command: str) -> str:
-        """Say where a run that a signal has stopped is, and how to go on."""
-        step, latest = self.trainers[0].state.step, self.checkpoints.latest
-        saved = latest is not None and step_of(latest) == step
-        checkpoint = "its checkpoint is written" if saved else f"its latest checkpoint is {latest or 'missing'}"
-        return f"\nstopped after step {step}; {checkpoint}. To go on:\n  {command} --resume_from_checkpoint auto\n"
-
-    def _prepare_folder(self) -> None:
-        """Replace an earlier run, now that this one is known to be able to start."""
-        if self.accelerator.is_main_process:
-            overwrite = self.arguments.run.overwrite_output_dir
-            prepare_output_folder(self.output, overwrite=overwrite, resuming=self.resuming)
-        self.accelerator.wait_for_everyone()
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
@@ -185,19 +169,15 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
 
 def start_trackers(accelerator: Accelerator, arguments: TrainingArguments, resume_at: int) -> None:
     """Tell the trackers of `--report_to` about the run; one that goes on from a step replaces what came after it."""
-    if not accelerator.log_with:
-        return
     output = os.path.abspath(arguments.run.output_dir)
     name = os.path.basename(output)
     identity = hashlib.sha256(output.encode()).hexdigest()[:12]  # by which a resumed run is the same one there too
-    options: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": resume_at + 1} if resume_at else {},
-        "wandb": {"id": identity, "name": name, **({"resume": "allow"} if resume_at else {})},
-        "trackio": {"name": f"{name}-{identity}", "resume": "allow"},
-    }
-    trackers = {str(tracker) for tracker in accelerator.log_with}
     accelerator.init_trackers(
         "hf_selortho",
         config={k: v if isinstance(v, (int, float, str)) else str(v) for k, v in arguments.flat().items()},
-        init_kwargs={key: value for key, value in options.items() if key in trackers},
+        init_kwargs={
+            "tensorboard": {"purge_step": resume_at + 1 if resume_at else None},
+            "wandb": {"id": identity, "name": name, "resume": "allow" if resume_at else None},
+            "trackio": {"name": f"{name}-{identity}", "resume": "allow"},
+        },
     )

@@ -50,22 +50,13 @@ def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) ->
         resuming: the run goes on with the one in it, or starts it again if it died before its first checkpoint.
 
     Raises:
-        SelOrthoError: it is a file, holds an earlier run that is to be kept, or something else than a run.
+        SelOrthoError: it holds an earlier run that is to be kept, or something else than a run.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise SelOrthoError(f"output folder {folder} is a file: choose another --output_dir")
-    if resuming or is_free(folder):
-        return folder
-    if not overwrite:
+    if not (resuming or is_free(folder) or (overwrite and (folder / MARKER).is_file())):
         raise SelOrthoError(
-            f"output folder {folder} is not empty: choose another --output_dir, pass --resume_from_checkpoint auto "
-            "to go on from its checkpoints, or --overwrite_output_dir to replace the run in it"
-        )
-    if not (folder / MARKER).is_file():
-        raise SelOrthoError(
-            f"output folder {folder} holds no run of this version (it has no {MARKER}), so nothing in it is "
-            "overwritten: choose another --output_dir"
+            f"output folder {folder} is not empty: choose another --output_dir; a run of this version (which has left "
+            f"{MARKER} in it) can go on with --resume_from_checkpoint auto, or be replaced with --overwrite_output_dir"
         )
     return folder
 
@@ -85,19 +76,11 @@ def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> N
 
     Args:
         folder, overwrite, resuming: as for [`check_output_folder`], which has been asked.
-
-    Raises:
-        SelOrthoError: the folder cannot be created or written.
     """
     if overwrite and not resuming and (folder / MARKER).is_file():
         for place in (*folder.glob("layer_*"), folder):
             _remove_run(place)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SelOrthoError(
-            f"cannot create output folder {folder} ({error.strerror}): choose another --output_dir"
-        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MARKER, {"format": FORMAT})
 
 
@@ -165,6 +148,22 @@ def as_os_error(error: Exception) -> OSError:
     return error if isinstance(error, OSError) else OSError(str(error))
 
 
+class _StepLog:
+    """Rows by step, in memory and as lines of JSON in a file; rows after step `resume_at` go."""
+
+    def __init__(self, path: Path, resume_at: int) -> None:
+        self.path = path
+        self.rows = [row for row in read_rows(path) if row["step"] <= resume_at]
+        write_text(path, "".join(map(_line, self.rows)))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        try:
+            when_there_is_room(lambda: _append(self.path, _line(row).encode()))
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
 class MetricsLog:
     """The figures of each logged step, in order: `metrics.jsonl`, and what they took, `timings.jsonl`.
 
@@ -180,18 +179,13 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, resume_at: int = 0) -> None:
-        self.folder = folder
-        self._rows: dict[str, list[dict[str, Any]]] = {}
-        for name in (METRICS_LOG, TIMINGS_LOG):
-            rows = {row["step"]: row for row in read_rows(folder / name) if row["step"] <= resume_at}
-            self._rows[name] = list(rows.values())
-            write_text(folder / name, "".join(map(_line, rows.values())))
+        self._figures, self._timings = (_StepLog(folder / name, resume_at) for name in (METRICS_LOG, TIMINGS_LOG))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Figures and timings of every logged step together."""
-        timings = {row["step"]: row for row in self._rows[TIMINGS_LOG]}
-        return [{**row, **timings.get(row["step"], {})} for row in self._rows[METRICS_LOG]]
+        timings = {row["step"]: row for row in self._timings.rows}
+        return [{**row, **timings.get(row["step"], {})} for row in self._figures.rows]
 
     def add(self, figures: dict[str, Any], timings: Mapping[str, float]) -> None:
         """Append a step; it is on its way to the disk when this returns.
@@ -199,25 +193,13 @@ class MetricsLog:
         Raises:
             SelOrthoError: there is no room.
         """
-        for name, row in ((METRICS_LOG, figures), (TIMINGS_LOG, {"step": figures["step"], **timings})):
-            self._rows[name].append(row)
-            path, line = self.folder / name, _line(row).encode()
-            try:
-                when_there_is_room(lambda path=path, line=line: _append(path, line))  # type: ignore[misc]
-            except OSError as error:
-                raise cannot_write(path, error) from error
-
-    def mean_loss(self, after: int) -> float | None:
-        """Average the loss over the rows after a step, or else take that of the last row; None if there is none."""
-        rows = self._rows[METRICS_LOG]
-        losses = [row["loss"] for row in rows if row["step"] > after] or [row["loss"] for row in rows[-1:]]
-        known = [loss for loss in losses if loss is not None]
-        return sum(known) / len(known) if known else None
+        self._figures.add(figures)
+        self._timings.add({"step": figures["step"], **timings})
 
     def sync(self) -> None:
         """Flush what was added to the disk, or raise an OSError."""
-        for name in self._rows:
-            sync(self.folder / name)
+        for log in (self._figures, self._timings):
+            sync(log.path)
 
     def mean_of_last(self, steps: int) -> dict[str, float]:
         """Average every number over the rows of the last `steps` steps (the paper averages over the last 100)."""
@@ -226,7 +208,7 @@ class MetricsLog:
 
     def mean_of_first(self, steps: int) -> dict[str, float]:
         """Average every number, timings left out, over the rows of the first `steps` steps."""
-        return _means([row for row in self._rows[METRICS_LOG] if row["step"] <= steps])
+        return _means([row for row in self._figures.rows if row["step"] <= steps])
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
 from ..process_group import ProcessGroup
 from .arguments import RunArguments
-from .non_finite import ADVICE, LossSpikes, NonFinitePolicy, first_not_finite, is_finite
+from .non_finite import ADVICE, LossSpikes, NonFinitePolicy, first_not_finite
 from .optimizer import SAEOptimizer
 from .resampling import resample_dead
 from .run_folder import MetricsLog
@@ -68,37 +69,22 @@ class SAETrainer:
         self.state.controller = controller
         self.policy = policy or NonFinitePolicy(None)
         self.spikes = LossSpikes(arguments.loss_spike_factor, name)
+        self._of_name = f" of {name}" if name else ""
         self._skips = False  # whether a batch of the current step was not finite
-        self.start_timing()
-
-    def start_timing(self) -> None:
-        """Count times and tokens from the current step on."""
-        self._seconds = {"data": 0.0, "step": 0.0}
-        self._tokens_timed, self._reported_at = 0, self.state.step
+        self._since_report: dict[str, float] = defaultdict(float)  # steps, tokens, seconds of steps and of data
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a checkpoint keeps of this process, besides weights and Adam: tensors, and JSON-able rest."""
-        state, scaler = self.state, self.scaler
-        return state.tensors(), {
-            "step": state.step,
-            "tokens": state.tokens,
-            "skipped": state.skipped,
-            "coefficient": None if state.controller is None else state.controller.coefficient,
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "spikes": self.spikes.state_dict(),
-        }
+        tensors, counters = self.state.state_dict()
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return tensors, {**counters, "scaler": scaler, "spikes": self.spikes.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
-        """Go on from a [`state_dict`]; raises KeyError, ValueError or TypeError if something is missing or unfit."""
-        self.state.load_tensors(tensors, self.sae.config)
-        self.state.step, self.state.tokens = content["step"], content["tokens"]
-        self.state.skipped = content["skipped"]
-        if self.state.controller is not None:
-            self.state.controller.coefficient = content["coefficient"]
+        """Go on from a [`state_dict`]."""
+        self.state.load_state_dict(tensors, content, self.sae.config)
         if self.scaler is not None:
             self.scaler.load_state_dict(content["scaler"])
         self.spikes.load_state_dict(content["spikes"])
-        self.start_timing()
 
     def release(self) -> None:
         """Drop the model that shares its gradients with other processes: the training is over."""
@@ -119,74 +105,70 @@ class SAETrainer:
             NonFiniteError: names the step, where it first appeared and the documents of the batch.
         """
         started = time.perf_counter()
-        layer, previous, output = self.sae.config.layer, self.state.pairs, None
+        layer, state, previous, output = self.sae.config.layer, self.state, self.state.pairs, None
         activations = only(batch.by_layer) if layer is None else batch.by_layer[layer]
         activations = activations.to(self.accelerator.device)
-        self.policy.step = self.state.step + 1
-        self._set_learning_rate(self.state.step + 1)
+        carried, controller = copy.copy(state.carried), copy.copy(state.controller)
+        self.policy.step = state.step + 1
         try:
             if not self._skips:
-                output = self._add_gradient(batch, activations, last)
+                output = self._forward(activations, last)
+                loss = self._backward(output, last)
+                tokens = len(activations) * self.group.size
+                state.count(output.features.detach(), tokens)
+                self._since_report["tokens"] += tokens
+                if output.threshold is not None:
+                    self.sae.update_threshold(output.threshold)
             if last and output is not None:
+                self.spikes.add(state.step + 1, loss, batch.origins)
                 self._update(output)
         except NonFiniteError as error:  # in all processes alike
             output, self._skips = None, True
-            self.policy.handle(f"{error}{self._of_name}", batch.origins, {layer or 0: activations})
+            state.carried, state.controller = carried, controller
+            self.policy.handle(self._fault(error, activations), batch.origins, {layer or 0: activations})
         if last:
             self._finish_step(batch, activations, output)
-        self._seconds["step"] += time.perf_counter() - started
-        self._seconds["data"] += data_seconds
-        if output is None or not (last and self._is_logged()):
-            return None
-        return self._report(activations, output, previous)
+        self._since_report["step"] += time.perf_counter() - started
+        self._since_report["data"] += data_seconds
+        if last and output is not None and self._is_logged():
+            return self._report(activations, output, previous)
+        return None
 
-    def _add_gradient(self, batch: ActivationBatch, activations: Tensor, last: bool) -> SelOrthoOutput:
-        """Compute loss and gradient of a batch.
-
-        Raises:
-            NonFiniteError: something was not finite in any process; counters are as they were.
-        """
-        if int(self.group.sum((~is_finite(activations)).int())):
-            tokens = int((~activations.isfinite()).any(1).sum())
-            raise NonFiniteError(f"NaN or infinity in the activations on {tokens} of {len(activations)} tokens")
-        carried, controller = copy.copy(self.state.carried), copy.copy(self.state.controller)
-        try:
-            output, loss = self._forward_backward(activations, last)
-        except NonFiniteError:
-            self.state.carried, self.state.controller = carried, controller
-            raise
-        tokens = len(activations) * self.group.size
-        self.state.count(output.features.detach(), tokens)
-        if output.threshold is not None:
-            self.sae.update_threshold(output.threshold)
-        self._tokens_timed += tokens
-        if last:
-            self.spikes.add(self.state.step + 1, loss, batch.origins)
-        return output
-
-    def _forward_backward(self, activations: Tensor, last: bool) -> tuple[SelOrthoOutput, float]:
-        """Compute a batch, and the mean of its loss over the processes; gradients are added up in the parameters."""
-        plan = self.penalty.plan(self.state)
-        dead = None
+    def _forward(self, activations: Tensor, last: bool) -> SelOrthoOutput:
+        """Compute the loss of a batch, its penalty as the schedule has it."""
+        plan, dead = self.penalty.plan(self.state), None
         if self.sae.aux_features:
             dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            with self.accelerator.autocast():
-                output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
-            if last and self.state.controller is not None:
-                steer(self.state.controller, self.sae, output, plan, self.group)
-            loss = output.loss / self.arguments.gradient_accumulation_steps
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        gradient = self._gradient_norm() if last and self.scaler is None else torch.zeros_like(output.loss)
+        with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
+            output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
+        if last and self.state.controller is not None:
+            steer(self.state.controller, self.sae, output, plan, self.group)
+        return output
+
+    def _backward(self, output: SelOrthoOutput, last: bool) -> float:
+        """Add the gradient up in the parameters; returns the mean of the loss over the processes.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite in some process.
+        """
+        assert output.loss is not None and output.losses is not None
+        loss = output.loss / self.arguments.gradient_accumulation_steps
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward()
+        norm = torch.zeros_like(output.loss)
+        if last and self.scaler is None:
+            gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+            norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
         # NaN and infinity of any process survive the sum: a single look at what the device computed
-        total, norm = self.group.sum(torch.stack([output.loss.detach(), gradient]).double()).tolist()
+        total, norm = self.group.sum(torch.stack([output.loss.detach(), norm]).double()).tolist()
         if not math.isfinite(total):
             terms = ", ".join(f"{name} {term.item():g}" for name, term in output.losses.items())
             raise NonFiniteError(f"NaN or infinity in the loss ({terms})")
         if not math.isfinite(norm):
-            gradients = {name: parameter.grad for name, parameter in self.sae.named_parameters()}
-            raise NonFiniteError(f"NaN or infinity in the gradient: {first_not_finite(gradients) or 'its norm'}")
-        return output, total / self.group.size
+            where = first_not_finite({name: p.grad for name, p in self.sae.named_parameters()})
+            raise NonFiniteError(f"NaN or infinity in the gradient: {where or 'its norm'}")
+        return total / self.group.size
 
     def _update(self, output: SelOrthoOutput) -> None:
         """Take the constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6).
@@ -194,12 +176,16 @@ class SAETrainer:
         Raises:
             NonFiniteError: float16 finds no scale at which gradients are finite.
         """
+        a = self.arguments
+        self._adam.param_groups[0]["lr"] = learning_rate_at(
+            self.state.step + 1, peak=a.learning_rate, steps=a.max_steps, warmup=a.warmup_steps, decay=a.decay_steps
+        )
         self.optimizer.take_gradients()
-        if self.arguments.max_grad_norm is not None and self.scaler is not None:
+        if a.max_grad_norm is not None and self.scaler is not None:
             self.scaler.unscale_(self.optimizer.adam)
         self.sae.project_decoder_gradient()
-        if self.arguments.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.arguments.max_grad_norm)
+        if a.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), a.max_grad_norm)
         scale = 0.0 if self.scaler is None else self.scaler.get_scale()
         self._adam.step()
         if self.scaler is not None and self.scaler.get_scale() < scale <= 1:
@@ -210,16 +196,23 @@ class SAETrainer:
         if output.pairs is not None:
             self.state.pairs = output.pairs
 
+    def _fault(self, error: NonFiniteError, activations: Tensor) -> str:
+        """Say where NaN or infinity first appeared: in the activations already, or where the error found it."""
+        tokens = int(self.group.sum((~activations.isfinite()).any(1).sum()))
+        words = f"NaN or infinity in the activations on {tokens} of {len(activations) * self.group.size} tokens"
+        return f"{words if tokens else error}{self._of_name}"
+
     def _finish_step(self, batch: ActivationBatch, activations: Tensor, output: SelOrthoOutput | None) -> None:
         """Count a step that was taken, or one that was skipped (`output` is None)."""
         self.state.step += 1
+        self._since_report["steps"] += 1
         self._skips = False
         if output is None:
             self.optimizer.zero_grad()
             self.state.skipped += 1
             return
-        if not all(bool(is_finite(weights)) for weights in self.sae.parameters()):
-            weights = first_not_finite(dict(self.sae.named_parameters()))
+        sums = torch.stack([parameter.detach().sum() for parameter in self.sae.parameters()])  # NaN survives them
+        if not bool(sums.isfinite().all()) and (weights := first_not_finite(dict(self.sae.named_parameters()))):
             fault = f"NaN or infinity in the weights{self._of_name}, {weights}, after step {self.state.step}"
             kept = self.policy.keep(fault, batch.origins, batch.by_layer)
             raise NonFiniteError(f"{fault}, which cannot be taken back: the run ends. {kept}; {ADVICE}")
@@ -237,14 +230,6 @@ class SAETrainer:
         resample_dead(self.sae, self.optimizer.moments(), dead, activations, errors, generator, self.group)
         self.state.tokens_since_fired[dead] = 0
 
-    def _set_learning_rate(self, step: int) -> None:
-        a = self.arguments
-        rate = learning_rate_at(
-            step, peak=a.learning_rate, steps=a.max_steps, warmup=a.warmup_steps, decay=a.decay_steps
-        )
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-
     def _is_logged(self) -> bool:
         step, a = self.state.step, self.arguments
         return step == 1 or step % a.logging_steps == 0 or step > a.max_steps - LAST_STEPS
@@ -252,12 +237,11 @@ class SAETrainer:
     def _report(self, activations: Tensor, output: SelOrthoOutput, previous: Pairs | None) -> dict[str, Any]:
         """Log the figures of the step and what the steps since the last report took."""
         pairs = output.pairs if output.pairs is not None or not self.penalty.acts else self.state.pairs
-        config, controller = self.sae.config, self.state.controller
-        figures = self._mean_over_processes(step_report(self.sae, activations, output, pairs, self.group))
+        config, controller, since = self.sae.config, self.state.controller, self._since_report
         row = {
             "step": self.state.step,
             "tokens": self.state.tokens,
-            **figures,
+            **step_report(self.sae, activations, output, pairs, self.group),
             "pair_churn": pair_churn(output.pairs, previous, config.d_sae),
             "dead_features": int(self.state.dead(self.arguments.dead_after_tokens, self.group).sum()),
             "ortho_coefficient": config.ortho_coefficient if controller is None else controller.coefficient,
@@ -265,32 +249,15 @@ class SAETrainer:
             "skipped_steps": self.state.skipped,
             "loss_spikes": self.spikes.count,
         }
-        steps = self.state.step - self._reported_at
         timings = {
-            "tokens_per_second": self._tokens_timed / sum(self._seconds.values()),
-            "seconds_per_step": self._seconds["step"] / steps,
-            "seconds_per_step_data": self._seconds["data"] / steps,
+            "tokens_per_second": since["tokens"] / (since["step"] + since["data"]),
+            "seconds_per_step": since["step"] / since["steps"],
+            "seconds_per_step_data": since["data"] / since["steps"],
         }
-        self.start_timing()
+        since.clear()
         if self.log is not None:
             self.log.add(row, timings)
         prefix = f"{self.name}/" if self.name else ""
         tracked = {f"{prefix}{key}": value for key, value in {**row, **timings}.items() if value is not None}
         self.accelerator.log(tracked, step=self.state.step)
         return {**row, **timings}
-
-    def _mean_over_processes(self, figures: dict[str, float | None]) -> dict[str, float | None]:
-        if self.group.size == 1:  # whole numbers stay whole
-            return figures
-        names = [name for name, value in figures.items() if value is not None]
-        values = torch.tensor([figures[name] for name in names], device=self.accelerator.device)
-        means = (self.group.sum(values) / self.group.size).tolist()
-        return {**figures, **dict(zip(names, means, strict=True))}
-
-    def _gradient_norm(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
-
-    @property
-    def _of_name(self) -> str:
-        return f" of {self.name}" if self.name else ""

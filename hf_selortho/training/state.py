@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..configuration_selortho import SelOrthoConfig
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import CoactivationEMA, Pairs, select_pairs
-from ..process_group import SINGLE_PROCESS, ProcessGroup
+from ..process_group import ProcessGroup
 from ..sparse_ops import FeatureActivations
 
 
@@ -57,39 +58,40 @@ class TrainState:
         """Return the features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
         return group.minimum(self.tokens_since_fired) >= after_tokens
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return firing counters, selected pairs and carried co-activations of this process."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint keeps of this process: tensors, and JSON-able counters."""
         tensors = {"tokens_since_fired": self.tokens_since_fired}
         if self.pairs is not None:
             tensors |= {f"pairs.{name}": getattr(self.pairs, name) for name in ("i", "j", "correlation")}
         if self.carried is not None:
             tensors |= {f"carried.{name}": value for name, value in self.carried.state_dict().items()}
-        return tensors
+        coefficient = None if self.controller is None else self.controller.coefficient
+        return tensors, {
+            "step": self.step, "tokens": self.tokens, "skipped": self.skipped, "coefficient": coefficient,
+        }  # fmt: skip
 
-    def load_tensors(self, tensors: dict[str, Tensor], config: SelOrthoConfig) -> None:
-        """Take back what [`tensors`] gave; raises KeyError if a part is missing, ValueError if a shape is another."""
-        since = tensors["tokens_since_fired"]
-        if since.shape != self.tokens_since_fired.shape:
-            raise ValueError(f"tokens_since_fired of {len(since)} features")
-        self.tokens_since_fired.copy_(since)
+    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, Any], config: SelOrthoConfig) -> None:
+        """Go on from a [`state_dict`] of a run of the same settings."""
         moved = {name: value.to(self.tokens_since_fired.device) for name, value in tensors.items()}
+        self.tokens_since_fired = moved["tokens_since_fired"]
         if "pairs.i" in moved:
             self.pairs = Pairs(moved["pairs.i"], moved["pairs.j"], moved["pairs.correlation"])
-        carried = {name.removeprefix("carried."): moved[name] for name in moved if name.startswith("carried.")}
-        if carried:
+        if carried := {name.removeprefix("carried."): moved[name] for name in moved if name.startswith("carried.")}:
             self.carried = CoactivationEMA.of_config(config)
             self.carried.load_state_dict(carried)
+        self.step, self.tokens, self.skipped = counters["step"], counters["tokens"], counters["skipped"]
+        if self.controller is not None:
+            self.controller.coefficient = counters["coefficient"]
 
 
 @torch.no_grad()
 def step_report(
-    sae: SelOrthoSAE,
-    activations: Tensor,
-    output: SelOrthoOutput,
-    pairs: Pairs | None,
-    group: ProcessGroup = SINGLE_PROCESS,
+    sae: SelOrthoSAE, activations: Tensor, output: SelOrthoOutput, pairs: Pairs | None, group: ProcessGroup
 ) -> dict[str, float | None]:
-    """Return figures of a batch (B, d_in); correlations are of the latest selection, or of one made for the report."""
+    """Return figures of a batch (B, d_in), averaged over the processes.
+
+    Correlations are those of `pairs`, the latest selection, or of one made for the report.
+    """
     assert output.losses is not None and output.loss is not None and output.reconstruction is not None
     h = output.features.detach()
     variance = (activations - activations.mean(0)).square().sum(1).mean()
@@ -98,7 +100,7 @@ def step_report(
     if pairs is None:
         pairs = select_pairs(h, config.pair_fraction, config.min_support, config.correlation, group=group)
     strength = pairs.correlation.abs()
-    return {
+    figures = {
         "loss": output.loss.item(),
         **{name: term.item() for name, term in output.losses.items()},
         "fvu": (error / variance).item(),
@@ -108,6 +110,11 @@ def step_report(
         "selected_pairs": len(pairs),
         "unique_features": len(torch.cat([pairs.i, pairs.j]).unique()),
     }
+    if group.size == 1:  # whole numbers stay whole
+        return figures
+    known = {name: value for name, value in figures.items() if value is not None}
+    means = group.sum(torch.tensor(list(known.values()), device=activations.device)) / group.size
+    return {**figures, **dict(zip(known, means.tolist(), strict=True))}
 
 
 def pair_churn(pairs: Pairs | None, previous: Pairs | None, d_sae: int) -> float | None:

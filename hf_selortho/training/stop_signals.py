@@ -10,7 +10,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-STOPPING = tuple(int(number) for number in _NAMES)
 
 
 class StopSignals:

@@ -15,7 +15,13 @@ from ..errors import NonFiniteError
 from .arguments import RunArguments
 from .checkpoint import Checkpoints
 from .sae_trainer import SAETrainer
-from .stop_signals import STOPPING, StopSignals
+from .stop_signals import StopSignals
+
+# figures of a step that the progress bar shows, the name there, and the format
+_SHOWN = {
+    "loss": ("loss", ".4f"), "fvu": ("fvu", ".3f"), "l0": ("l0", ".0f"), "dead_features": ("dead", "d"),
+    "peak_correlation": ("peak", ".2f"), "tokens_per_second": ("tok/s", ".0f"),
+}  # fmt: skip
 
 
 class Trainer:
@@ -26,7 +32,7 @@ class Trainer:
         source: of the batches.
         arguments: of the run.
         checkpoints: writes them.
-        signals: what asks to stop; None: nothing does.
+        signals: what asks to stop; by default nothing does.
     """
 
     def __init__(
@@ -38,7 +44,7 @@ class Trainer:
         signals: StopSignals | None = None,
     ) -> None:
         self.saes, self.source, self.arguments = saes, source, arguments
-        self.checkpoints, self.signals = checkpoints, signals
+        self.checkpoints, self.signals = checkpoints, signals or StopSignals()
         self._saved = self.step  # of the latest checkpoint
 
     @property
@@ -65,12 +71,10 @@ class Trainer:
                 _show(progress, report)
                 if every and self.step % every == 0:
                     self._save()
-            self.checkpoints.wait()
-            stopped = self.sync_signals() or stopped
+            stopped = self._settle() or stopped
             if self._saved < self.step and (every or stopped):
                 self._save()
-                self.checkpoints.wait()
-                self.sync_signals()
+                self._settle()
         except NonFiniteError as error:
             self.checkpoints.close()  # the latest one may only just be complete
             latest = self.checkpoints.latest or "none (see --checkpoint_every)"
@@ -93,17 +97,22 @@ class Trainer:
         return reports[0]
 
     def sync_signals(self) -> int | None:
-        """Agree with all processes on the signal that asks to stop, and on how the checkpoint on its way stands."""
-        received = None if self.signals is None else self.signals.received
-        flags = [*(received == number for number in STOPPING), *self.checkpoints.progress()]
-        *asked, writing, failed = _in_any_process(flags, self.saes[0])
-        self.checkpoints.settle(writing, failed)
-        return next((number for number, asks in zip(STOPPING, asked, strict=True) if asks), None)
+        """Agree with all processes on the signal that asks to stop, and on whether a checkpoint can have its name."""
+        group, device = self.saes[0].group, self.saes[0].accelerator.device
+        flags = torch.tensor([self.signals.received or 0, int(self.checkpoints.writing)])
+        signal, writing = (-group.minimum(-flags.to(device)) if group.size > 1 else flags).tolist()
+        if not writing:
+            self.checkpoints.settle()
+        return signal or None
+
+    def _settle(self) -> int | None:
+        """Wait until the checkpoint on its way is complete; returns what [`sync_signals`] does."""
+        self.checkpoints.wait()
+        return self.sync_signals()
 
     def _save(self) -> None:
         """Begin to write a checkpoint, once the one before it is done."""
-        self.checkpoints.wait()
-        self.sync_signals()
+        self._settle()
         self.checkpoints.save(self.saes, self.source)
         self._saved = self.step
 
@@ -117,24 +126,10 @@ class Trainer:
         )
 
 
-def _in_any_process(flags: Sequence[bool], trainer: SAETrainer) -> list[bool]:
-    """Tell which flags are set in at least one process."""
-    if trainer.group.size == 1:  # a look at the device at every step would cost
-        return list(flags)
-    counts = trainer.group.sum(torch.tensor(flags, dtype=torch.int32, device=trainer.accelerator.device))
-    return [count > 0 for count in counts.tolist()]
-
-
 def _show(progress: tqdm, report: dict[str, Any] | None) -> None:
     """Move the bar on. A screen that is gone, as with a pipe whose reader has ended, is no reason to stop."""
-    formats = {
-        "loss": ".4f", "fvu": ".3f", "l0": ".0f", "dead_features": "d", "peak_correlation": ".2f",
-        "tokens_per_second": ".0f",
-    }  # fmt: skip
-    short = {"dead_features": "dead", "peak_correlation": "peak", "tokens_per_second": "tok/s"}
     with suppress(OSError):
         progress.update()
         if report is not None:
-            progress.set_postfix(
-                {short.get(k, k): format(report[k], spec) for k, spec in formats.items() if report[k] is not None}
-            )
+            shown = {name: format(report[key], spec) for key, (name, spec) in _SHOWN.items() if report[key] is not None}
+            progress.set_postfix(shown)

@@ -18,8 +18,15 @@ from .arguments import SETTING_NAMES, TrainingArguments
 logger = logging.getLogger(__name__)
 
 TWIN = {"twin": {"ortho_coefficient": 0.0}}  # the twin baseline: the same run without the penalty
-_SHARED = ("context_length", "prepend_bos", "max_norm_ratio")  # settings that decide which tokens are read
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+# What the settings of an option belong to, and how these are named.
+_OWNERS = {
+    "--layer_settings": ("layer", re.compile(r"0|[1-9]\d*"), "a whole number counted from 0"),
+    "--variants": (
+        "variant",
+        re.compile(r"[a-z0-9]+(-[a-z0-9]+)*"),
+        "small letters, digits and hyphens, such as 'no-penalty'",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -54,31 +61,25 @@ def make_variants(arguments: TrainingArguments) -> list[Variant]:
     Raises:
         SelOrthoError: a variant's name or settings are not allowed, or a layer occurs twice.
     """
-    layers, others = arguments.run.layers or [arguments.sae.layer], _named_variants(arguments)
+    run = arguments.run
+    layers, others = run.layers or [arguments.sae.layer], parse_settings("--variants", run.variants)
     if len(set(layers)) < len(layers):
         raise SelOrthoError(f"--layers {' '.join(map(str, layers))}: expected each layer once")
-    by_layer = parse_layer_settings(arguments.run.layer_settings)
-    if untrained := sorted(set(by_layer) - set(layers)):
-        logger.warning(
-            "--layer_settings has settings for layers that are not trained: %s", ", ".join(map(str, untrained))
-        )
-    alone = not arguments.run.layers and not others
+    if run.twin and "twin" in others:
+        raise SelOrthoError("--twin and --variants both name a variant 'twin': leave one out")
+    others = {**(TWIN if run.twin else {}), **others}
+    by_layer = parse_settings("--layer_settings", run.layer_settings)
+    if untrained := sorted(by_layer.keys() - set(map(str, layers))):
+        logger.warning("--layer_settings has settings for layers that are not trained: %s", ", ".join(untrained))
     variants = []
     for layer in layers:
         for label, settings in {"": {}, **others}.items():
-            sae = dataclasses.replace(arguments.sae, **{**by_layer.get(layer, {}), **settings, "layer": layer})
-            name = "" if alone else f"layer_{layer}_{label}".rstrip("_")
+            sae = dataclasses.replace(arguments.sae, **{**by_layer.get(str(layer), {}), **settings, "layer": layer})
+            name = f"layer_{layer}_{label}".rstrip("_") if run.layers or others else ""
             variants.append(Variant(name, layer, dataclasses.replace(arguments, sae=sae)))
-    for variant in variants:  # errors come before the language model does, whose width is not known yet
-        variant.config(d_in=variant.arguments.sae.d_sae or 1 << 30)
-    _check_shared_settings(variants, arguments)
+            # errors come before the language model does, whose width is not known yet
+            variants[-1].config(d_in=sae.d_sae or 1 << 30)
     return variants
-
-
-def with_shared_settings(arguments: TrainingArguments, variants: list[Variant]) -> TrainingArguments:
-    """Give a run the settings by which all of its SAEs read the same tokens."""
-    shared = {name: getattr(variants[0].arguments.sae, name) for name in _SHARED}
-    return dataclasses.replace(arguments, sae=dataclasses.replace(arguments.sae, **shared))
 
 
 def all_settings(arguments: TrainingArguments, variants: list[Variant]) -> dict[str, Any]:
@@ -90,74 +91,30 @@ def all_settings(arguments: TrainingArguments, variants: list[Variant]) -> dict[
     return settings
 
 
-def parse_layer_settings(value: str | None) -> dict[int, dict[str, Any]]:
-    """Parse `--layer_settings`: settings by layer, raises as [`parse_settings`] does."""
-    settings = parse_settings("--layer_settings", "layer", value or "{}")
-    for layer in settings:
-        if not (layer.isdecimal() and str(int(layer)) == layer):  # "05" would repeat "5"
-            raise SelOrthoError(f"--layer_settings names a layer {layer!r}: expected a whole number counted from 0")
-    return {int(layer): chosen for layer, chosen in settings.items()}
-
-
-def parse_settings(option: str, owner: str, value: str) -> dict[str, dict[str, Any]]:
-    """Parse settings of the SAE by name, '{"5": {"ortho_coefficient": 0.05}}', or read them from a .json file.
+def parse_settings(option: str, value: str | None) -> dict[str, dict[str, Any]]:
+    """Parse settings of the SAE by layer or variant, '{"5": {"ortho_coefficient": 0.05}}', or read them from a file.
 
     Args:
-        option: what the user has typed, such as "--layer_settings". owner: what has the settings, "layer".
-        value: what follows the option.
+        option: what the user has typed, "--layer_settings" or "--variants".
+        value: what follows it, JSON or the path of a .json file; None: no settings.
 
     Raises:
-        SelOrthoError: it is not such an object, names something twice, or holds no setting of the SAE (suggests one).
+        SelOrthoError: it is no such object, or names something that is no layer, variant or setting.
     """
-
-    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in items]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise SelOrthoError(f"{option} names {', '.join(map(repr, twice))} twice: expected each name once")
-        return dict(items)
-
+    owner, pattern, words = _OWNERS[option]
     try:
-        text = Path(value).read_text(encoding="utf-8") if value.endswith(".json") else value
-        settings = json.loads(text, object_pairs_hook=unique)
+        text = Path(value).read_text(encoding="utf-8") if value and value.endswith(".json") else value or "{}"
+        settings = json.loads(text)
     except (OSError, ValueError) as error:
         example = """'{"5": {"ortho_coefficient": 0.05}}'"""
         raise SelOrthoError(f"{option} {value!r} is not valid JSON ({error}); expected e.g. {example}") from error
-    if not isinstance(settings, dict) or not all(isinstance(item, dict) for item in settings.values()):
+    if not isinstance(settings, dict) or not all(isinstance(chosen, dict) for chosen in settings.values()):
         raise SelOrthoError(f"{option} {value!r}: expected an object of settings for each {owner}")
     for key, chosen in settings.items():
-        for name in chosen:
-            if name not in SETTING_NAMES:
-                close = difflib.get_close_matches(name, SETTING_NAMES, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise SelOrthoError(f"{option}: {name!r} of {owner} {key} is not a setting of the SAE{hint}")
+        if not pattern.fullmatch(key):
+            raise SelOrthoError(f"{option} names a {owner} {key!r}: expected {words}")
+        for name in chosen.keys() - SETTING_NAMES:
+            close = difflib.get_close_matches(name, SETTING_NAMES, n=1)
+            hint = f"did you mean {close[0]}?" if close else "all read the same tokens of the layers that are named"
+            raise SelOrthoError(f"{option}: {name!r} of {owner} {key} is not a setting of single SAEs; {hint}")
     return settings
-
-
-def _named_variants(arguments: TrainingArguments) -> dict[str, dict[str, Any]]:
-    """Settings of the variants, of the twin first, by name."""
-    variants = parse_settings("--variants", "variant", arguments.run.variants or "{}")
-    for name in variants:
-        if not _NAME.fullmatch(name):
-            raise SelOrthoError(
-                f"--variants names a variant {name!r}: expected small letters, digits and hyphens, such as 'no-penalty'"
-            )
-    if arguments.run.twin and "twin" in variants:
-        raise SelOrthoError("--twin and --variants both name a variant 'twin': leave one out")
-    return {**(TWIN if arguments.run.twin else {}), **variants}
-
-
-def _check_shared_settings(variants: list[Variant], arguments: TrainingArguments) -> None:
-    """Refuse settings that decide on the tokens and differ between the SAEs, or from those of cached activations."""
-    for name in _SHARED:
-        values = {getattr(variant.arguments.sae, name) for variant in variants}
-        if len(values) > 1:
-            raise SelOrthoError(
-                f"{name} differs between the layers or variants of one run ({', '.join(map(repr, values))}), which "
-                "read the same tokens: set it once, or train them one by one"
-            )
-        cached = getattr(arguments.sae, name)
-        if arguments.data.activations is not None and values != {cached}:
-            raise SelOrthoError(
-                f"{name} {values.pop()}: the activations of {arguments.data.activations} were cached with {cached}; "
-                "leave it out, or cache them again"
-            )

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -31,7 +30,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except SelOrthoError as error:
-        _exit_with(error)
+        sys.stderr.write(f"{_program()}: error: {without_secrets(' '.join(str(error).split()))}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -116,11 +116,6 @@ def _typed_command() -> list[str]:
 class _DiscreetFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
-
-
-def _exit_with(error: SelOrthoError) -> NoReturn:
-    sys.stderr.write(f"{_program()}: error: {without_secrets(' '.join(str(error).split()))}\n")
-    sys.exit(2)
 
 
 def _program() -> str:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from ..errors import SelOrthoError
 
 LOCK = ".lock"
+_END = 1 << 20  # bytes that a fingerprint reads at each end of a file
 _ATTEMPTS = 5  # to write on a full disk, a second apart
 
 
@@ -58,6 +59,23 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(files: Iterable[Path], start: bytes = b"") -> str:
+    """Hash name, size, first and last megabyte of each file, with `start` before them: gigabytes are not read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256(start)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(_END))
+            file.seek(max(0, size - _END))
+            digest.update(file.read(_END))
+    return digest.hexdigest()
+
+
 def is_full(error: OSError) -> bool:
     """Tell whether a write failed for want of room."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -69,21 +87,19 @@ def reason(error: OSError) -> str:
 
 
 def when_there_is_room(write: Callable[[], None]) -> None:
-    """Write something. On a full disk, wait a little: a checkpoint that finds no room is removed.
-
-    Args:
-        write: does it, or raises an OSError and leaves nothing behind.
+    """Write something; on a full disk, wait a little: a checkpoint that finds no room is removed.
 
     Raises:
         OSError: there still is no room, or something else is wrong.
     """
-    for attempt in range(_ATTEMPTS):
+    for _ in range(_ATTEMPTS - 1):
         try:
             return write()
         except OSError as error:
-            if not is_full(error) or attempt == _ATTEMPTS - 1:
+            if not is_full(error):
                 raise
         time.sleep(1)
+    return write()
 
 
 class FolderLock:

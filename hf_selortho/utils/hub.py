@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -114,8 +114,7 @@ def patiently(request: Callable[[], T]) -> T:
         except LOOKUP_ERRORS as error:
             if not is_busy(error) and type(error).__name__ not in _BROKEN_OFF:
                 raise
-            logger.info("the Hub does not answer; again in %.0f s", pause(attempt))
-            time.sleep(pause(attempt))
+            pause(attempt, error)
     return request()
 
 
@@ -125,9 +124,11 @@ def is_busy(error: Exception) -> bool:
     return status == 429 or status >= 500
 
 
-def pause(attempt: int) -> float:
-    """Return the seconds to wait after the attempt of this number, from 0."""
-    return _PAUSE * 2**attempt
+def pause(attempt: int, error: Exception) -> None:
+    """Wait after the attempt of this number, from 0, that ended in an error."""
+    seconds = _PAUSE * 2**attempt
+    logger.info("the Hub does not answer (%s); again in %.0f s", one_line(error), seconds)
+    time.sleep(seconds)
 
 
 def resolve_commit(kind: Kind, name: str, revision: str | None, token: str | None = None) -> str | None:
@@ -148,42 +149,31 @@ def resolve_commit(kind: Kind, name: str, revision: str | None, token: str | Non
     except LOOKUP_ERRORS as error:
         refused = isinstance(error, hub.HfHubHTTPError) and error.response.status_code < 500
         if refused or isinstance(error, hub.HFValidationError):
-            raise hub_error(error, kind, name, revision, token) from error
+            raise hub_error(error, kind, name, revision) from error
         logger.info('the Hub does not answer (%s), looking for "%s" in the local cache', one_line(error), name)
         return None
 
 
-def hub_error(
-    error: Exception, kind: Kind, name: str, revision: str | None = None, token: str | None = None
-) -> SelOrthoError:
-    """Explain what the Hub client raised while it looked for `name` at `revision`, with or without an access token."""
+def hub_error(error: Exception, kind: Kind, name: str, revision: str | None = None) -> SelOrthoError:
+    """Explain what the Hub client raised while it looked for `name` at `revision`."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    if isinstance(error, hub.GatedRepoError):
-        if token or (token is None and get_token()):
-            return SelOrthoError(
-                f'{kind} "{name}" is gated and your token has no access to it: accept its terms at {page} with the '
-                "account that the token belongs to"
-            )
+    said = f'{kind} "{name}"'
+    if isinstance(error, hub.GatedRepoError):  # a kind of RepositoryNotFoundError
+        account = "with the account of your token (`hf auth login` or HF_TOKEN)"
+        return SelOrthoError(f"{said} is gated: accept its terms at {page}, {account}")
+    if isinstance(error, (hub.RepositoryNotFoundError, hub.HFValidationError)):
         return SelOrthoError(
-            f'{kind} "{name}" is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN'
+            f"unknown {said}: neither on the Hub nor a local path; check the spelling, or, if it is private, run "
+            "`hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, hub.RevisionNotFoundError):
-        return SelOrthoError(
-            f'{kind} "{name}" has no revision "{revision}": choose a branch, tag or commit of {page}/tree/main'
-        )
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return SelOrthoError(
-            f'unknown {kind} "{name}": neither on the Hub nor a local path; check the spelling, or, if it is private, '
-            "run `hf auth login` or set HF_TOKEN"
-        )
-    if isinstance(error, hub.HFValidationError):
-        return SelOrthoError(f'unknown {kind} "{name}": no such local path, and not an id of the Hub ("owner/name")')
+        return SelOrthoError(f'{said} has no revision "{revision}": choose a branch, tag or commit of {page}/tree/main')
     if isinstance(error, hub.RemoteEntryNotFoundError):
         return SelOrthoError(f'"{name}" on the Hub holds no {kind} that can be read: {one_line(error)}')
     if isinstance(error, hub.HfHubHTTPError):
         status = error.response.status_code
         remedy = "check your token (`hf auth login`, HF_TOKEN)" if status in (401, 403) else "try again later"
-        return SelOrthoError(f'the Hub refused {kind} "{name}" with HTTP status {status}: {remedy}')
+        return SelOrthoError(f"the Hub refused {said} with HTTP status {status}: {remedy}")
     return unreachable(kind, name)
 
 
@@ -227,7 +217,7 @@ def find_file(name: str, file: str, lookup: Mapping[str, Any]) -> Path | None:
     except hub.EntryNotFoundError:
         return None
     except LOOKUP_ERRORS as error:
-        raise hub_error(error, "SAE", name, where.get("revision"), where.get("token")) from error
+        raise hub_error(error, "SAE", name, where.get("revision")) from error
 
 
 def within_reach(name: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,25 +255,19 @@ def read_object(path: Path) -> dict[str, Any]:
         ConfigError: it holds something else, or more than a megabyte.
         SelOrthoError: it cannot be read.
     """
-    remedy = "download it again, or take it from the run's folder"
     try:
-        size = path.stat().st_size
-        content = json.loads(path.read_bytes()) if size <= _LARGEST_JSON else None
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_JSON else None
     except OSError as error:
         raise SelOrthoError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({one_line(error)}); {remedy}") from error
+        raise ConfigError(f"{path} is not valid JSON ({one_line(error)}); download it again") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object of at most {_LARGEST_JSON:,} bytes; {remedy}")
+        raise ConfigError(f"{path} holds no JSON object of at most {_LARGEST_JSON:,} bytes; download it again")
     return content
 
 
 def find_config(name: str, lookup: Mapping[str, Any]) -> Path:
-    """Return the config.json of an SAE.
-
-    Raises:
-        SelOrthoError: there is none, or as [`find_file`].
-    """
+    """Return the config.json of an SAE; raises as [`find_file`], and if there is none."""
     path = find_file(name, CONFIG, within_reach(name, lookup))
     if path is None:
         raise SelOrthoError(
@@ -341,16 +325,13 @@ def check_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[i
         said = "; ".join(f"{fault}: {listed(names, 5)}" for fault, names in faults.items() if names)
         raise SelOrthoError(f"{name} does not hold the weights of its config ({said}): is it another kind of model?")
     for key, (path, shape, dtype) in headers.items():
+        fault = ""
         if shape != shapes[key]:
-            raise SelOrthoError(
-                f"{path}: {key} has the shape {shape}, d_in and d_sae of the config give {shapes[key]}: the weights do "
-                "not fit its config.json; take both files from the same run"
-            )
-        if dtype not in _DTYPES:
-            raise SelOrthoError(
-                f"{path}: {key} is of dtype {dtype}, expected one of {', '.join(_DTYPES)}; convert the weights to "
-                "float32 and save them again"
-            )
+            fault = f"has the shape {shape}, d_in and d_sae of the config give {shapes[key]}"
+        elif dtype not in _DTYPES:
+            fault = f"is of dtype {dtype}, expected one of {', '.join(_DTYPES)}"
+        if fault:
+            raise SelOrthoError(f"{path}: {key} {fault}; take config.json and weights from the same run")
 
 
 def read_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -13,20 +13,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has taken, of the GPU's memory or else of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # does not exist on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
 def start_peak(device: torch.device) -> None:
-    """Forget the peak so far, such that [`recent_peak`] is that of what follows, where the system can do that."""
+    """Forget the peak so far, such that [`peak_memory`] is that of what follows, where the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -34,13 +22,18 @@ def start_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def recent_peak(device: torch.device) -> int:
-    """Return the most bytes taken since [`start_peak`]; since the process began where that could not be noted."""
-    if device.type != "cuda":
-        with suppress(OSError, IndexError):  # not ru_maxrss: a process starts with that of the one that started it
-            status = Path("/proc/self/status").read_text(encoding="utf-8")
-            return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-    return peak_memory(device)
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has taken, of the GPU's memory or else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, IndexError):  # Linux; not ru_maxrss: a process starts with that of its parent
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # does not exist on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_now(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.buffer import ActivationBuffer
-from hf_selortho.data.contexts import ContextStream
+from hf_selortho.data.contexts import ContextStream, Cutter
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.language_models.capture import ActivationCapture, only
 
@@ -18,7 +18,7 @@ def make_buffer(tiny_lm, sample_text_files):
     def build(seed: int = 0, longest: int = 32, **settings) -> ActivationBuffer:
         lm = tiny_lm("gemma3")
         documents = open_documents(TextSource(str(sample_text_files.csv)))
-        stream = ContextStream(documents, lm.tokenizer, context_length=longest, seed=seed)
+        stream = ContextStream(documents, Cutter(lm.tokenizer, context_length=longest), seed=seed)
         defaults = {"contexts": 24, "context_length": 32, "batch_size": 64, "refresh_every": 4, "seed": seed}
         return ActivationBuffer(ActivationCapture(lm, 1), stream, **{**defaults, **settings})
 

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from hf_selortho.data import cache_report as report
 from hf_selortho.data.cache_manifest import parse_manifest
-from hf_selortho.data.cache_statistics import LayerStatistics
+from hf_selortho.data.cache_statistics import CacheStatistics
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.language_models.capture import TokenOrigins
 from hf_selortho.utils.plots import BLUE, VERMILION
@@ -62,12 +62,12 @@ def test_statistics_of_known_norms() -> None:
     activations[7] *= 50
     norms, numbers = activations.norm(dim=1), torch.arange(100)
     kept = norms <= 8
-    statistics, other = LayerStatistics(4, 16), LayerStatistics(4, 16)
+    statistics, other = CacheStatistics(1, 4, 16), CacheStatistics(1, 4, 16)
     origins = TokenOrigins(numbers, numbers % 16, numbers, numbers)
-    statistics.add(activations[kept][:50], norms[:51], kept[:51], origins[:51], 8.0)
-    other.add(activations[kept][50:], norms[51:], kept[51:], origins[51:], 8.0)
+    statistics.add(0, activations[kept][:50], norms[:51], kept[:51], origins[:51], 8.0)
+    other.add(0, activations[kept][50:], norms[51:], kept[51:], origins[51:], 8.0)
     statistics.merge(other)
-    found = statistics.summary("h", 2.0, 8.0)
+    found = statistics.summary(0, 99, "h", 2.0, 8.0)
     assert found.mean == (1, 1, 1, 1) and found.scale == 0 and found.d_in == 4
     assert found.norm_quantiles["1"] == 100 and found.norm_quantiles["0.5"] == pytest.approx(2, rel=0.01)
     assert found.sinks_by_position[7] == 1 == sum(found.sinks_by_position)

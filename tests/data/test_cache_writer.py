@@ -13,11 +13,11 @@ import torch
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.activation_cache import ActivationCache
-from hf_selortho.data.cache_batches import layer_statistics
+from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.cache_folder import CacheFolder
 from hf_selortho.data.cache_manifest import HELD_OUT, CacheError, CacheSettings, ContextInfo, ModelInfo, TextInfo
 from hf_selortho.data.cache_writer import CacheWriter
-from hf_selortho.data.contexts import ContextStream, held_out_contexts
+from hf_selortho.data.contexts import ContextStream, Cutter, held_out_contexts
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.language_models.capture import ActivationCapture
 
@@ -65,11 +65,11 @@ def make(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
         folder, capture = CacheFolder(tmp_path / name), ActivationCapture(lm, LAYERS, batch_tokens=256)
 
         def stream() -> ContextStream:
-            return ContextStream(texts, lm.tokenizer, context_length=64, endless=False)
+            return ContextStream(texts, Cutter(lm.tokenizer, context_length=64), endless=False)
 
         def run(overwrite: bool = False) -> None:
             if folder.begin(settings, overwrite=overwrite):
-                held_out = list(held_out_contexts(texts, lm.tokenizer, limit=9, context_length=64))
+                held_out = list(held_out_contexts(texts, Cutter(lm.tokenizer, context_length=64), 9))
                 writer = CacheWriter(capture, stream(), held_out, folder, settings)
                 writer.run()
                 folder.finish(writer.manifest({}), "card\n")
@@ -123,7 +123,8 @@ def test_statistics_are_those_of_the_rows(make) -> None:
     everything = made.capture.capture_all(made.stream().take(10_000))
     for layer in LAYERS:
         rows = torch.cat([cache.read(e, [layer]).by_layer[layer] for e in cache.manifest.shards]).double()
-        statistics, summary = layer_statistics(cache, layer), cache.manifest.layer(layer)
+        statistics = CachedBatches(cache, [layer], batch_size=1).statistics()[layer]
+        summary = cache.manifest.layer(layer)
         torch.testing.assert_close(statistics.mean, rows.mean(0).float(), atol=1e-5, rtol=1e-5)
         assert statistics.scale == pytest.approx(float((rows - rows.mean(0)).square().sum(1).mean().sqrt()), rel=1e-5)
         norms = everything.by_layer[layer].double().norm(dim=1)

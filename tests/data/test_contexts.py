@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_selortho.data.contexts import Context, ContextStream, held_out_contexts, pad_batch
+from hf_selortho.data.contexts import Context, ContextStream, Cutter, held_out_contexts, pad_batch
 from hf_selortho.data.texts import Documents, TextSource, open_documents
 from hf_selortho.errors import SelOrthoError
 
@@ -27,21 +27,16 @@ def write(tmp_path: Path) -> Write:
     return build
 
 
-def _one_epoch(stream: ContextStream) -> list[Context]:
-    contexts = []
-    while True:
-        contexts += stream.take(1)
-        if stream.epoch:
-            return contexts[:-1]
+def _one_epoch(documents: Documents, cutter: Cutter) -> list[Context]:
+    return list(ContextStream(documents, cutter, endless=False))
 
 
 def test_contexts_hold_every_token_of_a_document_in_order_and_of_no_other(
     write: Write, tiny_tokenizer: PreTrainedTokenizerFast, sample_documents: list[str]
 ) -> None:
     documents = write(sample_documents)
-    stream = ContextStream(documents, tiny_tokenizer, context_length=16, min_tokens=1)
     pieces: dict[int, list[int]] = {}
-    for context in _one_epoch(stream):
+    for context in _one_epoch(documents, Cutter(tiny_tokenizer, context_length=16, min_tokens=1)):
         assert context.input_ids[0] == tiny_tokenizer.bos_token_id
         assert 2 <= len(context.input_ids) <= 16
         pieces.setdefault(context.document_id, []).extend(context.input_ids[1:])
@@ -56,8 +51,9 @@ def test_contexts_hold_every_token_of_a_document_in_order_and_of_no_other(
 def test_short_ends_are_dropped_and_counted(write: Write, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["word " * count for count in range(1, 60)]
     documents = write(texts)
-    stream = ContextStream(documents, tiny_tokenizer, context_length=10, prepend_bos=False, min_tokens=4)
-    contexts = _one_epoch(stream)
+    cutter = Cutter(tiny_tokenizer, context_length=10, prepend_bos=False, min_tokens=4)
+    stream = ContextStream(documents, cutter, endless=False)
+    contexts = list(stream)
 
     trained = [text for _, text in documents.train(0, 0)]
     lengths = [len(tiny_tokenizer(text, add_special_tokens=False).input_ids) for text in trained]
@@ -65,8 +61,7 @@ def test_short_ends_are_dropped_and_counted(write: Write, tiny_tokenizer: PreTra
     assert len(contexts) == sum(length // 10 + (length % 10 >= 4) for length in lengths)
     counts = {"documents": len(trained), "contexts": len(contexts)}
     counts |= {"dropped_tails": len(tails), "dropped_tail_tokens": sum(tails)}
-    before_second_epoch = stream.state_dict()["counts"]
-    assert before_second_epoch == counts
+    assert stream.counts == counts
     assert min(len(context.input_ids) for context in contexts) >= 4
 
 
@@ -75,12 +70,13 @@ def test_resumed_stream_goes_on_with_the_very_next_context(
     before: int, write: Write, tiny_tokenizer: PreTrainedTokenizerFast, sample_documents: list[str]
 ) -> None:
     documents = write(sample_documents[:150])
-    stream = ContextStream(documents, tiny_tokenizer, context_length=32, seed=3)
+    cutter = Cutter(tiny_tokenizer, context_length=32)
+    stream = ContextStream(documents, cutter, seed=3)
     stream.take(before)
     state = json.loads(json.dumps(stream.state_dict()))
     assert len(json.dumps(state)) < 400
 
-    resumed = ContextStream(documents, tiny_tokenizer, context_length=32, seed=3)
+    resumed = ContextStream(documents, cutter, seed=3)
     resumed.take(7)  # a state replaces whatever the stream did before
     resumed.load_state_dict(state)
     assert resumed.take(900) == stream.take(900)
@@ -91,11 +87,11 @@ def test_resumed_stream_goes_on_with_the_very_next_context(
 def test_epochs_differ_in_order_and_agree_in_content(
     write: Write, tiny_tokenizer: PreTrainedTokenizerFast, sample_documents: list[str]
 ) -> None:
-    stream = ContextStream(write(sample_documents), tiny_tokenizer)
-    first = _one_epoch(stream)
-    again = ContextStream(write(sample_documents), tiny_tokenizer)
-    again.take(len(first))
-    second = again.take(len(first))
+    documents, cutter = write(sample_documents), Cutter(tiny_tokenizer)
+    first = _one_epoch(documents, cutter)
+    stream = ContextStream(documents, cutter)
+    assert stream.take(len(first)) == first
+    second = stream.take(len(first))
     assert first != second
     assert sorted(map(tuple, first)) == sorted(map(tuple, second))
 
@@ -104,15 +100,16 @@ def test_ranks_share_the_documents(
     write: Write, tiny_tokenizer: PreTrainedTokenizerFast, sample_documents: list[str]
 ) -> None:
     documents = write(sample_documents)
-    streams = [ContextStream(documents, tiny_tokenizer, rank=rank, world_size=2) for rank in range(2)]
-    shares = [{context.document_id for context in _one_epoch(stream)} for stream in streams]
+    cutter = Cutter(tiny_tokenizer)
+    streams = [ContextStream(documents, cutter, rank=rank, world_size=2, endless=False) for rank in range(2)]
+    shares = [{context.document_id for context in stream} for stream in streams]
     assert not shares[0] & shares[1]
     assert shares[0] | shares[1] == {number for number, _ in documents.train(0, 0)}
 
 
 def test_text_that_spells_a_special_token_stays_text(write: Write, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     text = "An <eos> in the text, and a <bos>, end nothing and begin nothing."
-    stream = ContextStream(write([text]), tiny_tokenizer, prepend_bos=False)
+    stream = ContextStream(write([text]), Cutter(tiny_tokenizer, prepend_bos=False))
     (context,) = stream.take(1)
     assert tiny_tokenizer.decode(context.input_ids) == text
     assert not {tiny_tokenizer.eos_token_id, tiny_tokenizer.bos_token_id} & set(context.input_ids)
@@ -122,38 +119,37 @@ def test_texts_that_are_all_too_short_end_in_an_error(write: Write, tiny_tokeniz
     documents = write([f"a{number}" for number in range(200)])
     trained = sum(1 for _ in documents.train(0, 0))
     with pytest.raises(SelOrthoError, match=rf"{trained} documents, none with 8 tokens or more.*min_tokens"):
-        ContextStream(documents, tiny_tokenizer).take(1)
+        ContextStream(documents, Cutter(tiny_tokenizer)).take(1)
     with pytest.raises(SelOrthoError, match=rf"{200 - trained} documents are held out"):
-        next(held_out_contexts(documents, tiny_tokenizer, limit=5))
+        next(held_out_contexts(documents, Cutter(tiny_tokenizer), limit=5))
 
 
 def test_process_without_documents_is_told_which(write: Write, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     documents = write(["one document that is long enough to train on, all alone in its file"])
-    streams = [ContextStream(documents, tiny_tokenizer, rank=rank, world_size=2) for rank in range(2)]
+    streams = [ContextStream(documents, Cutter(tiny_tokenizer), rank=rank, world_size=2) for rank in range(2)]
     assert len(streams[0].take(3)) == 3
     with pytest.raises(SelOrthoError, match="process 2 of 2: 0 documents"):
         streams[1].take(1)
 
 
-def test_settings_that_cannot_work_are_refused(write: Write, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    documents = write(["some text"])
+def test_settings_that_cannot_work_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(SelOrthoError, match="context_length 8 holds 7 tokens.*min_tokens is 8"):
-        ContextStream(documents, tiny_tokenizer, context_length=8)
+        Cutter(tiny_tokenizer, context_length=8)
     without_bos = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="<pad>")
     with pytest.raises(SelOrthoError, match="--prepend_bos false"):
-        ContextStream(documents, without_bos)
-    ContextStream(documents, without_bos, prepend_bos=False)
+        Cutter(without_bos)
+    Cutter(without_bos, prepend_bos=False)
 
 
 def test_held_out_contexts_are_the_same_every_time_and_never_trained_on(
     write: Write, tiny_tokenizer: PreTrainedTokenizerFast, sample_documents: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    documents = write(sample_documents)
-    held_out = list(held_out_contexts(documents, tiny_tokenizer, limit=20))
+    documents, cutter = write(sample_documents), Cutter(tiny_tokenizer)
+    held_out = list(held_out_contexts(documents, cutter, limit=20))
     assert len(held_out) == 20
-    assert held_out == list(held_out_contexts(documents, tiny_tokenizer))[:20]
-    trained = {context.document_id for context in _one_epoch(ContextStream(documents, tiny_tokenizer))}
-    everything = list(held_out_contexts(documents, tiny_tokenizer, limit=10_000))
+    assert held_out == list(held_out_contexts(documents, cutter))[:20]
+    trained = {context.document_id for context in _one_epoch(documents, cutter)}
+    everything = list(held_out_contexts(documents, cutter, limit=10_000))
     assert "10000 were asked for" in caplog.text
     held = {context.document_id for context in everything}
     assert not held & trained

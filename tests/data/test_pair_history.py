@@ -87,15 +87,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "link": (replaced_by_a_link, "leads out of"),
     "renamed": (lambda path: path.rename(path.with_name("step_000121.safetensors")), "of step 120, not of the one"),
     "foreign": (lambda path: save_file({"W_enc": torch.ones(2, 2)}, path), ""),
-    "dtype": (changed(i=LOWER), "expected .*int32"),
-    "shorter": (changed(correlation=CORRELATION[:2].clone()), "expected one number of each"),
+    "dtype": (changed(i=LOWER), "expected a column of each of .*int32"),
+    "shorter": (changed(correlation=CORRELATION[:2].clone()), "expected a column of each"),
     "no step": (changed(metadata={"selected": "3"}), "'step'"),
-    "fewer": (changed(metadata={"step": "120", "selected": "2"}), "3 pairs, of 2 that were selected"),
-    "negative": (changed(i=torch.tensor([3, -1, 1]).int()), "expected pairs with 0 <= i < j"),
-    "feature": (changed(j=torch.tensor([9, 1, 10]).int()), "beyond the 10 of the SAE"),
-    "nan": (changed(correlation=torch.tensor([-0.9, torch.nan, 0.25])), "NaN or infinite"),
-    "order": (changed(correlation=CORRELATION.flip(0)), "expected correlations by falling absolute value"),
-    "twice": (changed(i=torch.tensor([3, 3, 1]).int(), j=torch.tensor([9, 9, 4]).int()), "a pair is there twice"),
+    "fewer": (changed(metadata={"step": "120", "selected": "2"}), "expected at most 2 pairs"),
+    "negative": (changed(i=torch.tensor([3, -1, 1]).int()), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
+    "feature": (changed(j=torch.tensor([9, 1, 10]).int()), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
+    "nan": (changed(correlation=torch.tensor([-0.9, torch.nan, 0.25])), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
+    "order": (changed(correlation=CORRELATION.flip(0)), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
+    "twice": (changed(i=torch.tensor([3, 3, 1]).int(), j=torch.tensor([9, 9, 4]).int()), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
 }
 
 

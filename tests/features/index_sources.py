@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.data.contexts import Context, held_out_contexts, pad_batch
+from hf_selortho.data.contexts import Context, Cutter, held_out_contexts, pad_batch
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.sources import Sources
 from hf_selortho.language_models.capture import ActivationCapture
@@ -64,7 +64,8 @@ class Everything:
 def read_everything(sources: Sources, tokens: int | None = None) -> Everything:
     """The text, or its contexts up to so many tokens, a context at a time."""
     config, lm = sources.sae.config, sources.capture.lm
-    contexts = list(held_out_contexts(sources.documents, lm.tokenizer, context_length=config.context_length))
+    cutter = Cutter(lm.tokenizer, context_length=config.context_length)
+    contexts = list(held_out_contexts(sources.documents, cutter))
     if tokens is not None:
         held = 0
         for count, context in enumerate(contexts):

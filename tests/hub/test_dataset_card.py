@@ -13,14 +13,14 @@ import yaml
 from huggingface_hub import DatasetCard
 
 from hf_selortho.data.activation_cache import ActivationCache
-from hf_selortho.data.cache_manifest import Manifest, read_manifest
+from hf_selortho.data.cache_manifest import Manifest, from_json
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.hub.dataset_card import render_examples_card, render_shards_card, size_category
 from tests.data.caches import content, summary
 from tests.loopback_hub import LoopbackHub
 
 HOSTILE = "a: b\n---\n<img src=x onerror=alert(1)> | `x` ```\n# H [l](javascript:alert(1)) {{ 7 * 7 }} {% raw %}"
-MANIFEST = read_manifest({**content(), "layers": [5, 12], "statistics": {"5": summary(5), "12": summary(12)},
+MANIFEST = from_json(Manifest, {**content(), "layers": [5, 12], "statistics": {"5": summary(5), "12": summary(12)},
     "shards": [{"number": 0, "rows": 9, "files": {
         f"{folder}/00000.safetensors": {"sha256": "0" * 64, "bytes": 99} for folder in ("tokens", "layer_5", "layer_12")
     }}]})  # fmt: skip
@@ -36,7 +36,6 @@ def hostile_manifest() -> Manifest:
         MANIFEST,
         model=replace(MANIFEST.model, name=HOSTILE, revision=HOSTILE, dtype=HOSTILE),
         text=replace(MANIFEST.text, dataset=HOSTILE, revision=HOSTILE, split=HOSTILE),
-        stored_dtype=HOSTILE,
     )
 
 

@@ -5,12 +5,7 @@ import torch
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.contexts import Context, pad_batch
-from hf_selortho.language_models.capture import (
-    ActivationCapture,
-    NonFiniteActivationsError,
-    length_batches,
-    max_norm_from_ratio,
-)
+from hf_selortho.language_models.capture import ActivationCapture, NonFiniteActivationsError, length_batches
 from hf_selortho.language_models.sites import HookSite, decoder_layer_output
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]
@@ -95,11 +90,6 @@ def test_sinks_are_left_out_and_counted(tiny_lm, contexts) -> None:
     assert captured.dropped_sinks == int((norms > limit).sum()) > 0
     assert len(captured) + captured.dropped_sinks == len(everything)
     assert captured.by_layer[2].norm(dim=1).max() <= limit
-
-
-def test_max_norm() -> None:
-    assert max_norm_from_ratio(torch.tensor(3.0), 10.0) == 30.0
-    assert max_norm_from_ratio(3.0, None) is None
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -92,8 +92,8 @@ def test_ten_times_the_text_takes_no_more_memory(command, tmp_path) -> None:
     for repeat in (8, 80):
         converting = command(tmp_path / f"first{repeat}", repeat=repeat, shard_tokens=4096)
         finish(start([*converting, "--max_tokens", "4096"]))  # by `datasets`, which takes memory of its own
-        harvest = command(tmp_path / f"acts{repeat}", repeat=repeat, shard_tokens=4096)
-        process = start([*harvest, "--lm_dtype", "float32"])
+        caching = command(tmp_path / f"acts{repeat}", repeat=repeat, shard_tokens=4096)
+        process = start([*caching, "--lm_dtype", "float32"])
         allocated = []
         while process.poll() is None:
             found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())

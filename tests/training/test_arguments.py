@@ -65,9 +65,10 @@ def test_sinks_can_be_kept() -> None:
 
 def test_a_preset_of_ones_own(tmp_path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"model": "org/lm", "layer": 2, "max_steps": 7}))
-    arguments = parse_arguments(["--preset", str(path)])
-    assert (arguments.sae.layer, arguments.run.max_steps) == (2, 7)
+    path.write_text(json.dumps({"layers": [2, 5], "max_steps": 7, "prepend_bos": False, "twin": True}))
+    arguments = parse_arguments(["--model", "org/lm", "--preset", str(path), "--max_steps", "8"])
+    assert (arguments.run.layers, arguments.run.max_steps, arguments.run.twin) == ([2, 5], 8, True)
+    assert not arguments.sae.prepend_bos and arguments.given == {"model", "preset", "max_steps"}
 
 
 @pytest.mark.parametrize(
@@ -95,17 +96,18 @@ def test_bad_arguments(argv, message) -> None:
     [
         ("{", "is not valid JSON"),
         ("[1]", "holds a list: expected an object"),
-        ('{"modle": "x"}', "has unknown arguments: modle"),
-        ('{"layer": "twelve"}', "sets layer to 'twelve': expected int or NoneType"),
-        ('{"report_to": "wandb"}', "sets report_to to 'wandb': expected list"),
-        ('{"max_steps": 10.5}', "sets max_steps to 10.5: expected int"),
+        ('{"max_norm_ratio": null}', 'holds null: leave the argument out, or say "inf"'),
+        ('{"modle": "x"}', "unknown arguments: --modle x"),
+        ('{"layer": "twelve"}', "argument --layer: invalid int value: 'twelve'"),
+        ('{"max_steps": 10.5}', "argument --max_steps/--max-steps: invalid int value: '10.5'"),
     ],
 )
-def test_bad_presets(content, message, tmp_path) -> None:
+def test_bad_presets(content, message, tmp_path, capsys) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(SelOrthoError, match=message):
+    with pytest.raises((SelOrthoError, SystemExit)) as mistake:
         parse_arguments(["--preset", str(path)])
+    assert message in f"{mistake.value} {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("argv", [["--nosuch", "1"], ["--layer", "x"], ["--penalty", "some"], ["--lay", "3"]])

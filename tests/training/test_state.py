@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_selortho import Pairs, SelOrthoConfig, SelOrthoSAE
+from hf_selortho.process_group import SINGLE_PROCESS
 from hf_selortho.sparse_ops import DenseFeatures, active_features
 from hf_selortho.training.state import TrainState, pair_churn, step_report
 
@@ -31,7 +32,7 @@ def test_report_of_a_batch(penalty) -> None:
     sae = SelOrthoSAE(SelOrthoConfig(d_in=8, d_sae=20, penalty=penalty, pair_fraction=0.02, min_support=1))
     x = torch.randn(200, 8)
     out = sae(x)
-    report = step_report(sae, x, out, out.pairs)
+    report = step_report(sae, x, out, out.pairs, SINGLE_PROCESS)
     reconstruction = out.reconstruction.detach()
     h = out.feature_acts
     unit = h / h.norm(dim=0)

@@ -6,7 +6,7 @@ import pytest
 
 from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import parse_arguments
-from hf_selortho.training.variants import Variant, all_settings, make_variants, parse_layer_settings
+from hf_selortho.training.variants import Variant, all_settings, make_variants, parse_settings
 
 SETTINGS = {"5": {"ortho_coefficient": 0.05}, "12": {"pair_fraction": 0.0005}}
 
@@ -18,7 +18,7 @@ def variants_of(*argv: str) -> list[Variant]:
 def test_settings_by_layer_from_json_or_a_file(tmp_path) -> None:
     (tmp_path / "layers.json").write_text(json.dumps(SETTINGS))
     for value in (json.dumps(SETTINGS), str(tmp_path / "layers.json")):
-        assert parse_layer_settings(value) == {int(layer): chosen for layer, chosen in SETTINGS.items()}
+        assert parse_settings("--layer_settings", value) == SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def test_settings_by_layer_from_json_or_a_file(tmp_path) -> None:
         ('{"5": 1}', "an object of settings for each layer"),
         ('{"five": {}}', "a layer 'five'"),
         ('{"05": {}}', "a layer '05'"),
-        ('{"5": {}, "5": {}}', "'5' twice"),
         ('{"5": {"ortho_coeficient": 1}}', "did you mean ortho_coefficient"),
-        ('{"5": {"layer": 1}}', "is not a setting of the SAE"),
+        ('{"5": {"layer": 1}}', "'layer' of layer 5 is not a setting of single SAEs"),
+        ('{"5": {"max_norm_ratio": 3}}', "all read the same tokens"),
         ("nowhere.json", "No such file"),
         ("bytes.json", "is not valid JSON .'utf-8' codec"),
     ],
@@ -40,7 +40,7 @@ def test_bad_settings_are_named(value, message, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SelOrthoError, match=message):
-        parse_layer_settings(value)
+        parse_settings("--layer_settings", value)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,6 @@ def test_bad_settings_are_named(value, message, tmp_path, monkeypatch) -> None:
         {"ortho_coefficient": "high"},
         {"min_support": 2.5},
         {"min_support": True},
-        {"max_norm_ratio": "4"},
         {"penalty": "all"},
         {"penalty": ["full"]},
         {"matryoshka_prefixes": 4},
@@ -63,8 +62,8 @@ def test_settings_that_make_no_configuration(settings) -> None:
 
 
 def test_each_layer_takes_its_settings_and_each_variant_its_own_on_top() -> None:
-    settings = {**SETTINGS, "5": {"ortho_coefficient": 1, "max_norm_ratio": None, "penalty": "full"}}
-    argv = ["--layer_settings", json.dumps(settings), "--max_norm_ratio", "inf"]
+    settings = {**SETTINGS, "5": {"ortho_coefficient": 1, "penalty": "full"}}
+    argv = ["--layer_settings", json.dumps(settings)]
     (alone,) = variants_of("--layer", "12", *argv)
     assert (alone.name, alone.layer, alone.arguments.sae.pair_fraction) == ("", 12, 0.0005)
     variants = variants_of(

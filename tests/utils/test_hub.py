@@ -116,7 +116,7 @@ _ACCEPT = "accept its terms at https://huggingface.co/"
 _EXPECTED = {
     "unknown model": ['unknown model "acme/none"', _UNKNOWN],
     "gated model": ["is gated", _ACCEPT + "acme/gated", "hf auth login", "HF_TOKEN"],
-    "gated model with token": ["is gated and your token has no access", _ACCEPT + "acme/gated"],
+    "gated model with token": ["is gated", _ACCEPT + "acme/gated", "the account of your token"],
     "expired token": ["check your token"],
     "unknown revision": ['model "acme/open" has no revision "v9"'],
     "unknown dataset": ['unknown dataset "acme/none"', _UNKNOWN],
