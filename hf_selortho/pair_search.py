@@ -138,8 +138,9 @@ class PairSearch:
         """
         columns = self.columns
         limit = min(limit, len(columns) * (len(columns) - 1) // 2)
+        features = columns.index.sort().values
         if limit == 0:
-            return BestPairs(0, columns.scale, 0.0, 0).pairs(columns.n)
+            return BestPairs(0, columns.scale, 0.0, 0).pairs(features, columns.n)
         method = self._cheaper_method() if method == "auto" else method
         floor, guess = at_least**2, self._guess(limit)
         while True:  # search above a guess of the least score; one that was too high costs another try
@@ -147,7 +148,7 @@ class PairSearch:
             if not self._search(best, method):
                 method = "tiles"
             elif len(best) >= limit or best.threshold <= floor:
-                return best.pairs(columns.n)
+                return best.pairs(features, columns.n)
             else:
                 guess = guess / 4 if guess > 1e-3 else 0.0
 
@@ -175,7 +176,6 @@ class PairSearch:
         if method == "coactivation" and self.columns.norms.mean is not None:
             best.prune()
             return best.threshold > 0 and self._offer_apart(best)
-        best.fill_with_zeros(self.columns.index.sort().values, self.columns.n)
         return True
 
     def _offer(self, best: BestPairs, found: Candidates) -> None:

@@ -170,9 +170,7 @@ class CoactivationEMA:
         limit = min(pair_count(self.n, pair_fraction), count * (count - 1) // 2)
         best = BestPairs(limit, self.sums, correlation_threshold**2, self.blocks.slack)
         best.offer(self._signed_squares(self.keys[kept], self.sums[kept]), self.keys[kept])
-        if correlation_threshold == 0 and len(best) < limit:  # as in `select_pairs`: the smallest (i, j) first
-            best.fill_with_zeros(eligible.nonzero()[:, 0], self.n)
-        return best.pairs(self.n)
+        return best.pairs(eligible.nonzero()[:, 0], self.n)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything kept, as tensors."""

@@ -147,35 +147,43 @@ class BestPairs:
         if len(self) < max(1, self.limit):
             return
         squares, keys = self.whole()
-        strength = squares.abs()
-        kept = strongest(strength, keys, self.limit)
-        self.threshold = float(strength[kept].min())
-        self.replace(squares[kept], keys[kept])
+        if len(keys) > self.limit:
+            kept = strongest(squares.abs(), keys, self.limit)
+            self.replace(squares[kept], keys[kept])
+        self.threshold = float(self._squares[0].abs().min())
 
-    def fill_with_zeros(self, features: Tensor, n: int) -> None:
-        """Fill up with pairs of score 0 among rising features (m,), the smallest (i, j) first."""
-        squares, taken = self.whole()
-        kept = squares != 0
-        squares, taken = squares[kept], taken[kept]
-        self.replace(squares, taken)
-        if self.threshold > 0 or len(taken) >= self.limit:
-            return
-        m = len(features)
-        offsets = row_offsets(torch.arange(m - 1, -1, -1, device=features.device))  # of partners with a larger index
-        number = torch.arange(min(self.limit, m * (m - 1) // 2), device=features.device)  # enough: some may be taken
-        i = torch.searchsorted(offsets, number, right=True) - 1
-        keys = features[i] * n + features[number - offsets[i] + i + 1]
-        keys = keys[~torch.isin(keys, taken)][: self.limit - len(taken)]
-        self.offer(squares.new_zeros(len(keys)), keys)
+    def pairs(self, features: Tensor, n: int) -> Pairs:
+        """Return the best pairs of n features, best first.
 
-    def pairs(self, n: int) -> Pairs:
-        """Return the best pairs of n features, best first."""
+        With a threshold of 0 they are filled up with pairs of score 0 among rising features (m,), first (i, j) first.
+        """
         self.prune()
         squares, keys = self.whole()
+        if self.threshold == 0:
+            kept = squares != 0
+            squares, keys = squares[kept], keys[kept]
         by_key = keys.argsort()
-        order = by_key[squares[by_key].abs().argsort(descending=True, stable=True)]
-        squares, keys = squares[order], keys[order]
+        # the bits of floats that are not negative are ordered as the floats are, and whole numbers are sorted by radix
+        bits = squares[by_key].abs().view(torch.int64 if squares.dtype == torch.float64 else torch.int32)
+        order = by_key[(-bits).argsort(stable=True)]
+        if self.threshold == 0 and len(keys) < self.limit:
+            zeros = self._unrelated(features, n, keys[by_key])
+            squares = torch.cat([squares[order], squares.new_zeros(len(zeros))])
+            keys = torch.cat([keys[order], zeros])
+        else:
+            squares, keys = squares[order], keys[order]
         return Pairs(keys // n, keys % n, signed_root(squares))
+
+    def _unrelated(self, features: Tensor, n: int, taken: Tensor) -> Tensor:
+        """Return the first keys (m,) of pairs of these features that are not among the rising keys `taken`."""
+        m = len(features)
+        partners = torch.arange(m - 1, -1, -1, device=features.device)  # of each feature, with a larger index
+        offsets, count = row_offsets(partners), min(self.limit, m * (m - 1) // 2)  # enough: some may be taken
+        i = torch.repeat_interleave(partners[: int((offsets < count).sum())])[:count]
+        keys = features[i] * n + features[torch.arange(count, device=i.device) - offsets[i] + i + 1]
+        free = torch.ones_like(keys, dtype=torch.bool)
+        free[torch.searchsorted(keys, taken[taken <= keys[-1]])] = False
+        return keys[free][: self.limit - len(taken)]
 
 
 def strongest(strength: Tensor, keys: Tensor, limit: int) -> Tensor:

@@ -163,16 +163,11 @@ def _wanted(config: SelOrthoConfig, tokens: int, device: torch.device, group: Pr
 
 def batch_threshold(z: Tensor, wanted: int, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """Return the `wanted`-th largest of the pre-activations (m,) of all processes, 0 if fewer are positive."""
-    if group.size == 1:
-        return z.topk(min(wanted, len(z)), sorted=False).values.min().clamp_min(0)
-    bits = z[z > 0].float().view(torch.int32).sort().values  # positive floats are ordered as their bits are
-    low = torch.zeros(1, dtype=torch.int32, device=z.device)
-    for bit in range(30, -1, -1):  # the largest threshold that `wanted` entries reach, bit by bit
-        higher = low | (1 << bit)
-        reached = len(bits) - torch.searchsorted(bits, higher)
-        if int(group.sum(reached)) >= wanted:
-            low = higher
-    return low.view(torch.float32)[0]
+    best = z.topk(min(wanted, len(z)), sorted=False).values
+    if group.size > 1:
+        best = group.gather(best)
+        best = best.topk(min(wanted, len(best)), sorted=False).values
+    return best.min().clamp_min(0)
 
 
 def _pre_activation_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
