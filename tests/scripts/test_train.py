@@ -395,7 +395,7 @@ def run_script(argv: list[str], launcher: list[str] | None = None, **environment
     ("changes", "message"),
     [
         ({"layer": 9}, "layer 9 is out of range: .* has 4 layers, choose 0 to 3"),
-        ({"text_column": "body"}, r"no column \"body\": choose --text_column from: text .*, label"),
+        ({"text_column": "body"}, r"no column of text \"body\": choose --text_column from: text .*, label"),
         ({"dataset": "nosuch/data"}, "--preset demo"),
     ],
     ids=["layer", "column", "network"],
