@@ -56,6 +56,7 @@ def one_of(*values: str) -> Range:
 Count = Annotated[int, Range(lambda v: v >= 1, "at least 1")]
 CountOrZero = Annotated[int, Range(lambda v: v >= 0, "at least 0")]
 NotNegative = Annotated[float, Range(lambda v: v >= 0, "at least 0")]
+Above0 = Annotated[float, Range(lambda v: v > 0, "a number above 0")]
 Positive = Annotated[float, Range(lambda v: 0 < v < math.inf, "a finite number above 0")]
 Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295")]
 Above1 = Annotated[float, Range(lambda v: v > 1, "a number above 1")]
@@ -141,7 +142,7 @@ class RunArguments:
         0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0."
     )
     decay_steps: NotNegative = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
-    max_grad_norm: Positive | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
+    max_grad_norm: Above0 | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
     mixed_precision: Annotated[str, one_of("no", "bf16", "fp16")] | None = argument(
         None, "no, bf16 or fp16; default: what accelerate launch was given."
     )
@@ -263,7 +264,12 @@ def parse_groups(
     parser.add_argument("--preset", help=preset_help)
     name, options = parser.parse_known_args(argv)[0].preset, list[str]()
     for key, value in (adapt(load_preset(name)) if name else {}).items():
-        options += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        if value is None:  # which no option says
+            if not any(type(None) in get_args(get_type_hints(group).get(key)) for group in groups):
+                raise SelOrthoError(f"preset {name}: {key} is null, expected a value: leave it out, or give it one")
+            parser.set_defaults(**{key: None})
+        else:
+            options += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     *parsed, unknown = parser.parse_args_into_dataclasses([*options, *argv], return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
@@ -279,11 +285,9 @@ def load_preset(name: str) -> dict[str, Any]:
     """Read the arguments of a preset, given by name or as the path of a JSON file, without its "description".
 
     Raises:
-        SelOrthoError: there is no such preset (lists them), or it is not a JSON object, or one with null.
+        SelOrthoError: there is no such preset (lists them), or it is not a JSON object.
     """
     preset = read_named("preset", name, PRESET_FOLDER)[1]
-    if None in preset.values():
-        raise SelOrthoError(f'preset {name} holds null: leave the argument out, or say "inf" where it is a limit')
     return {key: value for key, value in preset.items() if key != "description"}
 
 
@@ -324,7 +328,7 @@ def _check(arguments: TrainingArguments) -> None:
         raise SelOrthoError(
             "no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out"
         )
-    if arguments.sae.layer is None and not run.layers:
+    if arguments.sae.layer is None and not run.layers and arguments.data.activations is None:
         raise SelOrthoError(
             "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"
         )

@@ -164,7 +164,7 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
     """Open the cached activations that the arguments name; their settings take the place of those of the arguments.
 
     Raises:
-        SelOrthoError: the command line contradicts them.
+        SelOrthoError: the command line contradicts them, or names no layer where there are several.
     """
     if arguments.data.activations is None:
         return None
@@ -192,6 +192,12 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
                     "leave it out, or cache them again"
                 )
             setattr(group, name, value)
+    if not arguments.run.layers and arguments.sae.layer is None:
+        if len(layers := store.manifest.layers) > 1:
+            raise SelOrthoError(
+                f"no layer given: choose --layer, or --layers for several, from {', '.join(map(str, layers))}"
+            )
+        arguments.sae.layer = layers[0]
     return store
 
 

@@ -205,7 +205,7 @@ def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvest
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "no layer given: pass --layer or --layers"),
+        ({}, "no layer given: choose --layer, or --layers for several, from 1, 2"),
         ({"layer": 3}, "holds no layer 3: choose from 1, 2"),
         ({"layer": 1, "context_length": 64}, "--context_length 64: .* were cached with 256"),
         ({"layer": 1, "activations": "nowhere"}, "nowhere holds no cache of activations: write one with"),

@@ -96,8 +96,8 @@ def test_bad_arguments(argv, message) -> None:
     [
         ("{", "is not valid JSON"),
         ("[1]", "holds a list: expected an object"),
-        ('{"max_norm_ratio": null}', 'holds null: leave the argument out, or say "inf"'),
         ('{"modle": "x"}', "unknown arguments: --modle x"),
+        ('{"max_steps": null}', "max_steps is null, expected a value"),
         ('{"layer": "twelve"}', "argument --layer: invalid int value: 'twelve'"),
         ('{"max_steps": 10.5}', "argument --max_steps/--max-steps: invalid int value: '10.5'"),
     ],
