@@ -131,7 +131,7 @@ class ActivationCache:
         path = shard_path(part, folder, shard.number)
         data, expected = self._read_bytes(path), shard.files[path].sha256
         if (sha256 := hashlib.sha256(data).hexdigest()) != expected:
-            raise self._fault(path, f"is damaged: its sha256 is {sha256}, expected {expected}")
+            raise self._fault(path, f"is damaged: its sha256 is {sha256}, expected {expected[:64]}")
         try:
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
