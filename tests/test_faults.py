@@ -273,11 +273,19 @@ def check_words_of_a_stop(said: str, folder: Path, command: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
-def test_a_launched_run_is_told_to_stop(processes, number, command, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("python", signal.SIGTERM),
+        ("python -m accelerate.commands.launch --quiet --cpu --num_processes 1", signal.SIGTERM),
+        ("python -m torch.distributed.run --standalone --nproc_per_node 2", signal.SIGINT),
+    ],
+)
+def test_a_launched_run_is_told_to_stop(launcher, number, command, tmp_path) -> None:
     """The whole command line, launcher included; what it says is what one has to type."""
     folder = tmp_path / "run"
-    process = start(command(processes, "live", folder))
+    run = command(1, "live", folder)
+    process = start([sys.executable, *launcher.split()[1:], *run[run.index("scripts/train.py") :]])
     wait_for(lambda: steps_logged(folder) > 0, process)
     everybody = process.everybody()
     if number == signal.SIGINT:
@@ -285,9 +293,8 @@ def test_a_launched_run_is_told_to_stop(processes, number, command, tmp_path) ->
     else:
         process.popen.terminate()
     code = process.wait(everybody)
-    if processes == 1:
+    if launcher == "python":
         assert code == 128 + number, process.said()[-3000:]
-    launcher = "python " if processes == 1 else "python -m torch.distributed.run --standalone --nproc_per_node 2"
     check_words_of_a_stop(process.said(), folder, launcher)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,6 +23,7 @@ _SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_TOKEN"
 )  # fmt: skip
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
 
 
@@ -38,7 +41,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def check_launcher() -> None:
-    """Raise a SelOrthoError under `accelerate launch --cpu --num_processes N`, which starts one process whatever N."""
+    """Raise a SelOrthoError under `accelerate launch --cpu --num_processes N`, which starts one process whatever N.
+
+    On Linux, this process has SIGTERM when `accelerate launch` ends, which passes no signal on.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if asked and "MASTER_ADDR" in os.environ and not _started_processes():
         raise SelOrthoError(
