@@ -1,6 +1,6 @@
 """The exact search for the best-scored pairs of columns of a matrix, in memory of the pairs and one tile.
 
-Two roads to the same set visit the sums `<m_i, m_j>` in blocks and pass on those that may still be among the best; a
+Two ways to the same set visit the sums `<m_i, m_j>` in blocks and pass on those that may still be among the best; a
 bound that needs one comparison an entry leaves few to be scored.
 
 - tiles: matrix products, `n^2 B / 2` multiplications at full speed, or `n / 2` for each active entry of sparse rows;
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pairs import TINY, BestPairs, FeatureNorms, Pairs, pair_sums, power_of_two_scale, signed_root
+from .pairs import TINY, BestPairs, FeatureNorms, Pairs, power_of_two_scale, signed_root
 from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import ActiveFeatures, FeatureActivations, csr, row_offsets, times_dense
 
@@ -141,46 +141,44 @@ class PairSearch:
         features = columns.index.sort().values
         if limit == 0:
             return BestPairs(0, columns.scale, 0.0, 0).pairs(features, columns.n)
-        method = self._cheaper_method() if method == "auto" else method
+        if method == "auto" or columns.norms.mean is not None:
+            method = self._cheaper_method()
         floor, guess = at_least**2, self._guess(limit)
         while True:  # search above a guess of the least score; one that was too high costs another try
             best = BestPairs(limit, columns.scale, max(floor, guess), self.blocks.slack)
-            if not self._search(best, method):
-                method = "tiles"
-            elif len(best) >= limit or best.threshold <= floor:
+            self._search(best, method)
+            if len(best) >= limit or best.threshold <= floor:
                 return best.pairs(features, columns.n)
-            else:
-                guess = guess / 4 if guess > 1e-3 else 0.0
+            guess = guess / 4 if guess > 1e-3 else 0.0
 
     def _cheaper_method(self) -> str:
-        """Return "tiles" or "coactivation", by the measured cost of their arithmetic."""
+        """Return "tiles" or "coactivation", by the measured cost of their arithmetic.
+
+        Centred, pairs that never fire together are correlated too: only tiles visit them.
+        """
         m, active = len(self.columns), self.columns.active
-        if active is None:
+        if active is None or self.columns.norms.mean is not None:
             return "tiles"
         cost = COSTS["cuda" if active.cols.device.type == "cuda" else "cpu"]
         entries = m * m / 2 * cost["tile entry"]
         tiles = len(active.cols) * m / 2 * cost["multiplication"] + entries
-        # under Pearson, pairs that never fire together are negatively correlated, and there are many of them
-        apart = 0 if self.columns.norms.mean is None else entries / 4
         together = float(active.crow.diff().double().square().sum()) / 2
-        return "tiles" if tiles < together * cost["co-activation"] + apart else "coactivation"
+        return "tiles" if tiles < together * cost["co-activation"] else "coactivation"
 
-    def _search(self, best: BestPairs, method: str) -> bool:
-        """Offer every pair; False if too many of them, which never fire together, would have to be looked at."""
-        for found in self._tiles(best) if method == "tiles" else self._co_activations(best):
-            self._offer(best, found)
+    def _search(self, best: BestPairs, method: str) -> None:
+        """Offer every pair that may be among the best."""
+        active, bound = self.columns.active, partial(self._bound, best)
+        if method == "coactivation" and active is not None:
+            candidates = co_activations(active, self.blocks, self.group, bound)
+        else:
+            candidates = self._tiles(best)
+        for found in candidates:
+            i, j = self.columns.features(found.i, found.j)
+            best.offer(self._signed_squares(found), i * self.columns.n + j)
         if self.group.size > 1:  # each process has visited its share of the blocks
             best.prune()
             squares, keys = best.whole()
             best.replace(self.group.gather(squares), self.group.gather(keys))
-        if method == "coactivation" and self.columns.norms.mean is not None:
-            best.prune()
-            return best.threshold > 0 and self._offer_apart(best)
-        return True
-
-    def _offer(self, best: BestPairs, found: Candidates) -> None:
-        i, j = self.columns.features(found.i, found.j)
-        best.offer(self._signed_squares(found), i * self.columns.n + j)
 
     def _signed_squares(self, found: Candidates) -> Tensor:
         """Score candidates, as `s |s|`; equal correlations are equal numbers."""
@@ -233,39 +231,6 @@ class PairSearch:
                 found = Candidates(i + top, j + left, sums)
                 # on the diagonal some rows lie below it
                 yield found.where(found.i < found.j) if bottom > left else found
-
-    def _co_activations(self, best: BestPairs) -> Iterator[Candidates]:
-        """Yield the pairs that fire together and may still be among the best."""
-        active, mean = self.columns.active, self.columns.norms.mean
-        assert active is not None  # the callers see to it
-        bound = partial(self._bound, best) if mean is None else None
-        for i, j, sums in co_activations(active, self.blocks, self.group, bound):
-            yield Candidates(i, j, sums if mean is None else sums - self.columns.norms.tokens * mean[i] * mean[j])
-
-    def _offer_apart(self, best: BestPairs) -> bool:
-        """Offer, for Pearson, the pairs that never fire together: `c = -B mean_i mean_j / (|m_i| |m_j|)`.
-
-        Returns False, having offered none, if they are too many.
-        """
-        columns, norms = self.columns, self.columns.norms
-        assert norms.mean is not None and columns.active is not None
-        strength, order = (math.sqrt(norms.tokens) * norms.mean * norms.inverse).sort(descending=True)  # (m,)
-        bound = math.sqrt(best.threshold) * (1 - 1e-5)
-        # the partners of each feature are those before it whose product with it reaches the bound
-        reach = torch.searchsorted(
-            -strength, -(bound / strength).clamp_max(torch.finfo(strength.dtype).max), right=True
-        )
-        numbers = torch.arange(len(columns), device=reach.device)
-        partners = torch.minimum(reach, numbers)
-        if int(partners.sum()) > 4 * best.limit + self.blocks.slack:
-            return False
-        second = torch.repeat_interleave(numbers, partners)
-        first = torch.arange(len(second), device=reach.device) - row_offsets(partners)[second]
-        i, j = torch.minimum(order[first], order[second]), torch.maximum(order[first], order[second])
-        joint = pair_sums(columns.active.with_values(columns.active.values.abs()), i, j)
-        sums = -norms.tokens * norms.mean[i] * norms.mean[j]
-        self._offer(best, Candidates(i, j, sums).where(joint == 0))
-        return True
 
 
 def co_activations(

@@ -62,7 +62,8 @@ def select_pairs(
         min_support: tokens on which each feature of a pair must have fired.
         correlation: "cosine" (eq. 4) or "pearson".
         method: "tiles" (blocks of the correlation matrix, memory of one of them), "coactivation" (sums over the
-            features that fire together, cost independent of n), or "auto", the cheaper one. The set is the same.
+            features that fire together, cost independent of n; not for Pearson), or "auto", the cheaper one. The set is
+            the same.
         group: processes whose rows together are the batch; each returns the same pairs. Default: this process alone.
         correlation_threshold: pairs of a lower `|c_ij|` are left out.
         score: ranks the pairs by `score(c, i, j)` (m,) in place of the correlations `c` (m,) of the features `i < j`
