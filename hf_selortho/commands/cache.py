@@ -1,6 +1,6 @@
 """Cache the activations of a language model once, as verified shards on disk, to train on them many times.
 
-python scripts/cache_activations.py --model gemma-3-270m --layers 3 8 13 --dataset texts.jsonl --output_dir acts
+selortho cache --model gemma-3-270m --layers 3 8 13 --dataset texts.jsonl --output_dir acts
 torchrun --nproc_per_node 2 scripts/cache_activations.py --preset gemma2-2b-l12 --output_dir acts
 
 Interrupted, it goes on where it stopped when the same command is run again.
@@ -22,23 +22,23 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from hf_selortho import SelOrthoError
-from hf_selortho.data.cache_folder import CacheFolder
-from hf_selortho.data.cache_manifest import CacheSettings, ContextInfo, Manifest, ModelInfo, TextInfo
-from hf_selortho.data.cache_report import report_table
-from hf_selortho.data.cache_writer import CacheWriter, check_disk, disk_bytes, forecast, tokenizer_hash
-from hf_selortho.data.contexts import Context, ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
-from hf_selortho.data.texts import Documents, open_documents
-from hf_selortho.hub.dataset_card import render_shards_card
-from hf_selortho.language_models.capture import ActivationCapture
-from hf_selortho.language_models.loading import check_context_length, load_language_model
-from hf_selortho.process_group import ProcessGroup, leave_process_group
-from hf_selortho.training.arguments import TextArguments
-from hf_selortho.training.cache_arguments import CacheArguments, parse_cache_arguments
-from hf_selortho.training.run_folder import library_versions
-from hf_selortho.utils.command_line import check_launcher, on_cpu, run_script, use_all_cores
-from hf_selortho.utils.files import FolderLock
-from hf_selortho.utils.memory import peak_memory
+from ..data.cache_folder import CacheFolder
+from ..data.cache_manifest import CacheSettings, ContextInfo, Manifest, ModelInfo, TextInfo
+from ..data.cache_report import report_table
+from ..data.cache_writer import CacheWriter, check_disk, disk_bytes, forecast, tokenizer_hash
+from ..data.contexts import Context, ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
+from ..data.texts import Documents, open_documents
+from ..errors import SelOrthoError
+from ..hub.dataset_card import render_shards_card
+from ..language_models.capture import ActivationCapture
+from ..language_models.loading import check_context_length, load_language_model
+from ..process_group import ProcessGroup, leave_process_group
+from ..training.arguments import TextArguments
+from ..training.cache_arguments import CacheArguments, parse_cache_arguments
+from ..training.run_folder import library_versions
+from ..utils.command_line import check_launcher, on_cpu, selortho, use_all_cores
+from ..utils.files import FolderLock
+from ..utils.memory import peak_memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,10 +170,6 @@ def closing_words(folder: Path, manifest: Manifest, speed: float, memory: int) -
         f"\n{report_table(manifest)}\n{folder}/ holds {len(manifest.shards)} shards of {manifest.rows:,} tokens and "
         f"{manifest.held_out_counts.rows:,} held-out ones\n"
         f"{speed:,.0f} tokens/s; peak memory {memory / 1e9:.2f} GB\n\nNext:\n"
-        f"  accelerate launch scripts/train.py --activations {name} --layers {layers} --twin --output_dir runs/sae\n"
+        f"  {selortho()} train --activations {name} --layers {layers} --twin --output_dir runs/sae\n"
         f"  python -m hf_selortho.data.cache_report {name} --output norms.png\n"
     )
-
-
-if __name__ == "__main__":
-    run_script(main)

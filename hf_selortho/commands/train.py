@@ -18,23 +18,23 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hf_selortho import SelOrthoError
-from hf_selortho.evaluation.evaluator import Evaluation, evaluate_saes
-from hf_selortho.hub.model_card import Publisher
-from hf_selortho.hub.push import push_run
-from hf_selortho.hub.report import metrics_table, summary_table, write_report, write_summary
-from hf_selortho.hub.repository import Repository, check_repo_id
-from hf_selortho.hub.run_folder import read_run, with_others
-from hf_selortho.hub.summary import SaeReport
-from hf_selortho.process_group import leave_process_group
-from hf_selortho.training.arguments import HubArguments, parse_arguments
-from hf_selortho.training.dry_run import dry_run
-from hf_selortho.training.run import TrainingRun, make_accelerator
-from hf_selortho.training.run_folder import hardware, library_versions, save_sae
-from hf_selortho.training.sae_trainer import LAST_STEPS
-from hf_selortho.utils.command_line import check_launcher, launch_command, run_script, say
-from hf_selortho.utils.files import FolderLock
-from hf_selortho.utils.memory import peak_memory
+from ..errors import SelOrthoError
+from ..evaluation.evaluator import Evaluation, evaluate_saes
+from ..hub.model_card import Publisher
+from ..hub.push import push_run
+from ..hub.report import metrics_table, summary_table, write_report, write_summary
+from ..hub.repository import Repository, check_repo_id
+from ..hub.run_folder import read_run, with_others
+from ..hub.summary import SaeReport
+from ..process_group import leave_process_group
+from ..training.arguments import HubArguments, parse_arguments
+from ..training.dry_run import dry_run
+from ..training.run import TrainingRun, make_accelerator
+from ..training.run_folder import hardware, library_versions, save_sae
+from ..training.sae_trainer import LAST_STEPS
+from ..utils.command_line import check_launcher, launch_command, say, selortho
+from ..utils.files import FolderLock
+from ..utils.memory import peak_memory
 
 logger = logging.getLogger("hf_selortho.train")
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Activations in; trained, evaluated and documented SAEs out."""
     started = time.time()
     check_launcher()
-    command = launch_command("scripts/train.py", argv)
+    command = launch_command()
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments)
     is_main = accelerator.is_main_process
@@ -172,7 +172,7 @@ def publish(output: Path, hub: HubArguments) -> None:
         private, revision = hub.hub_private or None, hub.hub_revision
         pushed = push_run(run, repo_id, publisher=publisher, private=private, revision=revision)
     except SelOrthoError as error:
-        again = f"python scripts/push_to_hub.py {shlex.quote(str(output))} --repo_id {repo_id}"
+        again = f"{selortho()} push {shlex.quote(str(output))} --repo_id {repo_id}"
         raise SelOrthoError(f"{error}. The run in {output} is complete; to publish it: {again}") from error
     sys.stdout.write(f"{pushed.in_words}\n")
 
@@ -192,12 +192,8 @@ def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, An
         f"\n{table}\n\n{output}/ holds {holds}, with metrics, pictures and card (README.md); "
         f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
         f'  python -c "from hf_selortho import SelOrthoSAE; print(SelOrthoSAE.from_pretrained({folder!r}).config)"\n'
-        f"  python scripts/evaluate_sae.py {shlex.quote(folder)}\n"
-        f"  python scripts/build_feature_index.py {shlex.quote(str(output))}\n"
-        f"  python spaces_app/app.py --sae {shlex.quote(str(output))}\n{'' if several else twin}"
+        f"  {selortho()} evaluate {shlex.quote(folder)}\n"
+        f"  {selortho()} index {shlex.quote(str(output))}\n"
+        f"  {selortho()} browse {shlex.quote(str(output))}\n{'' if several else twin}"
         f"{folder}/README.md has a snippet that goes from a sentence to features.\n"
     )
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,4 +1,4 @@
-"""Run a script so that a mistake is one line and exit code 2, the log is readable, and no output holds a secret."""
+"""Run a command so that a mistake is one line and exit code 2, the log is readable, and no output holds a secret."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -28,7 +30,7 @@ _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by acce
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main function; exit with 2 and one line on standard error if the user can mend what is wrong."""
+    """Run the main function of a command; exit with 2 and one line on standard error if the user can mend what is wrong."""
     _set_up_logging()
     try:
         main()
@@ -51,7 +53,7 @@ def check_launcher() -> None:
     if asked and "MASTER_ADDR" in os.environ and not _started_processes():
         raise SelOrthoError(
             "accelerate launch starts a single process on CPUs, whatever --num_processes says: use "
-            f"torchrun --nproc_per_node N {sys.argv[0]} --cpu ..."
+            f"torchrun --nproc_per_node N {sys.argv[0].replace('selortho ', '-m hf_selortho ')} --cpu ..."
         )
 
 
@@ -76,15 +78,19 @@ def own_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch_command(script: str, argv: Sequence[str] | None = None) -> str:
-    """Return the command that started this run, launcher included, without `--resume_from_checkpoint` and secrets.
-
-    Args:
-        script: name of the script as users type it, if they gave its arguments from Python.
-        argv: these arguments; None for those of the command line.
-    """
-    command = shlex.join(_typed_command() if argv is None else ["accelerate", "launch", script, *argv])
+def launch_command() -> str:
+    """Return the command that started this run, launcher included, without `--resume_from_checkpoint` and secrets."""
+    command = shlex.join(_typed_command())
     return without_secrets(re.sub(r" --resume_from_checkpoint[ =]('[^']*'|\S+)", "", command))
+
+
+def selortho() -> str:
+    """Return how the user can call `selortho` here: by its name, or by its path where that is not looked at."""
+    installed = Path(sys.executable).with_name("selortho")
+    found = shutil.which("selortho")
+    if found and Path(found).samefile(installed):
+        return "selortho"
+    return shlex.quote(os.path.relpath(installed)) if installed.is_file() else "python -m hf_selortho"
 
 
 def say(words: str) -> None:
@@ -115,8 +121,9 @@ def _typed_command() -> list[str]:
         launcher = [] if parent is None else parent.cmdline()
     except psutil.Error:  # it has ended
         launcher = []
-    if sys.argv[0] not in launcher:
-        return ["python", *sys.argv]
+    if not {sys.argv[0], "hf_selortho"} & set(launcher):
+        own = sys.argv[0].split() if sys.argv[0].startswith("selortho ") else ["python", sys.argv[0]]
+        return [*own, *sys.argv[1:]]
     python, *rest = launcher
     return ["python", *rest] if rest[0].startswith("-") else [os.path.basename(rest[0]), *rest[1:]]
 
@@ -127,7 +134,7 @@ class _DiscreetFormatter(logging.Formatter):
 
 
 def _program() -> str:
-    """The program as users type it: a script's name, or `python -m` and that of a module."""
+    """The program as users type it: a command, a script's name, or `python -m` and that of a module."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None and module.origin == sys.argv[0]:
         return f"python -m {module.name.removesuffix('.__main__')}"

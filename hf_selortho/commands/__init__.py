@@ -1,0 +1,1 @@
+"""What `selortho` does, one file a command."""
