@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Activations in; trained, evaluated and documented SAEs out."""
     started = time.time()
     check_launcher()
-    command = launch_command()
+    command = launch_command("train", argv)
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments)
     is_main = accelerator.is_main_process

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -30,7 +30,7 @@ _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by acce
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run the main function of a command; exit with 2 and one line on standard error if the user can mend what is wrong."""
+    """Run a main function; exit with 2 and one line on standard error if the user can mend what is wrong."""
     _set_up_logging()
     try:
         main()
@@ -78,9 +78,14 @@ def own_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch_command() -> str:
-    """Return the command that started this run, launcher included, without `--resume_from_checkpoint` and secrets."""
-    command = shlex.join(_typed_command())
+def launch_command(name: str, argv: Sequence[str] | None = None) -> str:
+    """Return the command that started this run, launcher included, without `--resume_from_checkpoint` and secrets.
+
+    Args:
+        name: of the command, if its arguments came from Python.
+        argv: these arguments; None for those of the command line.
+    """
+    command = shlex.join(_typed_command() if argv is None else ["selortho", name, *argv])
     return without_secrets(re.sub(r" --resume_from_checkpoint[ =]('[^']*'|\S+)", "", command))
 
 

@@ -42,7 +42,7 @@ def test_accelerate_launch_with_several_processes_on_cpus_is_refused(tmp_path) -
 )
 def test_the_command_is_what_was_typed(launcher, tmp_path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from hf_selortho.utils.command_line import launch_command\nprint(launch_command(''))")
+    script.write_text("from hf_selortho.utils.command_line import launch_command\nprint(launch_command('train'))")
     start = launcher.replace("torchrun", str(Path(sys.executable).with_name("torchrun")))
     start = start.replace("python ", f"{sys.executable} ", 1) if start.startswith("python ") else start
     start = sys.executable if start == "python" else start

@@ -1,0 +1,30 @@
+"""Every script of examples/ runs as it stands, and shows what its first line says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHOWN = {
+    "train_on_a_tensor": r"FVU 0\.0\d+, L0 [34]\.\d",
+    "penalty_in_another_trainer": r"150 loss 0\.\d+, top correlations 0\.[67]\d+",
+    "selection_score": r"correlation: .* \(2, 3\) at 1\.00\ncorrelation times cosine: .* \(0, 1\) at 0\.9",
+}
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SHOWN)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_example(name, tmp_path) -> None:
+    script = EXAMPLES / f"{name}.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 40
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(SHOWN[name], done.stdout), done.stdout
