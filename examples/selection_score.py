@@ -24,6 +24,5 @@ def alike(correlation: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.
 
 for name, score in (("correlation", None), ("correlation times cosine", alike)):
     pairs = select_pairs(h, pair_fraction=1e-4, score=score)
-    print(
-        f"{name}: {len(pairs)} pairs, first ({int(pairs.i[0])}, {int(pairs.j[0])}) at {float(pairs.correlation[0]):.2f}"
-    )
+    first = int(pairs.i[0]), int(pairs.j[0])
+    print(f"{name}: {len(pairs)} pairs, first {first} at {float(pairs.correlation[0]):.2f}")
