@@ -6,7 +6,7 @@
 #
 # PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV=... its folder,
 # JOBS=4 runs as many tests side by side (2), JOBS=0 one after the other;
-# ARGS="--max_steps 100" goes to scripts/train.py (demo), to spaces_app/app.py (space) or to pytest (test, test-fast, test-lowest);
+# ARGS="--max_steps 100" goes to selortho train (demo), to selortho browse (space) or to pytest (test, test-fast, test-lowest);
 # SAE=runs/mine is another one to show than runs/demo.
 
 PYTHON ?= python3
@@ -22,10 +22,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The tests of a file stay together, since they share fixtures; the order of the files is that of tests/conftest.py.
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# What `accelerate launch` would otherwise guess, with a warning for each; plain `accelerate launch scripts/train.py` does the same.
-# --quiet: a mistake stays one line, without a traceback of accelerate's own below it.
-LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-
 .PHONY: help demo space test test-fast test-lowest lint format clean
 .DEFAULT_GOAL := help
 
@@ -34,11 +30,11 @@ help:
 
 # A second `make demo` replaces runs/demo; whoever passes ARGS, such as another output folder, decides that alone.
 demo: $(VENV)/.stamp-demo
-	$(LAUNCH) scripts/train.py --preset demo $(or $(ARGS),--overwrite_output_dir)
+	$(BIN)/selortho train --preset demo $(or $(ARGS),--overwrite_output_dir)
 
 space: $(VENV)/.stamp-space
-	@find $(SAE) -path '*feature_index/index.json' | grep -q . || $(BIN)/python scripts/build_feature_index.py $(SAE)
-	$(BIN)/python spaces_app/app.py --sae $(SAE) $(ARGS)
+	@find $(SAE) -path '*feature_index/index.json' | grep -q . || $(BIN)/selortho index $(SAE)
+	$(BIN)/selortho browse $(SAE) $(ARGS)
 
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -m "" $(PARALLEL) --durations=25 $(ARGS)
