@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import enum
+import importlib
 import inspect
 import json
 import os
 import re
-import runpy
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 import hf_selortho
 from hf_selortho import SelOrthoConfig, features
+from hf_selortho.commands.main import COMMANDS
 from tests.goldens import trainings
 
 ROOT = Path(__file__).parents[1]
@@ -78,27 +79,20 @@ def settings() -> list[str]:
     return [f"{name} = {value!r}" for name, value in SelOrthoConfig.default_settings().items()]
 
 
-def programs() -> dict[str, tuple[str, bool]]:
-    """By what users type: a path or the name of a module, and whether it is a module."""
-    scripts = [*sorted((ROOT / "scripts").glob("*.py")), ROOT / "spaces_app" / "app.py"]
-    found = {str(path.relative_to(ROOT)): (str(path), False) for path in scripts if path.stem != "__init__"}
-    modules = re.findall(r"python -m (hf_selortho[\w.]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    return found | {f"python -m {name}": (name, True) for name in sorted(set(modules))}
+def programs() -> dict[str, str]:
+    """The module of each program, by what users type."""
+    found = {f"selortho {name}": f"hf_selortho.commands.{name}" for name in COMMANDS}
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    modules = re.findall(r"python -m (hf_selortho\.[\w.]+)", "\n".join(texts))
+    return found | {f"python -m {name}": name for name in sorted(set(modules))}
 
 
-def run_program(place: str, is_module: bool, arguments: Sequence[str]) -> None:
-    """Run a program in this process, as its command line would."""
+def run_program(place: str, arguments: Sequence[str]) -> None:
+    """Run a command or a module in this process, as its command line would."""
     threads = torch.get_num_threads()
-    with (
-        mock.patch.object(sys, "argv", [place, *arguments]),
-        mock.patch.object(sys, "path", [str(Path(place).parent), *sys.path]),
-    ):
+    with mock.patch.object(sys, "argv", [place, *arguments]):
         try:
-            if is_module:
-                target = place if not (ROOT / place.replace(".", "/")).is_dir() else f"{place}.__main__"
-                runpy.run_module(target, run_name="__main__")
-            else:
-                runpy.run_path(place, run_name="__main__")
+            importlib.import_module(place).main()
         except SystemExit as end:
             assert not end.code, f"{place} ended with {end.code}"
         finally:
@@ -115,9 +109,9 @@ def options() -> list[str]:
 
     lines = []
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop):
-        for name, (place, is_module) in programs().items():
+        for name, place in programs().items():
             try:
-                run_program(place, is_module, [])
+                run_program(place, [])
             except ParserFound as found:
                 lines += _options_of(name, found.args[0])
             else:
@@ -151,13 +145,12 @@ def files(folder: Path) -> list[str]:
     for name, arguments in {
         "train": one,
         "train ": several,
-        "cache_activations": cached,
-        "build_feature_index": [sae, "--tokens", "400", *read],
-        "evaluate_sae": [sae, "--output", str(folder / "evaluation.json"), "--eval_samples", "12", *read],
+        "cache": cached,
+        "index": [sae, "--tokens", "400", *read],
+        "evaluate": [sae, "--output", str(folder / "evaluation.json"), "--eval_samples", "12", *read],
+        "convert": [sae, str(folder / "saelens"), "--to", "saelens"],
     }.items():
-        run_program(str(ROOT / "scripts" / f"{name.strip()}.py"), False, arguments)
-    interop = re.findall(r"python -m (hf_selortho[\w.]+) convert", (ROOT / "README.md").read_text(encoding="utf-8"))[0]
-    run_program(interop, True, ["convert", sae, str(folder / "saelens"), "--to", "saelens"])
+        run_program(f"hf_selortho.commands.{name.strip()}", arguments)
     lines = []
     for path in sorted({*folder.rglob("*.json"), *folder.rglob("*.jsonl")}):
         shown = str(path.relative_to(folder))
