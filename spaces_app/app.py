@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from feature_browser.layout import HEAD, STYLE, Page, theme
-from feature_browser.live import LiveModel
-from feature_browser.shelf import Settings, open_shelf, settings_from
-from feature_browser.views import Views
 
 from hf_selortho import SelOrthoError
+from hf_selortho.browser.layout import HEAD, STYLE, Page, theme
+from hf_selortho.browser.live import LiveModel
+from hf_selortho.browser.shelf import Settings, open_shelf, settings_from
+from hf_selortho.browser.views import Views
 from hf_selortho.utils.command_line import run_script
 
 EXAMPLES = (

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_browser.live import LiveModel
-from feature_browser.shelf import Settings, Shown, open_shelf
-from feature_browser.views import Views
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
+from hf_selortho.browser.live import LiveModel
+from hf_selortho.browser.shelf import Settings, Shown, open_shelf
+from hf_selortho.browser.views import Views
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.build import IndexSettings, Sources, build_feature_index
 from hf_selortho.features.index_writer import INDEX, IndexWriter

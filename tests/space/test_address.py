@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from feature_browser.address import VIEWS, Address, parse_address
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_selortho import SelOrthoError
+from hf_selortho.browser.address import VIEWS, Address, parse_address
 
 numbers = st.none() | st.integers(0, 10**6)
 

@@ -6,11 +6,11 @@ import html
 import re
 
 import pytest
-from feature_browser.address import Address
-from feature_browser.live import MAX_CHARACTERS
-from feature_browser.pair_views import sorted_pairs
-from feature_browser.readings import counterpart
 
+from hf_selortho.browser.address import Address
+from hf_selortho.browser.live import MAX_CHARACTERS
+from hf_selortho.browser.pair_views import sorted_pairs
+from hf_selortho.browser.readings import counterpart
 from hf_selortho.features import inspect
 from hf_selortho.features.render import number, percent
 

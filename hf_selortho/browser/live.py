@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.features import FeatureCapture, TokenFeatures
-from hf_selortho.features.sampling import Sampling
-from hf_selortho.features.steering import Generation, Steer, Steering
-from hf_selortho.hub.interop import load_sae
-from hf_selortho.language_models.loading import LanguageModel, load_language_model
-from hf_selortho.utils.hub import RepoRef
-
+from .. import SelOrthoError, SelOrthoSAE
+from ..features import FeatureCapture, TokenFeatures
+from ..features.sampling import Sampling
+from ..features.steering import Generation, Steer, Steering
+from ..hub.interop import load_sae
+from ..language_models.loading import LanguageModel, load_language_model
+from ..utils.hub import RepoRef
 from .shelf import MAIN, Settings, Shown
 
 logger = logging.getLogger("hf_selortho.space")

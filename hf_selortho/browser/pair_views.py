@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_selortho import SelOrthoError
-from hf_selortho.features.index import FeatureIndex
-from hf_selortho.features.records import PAIR_CLASSES, PairRecord
-from hf_selortho.features.render import curves_html, escape, label_html, number, percent
-
+from .. import SelOrthoError
+from ..features.index import FeatureIndex
+from ..features.records import PAIR_CLASSES, PairRecord
+from ..features.render import curves_html, escape, label_html, number, percent
 from . import parts
 from .address import Address
 

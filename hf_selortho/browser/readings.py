@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_selortho import SelOrthoSAE
-from hf_selortho.features import TokenFeatures
-from hf_selortho.features.render import bar_html, label_html, legend_html, line_break, number, token_html, visible
-from hf_selortho.features.render import escape as escaped
-
+from .. import SelOrthoSAE
+from ..features import TokenFeatures
+from ..features.render import bar_html, label_html, legend_html, line_break, number, token_html, visible
+from ..features.render import escape as escaped
 from . import parts
 from .address import Address
 from .shelf import Shown

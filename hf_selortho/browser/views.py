@@ -6,10 +6,9 @@ import bisect
 import random
 from collections.abc import Callable, Mapping
 
-from hf_selortho import SelOrthoError
-from hf_selortho.features.index import FeatureIndex
-from hf_selortho.features.render import escape, label_html
-
+from .. import SelOrthoError
+from ..features.index import FeatureIndex
+from ..features.render import escape, label_html
 from . import parts
 from .address import Address
 from .live import LiveModel, NotLiveError

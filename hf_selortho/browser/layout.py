@@ -9,10 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from hf_selortho import SelOrthoError
-from hf_selortho.features.render import escape
-from hf_selortho.features.sampling import Sampling
-
+from .. import SelOrthoError
+from ..features.render import escape
+from ..features.sampling import Sampling
 from . import parts, steer_page
 from .address import VIEWS, Address, parse_address
 from .cards import card_markdown

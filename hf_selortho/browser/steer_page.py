@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hf_selortho import SelOrthoError
-from hf_selortho.features.render import escape, line_break, number, token_html, visible
-from hf_selortho.features.sampling import Sampling
-from hf_selortho.features.steering import Generation, Steer
-
+from .. import SelOrthoError
+from ..features.render import escape, line_break, number, token_html, visible
+from ..features.sampling import Sampling
+from ..features.steering import Generation, Steer
 from . import parts
 from .address import Address
 from .live import LiveModel, NotLiveError

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_selortho.features.render import curves_html, escape, number
-
+from ..features.render import curves_html, escape, number
 from . import parts
 from .shelf import Shown
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from hf_selortho.features.index import FeatureIndex, FeatureSummary
-from hf_selortho.features.records import FeatureContext, FeatureRecord, JointContext, Neighbour, TokenEffect
-from hf_selortho.features.render import (
+from ..features.index import FeatureIndex, FeatureSummary
+from ..features.records import FeatureContext, FeatureRecord, JointContext, Neighbour, TokenEffect
+from ..features.render import (
     bar_html,
     escape,
     histogram_html,
@@ -19,7 +19,6 @@ from hf_selortho.features.render import (
     tokens_html,
     visible,
 )
-
 from .address import Address
 
 BANDS = (0.8, 0.6, 0.4, 0.2, 0.0)  # quantiles of the activation, from above

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from hf_selortho import SelOrthoError
-
+from .. import SelOrthoError
 from .live import MAX_CHARACTERS
 from .shelf import MAIN
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.features.index import FeatureIndex
-from hf_selortho.features.index_writer import INDEX
-from hf_selortho.hub.run_folder import shown_name, twin_beside
-from hf_selortho.training.run_folder import CARD, METRICS, METRICS_LOG, read_rows
-from hf_selortho.utils.hub import CONFIG, RepoRef, at_one_commit, find_file, read_object
+from .. import SelOrthoConfig, SelOrthoError
+from ..features.index import FeatureIndex
+from ..features.index_writer import INDEX
+from ..hub.run_folder import shown_name, twin_beside
+from ..training.run_folder import CARD, METRICS, METRICS_LOG, read_rows
+from ..utils.hub import CONFIG, RepoRef, at_one_commit, find_file, read_object
 
 logger = logging.getLogger("hf_selortho.space")
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import gradio as gr
 
-from hf_selortho import SelOrthoError
-from hf_selortho.features import TokenFeatures
-from hf_selortho.features.index import FeatureIndex, FeatureSummary
-from hf_selortho.features.sampling import Sampling
-
+from .. import SelOrthoError
+from ..features import TokenFeatures
+from ..features.index import FeatureIndex, FeatureSummary
+from ..features.sampling import Sampling
 from .address import Address
 from .live import LiveModel
 from .pair_views import sorted_pairs

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_url
 
-from hf_selortho.utils.files import target_outside
-
+from ..utils.files import target_outside
 from .shelf import Shown
 
 _HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
