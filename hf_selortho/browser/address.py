@@ -1,15 +1,16 @@
-"""What the page shows, as the query of its address: every finding can be sent to a colleague."""
+"""The address of a view: what the page shows as a query, so that every finding can be sent to a colleague."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from .. import SelOrthoError
-from .live import MAX_CHARACTERS
-from .shelf import MAIN
+from ..errors import SelOrthoError
 
+MAX_CHARACTERS = 2000  # of a text
+MAIN, TWIN = "main", "twin"  # keys of the SAEs of the page
 VIEWS = {
     "text": "Text",
     "feature": "Feature",
@@ -44,22 +45,21 @@ class Address:
     other: str = ""  # another SAE of the Hub, where the owner allows it
 
     def query(self) -> str:
-        """As the query of an address, "?view=...", without what has its default."""
-        default = Address(view=self.view)
+        """Return the query "?view=...", without what has its default."""
         parts = {"view": self.view}
-        for name in Address.__dataclass_fields__:
-            value = getattr(self, name)
-            if name != "view" and value != getattr(default, name):
-                parts[name] = "1" if value is True else str(value)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "view" and value != field.default:
+                parts[field.name] = "1" if value is True else str(value)
         return "?" + urlencode(parts)
 
     def to(self, **changes: Any) -> Address:
-        """The same with changes."""
-        return replace(self, **changes)
+        """Return the address with changes."""
+        return dataclasses.replace(self, **changes)
 
 
 def parse_address(query: str) -> Address:
-    """The address that a query means; a view "pair" is that of "pairs" with a pair open.
+    """Return the address that a query means; a view "pair" is that of "pairs" with a pair open.
 
     Raises:
         SelOrthoError: the view is unknown, a number is none, or the query is too long.
@@ -68,28 +68,24 @@ def parse_address(query: str) -> Address:
         raise SelOrthoError(
             f"this address has {len(query):,} characters, expected at most {_LONGEST:,}: shorten its text"
         )
-    fields = parse_qs(query.lstrip("?"), keep_blank_values=False)
-    given = {name: values[-1] for name, values in fields.items() if name in Address.__dataclass_fields__}
-    if given.get("view") == "pair":
-        given["view"] = "pairs"
-    if given.get("view", "text") not in VIEWS:
-        raise SelOrthoError(f"there is no view {given['view']!r:.50}: choose {', '.join(VIEWS)}")
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        kind = Address.__dataclass_fields__[name].type
-        found[name] = _read(name, value, str(kind))
-    return Address(**found)
+    fields = {name: values[-1] for name, values in parse_qs(query.lstrip("?")).items()}
+    if fields.get("view") == "pair":
+        fields["view"] = "pairs"
+    if fields.get("view", "text") not in VIEWS:
+        raise SelOrthoError(f"there is no view {fields['view']!r:.50}: choose {', '.join(VIEWS)}")
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Address)}
+    return Address(**{name: _parse(name, text, kinds[name]) for name, text in fields.items() if name in kinds})
 
 
-def _read(name: str, value: str, kind: str) -> Any:
+def _parse(name: str, text: str, kind: str) -> Any:
     if kind == "bool":
-        return value == "1"
-    if kind.startswith(("int", "float")):
-        try:
-            number = int(value) if kind.startswith("int") else float(value)
-        except ValueError as error:
-            raise SelOrthoError(f"{name}={value!r:.50} in the address: expected a number") from error
-        if not -1e9 < number < 1e9:
-            raise SelOrthoError(f"{name}={value!r:.50} in the address: expected a smaller number")
-        return number
-    return value
+        return text == "1"
+    if kind == "str":
+        return text
+    try:
+        number = int(text) if kind.startswith("int") else float(text)
+    except ValueError as error:
+        raise SelOrthoError(f"{name}={text!r:.50} in the address: expected a number") from error
+    if not -1e9 < number < 1e9:
+        raise SelOrthoError(f"{name}={text!r:.50} in the address: expected a smaller number")
+    return number

@@ -3,204 +3,231 @@
 from __future__ import annotations
 
 import bisect
+import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
-from .. import SelOrthoError
-from ..features.index import FeatureIndex
-from ..features.render import escape, label_html
-from . import parts
-from .address import Address
-from .live import LiveModel, NotLiveError
-from .pair_views import pair_page, pair_table
-from .readings import compared, read_text, shaded_text
-from .run_page import run_page
-from .shelf import TWIN, Shown
+from ..errors import SelOrthoError
+from ..features import FeatureIndex, FeatureRecord
+from ..features.records import FeatureContext
+from ..utils.hub import RepoRef
+from .address import TWIN, VIEWS, Address
+from .catalog import CatalogEntry
+from .charts import curves, histogram
+from .live_model import LiveModel, NotLiveError
+from .pairs import pair_page, pair_table
+from .rendering import note, percent, problem, view
+from .text_view import activations_on, compared_values, text_values
+
+logger = logging.getLogger(__name__)
+
+MEASURED = {  # in metrics.json, with name and meaning
+    "fvu": ("FVU", "unexplained variance, less is better"),
+    "l0": ("L0", "features that fire on a token"),
+    "loss_recovered": ("loss recovered", "of the language model, 1 is perfect"),
+    "top_correlation": ("mean of the top pairs", "correlation of the most correlated 0.1% of pairs"),
+    "peak_correlation": ("peak correlation", "of any pair"),
+    "max_decoder_cosine": ("mean maximum decoder cosine", "of each feature with its nearest"),
+    "dead_features": ("dead features", "that never fired on the evaluation's text"),
+}
+CURVES = {  # in metrics.jsonl, with the title of their chart
+    "fvu": "FVU",
+    "l0": "L0",
+    "top_correlation": "Mean of the top pairs' correlations",
+    "dead_features": "Dead features",
+}
+_BANDS = (0.8, 0.6, 0.4, 0.2, 0.0)  # quantiles of the activation, from above
 
 
 class Views:
     """Renders every view; holds nothing of any visitor.
 
     Args:
-        shelf: the SAEs by key. live: the language model. examples: sentences to start with.
+        catalog: the SAEs by key. live: the language model. examples: sentences to start with.
         allow_other_saes: whether visitors may compare with any SAE of the Hub.
     """
 
     def __init__(
-        self, shelf: Mapping[str, Shown], live: LiveModel, examples: tuple[str, ...], allow_other_saes: bool = False
+        self,
+        catalog: Mapping[str, CatalogEntry],
+        live: LiveModel,
+        examples: tuple[str, ...],
+        allow_other_saes: bool = False,
     ) -> None:
-        self.shelf, self.live, self.examples, self.allow_other_saes = shelf, live, examples, allow_other_saes
-        self._by_view: dict[str, Callable[[Address], str]] = {
-            "text": self.text,
-            "feature": self.feature,
-            "pairs": self.pairs,
-            "search": self.search,
-            "compare": self.compare,
-            "run": self.run,
-        }
+        self.catalog, self.live, self.examples, self.allow_other_saes = catalog, live, examples, allow_other_saes
 
     def render(self, address: Address) -> str:
-        """The view of an address; mistakes and what is missing are said in words."""
+        """Render the view of an address; mistakes and what is missing are said in words."""
         try:
-            return self._by_view[address.view](address)
+            return str(getattr(self, address.view)(address))
+        except NotLiveError as error:
+            return note(address, VIEWS[address.view], f"{error}. Features and pairs can be browsed all the same.")
         except SelOrthoError as error:
-            return parts.problem(address, str(error))
+            return problem(address, str(error))
+        except Exception:
+            logger.exception("view %s", address.view)
+            return problem(address, "Something went wrong here; the log of the page says what. Try another view.")
 
-    def shown(self, address: Address) -> Shown:
-        """The SAE of an address.
+    def entry(self, sae: str) -> CatalogEntry:
+        """Return an SAE of the page.
 
         Raises:
             SelOrthoError: it is not on this page.
         """
-        if address.sae not in self.shelf:
-            raise SelOrthoError(f"sae={address.sae!r:.50}: this page shows {' and '.join(self.shelf)}")
-        return self.shelf[address.sae]
+        if sae not in self.catalog:
+            raise SelOrthoError(f"sae={sae!r:.50}: this page shows {' and '.join(self.catalog)}")
+        return self.catalog[sae]
 
-    def index(self, address: Address) -> FeatureIndex:
-        """Its feature index.
+    def index(self, sae: str) -> FeatureIndex:
+        """Return the feature index of an SAE of the page.
 
         Raises:
             SelOrthoError: it has none.
         """
-        shown = self.shown(address)
-        if shown.index is None:
+        entry = self.entry(sae)
+        if entry.index is None:
             raise SelOrthoError(
-                f"{shown.title} has no feature index, so only live text is shown: build one with "
+                f"{entry.title} has no feature index, so only live text is shown: build one with "
                 "scripts/build_feature_index.py"
             )
-        return shown.index
+        return entry.index
 
     def text(self, address: Address) -> str:
-        """Type a sentence, see what fires on each token."""
-        shown = self.shown(address)
+        """Show which features fire on each token of a sentence."""
+        entry = self.entry(address.sae)
         if not address.q.strip():
-            return parts.section(address, "Text", self._invitation(address))
-        try:
-            reading = self.live.capture(address.q, shown.key)
-        except NotLiveError as error:
-            return parts.section(
-                address, "Text", parts.note(f"{error}. Features and pairs can be browsed all the same.")
-            )
-        return parts.section(address, f"Text: {address.q[:40]}", read_text(address, shown, reading))
+            return view("invitation.html", address, "Text", examples=self.examples)
+        reading = self.live.capture(address.q, entry.key)
+        return view("text.html", address, f"Text: {address.q[:40]}", **text_values(address, entry, reading))
 
     def feature(self, address: Address) -> str:
-        """All about a feature."""
-        index = self.index(address)
+        """Show all about a feature, or the most frequent features."""
+        entry, index = self.entry(address.sae), self.index(address.sae)
         if address.id is None:
-            return parts.section(address, "Features", self._feature_list(address, index))
+            return view("features.html", address, "Features", entry=entry)
         record = index.feature(address.id)
-        title = f"Feature {record.feature}"
-        hand = " <span class='so-tag'>labelled by hand</span>" if record.label_source == "file" else ""
-        body = (
-            f'<header class="so-head"><h2>{title} <span class="so-label">{label_html(record.label)}</span>{hand}</h2>'
-            f"{self._steps(address, index)}</header>{parts.frequency_facts(record)}"
-            f'<div class="so-cols">{parts.histogram(record)}{parts.effects("Promotes", record.promoted)}'
-            f"{parts.effects('Suppresses', record.suppressed)}</div>"
-            f"{self._on_my_text(address, record.max_activation)}"
-            f'<div class="so-cols">'
-            f"{parts.neighbours(address.sae, index, 'Nearest by decoder cosine', record.nearest_by_cosine)}"
-            f"{parts.neighbours(address.sae, index, 'Nearest by correlation', record.nearest_by_correlation)}</div>"
-            f"{self._pairs_of(address, index, record.feature)}{parts.contexts(record)}"
+        return view(
+            "feature.html",
+            address,
+            f"Feature {record.feature}",
+            entry=entry,
+            record=record,
+            steps=_steps(index.firing_features(), record.feature),
+            histogram=histogram(record.histogram),
+            pairs=index.pairs_of(record.feature)[:20],
+            groups=_context_groups(record),
+            **self._on_my_text(address, record.feature),
         )
-        return parts.section(address, title, body)
 
-    def pairs(self, address: Address) -> str:
-        """The pairs that the penalty acted on, or one of them."""
-        index = self.index(address)
-        if address.a is not None and address.b is not None:
-            return pair_page(address, index, index.pair(address.a, address.b), TWIN in self.shelf)
-        return parts.section(address, "Pairs", pair_table(address, index))
-
-    def search(self, address: Address) -> str:
-        """Features by label, by a token that they promote, or by a phrase on which they fire."""
-        index = self.index(address)
+    def _on_my_text(self, address: Address, feature: int) -> dict[str, Any]:
         if not address.q.strip():
-            return parts.section(
-                address, "Search", parts.note("Search features by their label, by a token, or by a phrase.")
-            )
-        if address.by == "phrase":
-            try:
-                reading = self.live.capture(address.q, address.sae)
-            except NotLiveError as error:
-                return parts.section(address, "Search", parts.note(str(error)))
-            found = [index.summary(feature) for feature, _ in reading.strongest(30)]
-            caption = f"Features that fire on “{address.q}”, the strongest first"
-        elif address.by == "token":
-            found = index.search_promoted(address.q)
-            caption = f"Features that promote “{address.q.strip()}”"
-        else:
-            found = index.search_labels(address.q)
-            caption = f"Features with “{address.q.strip()}” in their label"
-        if not found:
-            return parts.section(address, "Search", parts.note(f"No feature found: {caption.lower()}."))
-        return parts.section(address, f"Search: {address.q[:40]}", parts.summaries(address.sae, found, caption))
-
-    def compare(self, address: Address) -> str:
-        """Two SAEs on one sentence."""
-        keys = list(self.shelf)
-        if address.other:
-            keys = [keys[0], address.other]
-        if len(keys) < 2:
-            more = " Name another one of the Hub above." if self.allow_other_saes else ""
-            words = "There is one SAE on this page; with its twin (--twin) beside it, both can be compared." + more
-            return parts.section(address, "Compare", parts.note(words))
-        if not address.q.strip():
-            return parts.section(address, "Compare", self._invitation(address))
-        try:
-            readings = [self.live.capture(address.q, key) for key in keys[:2]]
-        except NotLiveError as error:
-            return parts.section(address, "Compare", parts.note(str(error)))
-        saes = [self.live.sae(key) for key in keys[:2]]
-        body = compared(address, [(key, self.shelf.get(key)) for key in keys[:2]], readings, saes)
-        return parts.section(address, f"Compare: {address.q[:40]}", body)
-
-    def run(self, address: Address) -> str:
-        """What was measured in and after the training."""
-        shown = self.shown(address)
-        twin = next((other for key, other in self.shelf.items() if key != shown.key), None)
-        return parts.section(address, "Run", run_page(shown, twin))
-
-    def _invitation(self, address: Address) -> str:
-        links = "".join(
-            f"<li>{parts.link(address.to(q=text), escape(text), 'so-example')}</li>" for text in self.examples
-        )
-        return (
-            f'<p class="so-note">Type a sentence above, or take one of these:</p><ul class="so-examples">{links}</ul>'
-        )
-
-    def _feature_list(self, address: Address, index: FeatureIndex) -> str:
-        firing = index.firing_features()
-        words = f"{len(index):,} features, of which {len(firing):,} fire on the text of the index. The most frequent:"
-        return parts.note(words) + parts.summaries(address.sae, index.most_frequent(), "The most frequent features")
-
-    def _steps(self, address: Address, index: FeatureIndex) -> str:
-        number_, firing = address.id or 0, index.firing_features()
-        place, behind = bisect.bisect_left(firing, number_), bisect.bisect_right(firing, number_)
-        before = firing[place - 1] if place > 0 else None
-        after = firing[behind] if behind < len(firing) else None
-        steps = [("‹ previous", before), ("next ›", after), ("random", random.choice(firing) if firing else None)]
-        links = [
-            parts.link(address.to(id=target), name, "so-button")
-            for name, target in steps
-            if target is not None and target != number_
-        ]
-        steer = parts.link(Address(view="steer", sae=address.sae, a=number_), "steer with it", "so-button")
-        return f'<nav class="so-steps" aria-label="other features">{"".join(links)}{steer}</nav>'
-
-    def _on_my_text(self, address: Address, scale: float) -> str:
-        if not address.q.strip() or address.id is None:
-            return ""
+            return {"reading": None, "no_reading": ""}
         try:
             reading = self.live.capture(address.q, address.sae)
         except SelOrthoError as error:
-            return parts.note(str(error))
-        return f"<h4>On your text</h4>{shaded_text(reading, address.id, scale)}"
+            return {"reading": None, "no_reading": str(error)}
+        return {"reading": reading, "activations": activations_on(reading, feature).tolist()}
 
-    def _pairs_of(self, address: Address, index: FeatureIndex, feature: int) -> str:
-        found = index.pairs_of(feature)[:20]
-        if not found:
-            return ""
-        links = "".join(
-            parts.link(Address(view="pairs", sae=address.sae, a=a, b=b), f"{a} – {b}", "so-button") for a, b in found
+    def pairs(self, address: Address) -> str:
+        """Show the pairs that the penalty acted on, or one of them."""
+        entry, index = self.entry(address.sae), self.index(address.sae)
+        if address.a is not None and address.b is not None:
+            return pair_page(address, entry, index, TWIN in self.catalog)
+        return pair_table(address, entry, index)
+
+    def search(self, address: Address) -> str:
+        """Show features by label, by a token that they promote, or by a phrase on which they fire."""
+        index, wanted = self.index(address.sae), address.q.strip()
+        if not wanted:
+            return note(address, "Search", "Search features by their label, by a token, or by a phrase.")
+        if address.by == "phrase":
+            reading = self.live.capture(address.q, address.sae)
+            features = [index.summary(feature) for feature, _ in reading.strongest(30)]
+            caption = f"Features that fire on “{address.q}”, the strongest first"
+        elif address.by == "token":
+            features, caption = index.search_promoted(wanted), f"Features that promote “{wanted}”"
+        else:
+            features, caption = index.search_labels(wanted), f"Features with “{wanted}” in their label"
+        if not features:
+            return note(address, "Search", f"No feature found: {caption.lower()}.")
+        title, entry = f"Search: {address.q[:40]}", self.entry(address.sae)
+        return view("search.html", address, title, entry=entry, found=features, caption=caption)
+
+    def steer(self, address: Address) -> str:
+        """Explain steering, before anything was generated."""
+        return view("steer.html", address, "Steer", plain=None)
+
+    def compare(self, address: Address) -> str:
+        """Show two SAEs on one sentence."""
+        entries = list(self.catalog.values())
+        if address.other:
+            entries = [entries[0], CatalogEntry(address.other, address.other, RepoRef(address.other))]
+        if len(entries) < 2:
+            more = " Name another one of the Hub above." if self.allow_other_saes else ""
+            words = "There is one SAE on this page; with its twin (--twin) beside it, both can be compared."
+            return note(address, "Compare", words + more)
+        if not address.q.strip():
+            return view("invitation.html", address, "Compare", examples=self.examples)
+        readings = [self.live.capture(address.q, entry.key) for entry in entries]
+        sides = compared_values(entries, readings, [self.live.sae(entry.key) for entry in entries])
+        return view("compare.html", address, f"Compare: {address.q[:40]}", sides=sides)
+
+    def run(self, address: Address) -> str:
+        """Show the settings of the training, what was measured beside the twin, and the curves of the training."""
+        entry = self.entry(address.sae)
+        entries = [entry, *(other for other in self.catalog.values() if other is not entry)]
+        measured = [_evaluation(one) for one in entries]
+        charts = {
+            title: curves({one.title: [(row["step"], row.get(key)) for row in one.rows] for one in entries if one.rows})
+            for key, title in CURVES.items()
+        }
+        return view(
+            "run.html",
+            address,
+            "Run",
+            config=entry.config,
+            lm_name=_without_folders(entry.config.lm_name if entry.config else None),
+            dataset=_without_folders(entry.config.dataset if entry.config else None),
+            titles=[one.title for one in entries],
+            rows=[
+                (names, [metrics.get(key) for metrics in measured])
+                for key, names in MEASURED.items()
+                if any(metrics.get(key) is not None for metrics in measured)
+            ],
+            charts={title: chart for title, chart in charts.items() if chart is not None},
         )
-        return f'<h4>Pairs that it is in</h4><nav class="so-steps" aria-label="pairs">{links}</nav>'
+
+
+def _steps(firing: list[int], feature: int) -> dict[str, int | None]:
+    """Other features that fire, by the name of the button that leads there."""
+    before, behind = bisect.bisect_left(firing, feature), bisect.bisect_right(firing, feature)
+    return {
+        "‹ previous": firing[before - 1] if before > 0 else None,
+        "next ›": firing[behind] if behind < len(firing) else None,
+        "random": random.choice(firing) if firing else None,
+    }
+
+
+def _context_groups(record: FeatureRecord) -> list[tuple[str, list[FeatureContext]]]:
+    """The strongest contexts of a feature, then samples by quantile of its activation, with their headings."""
+    groups = [("Strongest contexts", [context for context in record.contexts if context.kind == "top"])]
+    samples = [context for context in record.contexts if context.kind == "sample"]
+    for band, members in groupby(samples, key=lambda context: next((b for b in _BANDS if context.quantile > b), 0.0)):
+        heading = f"Samples between the quantiles {percent(band)} and {percent(band + 0.2)} of its activations"
+        groups.append((heading, list(members)))
+    return groups
+
+
+def _evaluation(entry: CatalogEntry) -> dict[str, Any]:
+    evaluation = entry.metrics.get("evaluation")
+    return evaluation if isinstance(evaluation, dict) else {}
+
+
+def _without_folders(name: str | None) -> str:
+    """A Hub id as it is; of a path of the owner's machine, which is nobody's business, the last part."""
+    if not name:
+        return "not said"
+    return Path(name).name if name.startswith(("/", "~", ".")) or "\\" in name else name

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("gradio")  # the extra `space`, which the whole browser needs
+
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -25,8 +25,8 @@ from gradio_client.exceptions import AppError
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from hf_selortho import SelOrthoSAE
+from hf_selortho.browser.rendering import number, percent
 from hf_selortho.features import FeatureIndex, inspect
-from hf_selortho.features.render import number, percent
 from tests.space.served import CHROMIUM, ROOT, Served, chromium, serve
 
 pytestmark = pytest.mark.slow

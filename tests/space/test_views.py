@@ -3,20 +3,97 @@
 from __future__ import annotations
 
 import html
+import json
 import re
+from pathlib import Path
 
 import pytest
 
-from hf_selortho.browser.address import Address
-from hf_selortho.browser.live import MAX_CHARACTERS
-from hf_selortho.browser.pair_views import sorted_pairs
-from hf_selortho.browser.readings import counterpart
+pytest.importorskip("gradio")  # the extra `space`, which the whole browser needs
+
+import torch
+
+from hf_selortho import SelOrthoConfig, SelOrthoSAE
+from hf_selortho.browser.address import MAX_CHARACTERS, Address
+from hf_selortho.browser.catalog import CatalogEntry, Settings, open_catalog
+from hf_selortho.browser.live_model import LiveModel
+from hf_selortho.browser.pairs import sorted_pairs
+from hf_selortho.browser.rendering import number, percent
+from hf_selortho.browser.text_view import counterparts
+from hf_selortho.browser.views import Views
+from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features import inspect
-from hf_selortho.features.render import number, percent
+from hf_selortho.features.build import IndexSettings, Sources, build_feature_index
+from hf_selortho.features.index_writer import INDEX, IndexWriter
+from hf_selortho.language_models.capture import ActivationCapture
 
-from .conftest import EXAMPLES, HOSTILE
-
+HOSTILE = '<img src=x onerror="document.title=1">'
+LABELS = {3: HOSTILE, 5: "rivers & bridges", 7: "\u202eturned round"}
+EXAMPLES = ("The old river measured two bridges.", HOSTILE)
 SENTENCE = "A young engineer built two bridges near the coast."
+
+
+def save_small_sae(folder: Path, lm, seed: int, **settings) -> SelOrthoSAE:
+    """An SAE of random weights that fires on some of the tokens."""
+    config = SelOrthoConfig(
+        d_in=32, d_sae=96, layer=1, hook_name="model.layers.1", lm_name=lm.name, lm_revision=lm.revision,
+        context_length=32, min_support=2, pair_fraction=0.01, **settings,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    sae = SelOrthoSAE(config)
+    with torch.no_grad():
+        sae.b_enc.fill_(-0.6)
+        sae.set_input_statistics(torch.zeros(32), 3.0)
+    sae.save_pretrained(folder)
+    evaluation = {"fvu": 0.25 + seed / 100, "l0": 12.5, "loss_recovered": 0.9, "dead_features": 1}
+    (folder / "metrics.json").write_text(json.dumps({"evaluation": evaluation}))
+    rows = ({"step": step, "fvu": 1 / step, "l0": 50 - step, "dead_features": 0} for step in (1, 10, 20))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# The card\n\n" + HOSTILE + "\n")
+    return sae
+
+
+@pytest.fixture(scope="module")
+def small_run(tiny_lm, sample_text_files, tmp_path_factory) -> Path:
+    """Folders `layer_1` and `layer_1_twin`, each with an index."""
+    folder, lm = tmp_path_factory.mktemp("space") / "run", tiny_lm("gemma3")
+    saes = {
+        "layer_1": save_small_sae(folder / "layer_1", lm, 0),
+        "layer_1_twin": save_small_sae(folder / "layer_1_twin", lm, 1, penalty="none"),
+    }
+    documents = open_documents(TextSource(str(sample_text_files.csv), text_column="text", held_out_fraction=0.5))
+    for name, sae in saes.items():
+        twin = saes["layer_1_twin"] if name == "layer_1" else None
+        sources = Sources(
+            sae.eval(), ActivationCapture(lm, 1), documents, name, "0" * 64, twin, "layer_1_twin", "1" * 64,
+            labels=LABELS,
+        )  # fmt: skip
+        with IndexWriter(folder / name / INDEX) as writer:
+            build_feature_index(sources, IndexSettings(tokens=4000), writer, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def catalog(small_run) -> dict[str, CatalogEntry]:
+    return open_catalog(str(small_run), None)
+
+
+@pytest.fixture(scope="module")
+def live(small_run, catalog) -> LiveModel:
+    model = LiveModel(Settings(str(small_run)), catalog)
+    model.start_loading()
+    model.capture("Wait until the language model is there.")
+    return model
+
+
+@pytest.fixture(scope="module")
+def views(catalog, live) -> Views:
+    return Views(catalog, live, EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def views_without_lm(small_run, catalog) -> Views:
+    return Views(catalog, LiveModel(Settings(str(small_run), lm="none"), catalog), EXAMPLES)
 
 
 def words(page: str) -> str:
@@ -29,7 +106,7 @@ def links(page: str) -> list[str]:
 
 
 def assert_no_markup_of_others(page: str) -> None:
-    assert "<img" not in page and "onerror=&quot;" in page
+    assert "<img" not in page and "onerror=&#34;" in page
     assert not re.search(r"<[^>]*onerror=\"", page)
 
 
@@ -45,7 +122,7 @@ def test_a_text_shows_its_tokens_and_the_strongest_features(views, live) -> None
     shown = re.findall(r'data-set="token=(\d+)">(.*?)</button>', page)
     assert [int(place) for place, _ in shown] == list(range(len(reading)))
     assert "".join(html.unescape(token) for _, token in shown) == "".join(reading.tokens)
-    first, *_ = re.findall(r"<tr><td>(.*?)</tr>", page)
+    first, *_ = re.findall(r"<tr><td>(.*?)</tr>", page, re.DOTALL)
     feature, activation = reading.strongest(1)[0]
     assert Address(q=SENTENCE, feature=feature).query() in links(first) and number(activation) in first
     assert Address(view="feature", id=feature).query() in links(first)
@@ -67,10 +144,10 @@ def test_a_token_lists_its_features(views, live) -> None:
     assert "the SAE does not read this token" in words(views.render(Address(q=SENTENCE, token=0)))
 
 
-def test_a_chosen_feature_shades_the_text_and_opens_beside_it(views, live, shelf) -> None:
+def test_a_chosen_feature_shades_the_text_and_opens_beside_it(views, live, catalog) -> None:
     feature = live.capture(SENTENCE).strongest(2)[1].feature
     page = views.render(Address(q=SENTENCE, feature=feature))
-    record = shelf["main"].index.feature(feature)
+    record = catalog["main"].index.feature(feature)
     assert f"shaded by feature {feature}" in page and "<aside" in page
     assert number(record.max_activation) in page.split("<aside")[1]
     strongest = max(live.capture(SENTENCE).on(feature).tolist())
@@ -81,8 +158,8 @@ def test_a_chosen_feature_shades_the_text_and_opens_beside_it(views, live, shelf
     assert max(shades) == pytest.approx(strongest / max(record.max_activation, strongest), abs=1e-3)
 
 
-def test_a_feature_shows_its_record(views, shelf) -> None:
-    index = shelf["main"].index
+def test_a_feature_shows_its_record(views, catalog) -> None:
+    index = catalog["main"].index
     feature = next(f for f in index.firing_features() if f > 10)
     record, page = index.feature(feature), views.render(Address(view="feature", id=feature))
     text = words(page)
@@ -105,8 +182,8 @@ def test_a_feature_on_my_text(views, live) -> None:
     assert "On your text" in page and f"at most {number(activation)}" in words(page)
 
 
-def test_the_table_of_pairs_is_sorted_and_filtered(views, shelf) -> None:
-    index = shelf["main"].index
+def test_the_table_of_pairs_is_sorted_and_filtered(views, catalog) -> None:
+    index = catalog["main"].index
     assert index.pairs > 3
     for sort, up in (("correlation", False), ("correlation", True), ("support", False), ("decoder_cosine", False)):
         rows = sorted_pairs(index, Address(view="pairs", sort=sort, up=up))
@@ -122,8 +199,8 @@ def test_the_table_of_pairs_is_sorted_and_filtered(views, shelf) -> None:
     assert "sort='colour'" in words(views.render(Address(view="pairs", sort="colour")))
 
 
-def test_a_pair_shows_both_features_and_the_twin(views, shelf) -> None:
-    index = shelf["main"].index
+def test_a_pair_shows_both_features_and_the_twin(views, catalog) -> None:
+    index = catalog["main"].index
     row = index.pair_table.to_pylist()[0]
     record = index.pair(row["a"], row["b"])
     page = views.render(Address(view="pairs", a=record.b, b=record.a))  # in the other order
@@ -139,8 +216,8 @@ def test_a_pair_shows_both_features_and_the_twin(views, shelf) -> None:
     assert "are no pair of this index" in words(views.render(Address(view="pairs", a=0, b=0)))
 
 
-def test_searches(views, shelf, live) -> None:
-    index = shelf["main"].index
+def test_searches(views, catalog, live) -> None:
+    index = catalog["main"].index
     assert Address(view="feature", id=5).query() in links(views.render(Address(view="search", q="& BRIDGES")))
     token = index.feature(5).promoted[0].token.strip()
     if token:
@@ -157,7 +234,8 @@ def test_searches(views, shelf, live) -> None:
 def test_two_saes_on_one_sentence(views, live) -> None:
     page = views.render(Address(view="compare", q=SENTENCE))
     feature, activation = live.capture(SENTENCE).strongest(1)[0]
-    nearest, cosine = counterpart(live.sae(), feature, live.sae("twin"))
+    saes, readings = (live.sae(), live.sae("twin")), (live.capture(SENTENCE), live.capture(SENTENCE, "twin"))
+    nearest, cosine = counterparts(saes, readings, 1)[0][2:4]
     W, other = live.sae().W_dec.detach(), live.sae("twin").W_dec.detach()
     assert cosine == pytest.approx(float((W[feature] @ other.T).max() / W[feature].norm()), abs=1e-4)
     row = words(page.split("<tbody>")[1].split("</tr>")[0])

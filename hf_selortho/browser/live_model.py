@@ -5,23 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from .. import SelOrthoError, SelOrthoSAE
-from ..features import FeatureCapture, TokenFeatures
-from ..features.sampling import Sampling
-from ..features.steering import Generation, Steer, Steering
+from ..errors import SelOrthoError
+from ..features import FeatureCapture, Generation, Sampling, Steer, Steering, TokenFeatures
 from ..hub.interop import load_sae
 from ..language_models.loading import LanguageModel, load_language_model
+from ..modeling_selortho import SelOrthoSAE
 from ..utils.hub import RepoRef
-from .shelf import MAIN, Settings, Shown
+from .address import MAIN, MAX_CHARACTERS
+from .catalog import CatalogEntry, Settings
 
-logger = logging.getLogger("hf_selortho.space")
+logger = logging.getLogger(__name__)
 
-MAX_CHARACTERS = 2000  # of a text
 MAX_TOKENS = 256  # of a text, BOS included
 MAX_NEW_TOKENS = 60
 _OTHERS_KEPT = 2  # SAEs of visitors, where the owner allows them
@@ -39,62 +37,52 @@ class LiveModel:
 
     Args:
         settings: which language model; "none" for none.
-        shelf: the SAEs of the page. Their weights are loaded beside the language model, and not without it.
+        catalog: the SAEs of the page. Their weights are loaded beside the language model, and not without it.
     """
 
-    def __init__(self, settings: Settings, shelf: dict[str, Shown]) -> None:
-        self._settings, self._shelf = settings, shelf
+    def __init__(self, settings: Settings, catalog: Mapping[str, CatalogEntry]) -> None:
+        self._settings, self._catalog = settings, catalog
         self._lock, self._loaded = threading.Lock(), threading.Event()
         self._captures: dict[str, FeatureCapture] = {}
         self._others: OrderedDict[str, FeatureCapture] = OrderedDict()
-        self.why_absent: str | None = None  # once loading has failed, or nothing is to be loaded
+        self._why_absent: str | None = None  # once loading has failed, or nothing is to be loaded
         if settings.lm == "none":
-            self.why_absent = "its owner has switched live text off (LM=none)"
+            self._why_absent = "its owner has switched live text off (LM=none)"
             self._loaded.set()
 
     def start_loading(self) -> None:
-        """Load in the background."""
+        """Load the language model and the SAEs in the background."""
         if not self._loaded.is_set():
             threading.Thread(target=self._load, name="language model", daemon=True).start()
 
-    @property
-    def is_loading(self) -> bool:
-        """Whether it is on its way."""
-        return not self._loaded.is_set()
-
-    def wait(self) -> None:
-        """Until the language model is there.
-
-        Raises:
-            NotLiveError: it will not be.
-        """
-        if not self._loaded.wait(_PATIENCE):
-            raise NotLiveError("the language model is still loading: try again in a minute")
-        if self.why_absent is not None:
-            raise NotLiveError(f"there is no live text here: {self.why_absent}")
-
     def capture(self, text: str, key: str = MAIN) -> TokenFeatures:
-        """The tokens of a text and the features of an SAE on them.
+        """Return the tokens of a text and the features of an SAE on them.
 
         Raises:
             NotLiveError: there is no language model.
             SelOrthoError: the text is empty or too long.
         """
         check_text(text)
-        self.wait()
+        self._wait()
         with self._lock:
             capture = self._capture(key)
-            check_tokens(capture.lm, text)
-            (found,) = capture.capture([text])
-        return found
+            tokens = len(capture.lm.tokenizer(text).input_ids)
+            if tokens > MAX_TOKENS:
+                raise SelOrthoError(f"the text has {tokens} tokens: this page reads at most {MAX_TOKENS}")
+            (features,) = capture.capture([text])
+        return features
 
     def sae(self, key: str = MAIN) -> SelOrthoSAE:
-        """The SAE, with its weights."""
-        self.wait()
+        """Return the SAE, with its weights.
+
+        Raises:
+            NotLiveError: there is no language model.
+        """
+        self._wait()
         return self._capture(key).sae
 
     def stream(self, prompt: str, steers: Sequence[Steer], sampling: Sampling, key: str = MAIN) -> Iterator[Generation]:
-        """A continuation of a prompt, longer by a token each time; others may read their texts between two tokens.
+        """Continue a prompt, longer by a token each time; others may read their texts between two tokens.
 
         Raises:
             NotLiveError: there is no language model.
@@ -103,67 +91,67 @@ class LiveModel:
         check_text(prompt)
         if not 1 <= sampling.max_new_tokens <= MAX_NEW_TOKENS:
             raise SelOrthoError(f"{sampling.max_new_tokens} new tokens: this page writes 1 to {MAX_NEW_TOKENS}")
-        self.wait()
+        self._wait()
         with self._lock:
             capture = self._capture(key)
-            parts = Steering(capture.sae, capture.lm).stream(prompt, steers, sampling)
+            generations = Steering(capture.sae, capture.lm).stream(prompt, steers, sampling)
         while True:
             with self._lock:
-                part = next(parts, None)
-            if part is None:
+                generation = next(generations, None)
+            if generation is None:
                 return
-            yield part
+            yield generation
+
+    def _wait(self) -> None:
+        if not self._loaded.wait(_PATIENCE):
+            raise NotLiveError("the language model is still loading: try again in a minute")
+        if self._why_absent is not None:
+            raise NotLiveError(f"there is no live text here: {self._why_absent}")
 
     def _capture(self, key: str) -> FeatureCapture:
         if key in self._captures:
             return self._captures[key]
-        if key in self._shelf:
-            raise NotLiveError(f"{self._shelf[key].title} could not be loaded beside the language model; see the log")
-        return self._other(key)
-
-    def _other(self, name: str) -> FeatureCapture:
-        """An SAE of the Hub that a visitor has named."""
+        if key in self._catalog:
+            raise NotLiveError(f"{self._catalog[key].title} could not be loaded beside the language model; see the log")
         if not self._settings.allow_other_saes:
-            raise SelOrthoError(f"unknown SAE {name!r:.100}: this page shows {' and '.join(self._shelf)}")
-        place = RepoRef.parse(name, local=False)
-        if name not in self._others:
-            sae = load_sae(place.name, **place.lookup)
-            self._others[name] = FeatureCapture(sae, self._captures[MAIN].lm)
+            raise SelOrthoError(f"unknown SAE {key!r:.100}: this page shows {' and '.join(self._catalog)}")
+        if key not in self._others:
+            repo = RepoRef.parse(key, local=False)
+            self._others[key] = FeatureCapture(load_sae(repo.name, **repo.lookup), self._captures[MAIN].lm)
             if len(self._others) > _OTHERS_KEPT:
                 self._others.popitem(last=False)
-        self._others.move_to_end(name)
-        return self._others[name]
+        self._others.move_to_end(key)
+        return self._others[key]
 
     def _load(self) -> None:
         try:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
             lm: LanguageModel | None = None
-            for key, shown in self._shelf.items():
-                sae: Any = load_sae(shown.place.name, **shown.place.lookup)
-                if lm is None:
-                    lm = self._language_model(sae, device)
-                self._captures[key] = FeatureCapture(sae.to(device), lm)
+            for key, entry in self._catalog.items():
+                sae = load_sae(entry.repo.name, **entry.repo.lookup)
+                lm = lm or self._language_model(sae)
+                self._captures[key] = FeatureCapture(sae.to(lm.model.device), lm)
         except SelOrthoError as error:
             logger.warning("no live text: %s", error)
             if MAIN not in self._captures:
-                self.why_absent = str(error)
+                self._why_absent = str(error)
         except Exception:  # whatever a library raises: the rest of the page works without
             logger.exception("no live text")
             if MAIN not in self._captures:
-                self.why_absent = "the language model could not be loaded; the log of the page says why"
+                self._why_absent = "the language model could not be loaded; the log of the page says why"
         finally:
             self._loaded.set()
 
-    def _language_model(self, sae: SelOrthoSAE, device: str) -> LanguageModel:
+    def _language_model(self, sae: SelOrthoSAE) -> LanguageModel:
         config, wanted = sae.config, self._settings.lm
         name = config.lm_name if wanted == "auto" else wanted
         if name is None:
             raise SelOrthoError("the SAE does not say which language model it reads: pass --lm")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_language_model(name, config.lm_revision if wanted == "auto" else None, device=device)
 
 
 def check_text(text: str) -> None:
-    """Refuse what is empty or too long, before anything is computed.
+    """Refuse a text that is empty or too long, before anything is computed.
 
     Raises:
         SelOrthoError: it is.
@@ -174,14 +162,3 @@ def check_text(text: str) -> None:
         raise SelOrthoError("the text holds half a character (a lone surrogate): type it again")
     if len(text) > MAX_CHARACTERS:
         raise SelOrthoError(f"the text has {len(text):,} characters: this page reads at most {MAX_CHARACTERS:,}")
-
-
-def check_tokens(lm: LanguageModel, text: str) -> None:
-    """Refuse a text of too many tokens.
-
-    Raises:
-        SelOrthoError: it has.
-    """
-    tokens = len(lm.tokenizer(text).input_ids)
-    if tokens > MAX_TOKENS:
-        raise SelOrthoError(f"the text has {tokens} tokens: this page reads at most {MAX_TOKENS}")
