@@ -11,16 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_selortho.utils.command_line import run_script
+from hf_selortho.utils.hub import read_object
+
+SETTINGS = Path(__file__).with_name("settings.json")  # of a Space: sae, twin, lm, allow_other_saes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the SAE and serve the page until it is stopped."""
-    from hf_selortho.browser.app import add_options, launch  # Gradio is optional: without it, one line says so
+    from hf_selortho.browser.app import add_options, default_of, launch  # Gradio may be missing: one line says so
 
+    stored = read_object(SETTINGS) if SETTINGS.is_file() else {}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sae", help="folder of an SAE or of a run, or owner/name[@revision][/subfolder] of the Hub")
-    add_options(parser)
-    launch(**vars(parser.parse_args(argv)), settings_file=Path(__file__).with_name("settings.json"))
+    parser.add_argument(
+        "--sae",
+        default=default_of("sae", stored),
+        help="folder of an SAE or of a run, or owner/name[@revision][/subfolder] of the Hub",
+    )
+    add_options(parser, stored)
+    launch(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""The SAEs of the page, each with its feature index and what its training has measured, and the owner's settings."""
+"""The SAEs of the page, each with its feature index, its model card and what its training has measured."""
 
 from __future__ import annotations
 
 import base64
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_url
 
 from ..configuration_selortho import SelOrthoConfig
-from ..errors import SelOrthoError
 from ..features.index import FeatureIndex
 from ..features.index_writer import INDEX
 from ..hub.run_folder import shown_name, twin_beside
@@ -27,36 +25,6 @@ logger = logging.getLogger(__name__)
 _LARGEST_CARD = _LARGEST_PICTURE = 1 << 20  # bytes
 _CARD_HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _PICTURE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<path>[\w./-]+\.png)\)")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the owner of the page decides: arguments of the command line, variables of a Space, or settings.json."""
-
-    sae: str
-    twin: str | None = None
-    lm: str = "auto"  # the one of the training; "none": no live text; or another name
-    allow_other_saes: bool = False  # visitors may compare with any SAE of the Hub
-
-
-def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str], file: Path | None) -> Settings:
-    """Take each setting from the command line, else the environment (SAE, TWIN, LM, ALLOW_OTHER_SAES), else the file.
-
-    Raises:
-        SelOrthoError: nobody says which SAE, or the file is damaged.
-    """
-    names = [setting.name for setting in fields(Settings)]
-    stored = read_object(file) if file is not None and file.is_file() else {}
-    if unknown := stored.keys() - set(names):
-        raise SelOrthoError(f"{file.name if file else ''} holds {min(unknown)!r}: expected {', '.join(names)}")
-    values = {name: arguments.get(name) or environment.get(name.upper()) or stored.get(name) for name in names}
-    values = {name: value for name, value in values.items() if value}
-    if "sae" not in values:
-        raise SelOrthoError(
-            "which SAE? pass --sae with a folder such as runs/demo or owner/name of the Hub, or set the variable SAE"
-        )
-    values["allow_other_saes"] = str(values.get("allow_other_saes")).lower() in ("1", "true", "yes")
-    return Settings(**values)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import gradio as gr
 from ..errors import SelOrthoError
 from ..features import Sampling
 from .address import MAIN, TWIN, Address
-from .live_model import LiveModel
 from .pairs import sorted_pairs
 from .steering_view import steers_of
 from .text_view import counterparts
@@ -25,9 +24,9 @@ STEERING_LIMIT: dict[str, Any] = {"concurrency_id": "steer", "concurrency_limit"
 _MOST = 100  # rows of an answer
 
 
-def add_endpoints(live: LiveModel, views: Views) -> None:
+def add_endpoints(views: Views) -> None:
     """Add the endpoints to the Blocks that are being built; each takes and gives plain JSON."""
-    api = Endpoints(live, views)
+    api = Endpoints(views)
     for function in (api.inspect_text, api.feature, api.pair, api.pairs, api.search, api.steer, api.compare, api.run):
         limit = STEERING_LIMIT if function == api.steer else {}
         gr.api(_without_traceback(function), api_name=function.__name__, **limit)
@@ -54,8 +53,8 @@ def _without_traceback(function: Callable[..., Any]) -> Callable[..., Any]:
 class Endpoints:
     """What the views show, as plain JSON. `sae` is "main" or "twin" everywhere."""
 
-    def __init__(self, live: LiveModel, views: Views) -> None:
-        self._live, self._views = live, views
+    def __init__(self, views: Views) -> None:
+        self._views, self._live = views, views.live
 
     def inspect_text(self, text: str, top_k: int = 5, sae: str = "main") -> dict[str, Any]:
         """Which features of the sparse autoencoder fire on each token of a text.

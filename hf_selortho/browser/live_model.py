@@ -16,7 +16,7 @@ from ..language_models.loading import LanguageModel, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.hub import RepoRef
 from .address import MAIN, MAX_CHARACTERS
-from .catalog import CatalogEntry, Settings
+from .catalog import CatalogEntry
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,19 @@ class LiveModel:
     All that runs the model is behind one lock: results never mix. Nothing of a text is kept.
 
     Args:
-        settings: which language model; "none" for none.
         catalog: the SAEs of the page. Their weights are loaded beside the language model, and not without it.
+        lm: name of the language model; "auto": the one of the training; "none": no live text.
+        allow_other_saes: whether visitors may name any SAE of the Hub.
     """
 
-    def __init__(self, settings: Settings, catalog: Mapping[str, CatalogEntry]) -> None:
-        self._settings, self._catalog = settings, catalog
+    def __init__(self, catalog: Mapping[str, CatalogEntry], lm: str = "auto", allow_other_saes: bool = False) -> None:
+        self.allow_other_saes = allow_other_saes
+        self._catalog, self._lm_name = catalog, lm
         self._lock, self._loaded = threading.Lock(), threading.Event()
         self._captures: dict[str, FeatureCapture] = {}
         self._others: OrderedDict[str, FeatureCapture] = OrderedDict()
         self._why_absent: str | None = None  # once loading has failed, or nothing is to be loaded
-        if settings.lm == "none":
+        if lm == "none":
             self._why_absent = "its owner has switched live text off (LM=none)"
             self._loaded.set()
 
@@ -113,7 +115,7 @@ class LiveModel:
             return self._captures[key]
         if key in self._catalog:
             raise NotLiveError(f"{self._catalog[key].title} could not be loaded beside the language model; see the log")
-        if not self._settings.allow_other_saes:
+        if not self.allow_other_saes:
             raise SelOrthoError(f"unknown SAE {key!r:.100}: this page shows {' and '.join(self._catalog)}")
         if key not in self._others:
             repo = RepoRef.parse(key, local=False)
@@ -142,7 +144,7 @@ class LiveModel:
             self._loaded.set()
 
     def _language_model(self, sae: SelOrthoSAE) -> LanguageModel:
-        config, wanted = sae.config, self._settings.lm
+        config, wanted = sae.config, self._lm_name
         name = config.lm_name if wanted == "auto" else wanted
         if name is None:
             raise SelOrthoError("the SAE does not say which language model it reads: pass --lm")

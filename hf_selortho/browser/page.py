@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -11,9 +11,9 @@ import gradio as gr
 from ..errors import SelOrthoError
 from ..features import Sampling
 from .address import MAIN, MAX_CHARACTERS, VIEWS, Address, parse_address
-from .catalog import CatalogEntry, card_markdown
+from .catalog import card_markdown
 from .endpoints import STEERING_LIMIT, add_endpoints
-from .live_model import MAX_NEW_TOKENS, LiveModel
+from .live_model import MAX_NEW_TOKENS
 from .rendering import problem, render
 from .steering_view import steering_views, steers_of
 from .views import Views
@@ -36,22 +36,18 @@ def theme() -> gr.themes.Base:
 
 
 class Page:
-    """Builds the Blocks of the page.
+    """Builds the Blocks of the page around its views."""
 
-    Args:
-        catalog: the SAEs by key. live: the language model. views: what is shown.
-    """
-
-    def __init__(self, catalog: Mapping[str, CatalogEntry], live: LiveModel, views: Views) -> None:
-        self.catalog, self.live, self.views = catalog, live, views
+    def __init__(self, views: Views) -> None:
+        self.views, self.main = views, views.catalog[MAIN]
         self._shown: dict[str, gr.HTML] = {}  # by view, as the boxes whose text is `q` of the view's address
         self._boxes: dict[str, gr.Textbox] = {}
 
     def build(self) -> gr.Blocks:
         """Return the page with its events and named endpoints."""
-        title = f"{self.catalog[MAIN].title} · hf_selortho"
+        title = f"{self.main.title} · hf_selortho"
         with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as blocks:
-            gr.HTML(render("header.html", catalog=self.catalog, views=VIEWS), elem_id="so-header")
+            gr.HTML(render("header.html", catalog=self.views.catalog, views=VIEWS), elem_id="so-header")
             router = gr.HTML("", js_on_load=_CONNECT_ROUTER, elem_id="so-router")
             for name in VIEWS:
                 with gr.Column(elem_id=f"so-view-{name}", elem_classes="so-pane"):
@@ -62,7 +58,7 @@ class Page:
                     if name == "run":
                         self._model_card()
             self._connect(blocks, router)
-            add_endpoints(self.live, self.views)
+            add_endpoints(self.views)
         blocks.queue(max_size=128, default_concurrency_limit=_VISITORS_AT_ONCE)
         return blocks
 
@@ -102,7 +98,7 @@ class Page:
                 label="Another SAE of the Hub",
                 placeholder="owner/name[@revision][/subfolder]",
                 scale=3,
-                visible=self.views.allow_other_saes,
+                visible=self.views.live.allow_other_saes,
             )
             compare = _button("Compare")
         events = [sentence.submit, other.submit, compare.click]
@@ -112,10 +108,9 @@ class Page:
         """Nothing is asked here."""
 
     def _model_card(self) -> None:
-        entry = self.catalog[MAIN]
-        if entry.card:
+        if self.main.card:
             with gr.Accordion("Model card", open=False):
-                gr.Markdown(card_markdown(entry), elem_classes="so-model-card", sanitize_html=True)
+                gr.Markdown(card_markdown(self.main), elem_classes="so-model-card", sanitize_html=True)
 
     def _steer(self) -> None:
         with gr.Row(elem_classes="so-inputs"):
@@ -179,7 +174,7 @@ class Page:
         """Prompt, features, mode and value of an address; a feature's largest activation where it names none."""
         if address.view != "steer":
             return [gr.skip() for _ in self._addressed]
-        value, index = address.value, self.catalog[MAIN].index
+        value, index = address.value, self.main.index
         if value is None and index is not None and address.a in range(len(index)):
             value = round(index.summary(address.a).max_activation, 2)
         mode = address.mode if address.mode in ("clamp", "scale") else "clamp"
@@ -207,7 +202,7 @@ class Page:
         except (TypeError, ValueError, OverflowError):
             yield problem(address, "one of the numbers is missing: fill it in")
         else:
-            yield from steering_views(self.live, address, steers, sampling)
+            yield from steering_views(self.views.live, address, steers, sampling)
 
 
 def _button(verb: str) -> gr.Button:

@@ -105,11 +105,12 @@ def counterparts(
 ) -> list[Counterpart]:
     """Return the `k` strongest features of the first SAE on a text, each beside its nearest one in the second SAE."""
     (sae, other), (reading, other_reading) = saes, readings
-    directions = torch.nn.functional.normalize(other.W_dec.float(), dim=1)  # (d_sae of the other, d_in)
+    decoder = other.W_dec.float()  # (d_sae of the other, d_in)
+    norms = decoder.norm(dim=1).clamp_min(1e-12)
     rows = []
     for feature, activation in reading.strongest(k):
         direction = torch.nn.functional.normalize(sae.W_dec[feature].float(), dim=0)  # (d_in,)
-        cosine, nearest = (directions @ direction.to(directions.device)).max(0)
+        cosine, nearest = (decoder @ direction.to(decoder.device) / norms).max(0)
         there = float(activations_on(other_reading, int(nearest)).max())
         rows.append(Counterpart(feature, activation, int(nearest), float(cosine), there))
     return rows

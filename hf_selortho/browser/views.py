@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ from .text_view import activations_on, compared_values, text_values
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = (
+    "The weather in Paris was cold, so the match was moved to Monday.",
+    "import os\nfor name in os.listdir('.'):\n    print(name)",
+    "Shares of the company fell 12 percent after the report.",
+)
 MEASURED = {  # in metrics.json, with name and meaning
     "fvu": ("FVU", "unexplained variance, less is better"),
     "l0": ("L0", "features that fire on a token"),
@@ -47,17 +52,12 @@ class Views:
 
     Args:
         catalog: the SAEs by key. live: the language model. examples: sentences to start with.
-        allow_other_saes: whether visitors may compare with any SAE of the Hub.
     """
 
     def __init__(
-        self,
-        catalog: Mapping[str, CatalogEntry],
-        live: LiveModel,
-        examples: tuple[str, ...],
-        allow_other_saes: bool = False,
+        self, catalog: Mapping[str, CatalogEntry], live: LiveModel, examples: Sequence[str] = EXAMPLES
     ) -> None:
-        self.catalog, self.live, self.examples, self.allow_other_saes = catalog, live, examples, allow_other_saes
+        self.catalog, self.live, self.examples = catalog, live, examples
 
     def render(self, address: Address) -> str:
         """Render the view of an address; mistakes and what is missing are said in words."""
@@ -166,7 +166,7 @@ class Views:
         if address.other:
             entries = [entries[0], CatalogEntry(address.other, address.other, RepoRef(address.other))]
         if len(entries) < 2:
-            more = " Name another one of the Hub above." if self.allow_other_saes else ""
+            more = " Name another one of the Hub above." if self.live.allow_other_saes else ""
             words = "There is one SAE on this page; with its twin (--twin) beside it, both can be compared."
             return note(address, "Compare", words + more)
         if not address.q.strip():
