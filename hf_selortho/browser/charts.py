@@ -21,7 +21,7 @@ class Bar(NamedTuple):
     height: float
     low: float  # activations of the bin
     high: float
-    count: int
+    tokens: int
 
 
 class Histogram(NamedTuple):
@@ -47,7 +47,7 @@ def histogram(counts: Sequence[int]) -> Histogram | None:
             height=max(1.0, HEIGHT * counts[bin] / most),
             low=edges[bin],
             high=edges[bin + 1],
-            count=counts[bin],
+            tokens=counts[bin],
         )
         for bin in filled
     ]

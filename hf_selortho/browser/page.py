@@ -93,16 +93,12 @@ class Page:
 
     def _compare(self) -> None:
         with gr.Row(elem_classes="so-inputs"):
-            sentence = self._box("compare", "Sentence", "A sentence for both SAEs", 5)
-            other = gr.Textbox(
-                label="Another SAE of the Hub",
-                placeholder="owner/name[@revision][/subfolder]",
-                scale=3,
-                visible=self.views.live.allow_other_saes,
-            )
+            boxes = [self._box("compare", "Sentence", "A sentence for both SAEs", 5)]
+            if self.views.live.allow_other_saes:
+                place = "owner/name[@revision][/subfolder]"
+                boxes.append(gr.Textbox(label="Another SAE of the Hub", placeholder=place, scale=3))
             compare = _button("Compare")
-        events = [sentence.submit, other.submit, compare.click]
-        _go("compare", "(q, other)", "{q, other}", [sentence, other], events)
+        _go("compare", "(q, other)", "{q, other}", boxes, [*(box.submit for box in boxes), compare.click])
 
     def _run(self) -> None:
         """Nothing is asked here."""

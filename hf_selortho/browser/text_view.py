@@ -39,10 +39,8 @@ def text_values(address: Address, entry: CatalogEntry, reading: TokenFeatures) -
     rows = _text_rows(reading) if selected is None else _token_rows(reading, selected)
     return {
         "entry": entry,
-        "tokens": reading.tokens,
+        "reading": reading,
         "activations": activations.tolist(),
-        "read": reading.trained_on.tolist(),
-        "unread": int((~reading.trained_on).sum()),
         "scale": max(float(activations.max()), record.max_activation if record else 0.0) or 1.0,
         "chosen": chosen,
         "record": record,

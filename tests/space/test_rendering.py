@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 import re
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("gradio")  # the extra `space`, which the whole browser needs
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,9 +45,10 @@ def test_invisible_characters_are_shown() -> None:
 
 @given(st.text(max_size=30), st.floats(-1, 2))
 def test_no_token_becomes_markup(token, activation) -> None:
+    reading = SimpleNamespace(tokens=[token], trained_on=torch.tensor([True]))
     joint = JointContext("both", 0, 0, 0, [token], [activation], [0.5])
     for page in (
-        components.reading([token], [activation], [True], 1.0, buttons=True),
+        components.text(reading, [activation], 1.0, buttons=True),
         components.joint_context(joint, (1.0, 1.0)),
         components.label(token),
         components.token_code(token),
@@ -73,7 +76,7 @@ def test_a_histogram_has_a_bar_for_each_filled_bin() -> None:
     counts = [0] * BINS
     counts[40], counts[42] = 7, 3500
     edges, chart = bin_edges(), histogram(counts)
-    assert [(bar.low, bar.high, bar.count) for bar in chart.bars] == [(*edges[40:42], 7), (*edges[42:44], 3500)]
+    assert [(bar.low, bar.high, bar.tokens) for bar in chart.bars] == [(*edges[40:42], 7), (*edges[42:44], 3500)]
     assert chart.mode == edges[42] and chart.bars[1].height == 96
     assert histogram([0] * BINS) is None
     assert len(edges) == BINS + 1 and edges == sorted(edges) and edges[3] / edges[0] == pytest.approx(2)
