@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -129,7 +130,7 @@ class LiveModel:
         try:
             lm: LanguageModel | None = None
             for key, entry in self._catalog.items():
-                sae = load_sae(entry.repo.name, **entry.repo.lookup)
+                sae: Any = load_sae(entry.repo.name, **entry.repo.lookup)
                 lm = lm or self._language_model(sae)
                 self._captures[key] = FeatureCapture(sae.to(lm.model.device), lm)
         except SelOrthoError as error:

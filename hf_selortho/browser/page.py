@@ -170,11 +170,11 @@ class Page:
         """Prompt, features, mode and value of an address; a feature's largest activation where it names none."""
         if address.view != "steer":
             return [gr.skip() for _ in self._addressed]
-        value, index = address.value, self.main.index
-        if value is None and index is not None and address.a in range(len(index)):
-            value = round(index.summary(address.a).max_activation, 2)
+        value, a, index = address.value, address.a, self.main.index
+        if value is None and a is not None and index is not None and 0 <= a < len(index):
+            value = round(index.summary(a).max_activation, 2)
         mode = address.mode if address.mode in ("clamp", "scale") else "clamp"
-        return [address.q or gr.skip(), address.a, address.b, mode, gr.skip() if value is None else value]
+        return [address.q or gr.skip(), a, address.b, mode, gr.skip() if value is None else value]
 
     def generate(
         self,
