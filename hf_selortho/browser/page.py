@@ -51,12 +51,14 @@ class Page:
             router = gr.HTML("", js_on_load=_CONNECT_ROUTER, elem_id="so-router")
             for name in VIEWS:
                 with gr.Column(elem_id=f"so-view-{name}", elem_classes="so-pane"):
-                    getattr(self, f"_{name}")()
+                    if name != "run":  # where nothing is asked
+                        getattr(self, f"_{name}")()
                     self._shown[name] = gr.HTML(
                         "", elem_id=f"so-out-{name}", elem_classes="so-out", apply_default_css=False
                     )
-                    if name == "run":
-                        self._model_card()
+                    if name == "run" and self.main.card:
+                        with gr.Accordion("Model card", open=False):
+                            gr.Markdown(card_markdown(self.main), elem_classes="so-model-card", sanitize_html=True)
             self._connect(blocks, router)
             add_endpoints(self.views)
         blocks.queue(max_size=128, default_concurrency_limit=_VISITORS_AT_ONCE)
@@ -99,14 +101,6 @@ class Page:
                 boxes.append(gr.Textbox(label="Another SAE of the Hub", placeholder=place, scale=3))
             compare = _button("Compare")
         _go("compare", "(q, other)", "{q, other}", boxes, [*(box.submit for box in boxes), compare.click])
-
-    def _run(self) -> None:
-        """Nothing is asked here."""
-
-    def _model_card(self) -> None:
-        if self.main.card:
-            with gr.Accordion("Model card", open=False):
-                gr.Markdown(card_markdown(self.main), elem_classes="so-model-card", sanitize_html=True)
 
     def _steer(self) -> None:
         with gr.Row(elem_classes="so-inputs"):
@@ -207,8 +201,7 @@ def _button(verb: str) -> gr.Button:
 
 def _go(view: str, arguments: str, changes: str, inputs: list[Any], events: list[Any]) -> None:
     """Let events change the address in the browser: `changes` is an object of JavaScript, of the inputs' values."""
-    for event in events:
-        event(fn=None, inputs=inputs, js=f"{arguments} => window.selortho.set({changes}, '{view}')")
+    gr.on(events, fn=None, inputs=inputs, js=f"{arguments} => window.selortho.set({changes}, '{view}')")
 
 
 def _whole(number: float | None) -> int | None:

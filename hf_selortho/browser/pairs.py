@@ -7,7 +7,6 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..features.index import FeatureIndex
 from .address import Address
-from .catalog import CatalogEntry
 from .charts import curves
 from .rendering import view
 
@@ -28,7 +27,7 @@ PAIR_CLASSES = {
 }
 
 
-def pair_table(address: Address, entry: CatalogEntry, index: FeatureIndex) -> str:
+def pair_table(address: Address, index: FeatureIndex) -> str:
     """Render the pairs of an index, sorted, filtered and by pages."""
     rows = sorted_pairs(index, address)
     pages = max(1, -(-len(rows) // PAIRS_ON_A_PAGE))
@@ -37,9 +36,7 @@ def pair_table(address: Address, entry: CatalogEntry, index: FeatureIndex) -> st
         "pairs.html",
         address,
         "Pairs",
-        entry=entry,
-        about=index.facts["pairs"],
-        counts=index.facts["pairs"].get("classes") or {},
+        index=index,
         classes=PAIR_CLASSES,
         columns=PAIR_COLUMNS,
         sort=sort_column(index, address.sort),
@@ -50,7 +47,7 @@ def pair_table(address: Address, entry: CatalogEntry, index: FeatureIndex) -> st
     )
 
 
-def pair_page(address: Address, entry: CatalogEntry, index: FeatureIndex, has_twin: bool) -> str:
+def pair_page(address: Address, index: FeatureIndex, has_twin: bool) -> str:
     """Render both features of a pair side by side, and what is known of the pair."""
     assert address.a is not None and address.b is not None
     pair = index.pair(address.a, address.b)
@@ -59,7 +56,7 @@ def pair_page(address: Address, entry: CatalogEntry, index: FeatureIndex, has_tw
         "pair.html",
         address.to(a=pair.a, b=pair.b),
         f"Pair {pair.a}, {pair.b}",
-        entry=entry,
+        index=index,
         pair=pair,
         a=index.feature(pair.a),
         b=index.feature(pair.b),

@@ -105,15 +105,15 @@ class Views:
 
     def feature(self, address: Address) -> str:
         """Show all about a feature, or the most frequent features."""
-        entry, index = self.entry(address.sae), self.index(address.sae)
+        index = self.index(address.sae)
         if address.id is None:
-            return view("features.html", address, "Features", entry=entry)
+            return view("features.html", address, "Features", index=index)
         record = index.feature(address.id)
         return view(
             "feature.html",
             address,
             f"Feature {record.feature}",
-            entry=entry,
+            index=index,
             record=record,
             steps=_steps(index.firing_features(), record.feature),
             histogram=histogram(record.histogram),
@@ -133,10 +133,10 @@ class Views:
 
     def pairs(self, address: Address) -> str:
         """Show the pairs that the penalty acted on, or one of them."""
-        entry, index = self.entry(address.sae), self.index(address.sae)
+        index = self.index(address.sae)
         if address.a is not None and address.b is not None:
-            return pair_page(address, entry, index, TWIN in self.catalog)
-        return pair_table(address, entry, index)
+            return pair_page(address, index, TWIN in self.catalog)
+        return pair_table(address, index)
 
     def search(self, address: Address) -> str:
         """Show features by label, by a token that they promote, or by a phrase on which they fire."""
@@ -153,8 +153,7 @@ class Views:
             features, caption = index.search_labels(wanted), f"Features with “{wanted}” in their label"
         if not features:
             return note(address, "Search", f"No feature found: {caption.lower()}.")
-        title, entry = f"Search: {address.q[:40]}", self.entry(address.sae)
-        return view("search.html", address, title, entry=entry, found=features, caption=caption)
+        return view("search.html", address, f"Search: {address.q[:40]}", found=features, caption=caption)
 
     def steer(self, address: Address) -> str:
         """Explain steering, before anything was generated."""
