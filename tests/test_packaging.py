@@ -26,6 +26,7 @@ pytest_plugins = ["pytester"]  # runs pytest within pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_selortho"
 TEMPLATE = "hf_selortho/hub/model_card_template.md"
+KINDS = ("*.py", "*.json", "*.md", "*.txt", "*.html", "*.css", "*.js")  # of the files of the package
 
 # Run where only the installed wheel can be found: everything a user of the package needs from files beside the code.
 USE_THE_INSTALLED_PACKAGE = """
@@ -78,9 +79,14 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     held = {name: data for name, data in contents(wheel).items() if ".dist-info/" not in name}
-    files = [path for kind in ("*.py", "*.json", "*.md", "*.txt") for path in (ROOT / PACKAGE).rglob(kind)]
+    files = [path for kind in KINDS for path in (ROOT / PACKAGE).rglob(kind)]
     expected = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
-    for pattern in (r"presets/[\w-]+\.json", r"evaluation/modules/\w+/README\.md", r"hub/\w+_card_template\.md"):
+    for pattern in (
+        r"presets/[\w-]+\.json",
+        r"evaluation/modules/\w+/README\.md",
+        r"browser/templates/\w+\.html",
+        r"hub/\w+_card_template\.md",
+    ):
         assert any(re.fullmatch(f"hf_selortho/{pattern}", name) for name in expected), pattern
     expected[TEMPLATE] = (ROOT / "model_card_template.md").read_bytes()
     assert held.keys() == expected.keys()

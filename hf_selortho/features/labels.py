@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SelOrthoError
+from ..utils.characters import visible
 from ..utils.hub import one_line
-from .render import visible
 
 LONGEST_LABEL = 200
 _TOKENS, _LONGEST_OF_TOKENS = 3, 40

@@ -11,9 +11,9 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import urlopen
 
-import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -24,37 +24,29 @@ CHROMIUM = [
 PATIENCE = 180  # seconds until a server answers, on a machine that is busy with other tests
 
 
-class Served:
+class Served(NamedTuple):
     """A running page."""
 
-    run: Path  # that is shown
-
-    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.url, self.process, self._log = url, process, log
+    url: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
 
     @property
     def log(self) -> str:
         """What the server has written."""
-        return self._log.read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def memory(self) -> int:
-        """Bytes that the server holds in memory."""
-        return psutil.Process(self.process.pid).memory_info().rss
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
-def serve(
-    log: Path, *arguments: str, script: Path = ROOT / "spaces_app/app.py", **environment: str
-) -> Generator[Served]:
+def serve(log: Path, *arguments: str) -> Generator[Served]:
     """Start `app.py` with these arguments, away from the checkout, and end it afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", **environment}
-    command = [sys.executable, str(script), *arguments, "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    command = [sys.executable, str(ROOT / "spaces_app/app.py"), *arguments, "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=log.parent, env=given, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT)
     served = Served(f"http://127.0.0.1:{port}", process, log)
     try:
         _wait(served)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pytest
-from feature_browser.address import VIEWS, Address, parse_address
+
+pytest.importorskip("gradio")  # the extra `space`, which the whole browser needs
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_selortho import SelOrthoError
+from hf_selortho.browser.address import VIEWS, Address, parse_address
 
 numbers = st.none() | st.integers(0, 10**6)
 
@@ -27,16 +30,17 @@ def test_an_address_comes_back_as_it_was(address) -> None:
     assert parse_address(address.query()) == address
 
 
-def test_no_query_is_the_first_view() -> None:
-    assert parse_address("") == parse_address("?") == Address()
-
-
-def test_a_pair_has_an_address_of_its_own() -> None:
-    assert parse_address("?view=pair&a=3&b=7") == Address(view="pairs", a=3, b=7)
-
-
-def test_what_is_unknown_is_ignored() -> None:
-    assert parse_address("?view=run&utm_source=x&__theme=dark") == Address(view="run")
+@pytest.mark.parametrize(
+    ("query", "address"),
+    [
+        ("", Address()),
+        ("?", Address()),
+        ("?view=pair&a=3&b=7", Address(view="pairs", a=3, b=7)),
+        ("?view=run&utm_source=x&__theme=dark", Address(view="run")),
+    ],
+)
+def test_what_an_address_means(query, address) -> None:
+    assert parse_address(query) == address
 
 
 @pytest.mark.parametrize(

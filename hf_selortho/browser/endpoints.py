@@ -10,35 +10,30 @@ from typing import Any
 
 import gradio as gr
 
-from hf_selortho import SelOrthoError
-from hf_selortho.features import TokenFeatures
-from hf_selortho.features.index import FeatureIndex, FeatureSummary
-from hf_selortho.features.sampling import Sampling
-
-from .address import Address
-from .live import LiveModel
-from .pair_views import sorted_pairs
-from .readings import counterpart
-from .shelf import MAIN, TWIN, Shown
-from .steer_page import steers_of
+from ..errors import SelOrthoError
+from ..features import Sampling
+from .address import MAIN, TWIN, Address
+from .pairs import sorted_pairs
+from .steering_view import steers_of
+from .text_view import counterparts
 from .views import Views
 
-logger = logging.getLogger("hf_selortho.space")
+logger = logging.getLogger(__name__)
 
-MOST = 100  # rows of an answer
+STEERING_LIMIT: dict[str, Any] = {"concurrency_id": "steer", "concurrency_limit": 4}
+_MOST = 100  # rows of an answer
 
 
-def add_endpoints(shelf: dict[str, Shown], live: LiveModel, views: Views) -> None:
-    """Add them to the Blocks that are being built; each takes and gives plain JSON."""
-    api = Endpoints(shelf, live, views)
+def add_endpoints(views: Views) -> None:
+    """Add the endpoints to the Blocks that are being built; each takes and gives plain JSON."""
+    api = Endpoints(views)
     for function in (api.inspect_text, api.feature, api.pair, api.pairs, api.search, api.steer, api.compare, api.run):
-        name = function.__name__
-        limited = {"concurrency_id": "steer", "concurrency_limit": 4} if name == "steer" else {}
-        gr.api(_without_traceback(function), api_name=name, **limited)
+        limit = STEERING_LIMIT if function == api.steer else {}
+        gr.api(_without_traceback(function), api_name=function.__name__, **limit)
 
 
 def _without_traceback(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, whose mistakes reach the caller as words, and whose failures go to the log alone."""
+    """Let mistakes reach the caller as words, and failures the log alone."""
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -58,8 +53,8 @@ def _without_traceback(function: Callable[..., Any]) -> Callable[..., Any]:
 class Endpoints:
     """What the views show, as plain JSON. `sae` is "main" or "twin" everywhere."""
 
-    def __init__(self, shelf: dict[str, Shown], live: LiveModel, views: Views) -> None:
-        self._shelf, self._live, self._views = shelf, live, views
+    def __init__(self, views: Views) -> None:
+        self._views, self._live = views, views.live
 
     def inspect_text(self, text: str, top_k: int = 5, sae: str = "main") -> dict[str, Any]:
         """Which features of the sparse autoencoder fire on each token of a text.
@@ -73,9 +68,18 @@ class Endpoints:
             tokens: for each token its text, whether the SAE reads it, and its features with label and activation;
             strongest: the features of the largest activation anywhere in the text.
         """
-        shown = self._shown(sae)
-        reading = self._live.capture(text, shown.key)
-        return {"sae": shown.title, **_reading(reading, shown.index, _within(top_k))}
+        entry, k = self._views.entry(sae), _within(top_k)
+        reading = self._live.capture(text, entry.key)
+
+        def named(feature: int, activation: float) -> dict[str, Any]:
+            return {"feature": feature, "label": entry.label(feature), "activation": activation}
+
+        tokens = [
+            {"token": token, "read": read, "features": [named(*one) for one in firing]}
+            for token, read, firing in zip(reading.tokens, reading.trained_on.tolist(), reading.top(k), strict=True)
+        ]
+        strongest = [named(*one) for one in reading.strongest(k)]
+        return {"sae": entry.title, "tokens": tokens, "strongest": strongest}
 
     def feature(self, feature: int, sae: str = "main") -> dict[str, Any]:
         """All that is known of a feature: label, frequency, histogram, tokens it promotes, neighbours, contexts.
@@ -84,7 +88,7 @@ class Endpoints:
             feature: its number, from 0.
             sae: "main" or "twin".
         """
-        return asdict(self._index(sae).feature(int(feature)))
+        return asdict(self._views.index(sae).feature(int(feature)))
 
     def pair(self, a: int, b: int, sae: str = "main") -> dict[str, Any]:
         """All that is known of a pair of features that the penalty acted on: class, correlations, contexts.
@@ -94,7 +98,7 @@ class Endpoints:
             b: number of the other one, in either order.
             sae: "main" or "twin".
         """
-        record = self._index(sae).pair(int(a), int(b))
+        record = self._views.index(sae).pair(int(a), int(b))
         return {**asdict(record), "a_given_b": record.a_given_b, "b_given_a": record.b_given_a}
 
     def pairs(
@@ -116,7 +120,7 @@ class Endpoints:
             limit: at most so many pairs, 100 at most.
             sae: "main" or "twin".
         """
-        index = self._index(sae)
+        index = self._views.index(sae)
         rows = sorted_pairs(index, Address(view="pairs", sort=sort, up=bool(ascending), only=only, q=text))
         return {"total": len(rows), "rule": index.facts["pairs"].get("rule", ""), "pairs": rows[: _within(limit)]}
 
@@ -129,14 +133,14 @@ class Endpoints:
             limit: at most so many features, 100 at most.
             sae: "main" or "twin".
         """
-        index, most = self._index(sae), _within(limit)
+        index, most = self._views.index(sae), _within(limit)
         if by == "phrase":
-            reading = self._live.capture(query, self._shown(sae).key)
-            return [_summary(index.summary(f)) | {"activation": value} for f, value in reading.strongest(most)]
+            strongest = self._live.capture(query, sae).strongest(most)
+            return [{**index.summary(feature)._asdict(), "activation": value} for feature, value in strongest]
         if by not in ("label", "token"):
             raise SelOrthoError(f"by={by!r:.50}: expected label, token or phrase")
-        found = index.search_labels(query, most) if by == "label" else index.search_promoted(query, most)
-        return [_summary(one) for one in found]
+        features = index.search_labels(query, most) if by == "label" else index.search_promoted(query, most)
+        return [feature._asdict() for feature in features]
 
     def steer(
         self,
@@ -175,18 +179,20 @@ class Endpoints:
             text: at most 2,000 characters and 256 tokens.
             top_k: features of each, at most 100.
         """
-        if TWIN not in self._shelf:
+        catalog = self._views.catalog
+        if TWIN not in catalog:
             raise SelOrthoError("there is one SAE on this page: nothing to compare it with")
-        keys = (MAIN, TWIN)
+        keys, k = (MAIN, TWIN), _within(top_k)
         readings = {key: self._live.capture(text, key) for key in keys}
-        found: dict[str, Any] = {}
-        for own, other in (keys, keys[::-1]):
-            rows = []
-            for feature, activation in readings[own].strongest(_within(top_k)):
-                nearest, cosine = counterpart(self._live.sae(own), feature, self._live.sae(other))
-                rows.append({"feature": feature, "activation": activation, "nearest": nearest, "cosine": cosine})
-            found[own] = {"sae": self._shelf[own].title, "strongest": rows}
-        return found
+        answer: dict[str, Any] = {}
+        for this, other in (keys, keys[::-1]):
+            saes = (self._live.sae(this), self._live.sae(other))
+            rows = [
+                {"feature": row.feature, "activation": row.activation, "nearest": row.nearest, "cosine": row.cosine}
+                for row in counterparts(saes, (readings[this], readings[other]), k)
+            ]
+            answer[this] = {"sae": catalog[this].title, "strongest": rows}
+        return answer
 
     def run(self, sae: str = "main") -> dict[str, Any]:
         """The settings of the SAE's training and what was measured of it on held-out text.
@@ -194,31 +200,10 @@ class Endpoints:
         Args:
             sae: "main" or "twin".
         """
-        shown = self._shown(sae)
-        settings = {} if shown.config is None else shown.config.own_settings()
-        return {"sae": shown.title, "settings": settings, "metrics": shown.metrics}
-
-    def _shown(self, sae: str) -> Shown:
-        return self._views.shown(Address(sae=sae))
-
-    def _index(self, sae: str) -> FeatureIndex:
-        return self._views.index(Address(sae=sae))
+        entry = self._views.entry(sae)
+        settings = {} if entry.config is None else entry.config.own_settings()
+        return {"sae": entry.title, "settings": settings, "metrics": entry.metrics}
 
 
 def _within(limit: int) -> int:
-    return min(max(int(limit), 1), MOST)
-
-
-def _summary(found: FeatureSummary) -> dict[str, Any]:
-    return dict(found._asdict())
-
-
-def _reading(reading: TokenFeatures, index: FeatureIndex | None, k: int) -> dict[str, Any]:
-    def named(feature: int, activation: float) -> dict[str, Any]:
-        return {"feature": feature, "label": "" if index is None else index.label(feature), "activation": activation}
-
-    tokens = [
-        {"token": token, "read": kept, "features": [named(*one) for one in found]}
-        for token, kept, found in zip(reading.tokens, reading.trained_on.tolist(), reading.top(k), strict=True)
-    ]
-    return {"tokens": tokens, "strongest": [named(*one) for one in reading.strongest(k)]}
+    return min(max(int(limit), 1), _MOST)

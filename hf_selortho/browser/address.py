@@ -1,0 +1,91 @@
+"""The address of a view: what the page shows as a query, so that every finding can be sent to a colleague."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, urlencode
+
+from ..errors import SelOrthoError
+
+MAX_CHARACTERS = 2000  # of a text
+MAIN, TWIN = "main", "twin"  # keys of the SAEs of the page
+VIEWS = {
+    "text": "Text",
+    "feature": "Feature",
+    "pairs": "Pairs",
+    "search": "Search",
+    "steer": "Steer",
+    "compare": "Compare",
+    "run": "Run",
+}
+_LONGEST = 3 * MAX_CHARACTERS + 500  # a text, percent-encoded, and the rest
+
+
+@dataclass(frozen=True)
+class Address:
+    """The query of the page's address; what is not there keeps its default."""
+
+    view: str = "text"
+    sae: str = MAIN
+    q: str = ""  # a text, prompt or search phrase
+    id: int | None = None  # the feature of the view "feature"
+    token: int | None = None  # whose features are listed
+    feature: int | None = None  # the one that shades a text
+    a: int | None = None
+    b: int | None = None
+    by: str = "label"  # what a search looks at
+    sort: str = ""  # of the table of pairs; "": by what they were chosen
+    up: bool = False  # the smallest first
+    only: str = ""  # a class of pairs
+    page: int = 1
+    mode: str = "clamp"
+    value: float | None = None
+    other: str = ""  # another SAE of the Hub, where the owner allows it
+
+    def query(self) -> str:
+        """Return the query "?view=...", without what has its default."""
+        parts = {"view": self.view}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "view" and value != field.default:
+                parts[field.name] = "1" if value is True else str(value)
+        return "?" + urlencode(parts)
+
+    def to(self, **changes: Any) -> Address:
+        """Return the address with changes."""
+        return dataclasses.replace(self, **changes)
+
+
+def parse_address(query: str) -> Address:
+    """Return the address that a query means; a view "pair" is that of "pairs" with a pair open.
+
+    Raises:
+        SelOrthoError: the view is unknown, a number is none, or the query is too long.
+    """
+    if len(query) > _LONGEST:
+        raise SelOrthoError(
+            f"this address has {len(query):,} characters, expected at most {_LONGEST:,}: shorten its text"
+        )
+    fields = {name: values[-1] for name, values in parse_qs(query.lstrip("?")).items()}
+    if fields.get("view") == "pair":
+        fields["view"] = "pairs"
+    if fields.get("view", "text") not in VIEWS:
+        raise SelOrthoError(f"there is no view {fields['view']!r:.50}: choose {', '.join(VIEWS)}")
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Address)}
+    return Address(**{name: _parse(name, text, kinds[name]) for name, text in fields.items() if name in kinds})
+
+
+def _parse(name: str, text: str, kind: str) -> Any:
+    if kind == "bool":
+        return text == "1"
+    if kind == "str":
+        return text
+    try:
+        number = int(text) if kind.startswith("int") else float(text)
+    except ValueError as error:
+        raise SelOrthoError(f"{name}={text!r:.50} in the address: expected a number") from error
+    if not -1e9 < number < 1e9:
+        raise SelOrthoError(f"{name}={text!r:.50} in the address: expected a smaller number")
+    return number

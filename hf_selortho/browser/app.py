@@ -1,0 +1,96 @@
+"""Serve the page of an SAE: what the command `selortho browse` and the app of a Space call."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import SelOrthoError
+from .catalog import open_catalog
+from .live_model import LiveModel
+from .page import HEAD, STYLE, Page, theme
+from .views import Views
+
+
+def add_options(parser: argparse.ArgumentParser, stored: Mapping[str, Any] | None = None) -> None:
+    """Add the options of [`launch`] but the SAE to a command line.
+
+    Args:
+        parser: of the command line.
+        stored: defaults of `twin`, `lm` and `allow_other_saes`, which the environment (TWIN, LM, ALLOW_OTHER_SAES)
+            goes before.
+    """
+    default = {name: default_of(name, stored) for name in ("twin", "lm", "allow_other_saes")}
+    parser.add_argument(
+        "--twin", default=default["twin"], help="its twin, trained without the penalty; default: looked for beside it"
+    )
+    parser.add_argument(
+        "--lm",
+        default=default["lm"],
+        help="language model for live text; default: that of the training; none: no live text",
+    )
+    parser.add_argument(
+        "--allow_other_saes",
+        action="store_true",
+        default=str(default["allow_other_saes"]).lower() in ("1", "true", "yes"),
+        help="let visitors compare with any SAE of the Hub that they name",
+    )
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    parser.add_argument("--host", default=host, help="address to listen on")
+    parser.add_argument("--port", type=int, help="port; default: the first free one from 7860 on")
+
+
+def default_of(name: str, stored: Mapping[str, Any] | None = None) -> Any:
+    """Return what the environment says of an option, else what is stored."""
+    return os.environ.get(name.upper()) or (stored or {}).get(name)
+
+
+def launch(
+    sae: str | None,
+    *,
+    twin: str | None = None,
+    lm: str | None = None,
+    allow_other_saes: bool = False,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+) -> None:
+    """Open an SAE and serve its page until it is stopped.
+
+    Args:
+        sae: folder of an SAE or of a run, or owner/name[@revision][/subfolder] of the Hub.
+        twin: the same of its twin (twin baseline: the same run without the penalty); default: looked for beside it.
+        lm: language model for live text; default: that of the training; "none": no live text.
+        allow_other_saes: let visitors compare with any SAE of the Hub that they name.
+        host: address to listen on.
+        port: default: the first free one from 7860 on.
+
+    Raises:
+        SelOrthoError: there is no such SAE, its index is damaged, or the port is taken.
+    """
+    if not sae:
+        raise SelOrthoError(
+            "which SAE? pass --sae with a folder such as runs/demo or owner/name of the Hub, or set the variable SAE"
+        )
+    catalog = open_catalog(sae, twin)
+    live = LiveModel(catalog, lm or "auto", allow_other_saes)
+    blocks = Page(Views(catalog, live)).build()
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            theme=theme(),
+            css=STYLE,
+            head=HEAD,
+            mcp_server=True,
+            ssr_mode=False,
+            show_error=False,
+            max_file_size=1024,  # nothing is ever uploaded here
+            footer_links=["api"],
+            prevent_thread_lock=True,
+        )
+    except OSError as error:  # the port is taken, or the address is not one of this machine
+        raise SelOrthoError(f"cannot serve on {host}, port {port or 'any'} ({error}): choose another --port") from error
+    live.start_loading()  # not before: Gradio gives up if its own page takes more than seconds to answer
+    blocks.block_thread()

@@ -1,0 +1,208 @@
+"""The page: Gradio components around the HTML of the views, and the events between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+
+from ..errors import SelOrthoError
+from ..features import Sampling
+from .address import MAIN, MAX_CHARACTERS, VIEWS, Address, parse_address
+from .catalog import card_markdown
+from .endpoints import STEERING_LIMIT, add_endpoints
+from .live_model import MAX_NEW_TOKENS
+from .rendering import problem, render
+from .steering_view import steering_views, steers_of
+from .views import Views
+
+_STATIC = files(__package__) / "static"
+STYLE = (_STATIC / "page.css").read_text(encoding="utf-8")
+SCRIPT = (_STATIC / "page.js").read_text(encoding="utf-8")
+HEAD = f'<meta name="viewport" content="width=device-width, initial-scale=1"><script>{SCRIPT}</script>'
+_CONNECT_ROUTER = 'window.selortho.connect((query) => { props.value = query; trigger("submit"); });'
+_DONE = "() => window.selortho.done()"
+_VISITORS_AT_ONCE = 16  # of the views, most of which wait for the language model at worst
+
+
+def theme() -> gr.themes.Base:
+    """Return a theme of the system's fonts, so that nothing is fetched from elsewhere."""
+    sans = ["ui-sans-serif", "system-ui", "sans-serif"]
+    return gr.themes.Soft(
+        primary_hue="blue", neutral_hue="slate", font=sans, font_mono=["ui-monospace", "Consolas", "monospace"]
+    )
+
+
+class Page:
+    """Builds the Blocks of the page around its views."""
+
+    def __init__(self, views: Views) -> None:
+        self.views, self.main = views, views.catalog[MAIN]
+        self._shown: dict[str, gr.HTML] = {}  # by view, as the boxes whose text is `q` of the view's address
+        self._boxes: dict[str, gr.Textbox] = {}
+
+    def build(self) -> gr.Blocks:
+        """Return the page with its events and named endpoints."""
+        title = f"{self.main.title} · hf_selortho"
+        with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as blocks:
+            gr.HTML(render("header.html", catalog=self.views.catalog, views=VIEWS), elem_id="so-header")
+            router = gr.HTML("", js_on_load=_CONNECT_ROUTER, elem_id="so-router")
+            for name in VIEWS:
+                with gr.Column(elem_id=f"so-view-{name}", elem_classes="so-pane"):
+                    if name != "run":  # where nothing is asked
+                        getattr(self, f"_{name}")()
+                    self._shown[name] = gr.HTML(
+                        "", elem_id=f"so-out-{name}", elem_classes="so-out", apply_default_css=False
+                    )
+                    if name == "run" and self.main.card:
+                        with gr.Accordion("Model card", open=False):
+                            gr.Markdown(card_markdown(self.main), elem_classes="so-model-card", sanitize_html=True)
+            self._connect(blocks, router)
+            add_endpoints(self.views)
+        blocks.queue(max_size=128, default_concurrency_limit=_VISITORS_AT_ONCE)
+        return blocks
+
+    def _text(self) -> None:
+        with gr.Row(elem_classes="so-inputs"):
+            sentence = self._box("text", "Sentence", "Type a sentence, and see which features fire on each token", 5)
+            read = _button("Read")
+        _go("text", "(q)", "{q, token: '', feature: ''}", [sentence], [sentence.submit, read.click])
+
+    def _feature(self) -> None:
+        with gr.Row(elem_classes="so-inputs"):
+            self._jump = gr.Number(label="Jump to feature", precision=0, minimum=0, scale=1, min_width=130)
+            text = self._box("feature", "Try it on my text", "A sentence", 4)
+            show = _button("Show")
+        changes = "{id: id === null ? '' : String(id), q}"
+        _go("feature", "(id, q)", changes, [self._jump, text], [self._jump.submit, text.submit, show.click])
+
+    def _pairs(self) -> None:
+        with gr.Row(elem_classes="so-inputs"):
+            wanted = self._box("pairs", "Filter the table", "A feature's number, or a word of a label", 5)
+            apply = _button("Filter")
+        _go("pairs", "(q)", "{a: '', b: '', page: '', q}", [wanted], [wanted.submit, apply.click])
+
+    def _search(self) -> None:
+        choices = [("label", "label"), ("token that it promotes", "token"), ("phrase on which it fires", "phrase")]
+        with gr.Row(elem_classes="so-inputs"):
+            wanted = self._box("search", "Search", "import, or a phrase", 3)
+            self._by = gr.Radio(choices, value="label", label="Features by", scale=3)
+            search = _button("Search")
+        changes = "{q, by: by === 'label' ? '' : by}"
+        _go("search", "(q, by)", changes, [wanted, self._by], [wanted.submit, search.click, self._by.input])
+
+    def _compare(self) -> None:
+        with gr.Row(elem_classes="so-inputs"):
+            boxes = [self._box("compare", "Sentence", "A sentence for both SAEs", 5)]
+            if self.views.live.allow_other_saes:
+                place = "owner/name[@revision][/subfolder]"
+                boxes.append(gr.Textbox(label="Another SAE of the Hub", placeholder=place, scale=3))
+            compare = _button("Compare")
+        _go("compare", "(q, other)", "{q, other}", boxes, [*(box.submit for box in boxes), compare.click])
+
+    def _steer(self) -> None:
+        with gr.Row(elem_classes="so-inputs"):
+            prompt = gr.Textbox(
+                label="Prompt", placeholder="The weather today", max_length=MAX_CHARACTERS, lines=2, scale=3
+            )
+            a = gr.Number(label="Feature", precision=0, minimum=0, min_width=110, scale=1)
+            b = gr.Number(label="And feature (optional)", precision=0, minimum=0, min_width=110, scale=1)
+        with gr.Row(elem_classes="so-inputs so-even"):
+            modes = [("hold at a value", "clamp"), ("multiply", "scale")]
+            mode = gr.Radio(modes, value="clamp", label="Its activation", scale=2)
+            value = gr.Number(label="Value", value=5.0, min_width=110, scale=1)
+            temperature = gr.Slider(0.0, 1.5, value=0.7, step=0.1, label="Temperature", scale=2)
+            tokens = gr.Slider(5, MAX_NEW_TOKENS, value=30, step=1, label="New tokens", scale=2)
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=90, scale=1)
+        self._addressed = [prompt, a, b, mode, value]  # what an address may say
+        self._sampling = [temperature, tokens, seed]
+        self._generate = gr.Button("Generate", variant="primary", elem_id="so-generate")
+
+    def _box(self, view: str, label: str, placeholder: str, scale: int) -> gr.Textbox:
+        self._boxes[view] = gr.Textbox(
+            label=label, placeholder=placeholder, max_length=MAX_CHARACTERS, scale=scale, elem_id=f"so-q-{view}"
+        )
+        return self._boxes[view]
+
+    def _connect(self, blocks: gr.Blocks, router: gr.HTML) -> None:
+        """Send an address to the server, which answers with HTML and the content of the boxes."""
+        outputs = [*self._shown.values(), *self._boxes.values(), self._jump, self._by, *self._addressed]
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        moved = router.submit(self.navigate, router, outputs, trigger_mode="always_last", **private)
+        opened = blocks.load(self.navigate, router, outputs, js="() => window.location.search", **private)
+        generated = self._generate.click(
+            self.generate,
+            [*self._addressed, *self._sampling],
+            self._shown["steer"],
+            trigger_mode="once",
+            **STEERING_LIMIT,
+            **private,
+        )
+        for event in (moved, opened, generated):
+            event.then(fn=None, js=_DONE)
+
+    def navigate(self, query: str | None) -> list[Any]:
+        """Return what an address shows; the other views stay as they are."""
+        try:
+            address = parse_address(query or "")
+            content = self.views.render(address)
+        except SelOrthoError as error:
+            address = Address()
+            content = problem(address, str(error))
+        by = address.by if address.view == "search" and address.by in ("label", "token", "phrase") else gr.skip()
+        return [
+            *(content if name == address.view else gr.skip() for name in self._shown),
+            *(address.q if name == address.view else gr.skip() for name in self._boxes),
+            address.id if address.view == "feature" else gr.skip(),
+            by,
+            *self._steer_values(address),
+        ]
+
+    def _steer_values(self, address: Address) -> list[Any]:
+        """Prompt, features, mode and value of an address; a feature's largest activation where it names none."""
+        if address.view != "steer":
+            return [gr.skip() for _ in self._addressed]
+        value, a, index = address.value, address.a, self.main.index
+        if value is None and a is not None and index is not None and 0 <= a < len(index):
+            value = round(index.summary(a).max_activation, 2)
+        mode = address.mode if address.mode in ("clamp", "scale") else "clamp"
+        return [address.q or gr.skip(), a, address.b, mode, gr.skip() if value is None else value]
+
+    def generate(
+        self,
+        prompt: str,
+        a: float | None,
+        b: float | None,
+        mode: str,
+        value: float,
+        temperature: float,
+        tokens: float,
+        seed: float,
+    ) -> Iterator[str]:
+        """Return the two texts of the steering view, as they grow."""
+        address = Address(view="steer", q=prompt or "", mode=mode if mode in ("clamp", "scale") else "clamp")
+        try:
+            steers = steers_of([a, b], mode, value)
+            sampling = Sampling(int(tokens), float(temperature), seed=int(seed or 0))
+            address = address.to(a=_whole(a), b=_whole(b), value=value)
+        except SelOrthoError as error:
+            yield problem(address, str(error))
+        except (TypeError, ValueError, OverflowError):
+            yield problem(address, "one of the numbers is missing: fill it in")
+        else:
+            yield from steering_views(self.views.live, address, steers, sampling)
+
+
+def _button(verb: str) -> gr.Button:
+    return gr.Button(verb, variant="primary", scale=1, min_width=100)
+
+
+def _go(view: str, arguments: str, changes: str, inputs: list[Any], events: list[Any]) -> None:
+    """Let events change the address in the browser: `changes` is an object of JavaScript, of the inputs' values."""
+    gr.on(events, fn=None, inputs=inputs, js=f"{arguments} => window.selortho.set({changes}, '{view}')")
+
+
+def _whole(number: float | None) -> int | None:
+    return None if number is None else int(number)

@@ -1,0 +1,232 @@
+"""The views of the page: an address in, HTML out."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..errors import SelOrthoError
+from ..features import FeatureIndex, FeatureRecord
+from ..features.records import FeatureContext
+from ..utils.hub import RepoRef
+from .address import TWIN, VIEWS, Address
+from .catalog import CatalogEntry
+from .charts import curves, histogram
+from .live_model import LiveModel, NotLiveError
+from .pairs import pair_page, pair_table
+from .rendering import note, percent, problem, view
+from .text_view import activations_on, compared_values, text_values
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = (
+    "The weather in Paris was cold, so the match was moved to Monday.",
+    "import os\nfor name in os.listdir('.'):\n    print(name)",
+    "Shares of the company fell 12 percent after the report.",
+)
+MEASURED = {  # in metrics.json, with name and meaning
+    "fvu": ("FVU", "unexplained variance, less is better"),
+    "l0": ("L0", "features that fire on a token"),
+    "loss_recovered": ("loss recovered", "of the language model, 1 is perfect"),
+    "top_correlation": ("mean of the top pairs", "correlation of the most correlated 0.1% of pairs"),
+    "peak_correlation": ("peak correlation", "of any pair"),
+    "max_decoder_cosine": ("mean maximum decoder cosine", "of each feature with its nearest"),
+    "dead_features": ("dead features", "that never fired on the evaluation's text"),
+}
+CURVES = {  # in metrics.jsonl, with the title of their chart
+    "fvu": "FVU",
+    "l0": "L0",
+    "top_correlation": "Mean of the top pairs' correlations",
+    "dead_features": "Dead features",
+}
+_BANDS = (0.8, 0.6, 0.4, 0.2, 0.0)  # quantiles of the activation, from above
+
+
+class Views:
+    """Renders every view; holds nothing of any visitor.
+
+    Args:
+        catalog: the SAEs by key. live: the language model. examples: sentences to start with.
+    """
+
+    def __init__(
+        self, catalog: Mapping[str, CatalogEntry], live: LiveModel, examples: Sequence[str] = EXAMPLES
+    ) -> None:
+        self.catalog, self.live, self.examples = catalog, live, examples
+
+    def render(self, address: Address) -> str:
+        """Render the view of an address; mistakes and what is missing are said in words."""
+        try:
+            return str(getattr(self, address.view)(address))
+        except NotLiveError as error:
+            return note(address, VIEWS[address.view], f"{error}. Features and pairs can be browsed all the same.")
+        except SelOrthoError as error:
+            return problem(address, str(error))
+        except Exception:
+            logger.exception("view %s", address.view)
+            return problem(address, "Something went wrong here; the log of the page says what. Try another view.")
+
+    def entry(self, sae: str) -> CatalogEntry:
+        """Return an SAE of the page.
+
+        Raises:
+            SelOrthoError: it is not on this page.
+        """
+        if sae not in self.catalog:
+            raise SelOrthoError(f"sae={sae!r:.50}: this page shows {' and '.join(self.catalog)}")
+        return self.catalog[sae]
+
+    def index(self, sae: str) -> FeatureIndex:
+        """Return the feature index of an SAE of the page.
+
+        Raises:
+            SelOrthoError: it has none.
+        """
+        entry = self.entry(sae)
+        if entry.index is None:
+            raise SelOrthoError(
+                f"{entry.title} has no feature index, so only live text is shown: build one with "
+                "scripts/build_feature_index.py"
+            )
+        return entry.index
+
+    def text(self, address: Address) -> str:
+        """Show which features fire on each token of a sentence."""
+        entry = self.entry(address.sae)
+        if not address.q.strip():
+            return view("invitation.html", address, "Text", examples=self.examples)
+        reading = self.live.capture(address.q, entry.key)
+        return view("text.html", address, f"Text: {address.q[:40]}", **text_values(address, entry, reading))
+
+    def feature(self, address: Address) -> str:
+        """Show all about a feature, or the most frequent features."""
+        index = self.index(address.sae)
+        if address.id is None:
+            return view("features.html", address, "Features", index=index)
+        record = index.feature(address.id)
+        return view(
+            "feature.html",
+            address,
+            f"Feature {record.feature}",
+            index=index,
+            record=record,
+            steps=_steps(index.firing_features(), record.feature),
+            histogram=histogram(record.histogram),
+            pairs=index.pairs_of(record.feature)[:20],
+            groups=_context_groups(record),
+            **self._on_my_text(address, record.feature),
+        )
+
+    def _on_my_text(self, address: Address, feature: int) -> dict[str, Any]:
+        if not address.q.strip():
+            return {"reading": None, "no_reading": ""}
+        try:
+            reading = self.live.capture(address.q, address.sae)
+        except SelOrthoError as error:
+            return {"reading": None, "no_reading": str(error)}
+        return {"reading": reading, "activations": activations_on(reading, feature).tolist()}
+
+    def pairs(self, address: Address) -> str:
+        """Show the pairs that the penalty acted on, or one of them."""
+        index = self.index(address.sae)
+        if address.a is not None and address.b is not None:
+            return pair_page(address, index, TWIN in self.catalog)
+        return pair_table(address, index)
+
+    def search(self, address: Address) -> str:
+        """Show features by label, by a token that they promote, or by a phrase on which they fire."""
+        index, wanted = self.index(address.sae), address.q.strip()
+        if not wanted:
+            return note(address, "Search", "Search features by their label, by a token, or by a phrase.")
+        if address.by == "phrase":
+            reading = self.live.capture(address.q, address.sae)
+            features = [index.summary(feature) for feature, _ in reading.strongest(30)]
+            caption = f"Features that fire on “{address.q}”, the strongest first"
+        elif address.by == "token":
+            features, caption = index.search_promoted(wanted), f"Features that promote “{wanted}”"
+        else:
+            features, caption = index.search_labels(wanted), f"Features with “{wanted}” in their label"
+        if not features:
+            return note(address, "Search", f"No feature found: {caption.lower()}.")
+        return view("search.html", address, f"Search: {address.q[:40]}", found=features, caption=caption)
+
+    def steer(self, address: Address) -> str:
+        """Explain steering, before anything was generated."""
+        return view("steer.html", address, "Steer", plain=None)
+
+    def compare(self, address: Address) -> str:
+        """Show two SAEs on one sentence."""
+        entries = list(self.catalog.values())
+        if address.other:
+            entries = [entries[0], CatalogEntry(address.other, address.other, RepoRef(address.other))]
+        if len(entries) < 2:
+            more = " Name another one of the Hub above." if self.live.allow_other_saes else ""
+            words = "There is one SAE on this page; with its twin (--twin) beside it, both can be compared."
+            return note(address, "Compare", words + more)
+        if not address.q.strip():
+            return view("invitation.html", address, "Compare", examples=self.examples)
+        readings = [self.live.capture(address.q, entry.key) for entry in entries]
+        sides = compared_values(entries, readings, [self.live.sae(entry.key) for entry in entries])
+        return view("compare.html", address, f"Compare: {address.q[:40]}", sides=sides)
+
+    def run(self, address: Address) -> str:
+        """Show the settings of the training, what was measured beside the twin, and the curves of the training."""
+        entry = self.entry(address.sae)
+        entries = [entry, *(other for other in self.catalog.values() if other is not entry)]
+        measured = [_evaluation(one) for one in entries]
+        charts = {
+            title: curves({one.title: [(row["step"], row.get(key)) for row in one.rows] for one in entries if one.rows})
+            for key, title in CURVES.items()
+        }
+        return view(
+            "run.html",
+            address,
+            "Run",
+            config=entry.config,
+            lm_name=_without_folders(entry.config.lm_name if entry.config else None),
+            dataset=_without_folders(entry.config.dataset if entry.config else None),
+            titles=[one.title for one in entries],
+            rows=[
+                (names, [metrics.get(key) for metrics in measured])
+                for key, names in MEASURED.items()
+                if any(metrics.get(key) is not None for metrics in measured)
+            ],
+            charts={title: chart for title, chart in charts.items() if chart is not None},
+        )
+
+
+def _steps(firing: list[int], feature: int) -> dict[str, int | None]:
+    """Other features that fire, by the name of the button that leads there."""
+    before, behind = bisect.bisect_left(firing, feature), bisect.bisect_right(firing, feature)
+    return {
+        "‹ previous": firing[before - 1] if before > 0 else None,
+        "next ›": firing[behind] if behind < len(firing) else None,
+        "random": random.choice(firing) if firing else None,
+    }
+
+
+def _context_groups(record: FeatureRecord) -> list[tuple[str, list[FeatureContext]]]:
+    """The strongest contexts of a feature, then samples by quantile of its activation, with their headings."""
+    groups = [("Strongest contexts", [context for context in record.contexts if context.kind == "top"])]
+    samples = [context for context in record.contexts if context.kind == "sample"]
+    for band, members in groupby(samples, key=lambda context: next((b for b in _BANDS if context.quantile > b), 0.0)):
+        heading = f"Samples between the quantiles {percent(band)} and {percent(band + 0.2)} of its activations"
+        groups.append((heading, list(members)))
+    return groups
+
+
+def _evaluation(entry: CatalogEntry) -> dict[str, Any]:
+    evaluation = entry.metrics.get("evaluation")
+    return evaluation if isinstance(evaluation, dict) else {}
+
+
+def _without_folders(name: str | None) -> str:
+    """A Hub id as it is; of a path of the owner's machine, which is nobody's business, the last part."""
+    if not name:
+        return "not said"
+    return Path(name).name if name.startswith(("/", "~", ".")) or "\\" in name else name

@@ -1,1 +1,0 @@
-"""The page that shows the features of an SAE."""

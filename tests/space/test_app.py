@@ -1,0 +1,36 @@
+"""How the page is started: options, what stands for them, and what is said where it cannot start."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+import pytest
+
+pytest.importorskip("gradio")  # the extra `space`, which the whole browser needs
+
+import hf_selortho.browser
+from hf_selortho import SelOrthoError
+from hf_selortho.browser.app import add_options, default_of, launch
+
+
+def test_the_command_line_goes_before_the_environment_and_that_before_what_is_stored(monkeypatch) -> None:
+    monkeypatch.setenv("TWIN", "org/twin")
+    monkeypatch.setenv("ALLOW_OTHER_SAES", "1")
+    stored = {"sae": "org/sae@main", "twin": "org/other", "lm": "none", "allow_other_saes": False}
+    parser = argparse.ArgumentParser()
+    add_options(parser, stored)
+    options = parser.parse_args(["--lm", "org/lm"])
+    assert (options.twin, options.lm, options.allow_other_saes) == ("org/twin", "org/lm", True)
+    assert default_of("sae", stored) == "org/sae@main"
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch) -> None:
+    with pytest.raises(SelOrthoError, match="which SAE\\? pass --sae"):
+        launch(None)
+    with pytest.raises(SelOrthoError, match="is no place of an SAE"):
+        launch("no such folder")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SelOrthoError, match='pip install "hf_selortho\\[space\\]"'):
+        importlib.reload(hf_selortho.browser)
