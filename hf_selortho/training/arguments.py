@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
 from ..configuration_selortho import SelOrthoConfig
 from ..data.texts import TextSource
 from ..errors import SelOrthoError
+from ..utils.command_line import OneLineArgumentParser
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
@@ -224,11 +225,8 @@ class TrainingArguments:
         return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
 
 
-class OneLineParser(HfArgumentParser):
-    """An argument parser whose errors are one line, without the usage text of a hundred arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
+class OneLineParser(OneLineArgumentParser, HfArgumentParser):
+    """A parser of dataclasses whose errors are one line."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
