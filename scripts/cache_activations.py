@@ -35,8 +35,8 @@ from hf_selortho.language_models.loading import check_context_length, load_langu
 from hf_selortho.process_group import ProcessGroup, leave_process_group
 from hf_selortho.training.arguments import TextArguments
 from hf_selortho.training.cache_arguments import CacheArguments, parse_cache_arguments
-from hf_selortho.training.run_folder import library_versions
 from hf_selortho.utils.command_line import check_launcher, on_cpu, run_script, use_all_cores
+from hf_selortho.utils.environment import library_versions
 from hf_selortho.utils.files import FolderLock
 from hf_selortho.utils.memory import peak_memory
 

@@ -30,9 +30,10 @@ from hf_selortho.process_group import leave_process_group
 from hf_selortho.training.arguments import HubArguments, parse_arguments
 from hf_selortho.training.dry_run import dry_run
 from hf_selortho.training.run import TrainingRun, make_accelerator
-from hf_selortho.training.run_folder import hardware, library_versions, save_sae
+from hf_selortho.training.run_folder import save_sae
 from hf_selortho.training.sae_trainer import LAST_STEPS
 from hf_selortho.utils.command_line import check_launcher, launch_command, run_script, say
+from hf_selortho.utils.environment import hardware, library_versions
 from hf_selortho.utils.files import FolderLock
 from hf_selortho.utils.memory import peak_memory
 

@@ -33,8 +33,8 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.buffer import BatchSource
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.files import reason, replace_file, sha256_of, sync, target_outside
-from .run_folder import CHECKPOINTS, as_os_error, holds_unfinished_run, jsonable
+from ..utils.files import as_os_error, jsonable, reason, replace_file, sha256_of, sync, target_outside
+from .run_folder import CHECKPOINTS, holds_unfinished_run
 
 if TYPE_CHECKING:
     from .sae_trainer import SAETrainer
