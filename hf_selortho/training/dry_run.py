@@ -13,6 +13,7 @@ import torch
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
+from ..penalties import full_penalty_bytes
 from ..process_group import ProcessGroup
 from ..utils.memory import available_memory, free_disk, memory_now, peak_memory, start_peak
 from .data import LiveData, TrainingData
@@ -40,11 +41,13 @@ def check_fits(kind: str, parts: Mapping[str, int], available: int | None, remed
         )
 
 
-def check_memory(data: TrainingData, configs: Sequence[SelOrthoConfig], device: torch.device) -> None:
-    """Refuse, before anything large is allocated, a run whose activations and SAEs alone cannot fit."""
+def check_memory(data: TrainingData, configs: Sequence[SelOrthoConfig], batch: int, device: torch.device) -> None:
+    """Refuse, before anything large is allocated, a run whose activations, SAEs and matrices alone cannot fit."""
     weights = sum(2 * (config.d_in or 0) * (config.d_sae or 0) for config in configs)
     held = {"activations held": data.source.memory_bytes()}
     needed = {"SAE weights, gradients, Adam": _TRAINING_BYTES * weights}
+    if full := [full_penalty_bytes(config.d_sae or 0, batch) for config in configs if config.penalty == "full"]:
+        needed["d_sae x d_sae matrices of --penalty full"] = max(full)
     if data.source_device.type == device.type:
         needed |= held
     else:

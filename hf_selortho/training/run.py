@@ -15,7 +15,6 @@ from ..data.pair_history import PairHistory
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.command_line import on_cpu, use_all_cores
-from ..utils.memory import available_memory
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
 from .data import CachedData, LiveData, TrainingData, open_store
@@ -23,7 +22,6 @@ from .dry_run import check_memory
 from .non_finite import NonFinitePolicy
 from .run_folder import TRACKERS, MetricsLog, check_output_folder, prepare_output_folder
 from .sae_trainer import SAETrainer
-from .schedules import full_penalty_notice, make_controller
 from .stop_signals import StopSignals
 from .trainer import Trainer
 from .variants import all_settings, make_variants
@@ -95,17 +93,12 @@ class TrainingRun:
             SelOrthoError: what they need does not fit in the memory.
         """
         layers = list(dict.fromkeys(variant.layer for variant in self.variants))
-        device, batch_size = self.accelerator.device, self.arguments.run.batch_size
         if self.store is None:
             self.data = LiveData(self.arguments, layers, self.accelerator)
         else:
             self.data = CachedData(self.store, self.arguments, layers, self.accelerator)
         self.configs = [variant.config(**self.data.provenance(variant.layer)) for variant in self.variants]
-        check_memory(self.data, self.configs, device)
-        for config in self.configs:
-            notice = full_penalty_notice(config, batch_size, available_memory(device))
-            if notice is not None and self.accelerator.is_main_process:
-                logger.warning("%s", notice)
+        check_memory(self.data, self.configs, self.arguments.run.batch_size, self.accelerator.device)
         return self.data
 
     def new_saes(self) -> list[SelOrthoSAE]:
@@ -131,8 +124,7 @@ class TrainingRun:
                 folder.mkdir(exist_ok=True)
                 log = MetricsLog(folder, resume_at=self.resume_at)
                 history = PairHistory(folder, sae.config, run.max_steps, resume_at=self.resume_at)
-            controller = make_controller(run, sae.config.penalty, sae.config.ortho_coefficient)
-            trainers.append(SAETrainer(self.accelerator, sae, run, log, controller, variant.name, policy, history))
+            trainers.append(SAETrainer(self.accelerator, sae, run, log, variant.name, policy, history))
         return trainers
 
 

@@ -153,14 +153,11 @@ def test_of_several_saes_each_has_a_history_of_its_own_if_it_selects_pairs(argum
     assert snapshots_of(tmp_path / "run" / "layer_0") != snapshots_of(tmp_path / "run" / "layer_2")
 
 
-def test_the_full_penalty_says_what_it_needs_and_is_refused_where_that_is_missing(
-    arguments, tmp_path, monkeypatch, caplog
-) -> None:
+def test_the_full_penalty_is_refused_where_its_matrices_do_not_fit(arguments, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hf_selortho.training.dry_run.available_memory", lambda device: 500_000)
     train.main(arguments(penalty="full", eval_samples=0, max_steps=1))
-    assert "--penalty full on 64 features needs 98,304 bytes" in caplog.text  # 4 (2 * 64^2 + 2 * 64 * 128)
-    monkeypatch.setattr("hf_selortho.training.run.available_memory", lambda device: 90_000)
-    with pytest.raises(SelOrthoError, match="98,304 bytes .* 90,000 are available; use --penalty selective"):
-        train.main(arguments(penalty="full", output_dir=tmp_path / "other"))
+    with pytest.raises(SelOrthoError, match="d_sae matrices of --penalty full 0.01 GB.*lower --buffer"):
+        train.main(arguments(penalty="full", d_sae=1000, output_dir=tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 

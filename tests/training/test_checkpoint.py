@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from hf_selortho.language_models.capture import TokenOrigins
 from hf_selortho.training.arguments import RunArguments
 from hf_selortho.training.checkpoint import Checkpoints, DamagedCheckpointError, agreed_checkpoint, verify
 from hf_selortho.training.sae_trainer import SAETrainer
-from hf_selortho.training.state import GradientShare
 from hf_selortho.training.trainer import Trainer
 
 D_IN, TOKENS = 8, 64
@@ -62,11 +60,11 @@ def train(folder: Path, accelerator: Accelerator, steps: int, checkpoint: Path |
     """Two SAEs on the same batches, with a checkpoint after every second step."""
     checkpoints = Checkpoints(accelerator, folder, {**SETTINGS, "max_steps": steps}, every=2, keep=9)
     torch.manual_seed(0)
-    arguments = dataclasses.replace(RunArguments(), max_steps=steps, checkpoint_every=2, learning_rate=1e-3)
+    arguments = RunArguments(max_steps=steps, checkpoint_every=2, learning_rate=1e-3, ortho_budget="gradient")
     trainers, source = [], Batches()
     for name in ("one", "two"):
         sae = SelOrthoSAE(CONFIG) if checkpoint is None else checkpoints.load_sae(checkpoint, name, CONFIG)
-        trainers.append(SAETrainer(accelerator, sae, arguments, None, GradientShare(0.03, 0.01), name))
+        trainers.append(SAETrainer(accelerator, sae, arguments, None, name))
     if checkpoint is not None:
         assert checkpoints.check(checkpoint) == 2
         checkpoints.load(checkpoint, trainers, source)
