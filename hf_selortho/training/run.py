@@ -20,7 +20,7 @@ from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
 from .data import CachedData, LiveData, TrainingData, open_store
 from .dry_run import check_memory
 from .non_finite import NonFinitePolicy
-from .run_folder import TRACKERS, MetricsLog, check_output_folder, prepare_output_folder
+from .run_folder import TRACKERS, MetricsLog, prepare_output_folder, replaces_run
 from .sae_trainer import SAETrainer
 from .stop_signals import StopSignals
 from .trainer import Trainer
@@ -49,8 +49,9 @@ class TrainingRun:
     def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
         run, self.arguments, self.accelerator = arguments.run, arguments, accelerator
         self.checkpoint = agreed_checkpoint(accelerator, run.resume_from_checkpoint, run.output_dir)
-        self.resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, run.output_dir)
-        self.output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+        self.output = Path(run.output_dir)
+        resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, self.output)
+        self._replaces = replaces_run(self.output, overwrite=run.overwrite_output_dir, resuming=resuming)
         self.store = open_store(arguments)
         self.variants = make_variants(arguments)
         settings = all_settings(arguments, self.variants)
@@ -61,9 +62,7 @@ class TrainingRun:
         """Train to the end; returns the signal that has stopped it before, once a checkpoint is written."""
         accelerator, run = self.accelerator, self.arguments.run
         policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped)
-        self.open_data()
-        if isinstance(self.data, LiveData):
-            self.data.capture.on_non_finite = policy.handle_activations
+        self.open_data(policy)
         self.checkpoints.inputs = self.data.identity
         if self.checkpoint:
             logger.info("resuming from %s", self.checkpoint)
@@ -72,7 +71,7 @@ class TrainingRun:
         else:
             self.saes = self.new_saes()
         if accelerator.is_main_process:  # only now is it known that the run can start
-            prepare_output_folder(self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+            prepare_output_folder(self.output, replace=self._replaces)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, self.arguments, self.resume_at)
         self.trainers = self.make_trainers(self.saes, policy, logged=accelerator.is_main_process)
@@ -86,7 +85,7 @@ class TrainingRun:
             trainer.release()
         return signal
 
-    def open_data(self) -> TrainingData:
+    def open_data(self, policy: NonFinitePolicy | None = None) -> TrainingData:
         """Open the activations of all SAEs and build the configurations, which depend on them.
 
         Raises:
@@ -94,7 +93,7 @@ class TrainingRun:
         """
         layers = list(dict.fromkeys(variant.layer for variant in self.variants))
         if self.store is None:
-            self.data = LiveData(self.arguments, layers, self.accelerator)
+            self.data = LiveData(self.arguments, layers, self.accelerator, policy)
         else:
             self.data = CachedData(self.store, self.arguments, layers, self.accelerator)
         self.configs = [variant.config(**self.data.provenance(variant.layer)) for variant in self.variants]

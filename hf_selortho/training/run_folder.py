@@ -37,24 +37,25 @@ _FOLDERS = (CHECKPOINTS, PAIR_HISTORY, PICTURES, TRACKERS, _SAVING)  # batches i
 _FILES = (CARD, "config.json", "model.safetensors", METRICS, TIMINGS_LOG, METRICS_LOG, RUN)
 
 
-def check_output_folder(path: str | Path, *, overwrite: bool, resuming: bool) -> Path:
-    """Return the output folder, if a run may write to it; nothing is changed yet.
+def replaces_run(folder: Path, *, overwrite: bool, resuming: bool) -> bool:
+    """Tell whether an earlier run in the output folder, which need not exist, is to be replaced.
 
     Args:
-        path: the folder; it need not exist.
+        folder: of the new run.
         overwrite: an earlier run in it may be replaced.
         resuming: the run goes on with the one in it, or starts it again if it died before its first checkpoint.
 
     Raises:
         SelOrthoError: it holds an earlier run that is to be kept, or something else than a run.
     """
-    folder = Path(path)
-    if not (resuming or is_free(folder) or (overwrite and (folder / MARKER).is_file())):
-        raise SelOrthoError(
-            f"output folder {folder} is not empty: choose another --output_dir; a run of this version (which has left "
-            f"{MARKER} in it) can go on with --resume_from_checkpoint auto, or be replaced with --overwrite_output_dir"
-        )
-    return folder
+    if resuming or is_free(folder):
+        return False
+    if overwrite and (folder / MARKER).is_file():
+        return True
+    raise SelOrthoError(
+        f"output folder {folder} is not empty: choose another --output_dir; a run of this version (which has left "
+        f"{MARKER} in it) can go on with --resume_from_checkpoint auto, or be replaced with --overwrite_output_dir"
+    )
 
 
 def is_free(folder: Path) -> bool:
@@ -67,20 +68,15 @@ def holds_unfinished_run(folder: Path) -> bool:
     return is_free(folder) or ((folder / MARKER).is_file() and not any(folder.rglob(RUN)))
 
 
-def prepare_output_folder(folder: Path, *, overwrite: bool, resuming: bool) -> None:
-    """Create the output folder and mark it as a run's, without what an earlier run has left there if `overwrite`.
-
-    Args:
-        folder, overwrite, resuming: as for [`check_output_folder`], which has been asked.
-    """
-    if overwrite and not resuming and (folder / MARKER).is_file():
-        for place in (*folder.glob("layer_*"), folder):
-            for name in _FOLDERS:
-                shutil.rmtree(place / name, ignore_errors=True)
-            for name in _FILES:
-                (place / name).unlink(missing_ok=True)
-            with suppress(OSError):  # something of somebody else is in it
-                place.rmdir()
+def prepare_output_folder(folder: Path, *, replace: bool) -> None:
+    """Create the output folder and mark it as a run's, without what an earlier run has left there if `replace`."""
+    for place in (*folder.glob("layer_*"), folder) if replace else ():
+        for name in _FOLDERS:
+            shutil.rmtree(place / name, ignore_errors=True)
+        for name in _FILES:
+            (place / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something of somebody else is in it
+            place.rmdir()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MARKER, {"format": FORMAT})
 

@@ -9,32 +9,29 @@ from hf_selortho import SelOrthoError
 from hf_selortho.training.run_folder import (
     MARKER,
     MetricsLog,
-    check_output_folder,
     holds_unfinished_run,
     prepare_output_folder,
+    replaces_run,
 )
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
     (tmp_path / "metrics.jsonl").write_text("of another program, or of version 0.1.0")
-    with pytest.raises(SelOrthoError, match="is not empty: choose another --output_dir; .*--overwrite_output_dir"):
-        check_output_folder(tmp_path, overwrite=False, resuming=False)
-    assert check_output_folder(tmp_path, overwrite=False, resuming=True) == tmp_path
-    with pytest.raises(SelOrthoError, match="is not empty: choose another"):
-        check_output_folder(tmp_path, overwrite=True, resuming=False)
-    prepare_output_folder(tmp_path, overwrite=True, resuming=False)
-    assert (tmp_path / "metrics.jsonl").exists()
+    for overwrite in (False, True):
+        with pytest.raises(SelOrthoError, match="is not empty: choose another --output_dir; .*--overwrite_output_dir"):
+            replaces_run(tmp_path, overwrite=overwrite, resuming=False)
+    assert not replaces_run(tmp_path, overwrite=True, resuming=True)
 
 
 def test_a_lock_and_kept_batches_leave_a_folder_free(tmp_path) -> None:
     (tmp_path / "debug").mkdir()
     (tmp_path / ".lock").touch()
-    assert check_output_folder(tmp_path, overwrite=False, resuming=False) == tmp_path
+    assert not replaces_run(tmp_path, overwrite=False, resuming=False)
     assert holds_unfinished_run(tmp_path) and holds_unfinished_run(tmp_path / "missing")
 
 
 def test_overwriting_removes_a_run_and_nothing_beside_it(tmp_path) -> None:
-    prepare_output_folder(tmp_path, overwrite=False, resuming=False)
+    prepare_output_folder(tmp_path, replace=False)
     ours = [
         "README.md", "config.json", "metrics.jsonl", "run.json", "checkpoints/step_000010/trainer.json",
         "pictures/a.png", "trackers/hf_selortho/events", "layer_3/pair_history/.step_000121.safetensors.tmp",
@@ -45,8 +42,7 @@ def test_overwriting_removes_a_run_and_nothing_beside_it(tmp_path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     assert not holds_unfinished_run(tmp_path)
-    check_output_folder(tmp_path, overwrite=True, resuming=False)
-    prepare_output_folder(tmp_path, overwrite=True, resuming=False)
+    prepare_output_folder(tmp_path, replace=replaces_run(tmp_path, overwrite=True, resuming=False))
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {*others, MARKER}
     assert holds_unfinished_run(tmp_path) and not (tmp_path / "layer_3_twin").exists()
