@@ -15,12 +15,6 @@ from safetensors.torch import load_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationCache
-from hf_selortho.data.buffer import ActivationBatch
-from hf_selortho.data.cache_batches import CachedBatches
-from hf_selortho.data.contexts import ContextStream, Cutter
-from hf_selortho.data.texts import TextSource, open_documents
-from hf_selortho.language_models.capture import ActivationCapture
-from hf_selortho.training import data as training_data
 from hf_selortho.training import dry_run
 from scripts import cache_activations, train
 
@@ -132,51 +126,6 @@ def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_pat
         assert set(json.loads(saved.read_text())["source"]) == {"seed", "epoch", "cursor", "activations"}
 
 
-class _Replay:
-    """The activations of the shards' tokens, computed by the language model at once, in the order of the shards."""
-
-    def __init__(self, lm, layers, documents: Path, order: CachedBatches) -> None:
-        cutter = Cutter(lm.tokenizer, context_length=256)
-        stream = ContextStream(open_documents(TextSource(str(documents))), cutter, endless=False)
-        limits = [order.cache.manifest.layer(layer).max_norm for layer in layers]
-        capture = ActivationCapture(lm, layers, limits)
-        self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
-        while contexts := stream.take_tokens(3000):
-            part = capture.capture_all(contexts)
-            places = zip(part.origins.document_ids.tolist(), part.origins.positions.tolist(), strict=True)
-            for row, place in enumerate(places):
-                self.rows[place] = {layer: held[row] for layer, held in part.by_layer.items()}
-        self.order, self.layers = order, layers
-
-    def next_batch(self) -> ActivationBatch:
-        origins = self.order.next_batch().origins
-        places = list(zip(origins.document_ids.tolist(), origins.positions.tolist(), strict=True))
-        by_layer = {layer: torch.stack([self.rows[place][layer] for place in places]) for layer in self.layers}
-        return ActivationBatch(by_layer, origins)
-
-    def __getattr__(self, name):
-        return getattr(self.order, name)
-
-
-def test_shards_train_the_weights_that_the_language_model_trains(
-    arguments, harvested, tiny_lm, sample_text_files, tmp_path, monkeypatch
-) -> None:
-    build = {"activations": harvested, "layers": [1, 2], "eval_samples": 0, "max_steps": 20}
-    train.main(arguments(**build))
-    made = training_data.CachedBatches
-    replays = []
-
-    def replaying(store, layers, **settings):
-        replays.append(_Replay(tiny_lm("llama"), list(layers), sample_text_files.csv, made(store, layers, **settings)))
-        return replays[-1]
-
-    monkeypatch.setattr(training_data, "CachedBatches", replaying)
-    train.main(arguments(**build, output_dir=tmp_path / "replayed"))
-    assert replays
-    for layer in (1, 2):
-        assert same(weights(tmp_path / "run" / f"layer_{layer}"), weights(tmp_path / "replayed" / f"layer_{layer}"))
-
-
 def test_shards_need_neither_texts_nor_language_model(
     arguments, tiny_lm_dir, sample_text_files, tmp_path, monkeypatch
 ) -> None:
@@ -221,18 +170,6 @@ def test_mistakes_are_named_before_anything_is_written(changes, message, argumen
     with pytest.raises(SelOrthoError, match=message):
         train.main(arguments(**{"activations": harvested, **changes}))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_flipped_byte_is_named_and_nothing_is_trained_on_it(arguments, harvested, tmp_path) -> None:
-    damaged = tmp_path / "acts"
-    shutil.copytree(harvested, damaged)
-    shard = sorted((damaged / "layer_1").iterdir())[-1]
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 4
-    shard.write_bytes(data)
-    with pytest.raises(SelOrthoError, match=rf"layer_1/{shard.name} is damaged"):
-        train.main(arguments(activations=damaged, layer=1, max_steps=500))
-    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("source", ["live", "shards"])
