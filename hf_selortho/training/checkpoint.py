@@ -35,7 +35,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.buffer import BatchSource
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.files import as_os_error, jsonable, reason, sha256_of, sync
+from ..utils.files import as_os_error, jsonable, reason, replace_file, sha256_of, sync
 from .run_folder import CHECKPOINTS, MetricsLog, holds_unfinished_run
 from .sae_trainer import SAETrainer
 
@@ -138,7 +138,7 @@ def verify(folder: Path) -> None:
         name = _manifest_of(rank)
         try:
             content = _read_json(folder / name)
-            version, processes = content["version"], content.get("processes", 1)
+            version, processes = content["version"], int(content.get("processes", 1))
             hashes |= content["files"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(folder, name) from error
@@ -149,7 +149,11 @@ def verify(folder: Path) -> None:
             )
         rank += 1
     for name, expected in hashes.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != expected:
+        try:
+            intact = sha256_of(folder / name) == expected
+        except OSError:
+            intact = False
+        if not intact:
             raise DamagedCheckpointError(folder, name)
 
 
@@ -312,12 +316,14 @@ class Checkpoints:
                     log.sync()  # its rows are as safe as the checkpoint that counts on them
             for name, content in files.items():
                 _write_file(temporary / name, content)
-            hashes = {name: sha256_of(temporary / name) for name in sorted(files)}
-            _write_file(temporary / manifest, {"version": VERSION, "processes": processes, "files": hashes})
-            for inner in {(temporary / name).parent for name in (*files, manifest)}:
+            for inner in {(temporary / name).parent for name in files}:
                 sync(inner)
-            if all((temporary / _manifest_of(rank)).exists() for rank in range(processes)):
-                with suppress(FileNotFoundError):  # another one, which was last at the same moment, has done so
+            hashes = {name: sha256_of(temporary / name) for name in sorted(files)}
+            content = {"version": VERSION, "processes": processes, "files": hashes}
+            with suppress(FileNotFoundError):  # another process has found all manifests, and the folder has its name
+                replace_file(temporary / manifest, (json.dumps(content, indent=2) + "\n").encode())
+                if all((temporary / _manifest_of(rank)).exists() for rank in range(processes)):
+                    sync(temporary)
                     temporary.rename(folder)
                     sync(folder.parent)
                     self._prune()

@@ -41,19 +41,6 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def rewrite_manifest(folder: Path, name: str) -> None:
-    """Let the manifest of a checkpoint or of shards know what a file holds now."""
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    data = (folder / name).read_bytes()
-    listed = [content["files"]] if "files" in content else [shard["files"] for shard in content["shards"]]
-    for files in listed:
-        if name in files:
-            sha256 = hashlib.sha256(data).hexdigest()
-            files[name] = {"sha256": sha256, "bytes": len(data)} if isinstance(files[name], dict) else sha256
-    path.write_text(json.dumps(content))
-
-
 def start(argv: list[str], script: str = "train.py", **options: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}  # type: ignore[dict-item]
     return subprocess.Popen(
@@ -78,23 +65,22 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_where_all_are_damaged_nothing_is_lost(arguments, tmp_path) -> None:
+def test_a_run_goes_on_from_its_newest_intact_checkpoint_or_not_at_all(arguments, tmp_path) -> None:
     train.main(arguments(max_steps=4, checkpoint_every=2, eval_samples=0))
-    for name in checkpoints_of(tmp_path / "run"):
-        flip(tmp_path / "run" / "checkpoints" / name / "trainer.json")
+    newest = tmp_path / "run" / "checkpoints" / "step_000004"
+    first = newest.with_name("step_000002")
+    with pytest.raises(SelOrthoError, match="step_000004 is later than .*step_000002: resume with auto, move it away"):
+        train.main(arguments(resume_from_checkpoint=first))
+    shutil.move(newest, tmp_path)
+    flip(first / "trainer.json")
     before = contents(tmp_path / "run")
     with pytest.raises(SelOrthoError, match="holds no intact checkpoint .*: restore one from a copy, or start again"):
         train.main(arguments(resume_from_checkpoint="auto"))
     assert contents(tmp_path / "run") == before
-
-
-def test_an_earlier_checkpoint_can_be_gone_on_from_once_the_later_one_is_moved_away(arguments, tmp_path) -> None:
-    train.main(arguments(max_steps=4, checkpoint_every=2, eval_samples=0))
-    newest = tmp_path / "run" / "checkpoints" / "step_000004"
-    before = newest.with_name("step_000002")
-    with pytest.raises(SelOrthoError, match="step_000004 is later than .*step_000002: resume with auto, move it away"):
-        train.main(arguments(resume_from_checkpoint=before))
-    shutil.move(newest, tmp_path)
+    flip(first / "trainer.json")
+    branch = {"output_dir": tmp_path / "branch", "max_steps": 3, "eval_samples": 0}
+    train.main(arguments(resume_from_checkpoint=first, **branch))
+    assert [row["step"] for row in rows_of(tmp_path / "branch")] == [3]
     train.main(arguments(resume_from_checkpoint="auto", eval_samples=0))
     assert len(rows_of(tmp_path / "run")) == 12
 
@@ -217,7 +203,10 @@ def shards(harvest, tmp_path) -> Callable[..., Path]:
         tensors = load_file(folder / name)
         tensors["activations"][row] = value
         save_file(tensors, folder / name)
-        rewrite_manifest(folder, name)
+        content = json.loads((folder / "manifest.json").read_text())
+        data = (folder / name).read_bytes()
+        content["shards"][0]["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        (folder / "manifest.json").write_text(json.dumps(content))
         ActivationCache(str(folder))
         return folder
 
