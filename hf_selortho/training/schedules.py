@@ -69,8 +69,8 @@ class PenaltySchedule:
         self.config, self.group = config, group
         self.acts = config.penalty != "none" and config.ortho_coefficient > 0
         self.pairs: Pairs | None = None
-        carries = config.carry_decay > 0 and config.penalty == "selective"
-        self._average = CoactivationEMA.of_config(config) if carries else None
+        averages = config.carry_decay > 0 and config.penalty == "selective"
+        self._average = CoactivationEMA.of_config(config) if averages else None
         self._budget: GradientShare | None = None
         if arguments is not None and arguments.ortho_budget == "gradient" and self.acts:
             self._budget = GradientShare(config.ortho_coefficient, arguments.ortho_budget_value)
@@ -111,7 +111,7 @@ class PenaltySchedule:
         if self.pairs is not None:
             tensors |= {f"pairs.{name}": getattr(self.pairs, name) for name in ("i", "j", "correlation")}
         if self._average is not None:
-            tensors |= {f"carried.{name}": value for name, value in self._average.state_dict().items()}
+            tensors |= {f"average.{name}": value for name, value in self._average.state_dict().items()}
         return tensors, {"coefficient": self.coefficient}
 
     def load_state_dict(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ class PenaltySchedule:
         if "pairs.i" in tensors:
             self.pairs = Pairs(tensors["pairs.i"], tensors["pairs.j"], tensors["pairs.correlation"])
         if self._average is not None:
-            kept = {key.removeprefix("carried."): value for key, value in tensors.items() if key.startswith("carried.")}
+            kept = {key.removeprefix("average."): value for key, value in tensors.items() if key.startswith("average.")}
             self._average.load_state_dict(kept)
         if self._budget is not None:
             self._budget.coefficient = content["coefficient"]

@@ -42,7 +42,7 @@ def test_a_copy_keeps_what_the_schedule_forgets() -> None:
     before, kept = schedule.copy(), {name: value.clone() for name, value in schedule.state_dict()[0].items()}
     select(DenseFeatures(torch.rand(20, 8)))
     assert all(torch.equal(value, kept[name]) for name, value in before.state_dict()[0].items())
-    assert not torch.equal(schedule.state_dict()[0]["carried.squares"], kept["carried.squares"])
+    assert not torch.equal(schedule.state_dict()[0]["average.squares"], kept["average.squares"])
 
 
 @pytest.mark.parametrize("initial", [1e-4, 0.1, 50.0])
