@@ -31,8 +31,9 @@ from hf_selortho.benchmarking.rounds import rows_of, run_rounds
 from hf_selortho.benchmarking.steps import TrainingSteps
 from hf_selortho.language_models.loading import load_language_model
 from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.training.run_folder import hardware, library_versions, write_json, write_text
 from hf_selortho.utils.command_line import run_script, use_all_cores
+from hf_selortho.utils.environment import hardware, library_versions
+from hf_selortho.utils.files import write_json, write_text
 
 SYNTHETIC_BATCHES = 8
 D_IN = 640  # of synthetic activations

@@ -30,8 +30,8 @@ from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import BINS, FeatureContext, FeatureRecord, Neighbour, PairRecord, TokenEffect
 from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.training.run_folder import write_json
 from hf_selortho.utils.command_line import run_script
+from hf_selortho.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")

@@ -26,8 +26,8 @@ from hf_selortho.hub.interop import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
 from hf_selortho.hub.report import metrics_table
 from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.training.run_folder import write_json
 from hf_selortho.utils.command_line import run_script
+from hf_selortho.utils.files import write_json
 
 logger = logging.getLogger("hf_selortho.evaluate")
 

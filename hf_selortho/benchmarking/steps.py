@@ -19,8 +19,8 @@ from ..process_group import SINGLE_PROCESS
 from ..sparse_ops import ActiveFeatures, FeatureActivations
 from ..training.arguments import RunArguments
 from ..training.optimizer import SAEOptimizer
+from ..training.sae_trainer import TrainState
 from ..training.schedules import PenaltySchedule
-from ..training.state import TrainState
 from .inputs import Batches
 
 # optimiser: with the check of the gradient's norm, the counters of dead features and the projection of the gradient
@@ -112,7 +112,7 @@ class TrainingSteps:
         With `phases`, selection and penalty are then timed once more by themselves, on the features of the last batch.
         """
         self.sae.config = config
-        schedule = PenaltySchedule(config, SINGLE_PROCESS)
+        schedule = PenaltySchedule(config)
         state = TrainState(torch.zeros(len(self.sae.b_enc), dtype=torch.int64, device=self.device))
         steps = config.selection_interval if steps is None else steps
         selected = None
@@ -129,7 +129,7 @@ class TrainingSteps:
         """What the training loop does with a batch."""
         sae = self.sae
         dead = state.dead(self.arguments.dead_after_tokens, SINGLE_PROCESS) if sae.aux_features else None
-        output = sae(batch, plan=schedule.plan(state), dead=dead, return_feature_acts=False)
+        output = sae(batch, plan=schedule.plan(state.step + 1), dead=dead, return_feature_acts=False)
         finite = bool(torch.isfinite(output.loss))
         watch.mark("forward")
         output.loss.backward()
@@ -147,7 +147,7 @@ class TrainingSteps:
         watch.mark("normalisation")
         state.step += 1
         if output.pairs is not None:
-            state.pairs = output.pairs
+            schedule.pairs = output.pairs
         return output
 
     def _split(self, phases: dict[str, float], output: SelOrthoOutput, steps: int) -> dict[str, float]:

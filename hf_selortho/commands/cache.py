@@ -35,8 +35,8 @@ from ..language_models.loading import check_context_length, load_language_model
 from ..process_group import ProcessGroup, leave_process_group
 from ..training.arguments import TextArguments
 from ..training.cache_arguments import CacheArguments, parse_cache_arguments
-from ..training.run_folder import library_versions
 from ..utils.command_line import check_launcher, on_cpu, selortho, use_all_cores
+from ..utils.environment import library_versions
 from ..utils.files import FolderLock
 from ..utils.memory import peak_memory
 

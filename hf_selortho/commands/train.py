@@ -30,9 +30,10 @@ from ..process_group import leave_process_group
 from ..training.arguments import HubArguments, parse_arguments
 from ..training.dry_run import dry_run
 from ..training.run import TrainingRun, make_accelerator
-from ..training.run_folder import hardware, library_versions, save_sae
+from ..training.run_folder import save_sae
 from ..training.sae_trainer import LAST_STEPS
 from ..utils.command_line import check_launcher, launch_command, say, selortho
+from ..utils.environment import hardware, library_versions
 from ..utils.files import FolderLock
 from ..utils.memory import peak_memory
 

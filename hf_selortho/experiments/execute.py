@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
-from ..training.run_folder import CHECKPOINTS, METRICS_LOG, RUN, read_rows, write_json
+from ..training.run_folder import CHECKPOINTS, METRICS_LOG, RUN, read_rows
+from ..utils.files import write_json
 from .compare_seeds import compare_seeds
 from .examples import EXAMPLES
 from .plan import Plan, Sweep, Unit

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
 from ..hub.expectations import EXPECTATIONS, PENALTY_SETTINGS
-from ..training.run_folder import write_json
 from ..utils.command_line import run_script
+from ..utils.files import write_json
 from .comparison import comparisons
 from .findings import Findings
 from .plan import load_plan

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SelOrthoError
-from ..training.run_folder import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows, write_json
+from ..training.run_folder import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows
+from ..utils.files import write_json
 
 SCHEMA_VERSION = 1
 HARVEST = "harvest"  # name and kind of the record of language model and text

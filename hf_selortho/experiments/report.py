@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..training.run_folder import write_text
+from ..utils.files import write_text
 from . import sections
 from .findings import Findings
 from .plan import Plan

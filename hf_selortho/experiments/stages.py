@@ -17,8 +17,7 @@ import torch
 from ..data.activation_cache import ActivationCache
 from ..data.cache_manifest import MANIFEST
 from ..errors import SelOrthoError
-from ..training.run_folder import write_json
-from ..utils.files import sha256_of
+from ..utils.files import sha256_of, write_json
 from .examples import EXAMPLES, read_examples
 from .plan import Plan, Unit, WorldRun
 from .processes import Machine, Progress, launcher, run_process, side_by_side

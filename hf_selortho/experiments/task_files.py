@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ..evaluation.first_letter import FirstLetterTask
 from ..evaluation.probing import LabelledTexts
 from ..evaluation.tasks import Tasks
-from ..training.run_folder import write_json
+from ..utils.files import write_json
 
 TASKS = "tasks"  # kind of the record that has the facts
 PROBING, FIRST_LETTER, FACTS = "probing", "first_letter", "facts"

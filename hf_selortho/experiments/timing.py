@@ -23,8 +23,8 @@ from ..benchmarking.steps import TrainingSteps
 from ..configuration_selortho import SelOrthoConfig
 from ..data.activation_cache import ActivationCache
 from ..modeling_selortho import SelOrthoSAE
-from ..training.run_folder import hardware, library_versions
 from ..utils.command_line import run_script, use_all_cores
+from ..utils.environment import hardware, library_versions
 from .records import Records
 
 TIMING = "timing"  # name of the record

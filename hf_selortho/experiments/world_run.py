@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..training.run_folder import hardware, library_versions
 from ..utils.command_line import run_script, use_all_cores
+from ..utils.environment import hardware, library_versions
 from .plan import WorldRun
 from .records import Records
 from .world_peers import peer_settings, run_peers

@@ -16,8 +16,9 @@ from huggingface_hub import RepoCard
 from ..errors import SelOrthoError
 from ..features.index_writer import INDEX
 from ..modeling_selortho import SelOrthoSAE
-from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN, jsonable, save_sae
+from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN, save_sae
 from ..utils.command_line import without_secrets
+from ..utils.files import jsonable
 from ..utils.hub import CONFIG, read_object
 from .card_facts import SAELENS_FOLDER
 from .card_results import Measured

@@ -15,7 +15,8 @@ from ..evaluation.plots import (
     plot_feature_density,
     plot_training_curves,
 )
-from ..training.run_folder import CARD, METRICS, PICTURES, RUN, write_json, write_text
+from ..training.run_folder import CARD, METRICS, PICTURES, RUN
+from ..utils.files import write_json, write_text
 from .card_results import Measured
 from .model_card import render_card, render_model_card
 from .summary import SaeReport, beside_twins, summary_rows

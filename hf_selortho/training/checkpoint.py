@@ -1,11 +1,12 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
     checkpoints/step_000100/
-        manifest.json                  format, version, sha256 of every other file
         trainer.json                   step, loss, settings of the run
-        process_0.safetensors, .json   of a process: its activations and place in the data, random numbers, counters
         model.safetensors, config.json, optimizer.safetensors
                                        of the SAE; where there are several, in a folder of its own for each
+        process_0.safetensors, .json   of a process: its activations and place in the data, random numbers, counters
+        manifest.json                  written last: version, number of processes, sha256 of the files above;
+                                       manifest_1.json, ... of the files of further processes
 
 Nothing is pickled. A folder has its name only once all of it is on the disk.
 """
@@ -19,12 +20,13 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,16 +35,14 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.buffer import BatchSource
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.files import reason, replace_file, sha256_of, sync, target_outside
-from .run_folder import CHECKPOINTS, as_os_error, holds_unfinished_run, jsonable
-
-if TYPE_CHECKING:
-    from .sae_trainer import SAETrainer
+from ..utils.files import as_os_error, jsonable, reason, replace_file, sha256_of, sync
+from .run_folder import CHECKPOINTS, MetricsLog, holds_unfinished_run
+from .sae_trainer import SAETrainer
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "hf_selortho.checkpoint", 2
-MANIFEST, TRAINER = "manifest.json", "trainer.json"
+VERSION = 3
+TRAINER = "trainer.json"
 _NAME = re.compile(r"step_(\d{6,12})")
 _DAMAGED = "damaged_"
 # Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
@@ -127,25 +127,30 @@ def _given(folder: Path, output_dir: str | Path) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file of a checkpoint with its manifest.
+    """Compare every file of a checkpoint with its manifests.
 
     Raises:
-        DamagedCheckpointError: a file is missing, changed or a link to elsewhere; the message names it.
+        DamagedCheckpointError: a file is missing or changed; the message names it.
         SelOrthoError: it is of another version.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        version, files = manifest["version"], dict(manifest["files"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DamagedCheckpointError(folder, MANIFEST) from error
-    if version != VERSION:
-        raise SelOrthoError(
-            f"checkpoint {folder} is of version {version!r}, this hf_selortho reads {VERSION}: resume with the one "
-            "that wrote it"
-        )
-    for name, expected in files.items():
+    rank, processes, hashes = 0, 1, dict[str, str]()
+    while rank < processes:
+        name = _manifest_of(rank)
         try:
-            intact = target_outside(folder, folder / name) is None and sha256_of(folder / name) == expected
+            content = _read_json(folder / name)
+            version, processes = content["version"], int(content.get("processes", 1))
+            hashes |= content["files"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedCheckpointError(folder, name) from error
+        if version != VERSION:
+            raise SelOrthoError(
+                f"checkpoint {folder} is of version {version!r}, this hf_selortho reads {VERSION}: resume with the "
+                "one that wrote it"
+            )
+        rank += 1
+    for name, expected in hashes.items():
+        try:
+            intact = sha256_of(folder / name) == expected
         except OSError:
             intact = False
         if not intact:
@@ -155,11 +160,11 @@ def verify(folder: Path) -> None:
 class Checkpoints:
     """Writes and reads the checkpoints of one run.
 
-    They are written in the background while the training goes on: the weights from a copy, the activations of the
-    buffer as they are, since these stay until the next refresh, which waits.
+    They are written in the background while the training goes on, each process its part: the weights from a copy, the
+    activations of the buffer as they are, since these stay until the next refresh, which waits.
 
     Args:
-        accelerator: of the run; every process calls [`save`], [`settle`] and [`load`] together.
+        accelerator: of the run; every process calls [`save`], [`wait`] and [`load`] together.
         output_dir: folder of the run.
         arguments: all arguments of the run, by name; a run resumes only from a checkpoint with the same ones.
         every: steps between two checkpoints, 0 for none but the one of a run that is stopped.
@@ -176,60 +181,33 @@ class Checkpoints:
         self.arguments = jsonable({**arguments, "mixed_precision": accelerator.mixed_precision})
         self.every, self.keep = every, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._written: Future[Any] | None = None  # hashes of this process's files of the checkpoint on its way
-        self._step = 0  # of that checkpoint
+        self._writing: Future[None] | None = None
 
     @property
     def latest(self) -> Path | None:
         """Newest complete checkpoint of the run."""
         return next(reversed(list_checkpoints(self.output_dir)), None)
 
-    @property
-    def writing(self) -> bool:
-        """Whether this process is still writing its files."""
-        return self._written is not None and not self._written.done()
-
     def save(self, trainers: Sequence[SAETrainer], source: BatchSource) -> None:
-        """Begin to write a checkpoint of the current step; none may be on its way any more ([`settle`])."""
-        assert self._written is None
-        self._step = trainers[0].state.step
-        if self.accelerator.is_main_process:
-            for unfinished in self._temporary.parent.glob(".step_*.tmp"):  # of runs that were killed
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        files = self._files(trainers, source)
-        self._written = self._thread.submit(self._write, self._temporary, files, trainers)
-        source.hold(self._written)
+        """Begin to write a checkpoint of the current step, once the one before is done."""
+        self.wait()
+        self._writing = self._thread.submit(
+            self._write, trainers[0].state.step, self._files(trainers, source), [trainer.log for trainer in trainers]
+        )
+        source.hold(self._writing)
 
     def wait(self) -> None:
-        """Wait until this process has written its files, or has failed to."""
-        if self._written is not None:
-            self._written.exception()
-
-    def settle(self) -> None:
-        """Give a checkpoint that all processes have written its name, or remove what is left of one that failed."""
-        if self._written is None:
-            return
-        written, self._written = self._written, None
-        parts = gather_object([written.exception() or written.result()])
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            if errors := [part for part in parts if isinstance(part, BaseException)]:
-                raise errors[0]
-            self._publish({name: sha256 for part in parts for name, sha256 in part.items()})
-            self._thread.submit(self._prune)
-        except OSError as error:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            logger.warning(
-                "the checkpoint of step %d could not be written: %s. The run goes on; its latest checkpoint: %s",
-                *(self._step, reason(error), self.latest or "none"),
-            )
+        """Wait until no process is writing any more, and remove what a run that was killed or a full disk has left."""
+        if self._writing is not None:
+            self._writing.result()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for unfinished in (self.output_dir / CHECKPOINTS).glob(".step_*.tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Wait for what happens in the background; several processes have to [`settle`] before."""
-        if self.accelerator.num_processes == 1:
-            self.settle()
+        """End the thread that writes, once it is done."""
         self._thread.shutdown()
 
     def check(self, folder: Path) -> int:
@@ -291,10 +269,6 @@ class Checkpoints:
                     logger.warning("the damaged checkpoint is %s from now on", later.rename(aside))
 
     @property
-    def _temporary(self) -> Path:
-        return self.output_dir / CHECKPOINTS / f".step_{self._step:06d}.tmp"
-
-    @property
     def _process(self) -> str:
         return f"process_{self.accelerator.process_index}"
 
@@ -306,71 +280,82 @@ class Checkpoints:
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         counters: dict[str, Any] = {}
-        files: dict[str, Any] = {}
         for trainer in trainers:
             state, counters[trainer.name] = trainer.state_dict()
             tensors |= {f"sae.{trainer.name}.{name}": tensor for name, tensor in _copied(state).items()}
-            if self.accelerator.is_main_process:
+        content = {"source": place, "saes": counters, "not_finite": trainers[0].policy.skipped}
+        files: dict[str, Any] = {f"{self._process}.safetensors": tensors, f"{self._process}.json": content}
+        if self.accelerator.is_main_process:
+            for trainer in trainers:
                 prefix = f"{trainer.name}/" if trainer.name else ""
                 files[f"{prefix}model.safetensors"] = _copied(trainer.sae.state_dict())
                 files[f"{prefix}config.json"] = _config_of(trainer.sae)
                 files[f"{prefix}optimizer.safetensors"] = _copied(trainer.optimizer.tensors())
-        if self.accelerator.is_main_process:
             files[TRAINER] = self._summary(trainers)
-        content = {"source": place, "saes": counters, "not_finite": trainers[0].policy.skipped}
-        return {f"{self._process}.safetensors": tensors, f"{self._process}.json": content, **files}
+        return files
 
     def _summary(self, trainers: Sequence[SAETrainer]) -> dict[str, Any]:
         means = [trainer.log.mean_of_last(max(1, self.every)) for trainer in trainers if trainer.log is not None]
         losses = [mean["loss"] for mean in means if "loss" in mean]
         return {
-            "step": self._step,
+            "step": trainers[0].state.step,
             "loss": sum(losses) / len(losses) if losses else None,  # by which the best one is known
             "processes": self.accelerator.num_processes,
             "inputs": dict(self.inputs),
             "arguments": {key: value for key, value in self.arguments.items() if key not in _FREE_ARGUMENTS},
         }
 
-    def _write(self, temporary: Path, files: Mapping[str, Any], trainers: Sequence[SAETrainer]) -> dict[str, str]:
-        """Write this process's files and flush them to the disk, in the background; returns their hashes.
-
-        Raises:
-            OSError: there is no room, or the folder cannot be written.
-        """
+    def _write(self, step: int, files: Mapping[str, Any], logs: Sequence[MetricsLog | None]) -> None:
+        """Write this process's files, in the background; the last of all processes to do so gives them their name."""
+        folder = self.output_dir / CHECKPOINTS / f"step_{step:06d}"
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        manifest, processes = _manifest_of(self.accelerator.process_index), self.accelerator.num_processes
         try:
-            for trainer in trainers:
-                if trainer.log is not None:
-                    trainer.log.sync()  # its rows are as safe as the checkpoint that counts on them
+            for log in logs:
+                if log is not None:
+                    log.sync()  # its rows are as safe as the checkpoint that counts on them
             for name, content in files.items():
-                path = temporary / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.suffix == ".json":
-                    path.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-                else:
-                    save_file(content, path, metadata={"format": "pt"})
-                sync(path)
-            return {name: sha256_of(temporary / name) for name in files}
+                _write_file(temporary / name, content)
+            for inner in {(temporary / name).parent for name in files}:
+                sync(inner)
+            hashes = {name: sha256_of(temporary / name) for name in sorted(files)}
+            content = {"version": VERSION, "processes": processes, "files": hashes}
+            with suppress(FileNotFoundError):  # another process has found all manifests, and the folder has its name
+                replace_file(temporary / manifest, (json.dumps(content, indent=2) + "\n").encode())
+                if all((temporary / _manifest_of(rank)).exists() for rank in range(processes)):
+                    sync(temporary)
+                    temporary.rename(folder)
+                    sync(folder.parent)
+                    self._prune()
         except (OSError, SafetensorError) as error:
-            for name in files:  # room for what the run writes until somebody looks
+            for name in (*files, manifest):  # room for what the run writes until somebody looks
                 (temporary / name).unlink(missing_ok=True)
-            raise as_os_error(error) from error
-
-    def _publish(self, hashes: Mapping[str, str]) -> None:
-        temporary = self._temporary
-        manifest = {"format": FORMAT, "version": VERSION, "files": dict(sorted(hashes.items()))}
-        replace_file(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-        for inner in {(temporary / name).parent for name in hashes}:
-            sync(inner)
-        temporary.rename(temporary.with_name(f"step_{self._step:06d}"))
-        sync(temporary.parent)
+            logger.warning(
+                "the checkpoint of step %d could not be written: %s. The run goes on; its latest checkpoint: %s",
+                *(step, reason(as_os_error(error)), self.latest or "none"),
+            )
 
     def _prune(self) -> None:
-        """Remove all checkpoints but the newest and the best one, in the background."""
+        """Remove all checkpoints but the newest and the best one."""
         folders = list_checkpoints(self.output_dir)
         best = min(folders, key=_loss_of)
         for folder in [*folders[: -self.keep], *best.parent.glob(f"{_DAMAGED}step_*")]:
             if folder != best:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _manifest_of(rank: int) -> str:
+    return f"manifest_{rank}.json" if rank else "manifest.json"
+
+
+def _write_file(path: Path, content: Any) -> None:
+    """Write tensors by name, or JSON, and flush it to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    else:
+        save_file(content, path, metadata={"format": "pt"})
+    sync(path)
 
 
 def _loss_of(folder: Path) -> float:

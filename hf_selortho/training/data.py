@@ -18,6 +18,7 @@ from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
 from .arguments import DataArguments, TrainingArguments
+from .non_finite import NonFinitePolicy
 
 
 class LiveData:
@@ -30,13 +31,20 @@ class LiveData:
         identity: what, besides the provenance, has to be the same for the same activations.
     """
 
-    def __init__(self, arguments: TrainingArguments, layers: Sequence[int], accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        arguments: TrainingArguments,
+        layers: Sequence[int],
+        accelerator: Accelerator,
+        policy: NonFinitePolicy | None = None,
+    ) -> None:
         self.arguments, self.accelerator = arguments, accelerator
         self.documents = open_documents(arguments.data.source())
         with accelerator.local_main_process_first():  # one process a machine downloads or converts it
             self.lm = _load_lm(arguments, accelerator)
         check_context_length(self.lm, arguments.sae.context_length)
         self.capture = ActivationCapture(self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens)
+        self.capture.on_non_finite = None if policy is None else policy.handle_activations
         self.source_device = self.capture.device
         dtype = str(self.lm.model.dtype).removeprefix("torch.")
         self.identity = {"texts": self.documents.fingerprint, "lm_dtype": dtype}

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from ..penalties import full_penalty_bytes
 from ..process_group import ProcessGroup
 from ..utils.memory import available_memory, free_disk, memory_now, peak_memory, start_peak
 from .data import LiveData, TrainingData
@@ -40,11 +41,13 @@ def check_fits(kind: str, parts: Mapping[str, int], available: int | None, remed
         )
 
 
-def check_memory(data: TrainingData, configs: Sequence[SelOrthoConfig], device: torch.device) -> None:
-    """Refuse, before anything large is allocated, a run whose activations and SAEs alone cannot fit."""
+def check_memory(data: TrainingData, configs: Sequence[SelOrthoConfig], batch: int, device: torch.device) -> None:
+    """Refuse, before anything large is allocated, a run whose activations, SAEs and matrices alone cannot fit."""
     weights = sum(2 * (config.d_in or 0) * (config.d_sae or 0) for config in configs)
     held = {"activations held": data.source.memory_bytes()}
     needed = {"SAE weights, gradients, Adam": _TRAINING_BYTES * weights}
+    if full := [full_penalty_bytes(config.d_sae or 0, batch) for config in configs if config.penalty == "full"]:
+        needed["d_sae x d_sae matrices of --penalty full"] = max(full)
     if data.source_device.type == device.type:
         needed |= held
     else:
@@ -58,23 +61,16 @@ def dry_run(run: TrainingRun) -> str:
     Raises:
         SelOrthoError: it cannot fit.
     """
-    device, arguments, before = run.accelerator.device, run.arguments, memory_now(run.accelerator.device)
+    device, arguments, before = run.accelerator.device, run.arguments.run, memory_now(run.accelerator.device)
     data = run.open_data()
     loaded, available, full = memory_now(device), available_memory(device), data.source.memory_bytes()
-    wanted = arguments.data.buffer_contexts
-    contexts = min(math.ceil(_PROBE_BATCHES * arguments.run.batch_size / arguments.sae.context_length), wanted)
-    arguments.data.buffer_contexts, arguments.data.refresh_every = contexts, 1
-    data.source = data.make_source()
     start_peak(device)
-    started = time.perf_counter()
-    saes = run.new_saes()
-    filling = time.perf_counter() - started
-    step_seconds, steps = _probe(Trainer(run.make_trainers(saes), data.source, arguments.run, run.checkpoints))
+    saes, filling, step_seconds, steps = _probe(run, data)
 
     live, on_device = isinstance(data, LiveData), data.source_device.type == device.type
     parameters = sum(parameter.numel() for sae in saes for parameter in sae.parameters())
     training = _TRAINING_BYTES * parameters
-    checkpoint = _CHECKPOINT_BYTES * parameters if arguments.run.checkpoint_every else 0
+    checkpoint = _CHECKPOINT_BYTES * parameters if arguments.checkpoint_every else 0
     small = data.source.memory_bytes() if on_device else 0
     memory = {
         "libraries and process": before,
@@ -84,20 +80,19 @@ def dry_run(run: TrainingRun) -> str:
         "checkpoint on its way to the disk": checkpoint if device.type == "cpu" else 0,
         "steps, selection, forward passes": max(0, peak_memory(device) - loaded - training - small),
     }
-    kept = arguments.run.keep_checkpoints + 2  # the best one, and the one that is being written
+    kept = arguments.keep_checkpoints + 2  # the best one, and the one that is being written
     buffers = full * run.accelerator.num_processes if live else 0
     disk = {
         "SAEs and reports": 4 * parameters + _REPORT_BYTES * len(saes),
         "checkpoints": kept * (checkpoint + buffers) if checkpoint else 0,
     }
     seconds = {
-        "filling the buffer": filling * wanted / contexts if live else 0.0,
-        f"training, from {steps} steps": step_seconds * arguments.run.max_steps,
+        "filling the buffer": filling if live else 0.0,
+        f"training, from {steps} steps": step_seconds * arguments.max_steps,
     }
-    free = free_disk(Path(arguments.run.output_dir))
     check_fits("memory", memory, None if available is None else available + loaded)
-    check_fits("disk", disk, free, "use another --output_dir, or fewer --keep_checkpoints")
-    tokens = arguments.run.max_steps * arguments.run.batch_size * arguments.run.gradient_accumulation_steps
+    check_fits("disk", disk, free_disk(run.output), "use another --output_dir, or fewer --keep_checkpoints")
+    tokens = arguments.max_steps * arguments.batch_size * arguments.gradient_accumulation_steps
     return (
         f"{len(saes)} SAE{'s' if len(saes) > 1 else ''} with {parameters:,} parameters, trained on {tokens:,} tokens\n"
         + _table("memory of a process", memory, _gigabytes)
@@ -106,18 +101,27 @@ def dry_run(run: TrainingRun) -> str:
     )
 
 
-def _probe(trainer: Trainer) -> tuple[float, int]:
-    """Time steps of all SAEs, the language model's part included; returns seconds a step and the steps timed."""
+def _probe(run: TrainingRun, data: TrainingData) -> tuple[list[SelOrthoSAE], float, float, int]:
+    """Train on a small buffer; returns the SAEs, seconds to fill the whole one, seconds a step, and the steps timed."""
+    arguments = run.arguments
+    wanted = arguments.data.buffer_contexts
+    contexts = min(math.ceil(_PROBE_BATCHES * arguments.run.batch_size / arguments.sae.context_length), wanted)
+    arguments.data.buffer_contexts, arguments.data.refresh_every = contexts, 1
+    data.source = data.make_source()
+    started = time.perf_counter()
+    saes = run.new_saes()
+    filling = (time.perf_counter() - started) * wanted / contexts
+    trainer = Trainer(run.make_trainers(saes), data.source, arguments.run, run.checkpoints)
     for sae in trainer.saes:
         sae.model.train()
-    group, device, seconds = ProcessGroup.of_run(), trainer.saes[0].accelerator.device, list[float]()
+    group, device, seconds = ProcessGroup.of_run(), run.accelerator.device, list[float]()
     while len(seconds) < 3 or sum(seconds) < PROBE_SECONDS:
         started = time.perf_counter()
         trainer.train_step()
         # the mean over the processes, such that they agree on when to stop
         seconds.append(group.mean(time.perf_counter() - started, device) or 0.0)
     later = seconds[1:]  # the first one warms up
-    return sum(later) / len(later), len(later)
+    return saes, filling, sum(later) / len(later), len(later)
 
 
 def _table(title: str, parts: Mapping[str, float], words: Callable[[float], str]) -> str:

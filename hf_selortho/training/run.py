@@ -15,15 +15,13 @@ from ..data.pair_history import PairHistory
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.command_line import on_cpu, use_all_cores
-from ..utils.memory import available_memory
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
 from .data import CachedData, LiveData, TrainingData, open_store
 from .dry_run import check_memory
 from .non_finite import NonFinitePolicy
-from .run_folder import TRACKERS, MetricsLog, check_output_folder, prepare_output_folder
+from .run_folder import TRACKERS, MetricsLog, prepare_output_folder, replaces_run
 from .sae_trainer import SAETrainer
-from .schedules import full_penalty_notice, make_controller
 from .stop_signals import StopSignals
 from .trainer import Trainer
 from .variants import all_settings, make_variants
@@ -51,8 +49,9 @@ class TrainingRun:
     def __init__(self, arguments: TrainingArguments, accelerator: Accelerator) -> None:
         run, self.arguments, self.accelerator = arguments.run, arguments, accelerator
         self.checkpoint = agreed_checkpoint(accelerator, run.resume_from_checkpoint, run.output_dir)
-        self.resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, run.output_dir)
-        self.output = check_output_folder(run.output_dir, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+        self.output = Path(run.output_dir)
+        resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, self.output)
+        self._replaces = replaces_run(self.output, overwrite=run.overwrite_output_dir, resuming=resuming)
         self.store = open_store(arguments)
         self.variants = make_variants(arguments)
         settings = all_settings(arguments, self.variants)
@@ -63,9 +62,7 @@ class TrainingRun:
         """Train to the end; returns the signal that has stopped it before, once a checkpoint is written."""
         accelerator, run = self.accelerator, self.arguments.run
         policy = NonFinitePolicy(self.output, run.non_finite, run.max_skipped)
-        self.open_data()
-        if isinstance(self.data, LiveData):
-            self.data.capture.on_non_finite = policy.handle_activations
+        self.open_data(policy)
         self.checkpoints.inputs = self.data.identity
         if self.checkpoint:
             logger.info("resuming from %s", self.checkpoint)
@@ -74,7 +71,7 @@ class TrainingRun:
         else:
             self.saes = self.new_saes()
         if accelerator.is_main_process:  # only now is it known that the run can start
-            prepare_output_folder(self.output, overwrite=run.overwrite_output_dir, resuming=self.resuming)
+            prepare_output_folder(self.output, replace=self._replaces)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, self.arguments, self.resume_at)
         self.trainers = self.make_trainers(self.saes, policy, logged=accelerator.is_main_process)
@@ -88,24 +85,19 @@ class TrainingRun:
             trainer.release()
         return signal
 
-    def open_data(self) -> TrainingData:
+    def open_data(self, policy: NonFinitePolicy | None = None) -> TrainingData:
         """Open the activations of all SAEs and build the configurations, which depend on them.
 
         Raises:
             SelOrthoError: what they need does not fit in the memory.
         """
         layers = list(dict.fromkeys(variant.layer for variant in self.variants))
-        device, batch_size = self.accelerator.device, self.arguments.run.batch_size
         if self.store is None:
-            self.data = LiveData(self.arguments, layers, self.accelerator)
+            self.data = LiveData(self.arguments, layers, self.accelerator, policy)
         else:
             self.data = CachedData(self.store, self.arguments, layers, self.accelerator)
         self.configs = [variant.config(**self.data.provenance(variant.layer)) for variant in self.variants]
-        check_memory(self.data, self.configs, device)
-        for config in self.configs:
-            notice = full_penalty_notice(config, batch_size, available_memory(device))
-            if notice is not None and self.accelerator.is_main_process:
-                logger.warning("%s", notice)
+        check_memory(self.data, self.configs, self.arguments.run.batch_size, self.accelerator.device)
         return self.data
 
     def new_saes(self) -> list[SelOrthoSAE]:
@@ -131,8 +123,7 @@ class TrainingRun:
                 folder.mkdir(exist_ok=True)
                 log = MetricsLog(folder, resume_at=self.resume_at)
                 history = PairHistory(folder, sae.config, run.max_steps, resume_at=self.resume_at)
-            controller = make_controller(run, sae.config.penalty, sae.config.ortho_coefficient)
-            trainers.append(SAETrainer(self.accelerator, sae, run, log, controller, variant.name, policy, history))
+            trainers.append(SAETrainer(self.accelerator, sae, run, log, variant.name, policy, history))
         return trainers
 
 

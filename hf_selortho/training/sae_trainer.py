@@ -7,6 +7,7 @@ import math
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +21,36 @@ from ..language_models.capture import only
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
 from ..process_group import ProcessGroup
+from ..sparse_ops import FeatureActivations
 from .arguments import RunArguments
 from .non_finite import ADVICE, LossSpikes, NonFinitePolicy, first_not_finite
 from .optimizer import SAEOptimizer
 from .resampling import resample_dead
 from .run_folder import MetricsLog
-from .schedules import PenaltySchedule, learning_rate_at, steer
-from .state import GradientShare, TrainState, pair_churn, step_report
+from .schedules import PenaltySchedule, learning_rate_at
+from .step_report import pair_churn, step_report
 
 LAST_STEPS = 100  # the paper averages its training metrics over the last 100 steps; all of them are logged
+
+
+@dataclass
+class TrainState:
+    """What the training of an SAE counts."""
+
+    tokens_since_fired: Tensor  # (d_sae,) int64, as seen by this process
+    step: int = 0
+    tokens: int = 0  # drawn from the buffers of all processes
+    skipped: int = 0  # steps that were not taken, as something was not finite
+
+    def count(self, features: FeatureActivations, tokens: int) -> None:
+        """Count a batch: feature activations (B, d_sae) of this process, `tokens` over all processes."""
+        self.tokens += tokens
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired[features.fired()] = 0
+
+    def dead(self, after_tokens: int, group: ProcessGroup) -> Tensor:
+        """Return the features that fired in no process for `after_tokens` tokens, (d_sae,) bool."""
+        return group.minimum(self.tokens_since_fired) >= after_tokens
 
 
 class SAETrainer:
@@ -39,7 +61,6 @@ class SAETrainer:
         sae: the model, in float32; its decoder rows have norm 1 after every step.
         arguments: optimisation and logging.
         log: where the figures of its steps go; None in all processes but the main one.
-        controller: steers the penalty's coefficient ([`make_controller`]).
         name: of the SAE among several; "" if there is one.
         policy: what becomes of steps that are not finite; by default the first one ends the run.
         history: where the pairs that it selects go; None in all processes but the main one.
@@ -51,7 +72,6 @@ class SAETrainer:
         sae: SelOrthoSAE,
         arguments: RunArguments,
         log: MetricsLog | None,
-        controller: GradientShare | None = None,
         name: str = "",
         policy: NonFinitePolicy | None = None,
         history: PairHistory | None = None,
@@ -64,9 +84,8 @@ class SAETrainer:
         self.scaler = copy.deepcopy(accelerator.scaler)  # of fp16 losses; each SAE has its own
         self._adam.scaler = self.scaler
         self.group = ProcessGroup.of_run()
-        self.penalty = PenaltySchedule(self.sae.config, self.group)
+        self.penalty = PenaltySchedule(self.sae.config, self.group, arguments)
         self.state = TrainState(torch.zeros(self.sae.config.d_sae, dtype=torch.int64, device=accelerator.device))
-        self.state.controller = controller
         self.policy = policy or NonFinitePolicy(None)
         self.spikes = LossSpikes(arguments.loss_spike_factor, name)
         self._of_name = f" of {name}" if name else ""
@@ -75,13 +94,17 @@ class SAETrainer:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a checkpoint keeps of this process, besides weights and Adam: tensors, and JSON-able rest."""
-        tensors, counters = self.state.state_dict()
+        tensors, content = self.penalty.state_dict()
+        counts = dict(vars(self.state))
+        tensors["tokens_since_fired"] = counts.pop("tokens_since_fired")
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return tensors, {**counters, "scaler": scaler, "spikes": self.spikes.state_dict()}
+        return tensors, {**content, "counts": counts, "scaler": scaler, "spikes": self.spikes.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         """Go on from a [`state_dict`]."""
-        self.state.load_state_dict(tensors, content, self.sae.config)
+        tensors = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
+        self.penalty.load_state_dict(tensors, content)
+        self.state = TrainState(tensors["tokens_since_fired"], **content["counts"])
         if self.scaler is not None:
             self.scaler.load_state_dict(content["scaler"])
         self.spikes.load_state_dict(content["spikes"])
@@ -105,44 +128,37 @@ class SAETrainer:
             NonFiniteError: names the step, where it first appeared and the documents of the batch.
         """
         started = time.perf_counter()
-        layer, state, previous, output = self.sae.config.layer, self.state, self.state.pairs, None
+        layer, before, output = self.sae.config.layer, self.penalty.copy(), None
         activations = only(batch.by_layer) if layer is None else batch.by_layer[layer]
         activations = activations.to(self.accelerator.device)
-        carried, controller = copy.copy(state.carried), copy.copy(state.controller)
-        self.policy.step = state.step + 1
+        self.policy.step = self.state.step + 1
         try:
             if not self._skips:
                 output = self._forward(activations, last)
                 loss = self._backward(output, last)
-                tokens = len(activations) * self.group.size
-                state.count(output.features.detach(), tokens)
-                self._since_report["tokens"] += tokens
-                if output.threshold is not None:
-                    self.sae.update_threshold(output.threshold)
+                self._count(output, len(activations) * self.group.size)
             if last and output is not None:
-                self.spikes.add(state.step + 1, loss, batch.origins)
+                self.spikes.add(self.state.step + 1, loss, batch.origins)
                 self._update(output)
         except NonFiniteError as error:  # in all processes alike
-            output, self._skips = None, True
-            state.carried, state.controller = carried, controller
+            output, self._skips, self.penalty = None, True, before
             self.policy.handle(self._fault(error, activations), batch.origins, {layer or 0: activations})
         if last:
             self._finish_step(batch, activations, output)
         self._since_report["step"] += time.perf_counter() - started
         self._since_report["data"] += data_seconds
         if last and output is not None and self._is_logged():
-            return self._report(activations, output, previous)
+            return self._report(activations, output, before.pairs)
         return None
 
     def _forward(self, activations: Tensor, last: bool) -> SelOrthoOutput:
         """Compute the loss of a batch, its penalty as the schedule has it."""
-        plan, dead = self.penalty.plan(self.state), None
-        if self.sae.aux_features:
-            dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
+        plan = self.penalty.plan(self.state.step + 1)
+        dead = self._dead() if self.sae.aux_features else None
         with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
             output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
-        if last and self.state.controller is not None:
-            steer(self.state.controller, self.sae, output, plan, self.group)
+        if last:
+            self.penalty.steer(self.sae, output, plan)
         return output
 
     def _backward(self, output: SelOrthoOutput, last: bool) -> float:
@@ -170,6 +186,16 @@ class SAETrainer:
             raise NonFiniteError(f"NaN or infinity in the gradient: {where or 'its norm'}")
         return total / self.group.size
 
+    def _count(self, output: SelOrthoOutput, tokens: int) -> None:
+        """Count a batch of `tokens` over all processes."""
+        self.state.count(output.features.detach(), tokens)
+        self._since_report["tokens"] += tokens
+        if output.threshold is not None:
+            self.sae.update_threshold(output.threshold)
+
+    def _dead(self) -> Tensor:
+        return self.state.dead(self.arguments.dead_after_tokens, self.group)
+
     def _update(self, output: SelOrthoOutput) -> None:
         """Take the constrained Adam step: no gradient along the decoder rows, which have norm 1 afterwards (eq. 6).
 
@@ -194,7 +220,7 @@ class SAETrainer:
         self.optimizer.zero_grad()
         self.sae.normalize_decoder()
         if output.pairs is not None:
-            self.state.pairs = output.pairs
+            self.penalty.pairs = output.pairs
 
     def _fault(self, error: NonFiniteError, activations: Tensor) -> str:
         """Say where NaN or infinity first appeared: in the activations already, or where the error found it."""
@@ -224,7 +250,7 @@ class SAETrainer:
 
     def _resample(self, activations: Tensor, output: SelOrthoOutput) -> None:
         assert output.reconstruction is not None
-        dead = self.state.dead(self.arguments.dead_after_tokens, self.group)
+        dead = self._dead()
         errors = (output.reconstruction - activations).square().sum(1).detach()
         generator = torch.Generator().manual_seed(self.arguments.seed + self.state.step)
         resample_dead(self.sae, self.optimizer.moments(), dead, activations, errors, generator, self.group)
@@ -236,15 +262,15 @@ class SAETrainer:
 
     def _report(self, activations: Tensor, output: SelOrthoOutput, previous: Pairs | None) -> dict[str, Any]:
         """Log the figures of the step and what the steps since the last report took."""
-        pairs = output.pairs if output.pairs is not None or not self.penalty.acts else self.state.pairs
-        config, controller, since = self.sae.config, self.state.controller, self._since_report
+        pairs = output.pairs if output.pairs is not None or not self.penalty.acts else self.penalty.pairs
+        since = self._since_report
         row = {
             "step": self.state.step,
             "tokens": self.state.tokens,
             **step_report(self.sae, activations, output, pairs, self.group),
-            "pair_churn": pair_churn(output.pairs, previous, config.d_sae),
-            "dead_features": int(self.state.dead(self.arguments.dead_after_tokens, self.group).sum()),
-            "ortho_coefficient": config.ortho_coefficient if controller is None else controller.coefficient,
+            "pair_churn": pair_churn(output.pairs, previous, self.sae.config.d_sae),
+            "dead_features": int(self._dead().sum()),
+            "ortho_coefficient": self.penalty.coefficient,
             "learning_rate": self._adam.param_groups[0]["lr"],
             "skipped_steps": self.state.skipped,
             "loss_spikes": self.spikes.count,

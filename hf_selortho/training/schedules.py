@@ -1,21 +1,22 @@
-"""What changes from step to step: learning rate, when the penalty acts and on which pairs, its steered coefficient."""
+"""What changes from step to step: the learning rate, and when the penalty acts, on which pairs, how strongly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..configuration_selortho import SelOrthoConfig
-from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import CoactivationEMA, Pairs
-from ..penalties import PenaltyPlan, full_penalty_bytes
-from ..process_group import ProcessGroup
+from ..penalties import PenaltyPlan
+from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..sparse_ops import FeatureActivations
 from .arguments import RunArguments
-from .state import GradientShare, TrainState
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup: float = 0, decay: float = 0) -> float:
@@ -30,57 +31,105 @@ def learning_rate_at(step: int, *, peak: float, steps: int, warmup: float = 0, d
     return peak * rising * falling
 
 
-class PenaltySchedule:
-    """When the penalty acts, by the SAE's `selection_interval`, `penalty_schedule` and `carry_decay`: a plan a step."""
+@dataclass
+class GradientShare:
+    """Holds the penalty's gradient at a fixed share of the reconstruction's: `|g_penalty| = share |g_reconstruction|`.
 
-    def __init__(self, config: SelOrthoConfig, group: ProcessGroup) -> None:
+    The coefficient moves in log space towards the one that would have met the share, by `rate` of the way.
+    """
+
+    coefficient: float
+    share: float
+    rate: float = 0.2
+    low: float = 1e-6
+    high: float = 1e3
+
+    def update(self, penalty_norm: float, reconstruction_norm: float) -> None:
+        """Move by gradient norms measured with the current coefficient; 0, NaN and infinity tell nothing."""
+        if 0 < penalty_norm < math.inf and 0 < reconstruction_norm < math.inf:
+            distance = math.log(self.share) + math.log(reconstruction_norm) - math.log(penalty_norm)
+            self.coefficient = min(self.high, max(self.low, self.coefficient * math.exp(self.rate * distance)))
+
+
+class PenaltySchedule:
+    """When the penalty acts, by the SAE's `selection_interval`, `penalty_schedule` and `carry_decay`, and on what.
+
+    Args:
+        config: of the SAE.
+        group: processes whose tokens together are the batch.
+        arguments: `--ortho_budget gradient` steers the coefficient, which else stays that of `config`.
+
+    Attributes:
+        pairs: of the latest selection.
+    """
+
+    def __init__(
+        self, config: SelOrthoConfig, group: ProcessGroup = SINGLE_PROCESS, arguments: RunArguments | None = None
+    ) -> None:
         self.config, self.group = config, group
         self.acts = config.penalty != "none" and config.ortho_coefficient > 0
+        self.pairs: Pairs | None = None
+        averages = config.carry_decay > 0 and config.penalty == "selective"
+        self._average = CoactivationEMA.of_config(config) if averages else None
+        self._budget: GradientShare | None = None
+        if arguments is not None and arguments.ortho_budget == "gradient" and self.acts:
+            self._budget = GradientShare(config.ortho_coefficient, arguments.ortho_budget_value)
 
-    def plan(self, state: TrainState) -> PenaltyPlan:
-        """Say what the penalty does at the step that comes next."""
-        cfg, step = self.config, state.step + 1
-        coefficient = None if state.controller is None else state.controller.coefficient
-        selects = (step - 1) % cfg.selection_interval == 0
-        if cfg.penalty_schedule == "every_step" and cfg.penalty == "selective":
-            pairs = None if selects else state.pairs
-            return PenaltyPlan(True, pairs, 1.0, coefficient, step, self._select(state) if pairs is None else None)
-        weight = float(cfg.selection_interval)  # one step stands for all of the interval
-        return PenaltyPlan(selects, None, weight, coefficient, step, self._select(state) if selects else None)
+    @property
+    def coefficient(self) -> float:
+        """The coefficient of the penalty at present."""
+        return self.config.ortho_coefficient if self._budget is None else self._budget.coefficient
 
-    def _select(self, state: TrainState) -> Callable[[FeatureActivations], Pairs] | None:
-        """Select on the running average of co-activations; None: on the batch alone."""
+    def plan(self, step: int) -> PenaltyPlan:
+        """Say what the penalty does at a step, counted from 1."""
         cfg = self.config
-        if cfg.carry_decay == 0 or cfg.penalty != "selective":
-            return None
+        acts, pairs, weight = (step - 1) % cfg.selection_interval == 0, None, float(cfg.selection_interval)
+        if cfg.penalty_schedule == "every_step" and cfg.penalty == "selective":
+            acts, pairs, weight = True, None if acts else self.pairs, 1.0
+        select = None if self._average is None or not acts or pairs is not None else self._select
+        return PenaltyPlan(acts, pairs, weight, self.coefficient, step, select)
 
-        def select(h: FeatureActivations) -> Pairs:
-            if state.carried is None:
-                state.carried = CoactivationEMA.of_config(cfg)
-            state.carried.update(h, self.group)
-            return state.carried.select(cfg.pair_fraction, cfg.min_support, cfg.correlation_threshold)
+    def steer(self, sae: SelOrthoSAE, output: SelOrthoOutput, plan: PenaltyPlan) -> None:
+        """Compare the gradients of penalty and reconstruction, before that of both together is computed."""
+        if self._budget is None or not plan.acts:
+            return
+        assert output.losses is not None
+        on_activations = sae.config.penalty_space == "activation" and sae.config.penalty != "ortsae"
+        target = output.features.values if on_activations else sae.W_dec
+        norms = [_gradient_norm(output.losses[name], target, self.group) for name in ("ortho", "reconstruction")]
+        self._budget.update(norms[0] / plan.weight, norms[1])
 
-        return select
+    def copy(self) -> PenaltySchedule:
+        """Return the schedule as it stands: what happens to this one from now on does not change the copy."""
+        twin = copy.copy(self)
+        twin._average, twin._budget = copy.copy(self._average), copy.copy(self._budget)
+        return twin
 
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint keeps: tensors, and JSON-able rest."""
+        tensors: dict[str, Tensor] = {}
+        if self.pairs is not None:
+            tensors |= {f"pairs.{name}": getattr(self.pairs, name) for name in ("i", "j", "correlation")}
+        if self._average is not None:
+            tensors |= {f"average.{name}": value for name, value in self._average.state_dict().items()}
+        return tensors, {"coefficient": self.coefficient}
 
-def make_controller(arguments: RunArguments, penalty: str, ortho_coefficient: float) -> GradientShare | None:
-    """Return what steers the coefficient from its initial value (`--ortho_budget gradient`); None: it stays."""
-    if arguments.ortho_budget == "none" or penalty == "none" or ortho_coefficient == 0:
-        return None
-    return GradientShare(ortho_coefficient, arguments.ortho_budget_value)
+    def load_state_dict(self, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+        """Go on from a [`state_dict`] of a run of the same settings."""
+        if "pairs.i" in tensors:
+            self.pairs = Pairs(tensors["pairs.i"], tensors["pairs.j"], tensors["pairs.correlation"])
+        if self._average is not None:
+            kept = {key.removeprefix("average."): value for key, value in tensors.items() if key.startswith("average.")}
+            self._average.load_state_dict(kept)
+        if self._budget is not None:
+            self._budget.coefficient = content["coefficient"]
 
-
-def steer(
-    controller: GradientShare, sae: SelOrthoSAE, output: SelOrthoOutput, plan: PenaltyPlan, group: ProcessGroup
-) -> None:
-    """Let the controller compare the gradients of penalty and reconstruction, before the gradient of both together."""
-    if not plan.acts:
-        return
-    assert output.losses is not None
-    on_activations = sae.config.penalty_space == "activation" and sae.config.penalty != "ortsae"
-    target = output.features.values if on_activations else sae.W_dec
-    norms = [_gradient_norm(output.losses[name], target, group) for name in ("ortho", "reconstruction")]
-    controller.update(norms[0] / plan.weight, norms[1])
+    def _select(self, features: FeatureActivations) -> Pairs:
+        """Select on the running average of co-activations, which takes in this batch."""
+        assert self._average is not None
+        self._average.update(features, self.group)
+        cfg = self.config
+        return self._average.select(cfg.pair_fraction, cfg.min_support, cfg.correlation_threshold)
 
 
 def _gradient_norm(loss: Tensor, target: Tensor, group: ProcessGroup) -> float:
@@ -88,22 +137,3 @@ def _gradient_norm(loss: Tensor, target: Tensor, group: ProcessGroup) -> float:
         return 0.0
     (gradient,) = torch.autograd.grad(loss, target, retain_graph=True)
     return float(group.sum(gradient.float().square().sum()[None]).sqrt())
-
-
-def full_penalty_notice(config: SelOrthoConfig, batch: int, available: int | None) -> str | None:
-    """Say before a run starts what memory the full penalty needs; None for other penalties.
-
-    Raises:
-        SelOrthoError: it does not fit in the memory that is available (bytes).
-    """
-    if config.penalty != "full":
-        return None
-    assert config.d_sae is not None
-    needed = full_penalty_bytes(config.d_sae, batch)
-    words = f"--penalty full on {config.d_sae} features needs {needed:,} bytes ({needed / 2**30:.1f} GiB) a step"
-    if available is not None and needed > available:
-        raise SelOrthoError(
-            f"{words} for its {config.d_sae} x {config.d_sae} matrices, but {available:,} are available; use "
-            "--penalty selective, which never forms them, or fewer features"
-        )
-    return words

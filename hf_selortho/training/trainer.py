@@ -45,7 +45,6 @@ class Trainer:
     ) -> None:
         self.saes, self.source, self.arguments = saes, source, arguments
         self.checkpoints, self.signals = checkpoints, signals or StopSignals()
-        self._saved = self.step  # of the latest checkpoint
 
     @property
     def step(self) -> int:
@@ -61,20 +60,20 @@ class Trainer:
         Raises:
             NonFiniteError: names the step, where it first appeared, the documents and the last checkpoint.
         """
-        every = self.arguments.checkpoint_every
+        every, progress, saved = self.arguments.checkpoint_every, self._progress_bar(), self.step
         for sae in self.saes:
             sae.model.train()
-        progress = self._progress_bar()
         try:
-            while not (stopped := self.sync_signals()) and self.step < self.arguments.max_steps:
+            while not self.sync_signals() and self.step < self.arguments.max_steps:
                 report = self.train_step()
                 _show(progress, report)
                 if every and self.step % every == 0:
-                    self._save()
-            stopped = self._settle() or stopped
-            if self._saved < self.step and (every or stopped):
-                self._save()
-                self._settle()
+                    self.checkpoints.save(self.saes, self.source)
+                    saved = self.step
+            if saved < self.step and (every or self.sync_signals()):
+                self.checkpoints.save(self.saes, self.source)
+            self.checkpoints.wait()
+            return self.sync_signals()
         except NonFiniteError as error:
             self.checkpoints.close()  # the latest one may only just be complete
             latest = self.checkpoints.latest or "none (see --checkpoint_every)"
@@ -83,7 +82,6 @@ class Trainer:
             with suppress(OSError):
                 progress.close()
             self.checkpoints.close()
-        return stopped
 
     def train_step(self) -> dict[str, Any] | None:
         """Take one optimiser step of all SAEs; returns the report of the first one if the step is logged."""
@@ -97,24 +95,9 @@ class Trainer:
         return reports[0]
 
     def sync_signals(self) -> int | None:
-        """Agree with all processes on the signal that asks to stop, and on whether a checkpoint can have its name."""
-        group, device = self.saes[0].group, self.saes[0].accelerator.device
-        flags = torch.tensor([self.signals.received or 0, int(self.checkpoints.writing)])
-        signal, writing = (-group.minimum(-flags.to(device)) if group.size > 1 else flags).tolist()
-        if not writing:
-            self.checkpoints.settle()
-        return signal or None
-
-    def _settle(self) -> int | None:
-        """Wait until the checkpoint on its way is complete; returns what [`sync_signals`] does."""
-        self.checkpoints.wait()
-        return self.sync_signals()
-
-    def _save(self) -> None:
-        """Begin to write a checkpoint, once the one before it is done."""
-        self._settle()
-        self.checkpoints.save(self.saes, self.source)
-        self._saved = self.step
+        """Agree with all processes on the signal that asks to stop; None if none has come."""
+        received = torch.tensor(-(self.signals.received or 0), device=self.saes[0].accelerator.device)
+        return -int(self.saes[0].group.minimum(received)) or None
 
     def _progress_bar(self) -> tqdm:
         return tqdm(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -157,3 +161,46 @@ def target_outside(folder: Path, path: Path) -> Path | None:
         return path
     blobs = {parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"}
     return None if target.is_relative_to(root) or target.parent in blobs else target
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: readers see the old one or the new one, also after a power cut.
+
+    Raises:
+        SelOrthoError: there is no room, or the folder cannot be written; what was there before is intact.
+    """
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """[`write_text`] of JSON; NaN and infinity become null."""
+    write_text(path, json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
+
+
+def cannot_write(path: Path, error: OSError) -> SelOrthoError:
+    """Make the error of a file of a run that cannot be written."""
+    return SelOrthoError(
+        f"cannot write {path}: {reason(error)}; make room there and run the same command again, a training with "
+        "--resume_from_checkpoint auto: its checkpoints are as they were"
+    )
+
+
+def as_os_error(error: Exception) -> OSError:
+    """Return the error of the operating system that safetensors gives as text, "... (os error 28)"."""
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return error if isinstance(error, OSError) else OSError(str(error))
+
+
+def jsonable(value: Any) -> Any:
+    """Turn a value into what JSON has: NaN and infinity, what could not be measured, become null, a tuple a list."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return value

@@ -15,12 +15,6 @@ from safetensors.torch import load_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationCache
-from hf_selortho.data.buffer import ActivationBatch
-from hf_selortho.data.cache_batches import CachedBatches
-from hf_selortho.data.contexts import ContextStream, Cutter
-from hf_selortho.data.texts import TextSource, open_documents
-from hf_selortho.language_models.capture import ActivationCapture
-from hf_selortho.training import data as training_data
 from hf_selortho.training import dry_run
 from scripts import cache_activations, train
 
@@ -132,51 +126,6 @@ def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_pat
         assert set(json.loads(saved.read_text())["source"]) == {"seed", "epoch", "cursor", "activations"}
 
 
-class _Replay:
-    """The activations of the shards' tokens, computed by the language model at once, in the order of the shards."""
-
-    def __init__(self, lm, layers, documents: Path, order: CachedBatches) -> None:
-        cutter = Cutter(lm.tokenizer, context_length=256)
-        stream = ContextStream(open_documents(TextSource(str(documents))), cutter, endless=False)
-        limits = [order.cache.manifest.layer(layer).max_norm for layer in layers]
-        capture = ActivationCapture(lm, layers, limits)
-        self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
-        while contexts := stream.take_tokens(3000):
-            part = capture.capture_all(contexts)
-            places = zip(part.origins.document_ids.tolist(), part.origins.positions.tolist(), strict=True)
-            for row, place in enumerate(places):
-                self.rows[place] = {layer: held[row] for layer, held in part.by_layer.items()}
-        self.order, self.layers = order, layers
-
-    def next_batch(self) -> ActivationBatch:
-        origins = self.order.next_batch().origins
-        places = list(zip(origins.document_ids.tolist(), origins.positions.tolist(), strict=True))
-        by_layer = {layer: torch.stack([self.rows[place][layer] for place in places]) for layer in self.layers}
-        return ActivationBatch(by_layer, origins)
-
-    def __getattr__(self, name):
-        return getattr(self.order, name)
-
-
-def test_shards_train_the_weights_that_the_language_model_trains(
-    arguments, harvested, tiny_lm, sample_text_files, tmp_path, monkeypatch
-) -> None:
-    build = {"activations": harvested, "layers": [1, 2], "eval_samples": 0, "max_steps": 20}
-    train.main(arguments(**build))
-    made = training_data.CachedBatches
-    replays = []
-
-    def replaying(store, layers, **settings):
-        replays.append(_Replay(tiny_lm("llama"), list(layers), sample_text_files.csv, made(store, layers, **settings)))
-        return replays[-1]
-
-    monkeypatch.setattr(training_data, "CachedBatches", replaying)
-    train.main(arguments(**build, output_dir=tmp_path / "replayed"))
-    assert replays
-    for layer in (1, 2):
-        assert same(weights(tmp_path / "run" / f"layer_{layer}"), weights(tmp_path / "replayed" / f"layer_{layer}"))
-
-
 def test_shards_need_neither_texts_nor_language_model(
     arguments, tiny_lm_dir, sample_text_files, tmp_path, monkeypatch
 ) -> None:
@@ -223,18 +172,6 @@ def test_mistakes_are_named_before_anything_is_written(changes, message, argumen
     assert not (tmp_path / "run").exists()
 
 
-def test_a_flipped_byte_is_named_and_nothing_is_trained_on_it(arguments, harvested, tmp_path) -> None:
-    damaged = tmp_path / "acts"
-    shutil.copytree(harvested, damaged)
-    shard = sorted((damaged / "layer_1").iterdir())[-1]
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 4
-    shard.write_bytes(data)
-    with pytest.raises(SelOrthoError, match=rf"layer_1/{shard.name} is damaged"):
-        train.main(arguments(activations=damaged, layer=1, max_steps=500))
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-
-
 @pytest.mark.parametrize("source", ["live", "shards"])
 def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
     source, live, arguments, harvested, tmp_path, monkeypatch, capsys
@@ -265,49 +202,6 @@ def test_a_dry_harvest(tiny_lm_dir, sample_text_files, tmp_path, monkeypatch, ca
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(SelOrthoError, match="need about .* GB of disk, but"):
         cache_activations.main(command(settings, {"dry_run": None}))
-
-
-def test_other_texts_under_the_same_name_are_noticed(tiny_lm_dir, sample_documents, tmp_path) -> None:
-    texts = tmp_path / "texts.jsonl"
-    lines = [json.dumps({"text": text}) + "\n" for text in sample_documents[:40]]
-    texts.write_text("".join(lines))
-    settings = {
-        "model": tiny_lm_dir("llama"), "dataset": texts, "layers": [1], "cpu": True, "output_dir": tmp_path / "acts",
-    }  # fmt: skip
-    cache_activations.main(command(settings, {}))
-    texts.write_text("".join(reversed(lines)))
-    with pytest.raises(SelOrthoError, match="holds a cache of other settings .*fingerprint"):
-        cache_activations.main(command(settings, {}))
-    cache_activations.main(command(settings, {"overwrite_output_dir": True}))
-
-
-def test_fewer_held_out_contexts_than_were_harvested(arguments, harvested, tmp_path, capsys) -> None:
-    tokens = []
-    for samples in (3, 30):
-        changes = {"eval_samples": samples, "overwrite_output_dir": True, "max_steps": 2}
-        train.main(arguments(activations=harvested, layer=1, **changes))
-        tokens.append(json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"]["tokens"])
-    assert 0 < 5 * tokens[0] < tokens[1]
-
-
-def test_settings_by_layer_count_in_a_run_of_a_single_layer_from_shards(arguments, harvested, tmp_path) -> None:
-    settings = '{"1": {"k": 8, "activation": "topk"}, "9": {"k": 4}}'
-    train.main(arguments(activations=harvested, layer=1, layer_settings=settings, max_steps=2, eval_samples=0))
-    assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.k == 8
-
-
-def test_a_changed_file_of_variants_is_noticed_on_resuming(arguments, harvested, tmp_path) -> None:
-    variants = tmp_path / "variants.json"
-    changes = {"activations": harvested, "layer": 1, "variants": variants, "checkpoint_every": 2, "eval_samples": 0}
-    variants.write_text('{"strong": {"ortho_coefficient": 0.5}}')
-    train.main(arguments(**changes, max_steps=4))
-    variants.write_text('{"strong": {"ortho_coefficient": 0.7}}')
-    again = {**changes, "max_steps": 6, "resume_from_checkpoint": "auto"}
-    with pytest.raises(SelOrthoError, match=r"other settings \(layer_1_strong.ortho_coefficient 0.5 -> 0.7\)"):
-        train.main(arguments(**again))
-    variants.write_text('{"weak": {"ortho_coefficient": 0.5}}')
-    with pytest.raises(SelOrthoError, match=r"other settings \(saes \['layer_1', 'layer_1_strong'\] -> "):
-        train.main(arguments(**again))
 
 
 def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:

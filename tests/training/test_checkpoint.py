@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from hf_selortho.language_models.capture import TokenOrigins
 from hf_selortho.training.arguments import RunArguments
 from hf_selortho.training.checkpoint import Checkpoints, DamagedCheckpointError, agreed_checkpoint, verify
 from hf_selortho.training.sae_trainer import SAETrainer
-from hf_selortho.training.state import GradientShare
 from hf_selortho.training.trainer import Trainer
 
 D_IN, TOKENS = 8, 64
@@ -62,11 +60,11 @@ def train(folder: Path, accelerator: Accelerator, steps: int, checkpoint: Path |
     """Two SAEs on the same batches, with a checkpoint after every second step."""
     checkpoints = Checkpoints(accelerator, folder, {**SETTINGS, "max_steps": steps}, every=2, keep=9)
     torch.manual_seed(0)
-    arguments = dataclasses.replace(RunArguments(), max_steps=steps, checkpoint_every=2, learning_rate=1e-3)
+    arguments = RunArguments(max_steps=steps, checkpoint_every=2, learning_rate=1e-3, ortho_budget="gradient")
     trainers, source = [], Batches()
     for name in ("one", "two"):
         sae = SelOrthoSAE(CONFIG) if checkpoint is None else checkpoints.load_sae(checkpoint, name, CONFIG)
-        trainers.append(SAETrainer(accelerator, sae, arguments, None, GradientShare(0.03, 0.01), name))
+        trainers.append(SAETrainer(accelerator, sae, arguments, None, name))
     if checkpoint is not None:
         assert checkpoints.check(checkpoint) == 2
         checkpoints.load(checkpoint, trainers, source)
@@ -91,15 +89,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda c: os.truncate(c / "process_0.safetensors", 999), "process_0.safetensors"),
     "empty": (lambda c: (c / "trainer.json").write_text(""), "trainer.json"),
     "missing": (lambda c: (c / "two/model.safetensors").unlink(), "two/model.safetensors"),
-    "linked": (
-        lambda c: (
-            (c / "one/config.json").rename(c.parents[1] / "x"),
-            (c / "one/config.json").symlink_to("../../../x"),
-        ),
-        "one/config.json",
-    ),
     "manifest": (lambda c: (c / "manifest.json").write_text('{"form'), "manifest.json"),
-    "manifest gone": (lambda c: (c / "manifest.json").unlink(), "manifest.json"),
     "nested": (lambda c: (c / "manifest.json").write_text("[" * 100_000), "manifest.json"),
 }
 
@@ -125,9 +115,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, accelerat
 def test_another_version_is_refused_in_one_line(accelerator, run, tmp_path) -> None:
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_000004"
-    (newest / "manifest.json").write_text(json.dumps({"format": "hf_selortho.checkpoint", "version": 1, "files": {}}))
+    (newest / "manifest.json").write_text(json.dumps({"format": "hf_selortho.checkpoint", "version": 2, "files": {}}))
     with pytest.raises(
-        SelOrthoError, match="is of version 1, this hf_selortho reads 2: resume with the one that wrote"
+        SelOrthoError, match="is of version 2, this hf_selortho reads 3: resume with the one that wrote"
     ):
         agreed_checkpoint(accelerator, "auto", tmp_path / "run")
 

@@ -38,8 +38,8 @@ def steps(folder: Path) -> list[int]:
     return [snapshot.step for snapshot in read_pair_history(folder)]
 
 
-@pytest.mark.parametrize("interval", [1, 5, 120])
-@pytest.mark.parametrize("max_steps", [1, 12, 33, 1000, 4069, 122_070])
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("max_steps", [1, 33, 1000, 122_070])
 def test_the_grid_is_even_holds_the_last_selection_and_has_few_steps(max_steps, interval, tmp_path) -> None:
     history = PairHistory(tmp_path, config(interval), max_steps)
     selections = range(1, max_steps + 1, interval)
@@ -48,14 +48,6 @@ def test_the_grid_is_even_holds_the_last_selection_and_has_few_steps(max_steps, 
     assert set(due) <= set(selections) and due[0] == 1 and due[-1] == selections[-1]
     assert len({after - before for before, after in zip(due, due[1:-1], strict=False)}) <= 1
     assert due == list(selections) or len(selections) > MOST
-
-
-def test_a_snapshot_holds_the_pairs_of_its_step(tmp_path) -> None:
-    train(tmp_path, 100, 7)
-    assert steps(tmp_path) == list(range(1, 100, 7))
-    for snapshot in read_pair_history(tmp_path):
-        expected = pairs(snapshot.step)
-        assert torch.equal(snapshot.j, expected.j) and torch.equal(snapshot.correlation, expected.correlation)
 
 
 @pytest.mark.parametrize("first_end", [500, 70])
@@ -79,14 +71,6 @@ def test_what_was_there_goes_at_a_new_start_but_for_what_others_put_there(tmp_pa
     (tmp_path / PAIR_HISTORY / "notes.txt").write_text("mine")
     PairHistory(tmp_path, config(), 40)
     assert list(contents(tmp_path)) == ["notes.txt"]
-
-
-@pytest.mark.parametrize("penalty", ["none", "full", "ortsae"])
-def test_other_penalties_leave_nothing(penalty, tmp_path) -> None:
-    history = PairHistory(tmp_path, config(penalty=penalty), 40)
-    for step in range(1, 41):
-        history.add(step, pairs(step))
-    assert not any(tmp_path.iterdir())
 
 
 def test_a_snapshot_waits_for_room_and_is_whole_or_not_there(small_disks) -> None:

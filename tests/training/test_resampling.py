@@ -68,14 +68,6 @@ def test_adam_forgets_exactly_the_dead_features() -> None:
         assert torch.equal(new[~dead], old[~dead])
 
 
-def test_nothing_dead_nothing_changed() -> None:
-    sae, optimizer, x = trained()
-    before = {name: value.clone() for name, value in sae.state_dict().items()}
-    dead = torch.zeros(D_SAE, dtype=torch.bool)
-    assert resample_dead(sae, optimizer.moments(), dead, x, torch.ones(TOKENS), generator()) == 0
-    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
-
-
 def test_more_dead_features_than_tokens() -> None:
     sae, optimizer, x = trained()
     dead = torch.ones(D_SAE, dtype=torch.bool)

@@ -11,8 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...errors import SelOrthoError
-from ...training.run_folder import as_os_error
-from ...utils.files import reason, sync
+from ...utils.files import as_os_error, reason, sync
 from ...utils.hub import listed
 
 

@@ -6,7 +6,8 @@ import torch
 from hf_selortho import Pairs, SelOrthoConfig, SelOrthoSAE
 from hf_selortho.process_group import SINGLE_PROCESS
 from hf_selortho.sparse_ops import DenseFeatures, active_features
-from hf_selortho.training.state import TrainState, pair_churn, step_report
+from hf_selortho.training.sae_trainer import TrainState
+from hf_selortho.training.step_report import pair_churn, step_report
 
 
 def test_firing_counters() -> None:
