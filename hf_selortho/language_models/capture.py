@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,31 +24,44 @@ class _SitesRead(Exception):  # noqa: N818 - control flow, not an error
 
 @dataclass(frozen=True)
 class TokenOrigins:
-    """Where the tokens of some activations come from, each (tokens,) int64."""
+    """Where the tokens of some activations come from."""
 
-    document_ids: Tensor
-    positions: Tensor  # place in the context, BOS being 0
-    token_ids: Tensor
-    context_ids: Tensor  # number of the context among those captured together
+    table: Tensor  # (tokens, 4) int64, columns in the order of the properties below
+
+    @staticmethod
+    def of(document_ids: Tensor, positions: Tensor, token_ids: Tensor, context_ids: Tensor) -> TokenOrigins:
+        """Put the columns together."""
+        columns = (document_ids, positions, token_ids, context_ids)
+        return TokenOrigins(torch.stack([column.long() for column in columns], dim=1))
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.table)
 
     def __getitem__(self, rows: Tensor | slice) -> TokenOrigins:
-        return TokenOrigins(*(getattr(self, name)[rows] for name in ORIGIN_NAMES))
+        return TokenOrigins(self.table[rows])
 
-    @staticmethod
-    def empty(tokens: int) -> TokenOrigins:
-        """Make room for so many tokens."""
-        return TokenOrigins(*(torch.empty(tokens, dtype=torch.int64) for _ in ORIGIN_NAMES))
+    @property
+    def document_ids(self) -> Tensor:
+        """Document of each token."""
+        return self.table[:, 0]
 
-    @staticmethod
-    def concatenate(parts: Sequence[TokenOrigins]) -> TokenOrigins:
-        """Join the origins of several batches."""
-        return TokenOrigins(*(torch.cat([getattr(part, name) for part in parts]) for name in ORIGIN_NAMES))
+    @property
+    def positions(self) -> Tensor:
+        """Place of each token in its context, BOS being 0."""
+        return self.table[:, 1]
+
+    @property
+    def token_ids(self) -> Tensor:
+        """Id of each token in the vocabulary."""
+        return self.table[:, 2]
+
+    @property
+    def context_ids(self) -> Tensor:
+        """Number of each token's context among those captured together."""
+        return self.table[:, 3]
 
 
-ORIGIN_NAMES = tuple(f.name for f in fields(TokenOrigins))
+ORIGIN_NAMES = ("document_ids", "positions", "token_ids", "context_ids")
 
 
 class NonFiniteActivationsError(NonFiniteError):
@@ -175,7 +188,7 @@ class ActivationCapture:
         return CapturedActivations(
             by_layer={layer: torch.cat([part.by_layer[layer] for part in parts]) for layer in self.layers},
             norms=torch.cat([part.norms for part in parts]),
-            origins=TokenOrigins.concatenate([part.origins for part in parts]),
+            origins=TokenOrigins(torch.cat([part.origins.table for part in parts])),
             dropped_special=sum(part.dropped_special for part in parts),
             dropped_sinks=sum(part.dropped_sinks for part in parts),
             dropped_non_finite=sum(part.dropped_non_finite for part in parts),
@@ -208,7 +221,7 @@ class ActivationCapture:
         document_ids = torch.tensor([c.document_id for c in contexts])[:, None].expand(regular.shape)
         positions = torch.arange(regular.shape[1]).expand(regular.shape)
         context_ids = torch.tensor(numbers)[:, None].expand(regular.shape)
-        origins = TokenOrigins(*(ids[regular] for ids in (document_ids, positions, input_ids, context_ids)))
+        origins = TokenOrigins.of(*(ids[regular] for ids in (document_ids, positions, input_ids, context_ids)))
         captured = CapturedActivations(by_layer, norms, origins, int(attention_mask.sum() - regular.sum()))
 
         finite = norms.isfinite().all(1)  # where the norms are finite, the activations are

@@ -27,7 +27,7 @@ def make_buffer(tiny_lm, sample_text_files):
 
 def test_statistics_are_those_of_what_the_buffer_holds(make_buffer) -> None:
     buffer = make_buffer(max_norm_ratio=None)
-    statistics = buffer.fill()[1]
+    statistics = buffer.statistics()[1]
     held = buffer.state_dict()[0]["activations.1"]
     assert len(held) == 24 * 32
     torch.testing.assert_close(statistics.mean, held.mean(0), atol=1e-4, rtol=1e-4)
@@ -39,7 +39,7 @@ def test_statistics_are_those_of_what_the_buffer_holds(make_buffer) -> None:
 
 def test_sinks_are_dropped_from_the_first_fill_on(make_buffer) -> None:
     buffer = make_buffer(max_norm_ratio=1.1)
-    statistics = buffer.fill()[1]
+    statistics = buffer.statistics()[1]
     assert statistics.max_norm == pytest.approx(1.1 * statistics.median_norm)
     assert len(buffer.state_dict()[0]["activations.1"]) == 24 * 32
     assert buffer.counts["dropped_sinks"] > 0
@@ -50,7 +50,7 @@ def test_sinks_are_dropped_from_the_first_fill_on(make_buffer) -> None:
 
 def test_every_activation_is_used_once(make_buffer) -> None:
     buffer = make_buffer(longest=256)  # each document is one context, so that place and document name a token
-    buffer.fill()
+    buffer.statistics()
     seen = set()
     for _ in range(16):  # four rounds: 1024 tokens of one epoch
         batch = buffer.next_batch()
@@ -62,7 +62,7 @@ def test_every_activation_is_used_once(make_buffer) -> None:
 
 def test_reuse_divides_the_forward_passes(make_buffer) -> None:
     once, often = make_buffer(), make_buffer(reuse=4.0)
-    once.fill(), often.fill()
+    once.statistics(), often.statistics()
     filled = once.counts["tokens_kept"]
     for _ in range(41):
         once.next_batch(), often.next_batch()
@@ -73,7 +73,7 @@ def test_reuse_divides_the_forward_passes(make_buffer) -> None:
 
 def test_batches_mix_documents(make_buffer) -> None:
     buffer = make_buffer()
-    buffer.fill()
+    buffer.statistics()
     assert len(buffer.next_batch().origins.document_ids.unique()) > 8
 
 
@@ -81,7 +81,7 @@ def test_seeds(make_buffer) -> None:
     batches = []
     for seed in (0, 0, 1):
         buffer = make_buffer(seed=seed)
-        buffer.fill()
+        buffer.statistics()
         batches.append(only(buffer.next_batch().by_layer))
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
@@ -90,7 +90,7 @@ def test_seeds(make_buffer) -> None:
 @pytest.mark.parametrize("before", [1, 6])
 def test_a_saved_buffer_goes_on_with_the_same_batches(make_buffer, reuse, before) -> None:
     buffer = make_buffer(reuse=reuse)
-    buffer.fill()
+    buffer.statistics()
     for _ in range(before):
         buffer.next_batch()
     tensors, rest = buffer.state_dict()

@@ -181,7 +181,7 @@ def test_what_does_not_exist_is_named(tmp_path: Path, sample_text_files) -> None
         TextSource(dataset=str(tmp_path / "empty")): "is or holds no file of texts",
         TextSource(dataset=local, split="test"): r"no split \"test\": choose one of \['train'\]",
         TextSource(dataset=local, split="test", streaming=True): r"no split \"test\": choose one of \['train'\]",
-        TextSource(dataset=local, revision="v1"): "is local and has no revision",
+        TextSource(dataset=local, dataset_revision="v1"): "is local and has no revision",
         TextSource(dataset=local, held_out_fraction=1.1): "held_out_fraction is 1.1",
         TextSource(dataset="python-docs", split="test"): "no split",
         TextSource(dataset="python-docs", text_column="body"): "no column",
