@@ -131,7 +131,7 @@ class Manifest(CacheSettings):
                 paths = {shard_path(part, folder, entry.number) for folder in folders}
                 _require(set(entry.files) == paths, f"files of {key} {entry.number}", sorted(entry.files), str(paths))
                 most = min(file.bytes for file in entry.files.values())
-                _require(0 < entry.rows <= most, f"rows of {key} {entry.number}", entry.rows, f"1 to {most}")
+                _require(entry.rows <= most, f"rows of {key} {entry.number}", entry.rows, f"at most {most}")
 
     @property
     def rows(self) -> int:

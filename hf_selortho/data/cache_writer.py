@@ -115,15 +115,14 @@ class CacheWriter:
         shards: dict[str, list[ShardEntry]] = {TRAIN: [], HELD_OUT: []}
         for part, entries in shards.items():
             for record in self.folder.shard_records(part):
-                if record["files"]:
-                    entries.append(from_json(ShardEntry, record))
+                entries.append(from_json(ShardEntry, record))
                 if part == TRAIN:
                     counts.update(record["counts"])
                     for layer, added in record["layers"].items():
                         sums[layer] = _add_sums(sums[layer], added) if layer in sums else added
         for rank in range(self.group.size):
             counts.update(self.folder.read_record(f"end-{rank}"))
-        if not shards[TRAIN]:
+        if not counts["rows"]:
             raise SelOrthoError("the text gives no activation to train on: use other texts or a lower --min_tokens")
         sites = self.capture.sites
         summaries = {
@@ -182,11 +181,10 @@ class CacheWriter:
 
     def _calibrate(self, norms: Tensor | None) -> None:
         """Agree with the other processes on what a sink is."""
-        columns = [None] * len(self.capture.layers) if norms is None or not len(norms) else norms.T
+        columns = [torch.empty(0)] * len(self.capture.layers) if norms is None else norms.T
         ratio = self.settings.max_norm_ratio
         for column in columns:
-            own = None if column is None else float(column.median())
-            median = self.group.mean(own, self.capture.device) or 0.0
+            median = self.group.mean(float(column.median()) if len(column) else None, self.capture.device) or 0.0
             self._norms.append((median, ratio * median or None if ratio else None))
         if self.group.rank == 0:
             self.folder.write_record("norms", {"norms": self._norms})
@@ -204,16 +202,14 @@ class CacheWriter:
             self.folder.write(path, data)
             files[path] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
-        if len(origins):
-            write("tokens", _token_tensors(origins, plan.contexts if plan.part == HELD_OUT else None))
+        write("tokens", _token_tensors(origins, plan.contexts if plan.part == HELD_OUT else None))
         for layer, norms, limit in zip(self.capture.layers, computed.norms.T, limits, strict=True):
             activations = computed.by_layer.pop(layer)  # one layer after the other: half the memory
             activations = activations if kept.all() else activations[kept]
             sinks = computed.origins.positions[norms > (limit or math.inf)]
             length = self.settings.context_length
             layers[str(layer)] = _sums(activations, norms, kept, sinks.bincount(minlength=length))
-            if len(origins):
-                write(f"layer_{layer}", {"activations": activations})
+            write(f"layer_{layer}", {"activations": activations})
         counts = {
             "rows": len(origins),
             "tokens": count_tokens(plan.contexts),

@@ -91,11 +91,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "shorter": (changed(correlation=CORRELATION[:2].clone()), "expected a column of each"),
     "no step": (changed(metadata={"selected": "3"}), "'step'"),
     "fewer": (changed(metadata={"step": "120", "selected": "2"}), "expected at most 2 pairs"),
-    "negative": (changed(i=torch.tensor([3, -1, 1]).int()), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
-    "feature": (changed(j=torch.tensor([9, 1, 10]).int()), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
-    "nan": (changed(correlation=torch.tensor([-0.9, torch.nan, 0.25])), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
-    "order": (changed(correlation=CORRELATION.flip(0)), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
-    "twice": (changed(i=torch.tensor([3, 3, 1]).int(), j=torch.tensor([9, 9, 4]).int()), "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling"),
+    "negative": (
+        changed(i=torch.tensor([3, -1, 1]).int()),
+        "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling",
+    ),
+    "feature": (
+        changed(j=torch.tensor([9, 1, 10]).int()),
+        "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling",
+    ),
+    "nan": (
+        changed(correlation=torch.tensor([-0.9, torch.nan, 0.25])),
+        "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling",
+    ),
+    "order": (
+        changed(correlation=CORRELATION.flip(0)),
+        "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling",
+    ),
+    "twice": (
+        changed(i=torch.tensor([3, 3, 1]).int(), j=torch.tensor([9, 9, 4]).int()),
+        "expected at most 3 pairs 0 <= i < j < 10, none twice, by falling",
+    ),
 }
 
 
