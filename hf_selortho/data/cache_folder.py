@@ -51,6 +51,8 @@ class CacheFolder:
             )
         present = manifest if complete else unfinished
         differing = [name for name, value in plan.items() if present.get(name) != value]
+        if "version" in differing:
+            differing = ["version"]
         if present and differing and not overwrite:
             changes = "; ".join(f"{n} {reprlib.repr(present.get(n))} -> {reprlib.repr(plan[n])}" for n in differing)
             raise SelOrthoError(

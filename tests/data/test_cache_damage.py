@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState, PartialState
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hf_selortho import SelOrthoError
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import CachedBatches, held_out_batches
 from hf_selortho.data.cache_manifest import CacheError
@@ -74,6 +77,10 @@ def test_a_flipped_byte_is_found_when_it_is_read(folder, place, acts) -> None:
     ActivationCache(str(acts))  # reads no shard
     found = refused(acts)
     assert f"{folder}/00000.safetensors is damaged: its sha256 is" in found and "restore it from a copy" in found
+    other = CachedBatches(ActivationCache(str(acts)), [5], batch_size=5)  # a layer that is not read harms nobody
+    if folder == "layer_2":
+        other.next_batch()
+    other.release()
 
 
 def link_out(path: Path) -> None:
@@ -174,6 +181,33 @@ def test_a_wrong_manifest_is_refused(change, message, acts) -> None:
 def test_what_is_no_json_is_refused(data, acts) -> None:
     (acts / "manifest.json").write_bytes(data)
     assert "manifest.json is " in refused(acts)
+
+
+SCALARS = st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from([10**30, 10**400, "", "1", "../x"])
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), SCALARS, max_size=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), value=VALUES)
+def test_any_other_manifest_is_read_or_refused(tmp_path_factory, data, value) -> None:
+    folder = tmp_path_factory.getbasetemp() / "mutable"
+    if not folder.exists():
+        write_cache(folder, [40, 30], held_out=(20,))
+    original = (folder / "manifest.json").read_bytes()
+    content = parent = json.loads(original)
+    while True:  # down to some value, which changes
+        key = data.draw(st.sampled_from(range(len(parent)) if isinstance(parent, list) else sorted(parent)))
+        if not isinstance(parent[key], (dict, list)) or not parent[key] or data.draw(st.booleans()):
+            break
+        parent = parent[key]
+    parent[key] = value
+    (folder / "manifest.json").write_text(json.dumps(content))
+    try:
+        use(ActivationCache(str(folder)))
+    except SelOrthoError as error:
+        assert "\n" not in str(error)
+    finally:
+        (folder / "manifest.json").write_bytes(original)
 
 
 # the disk had room when the script looked; other programs have taken it since
