@@ -120,22 +120,19 @@ class Documents:
     def _side(self, rows: IterableDataset | np.ndarray, held_out: bool) -> Iterator[tuple[int, str]]:
         bound = self.held_out_fraction * 2**64
         for number, text in self._read(rows):
-            if (int.from_bytes(_digest(text)[:8], "big") < bound) == held_out:
-                yield number, text
+            digest = _digest(text)
+            if (int.from_bytes(digest[:8], "big") < bound) == held_out:
+                yield int.from_bytes(digest[8:16], "big") >> 1 if number is None else number, text  # int64, from 0
 
-    def _read(self, rows: IterableDataset | np.ndarray) -> Iterator[tuple[int, str]]:
-        """Read the texts of a stream, or of the numbered rows."""
+    def _read(self, rows: IterableDataset | np.ndarray) -> Iterator[tuple[int | None, str]]:
+        """Read the texts of a stream, which have no number, or of the numbered rows."""
         try:
-            for number, text in self._streamed(rows) if isinstance(rows, IterableDataset) else self._fetched(rows):
+            streamed = isinstance(rows, IterableDataset)
+            for number, text in ((None, row[self.column]) for row in rows) if streamed else self._fetched(rows):
                 if text and not text.isspace():
                     yield number, text
         except READ_ERRORS as error:  # bytes that are no text, which only a look at them shows
             raise read_error(self.name, error) from error
-
-    def _streamed(self, rows: IterableDataset) -> Iterator[tuple[int, str]]:
-        for row in rows:
-            text = row[self.column] or ""
-            yield int.from_bytes(_digest(text)[8:16], "big") >> 1, text  # a non-negative int64
 
     def _fetched(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
         for start in range(0, len(rows), _FETCH):

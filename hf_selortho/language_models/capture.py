@@ -26,7 +26,11 @@ class _SitesRead(Exception):  # noqa: N818 - control flow, not an error
 class TokenOrigins:
     """Where the tokens of some activations come from."""
 
-    table: Tensor  # (tokens, 4) int64, columns in the order of the properties below
+    table: Tensor  # (tokens, 4) int64, a column for each of these:
+    document_ids = property(lambda self: self.table[:, 0])
+    positions = property(lambda self: self.table[:, 1])  # in the context, BOS being 0
+    token_ids = property(lambda self: self.table[:, 2])
+    context_ids = property(lambda self: self.table[:, 3])  # number of the context among those captured together
 
     @staticmethod
     def of(document_ids: Tensor, positions: Tensor, token_ids: Tensor, context_ids: Tensor) -> TokenOrigins:
@@ -39,26 +43,6 @@ class TokenOrigins:
 
     def __getitem__(self, rows: Tensor | slice) -> TokenOrigins:
         return TokenOrigins(self.table[rows])
-
-    @property
-    def document_ids(self) -> Tensor:
-        """Document of each token."""
-        return self.table[:, 0]
-
-    @property
-    def positions(self) -> Tensor:
-        """Place of each token in its context, BOS being 0."""
-        return self.table[:, 1]
-
-    @property
-    def token_ids(self) -> Tensor:
-        """Id of each token in the vocabulary."""
-        return self.table[:, 2]
-
-    @property
-    def context_ids(self) -> Tensor:
-        """Number of each token's context among those captured together."""
-        return self.table[:, 3]
 
 
 ORIGIN_NAMES = ("document_ids", "positions", "token_ids", "context_ids")

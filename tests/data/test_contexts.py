@@ -80,16 +80,6 @@ def test_resumed_stream_goes_on_with_the_very_next_context(before, write, tiny_t
     assert resumed.counts == stream.counts
 
 
-def test_epochs_differ_in_order_and_agree_in_content(write, tiny_tokenizer, sample_documents) -> None:
-    documents, cutter = write(sample_documents), Cutter(tiny_tokenizer)
-    first = _one_epoch(documents, cutter)
-    stream = ContextStream(documents, cutter)
-    assert stream.take(len(first)) == first
-    second = stream.take(len(first))
-    assert first != second
-    assert sorted(map(tuple, first)) == sorted(map(tuple, second))
-
-
 def test_ranks_share_the_documents_and_one_without_any_is_told(write, tiny_tokenizer, sample_documents) -> None:
     documents = write(sample_documents)
     cutter = Cutter(tiny_tokenizer)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
 import lzma
@@ -30,7 +29,7 @@ def _jsonl(path: Path, texts: list[object]) -> Path:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
 def test_every_format_gives_every_document_once(
-    kind: str, streaming: bool, sample_text_files, sample_documents: list[str]
+    kind: str, streaming: bool, sample_text_files, sample_documents
 ) -> None:
     source = TextSource(dataset=str(getattr(sample_text_files, kind)), streaming=streaming)
     documents = open_documents(source)
@@ -38,7 +37,7 @@ def test_every_format_gives_every_document_once(
     assert (documents.revision, documents.split) == (None, "train")
 
 
-def test_other_shapes_of_local_text(tmp_path: Path, sample_documents: list[str]) -> None:
+def test_other_shapes_of_local_text(tmp_path, sample_documents) -> None:
     few = sample_documents[:20]
     (tmp_path / "texts.tsv").write_text("label\tbody\n" + "".join(f"1\t{text}\n" for text in few))
     (tmp_path / "prose.txt").write_text("\n\n".join(text.replace(". ", ".\n") for text in few) + "\n")
@@ -53,7 +52,7 @@ def test_other_shapes_of_local_text(tmp_path: Path, sample_documents: list[str])
         assert sorted(" ".join(text.split()) for text in texts) == sorted(few), name
 
 
-def test_held_out_texts_are_the_same_in_any_order_and_any_file(tmp_path: Path, sample_documents: list[str]) -> None:
+def test_held_out_texts_are_the_same_in_any_order_and_any_file(tmp_path, sample_documents) -> None:
     """And a text that occurs often never lands on both sides."""
     shuffled = random.Random(1).sample(sample_documents, len(sample_documents))
     spaced = [text.replace(" ", "  ") for text in shuffled]
@@ -84,14 +83,14 @@ def test_order_depends_on_seed_and_epoch_alone_and_ranks_share_it(
     assert min(map(len, shares)) > 100
 
 
-def test_held_out_texts_are_not_the_first_ones(tmp_path: Path) -> None:
+def test_held_out_texts_are_not_the_first_ones(tmp_path) -> None:
     path = _jsonl(tmp_path / "sorted.jsonl", [f"text number {number}" for number in range(3000)])
     numbers = [number for number, _ in open_documents(TextSource(dataset=str(path))).held_out()]
     assert len(set(numbers)) == len(numbers) > 200
     assert 1000 < sum(numbers[:100]) / 100 < 2000
 
 
-def test_text_column_is_found_or_the_columns_are_listed(tmp_path: Path) -> None:
+def test_text_column_is_found_or_the_columns_are_listed(tmp_path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("title,body,stars\nOne,First words,5\nTwo,Second words,4\n")
     with pytest.raises(
@@ -126,7 +125,7 @@ def test_text_column_is_found_or_the_columns_are_listed(tmp_path: Path) -> None:
         ("picture.png", "PNG", "is or holds no file of texts: expected .csv"),
     ],
 )
-def test_unusable_file_is_one_line(name: str, content: str, message: str, streaming: bool, tmp_path: Path) -> None:
+def test_unusable_file_is_one_line(name: str, content: str, message: str, streaming: bool, tmp_path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(SelOrthoError, match=message) as caught:
         open_documents(TextSource(dataset=str(tmp_path / name), streaming=streaming))
@@ -134,8 +133,8 @@ def test_unusable_file_is_one_line(name: str, content: str, message: str, stream
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "opened"), [("gz", gzip.open), ("bz2", bz2.open), ("xz", lzma.open)])
-def test_compressed_files_are_looked_into(suffix, opened, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "opened"), [("gz", gzip.open), ("xz", lzma.open)])
+def test_compressed_files_are_looked_into(suffix, opened, tmp_path) -> None:
     path = tmp_path / f"rows.jsonl.{suffix}"
     with opened(path, "wb") as file:
         file.write(b'{"text": "First words"}\n{"text": "null"}\n')
@@ -150,7 +149,7 @@ def test_compressed_files_are_looked_into(suffix, opened, tmp_path: Path) -> Non
         open_documents(TextSource(dataset=str(path)))
 
 
-def test_bytes_that_are_no_text_are_named_when_they_are_read(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_named_when_they_are_read(tmp_path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 20] * 500}), tmp_path / "a.parquet", compression="none")
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(data.replace(b"a" * 20, b"a" * 19 + b"\xff"))
@@ -158,7 +157,7 @@ def test_bytes_that_are_no_text_are_named_when_they_are_read(tmp_path: Path) -> 
         _everything(open_documents(TextSource(dataset=str(tmp_path / "a.parquet"))))
 
 
-def test_what_does_not_exist_is_named(tmp_path: Path, sample_text_files) -> None:
+def test_what_does_not_exist_is_named(tmp_path, sample_text_files) -> None:
     local = str(sample_text_files.csv)
     (tmp_path / "empty").mkdir()
     for arguments, message in [
@@ -204,7 +203,7 @@ print(docs.python_docs_revision(), *(new - {"pydoc_data", "encodings"} - set(sys
     assert run.stdout.split() == [docs.python_docs_revision()]
 
 
-def test_python_docs_do_without_what_an_installation_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_python_docs_do_without_what_an_installation_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     whole = docs.python_docs()
     (tmp_path / "good.py").write_text('"""This is the documentation of a module that is in good order."""\n')
     (tmp_path / "python2.py").write_text('"""This is the documentation of an old one."""\nprint "no"\n')
