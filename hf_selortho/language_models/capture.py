@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..data.contexts import Context, pad_batch
 from ..errors import NonFiniteError, SelOrthoError
@@ -141,18 +142,14 @@ class ActivationCapture:
             if len(captured) == len(self.layers):
                 raise _SitesRead
 
-        handles = [site.hook(self.lm.model, partial(read, layer)) for layer, site in self.sites.items()]
         # Padding on the right is never attended to by what precedes it, so causal attention needs no mask; without one
         # it runs on faster kernels.
         padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
         mask = None if padded_right else attention_mask.to(self.device)
-        try:
+        with ExitStack() as hooks, suppress(_SitesRead):
+            for layer, site in self.sites.items():
+                hooks.enter_context(site.hook(self.lm.model, partial(read, layer)))
             self.lm.model(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
-        except _SitesRead:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return {layer: captured[layer] for layer in self.layers}
 
     def keep_mask(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
@@ -183,14 +180,12 @@ class ActivationCapture:
         for numbers in length_batches(contexts, self.batch_tokens):
             yield self._capture([contexts[number] for number in numbers], numbers)
 
-    @contextmanager
-    def splice(self, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within it, the language model runs whole and the layer's hidden states h (b, t, d_in) become `replace(h)`."""
-        handle = self.sites[self.layer].hook(self.lm.model, replace)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def splice(self, replace: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Replace the layer's hidden states h (b, t, d_in) by `replace(h)`: `with capture.splice(torch.zeros_like):`.
+
+        The language model then runs whole.
+        """
+        return self.sites[self.layer].hook(self.lm.model, replace)
 
     def _regular(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return attention_mask.bool() & ~torch.isin(input_ids, self._special_ids.to(input_ids.device))
