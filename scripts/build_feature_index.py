@@ -160,7 +160,7 @@ def open_sources(
         history=history,
         labels=labels,
         min_tokens=least_tokens(config, arguments),
-        dataset_config=source.config_name,
+        dataset_config=source.dataset_config,
     )
 
 

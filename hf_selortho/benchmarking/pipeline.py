@@ -37,7 +37,7 @@ def measure_supply(lm: LanguageModel, layer: int, dataset: str, batch: int) -> S
     buffer = ActivationBuffer(
         capture, stream, contexts=contexts, context_length=CONTEXT_LENGTH, batch_size=batch, refresh_every=BATCHES
     )
-    buffer.fill(progress=True)  # warms the language model up
+    buffer.statistics(progress=True)  # warms the language model up
     served = []
     started = time.perf_counter()
     for _ in range(BATCHES):  # all that it serves without a refresh

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,12 +22,12 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from ..data.cache_folder import CacheFolder
-from ..data.cache_manifest import CacheSettings, ContextInfo, Manifest, ModelInfo, TextInfo
+from ..data.cache_folder import CacheFolder, check_disk
+from ..data.cache_manifest import CacheSettings, Manifest
 from ..data.cache_report import report_table
-from ..data.cache_writer import CacheWriter, check_disk, disk_bytes, forecast, tokenizer_hash
+from ..data.cache_writer import CacheWriter, disk_bytes, forecast, tokenizer_hash
 from ..data.contexts import Context, ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
-from ..data.texts import Documents, open_documents
+from ..data.texts import Documents, TextSource, open_documents
 from ..errors import SelOrthoError
 from ..hub.dataset_card import render_shards_card
 from ..language_models.capture import ActivationCapture
@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator(cpu=on_cpu(arguments.cpu), kwargs_handlers=[patient])
     if accelerator.device.type == "cpu":
         use_all_cores(arguments.cpu_threads)
-    documents = open_documents(text.source())
+    documents = open_documents(text)
     with accelerator.local_main_process_first():
         lm = load_language_model(model.model or "", model.model_revision, model.lm_dtype, accelerator.device)
     check_context_length(lm, arguments.context_length)
     capture = ActivationCapture(lm, sorted(arguments.layers), batch_tokens=model.lm_batch_tokens)
     group = ProcessGroup.of_run()
     settings = cache_settings(capture, documents, text, arguments, group.size)
-    cutter = Cutter(lm.tokenizer, **asdict(settings.contexts))
+    cutter = Cutter(lm.tokenizer, arguments.context_length, arguments.prepend_bos, text.min_tokens)
     held_out: list[Context] = []
     if arguments.eval_samples and text.held_out_fraction:
         held_out = list(held_out_contexts(documents, cutter, arguments.eval_samples))
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_disk(folder.folder, disk_bytes(capture, settings, tokens))
     if arguments.dry_run:
         if accelerator.is_main_process:
-            sys.stdout.write(forecast(capture, stream, settings, tokens, folder.folder))
+            sys.stdout.write(forecast(capture, stream, settings, tokens))
         leave_process_group(accelerator)
         return
     with ExitStack() as stack:
@@ -121,27 +121,19 @@ def cache_settings(
     """Put together everything that decides what the shards hold."""
     lm = capture.lm
     return CacheSettings(
-        model=ModelInfo(
-            name=lm.name,
-            revision=lm.revision,
-            dtype=str(lm.model.dtype).removeprefix("torch."),
-            batch_tokens=capture.batch_tokens,
-            device=capture.device.type,
-            tokenizer_sha256=tokenizer_hash(lm.tokenizer),
-        ),
-        text=TextInfo(
-            dataset=documents.name,
-            revision=documents.revision,
-            fingerprint=documents.fingerprint,
-            rows=documents.count,
-            config=text.dataset_config,
-            split=documents.split,
-            text_column=text.text_column,
-            streaming=text.streaming,
-            held_out_fraction=text.held_out_fraction,
-            seed=arguments.seed,
-        ),
-        contexts=ContextInfo(arguments.context_length, arguments.prepend_bos, text.min_tokens),
+        **{f.name: getattr(text, f.name) for f in fields(TextSource)} | {"dataset_revision": documents.revision},
+        text_fingerprint=documents.fingerprint,
+        text_rows=documents.count,
+        seed=arguments.seed,
+        lm_name=lm.name,
+        lm_revision=lm.revision,
+        lm_dtype=str(lm.model.dtype).removeprefix("torch."),
+        lm_batch_tokens=capture.batch_tokens,
+        lm_device=capture.device.type,
+        tokenizer_sha256=tokenizer_hash(lm.tokenizer),
+        context_length=arguments.context_length,
+        prepend_bos=arguments.prepend_bos,
+        min_tokens=text.min_tokens,
         layers=capture.layers,
         stored_dtype=arguments.stored_dtype,
         max_norm_ratio=arguments.max_norm_ratio,
@@ -168,7 +160,7 @@ def closing_words(folder: Path, manifest: Manifest, speed: float, memory: int) -
     name, layers = shlex.quote(str(folder)), " ".join(map(str, manifest.layers))
     return (
         f"\n{report_table(manifest)}\n{folder}/ holds {len(manifest.shards)} shards of {manifest.rows:,} tokens and "
-        f"{manifest.held_out_counts.rows:,} held-out ones\n"
+        f"{manifest.held_out_rows:,} held-out ones\n"
         f"{speed:,.0f} tokens/s; peak memory {memory / 1e9:.2f} GB\n\nNext:\n"
         f"  {selortho()} train --activations {name} --layers {layers} --twin --output_dir runs/sae\n"
         f"  python -m hf_selortho.data.cache_report {name} --output norms.png\n"

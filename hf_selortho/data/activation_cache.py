@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -90,7 +91,7 @@ class ActivationCache:
             for layer, shape in shapes.items()
         }
         tokens = self._load(shard, part, "tokens", dict.fromkeys(ORIGIN_NAMES, (shard.rows,)))
-        origins = TokenOrigins(*(tokens[name].long() for name in ORIGIN_NAMES))
+        origins = TokenOrigins.of(**{name: tokens[name] for name in ORIGIN_NAMES})
         return Shard(by_layer, origins, len(tokens.get("context_lengths", ())))
 
     def held_out_contexts(self) -> list[Context]:
@@ -111,20 +112,26 @@ class ActivationCache:
         """Refuse missing, extra and truncated shards before any is read."""
         entries = (*self.manifest.shards, *self.manifest.held_out)
         expected = {path: file.bytes for entry in entries for path, file in entry.files.items()}
+        present = self._sizes()
+        for path in sorted(expected.keys() ^ present.keys()):
+            raise self._fault(path, "is missing" if path in expected else f"is not in {MANIFEST}")
+        for path, size in expected.items():
+            if present[path] != size:
+                raise self._fault(path, f"has {present[path]} bytes, expected {size}")
+
+    def _sizes(self) -> dict[str, int]:
+        """List the safetensors files that are there, hidden ones aside, with their bytes."""
         if self._repository:
+            tree = HfApi(token=self._token).list_repo_tree
             try:
-                api = HfApi(token=self._token)
-                present = api.list_repo_files(self._repository, repo_type="dataset", revision=self.revision)
+                entries = list(tree(self._repository, recursive=True, repo_type="dataset", revision=self.revision))
             except LOOKUP_ERRORS as error:
                 raise hub_error(error, "dataset", self._repository, self.revision) from error
+            sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
         else:
-            present = [path.relative_to(self._folder).as_posix() for path in self._folder.rglob("*.safetensors")]
-        names = {name for name in present if name.endswith(".safetensors") and "/." not in f"/{name}"}
-        for path in sorted(expected.keys() ^ names):
-            raise self._fault(path, "is missing" if path in expected else f"is not in {MANIFEST}")
-        for path, size in expected.items() if not self._repository else ():
-            if (length := self._path(path).stat().st_size) != size:
-                raise self._fault(path, f"has {length} bytes, expected {size}")
+            paths = [path for path in self._folder.rglob("*.safetensors") if path.is_file()]
+            sizes = {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in paths}
+        return {path: n for path, n in sizes.items() if path.endswith(".safetensors") and "/." not in f"/{path}"}
 
     def _load(self, shard: ShardEntry, part: str, folder: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Read a file of a shard, compare its hash, and check that it holds tensors of these shapes."""

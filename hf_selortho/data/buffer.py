@@ -41,6 +41,9 @@ class ActivationBatch:
 class BatchSource(Protocol):
     """Where a training's batches come from: a buffer over a language model, or shards on disk."""
 
+    def statistics(self, progress: bool = False) -> dict[int, ActivationStatistics]:
+        """Return mean, scale and sink threshold of each layer, before the first batch; all processes have to ask."""
+
     def next_batch(self) -> ActivationBatch:
         """Draw the next batch of this process."""
 
@@ -72,7 +75,7 @@ class ActivationBuffer:
     language model. Each method that has no description does what [`BatchSource`] says.
 
     Args:
-        capture: reads the activations, of one or several layers. Its `max_norms` are set by [`fill`] from
+        capture: reads the activations, of one or several layers. Its `max_norms` are set by [`statistics`] from
             `max_norm_ratio`.
         stream: where the contexts come from; each process has its own.
         contexts, context_length: capacity of this process's buffer.
@@ -116,13 +119,13 @@ class ActivationBuffer:
         if reuse < 1:
             raise SelOrthoError(f"buffer_reuse={reuse}: expected at least 1 (every activation used once)")
 
-    def fill(self, progress: bool = False) -> dict[int, ActivationStatistics]:
-        """Fill the empty buffer and estimate mean, scale and sink threshold of each layer on it (on all processes)."""
+    def statistics(self, progress: bool = False) -> dict[int, ActivationStatistics]:
+        """Fill the empty buffer, with a bar if `progress`, and estimate the statistics on what it holds."""
         capture, device, ratio = self.capture, self.capture.device, self.max_norm_ratio
         capture.max_norms = (None,) * len(capture.layers)
         shape, dtype = (self.capacity, capture.lm.d_model), capture.lm.model.dtype
         self._activations = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in capture.layers}
-        self._origins = TokenOrigins.empty(self.capacity)
+        self._origins = torch.empty(self.capacity, len(ORIGIN_NAMES), dtype=torch.int64)
         with tqdm(total=self.capacity, desc="filling the buffer", unit="token", disable=not progress) as bar:
             norms = self._replace(torch.arange(self.capacity), bar)
         medians = [ProcessGroup.of_run().mean(float(column.median()), device) or 0.0 for column in norms.T]
@@ -145,7 +148,7 @@ class ActivationBuffer:
         self._served += 1
         self._uses[rows] += 1
         by_layer = {layer: held[rows.to(held.device)].float() for layer, held in self._activations.items()}
-        return ActivationBatch(by_layer, self._origins[rows])
+        return ActivationBatch(by_layer, TokenOrigins(self._origins[rows]))
 
     def totals(self) -> dict[str, int]:
         stream = {name: self.stream.counts[name] for name in ("documents", "dropped_tails")}
@@ -156,7 +159,7 @@ class ActivationBuffer:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {
             **{f"activations.{layer}": held.cpu() for layer, held in self._activations.items()},
-            **vars(self._origins),
+            "origins": self._origins,
             "uses": self._uses.clone(),
             "order": self._order,
             "generator": self._generator.get_state(),
@@ -175,8 +178,7 @@ class ActivationBuffer:
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         layers, device = self.capture.layers, self.capture.device
         self._activations = {layer: tensors[f"activations.{layer}"].to(device) for layer in layers}
-        self._origins = TokenOrigins(*(tensors[name] for name in ORIGIN_NAMES))
-        self._uses, self._order = tensors["uses"], tensors["order"]
+        self._origins, self._uses, self._order = tensors["origins"], tensors["uses"], tensors["order"]
         self._generator.set_state(tensors["generator"])
         self._served = rest["served"]
         self.capture.max_norms = tuple(rest["max_norms"])
@@ -189,8 +191,7 @@ class ActivationBuffer:
         return self.capacity * (row + 8 * len(ORIGIN_NAMES) + 12)  # 12: uses and order
 
     def release(self) -> None:
-        self._activations = {}
-        self._origins = TokenOrigins.empty(0)
+        self._activations, self._origins = {}, torch.empty(0)
 
     def _shuffle(self) -> None:
         self._order = torch.randperm(self.capacity, generator=self._generator)
@@ -225,8 +226,7 @@ class ActivationBuffer:
                 places = rows[done : done + len(part)]
                 for layer, held in self._activations.items():
                     held[places.to(held.device)] = part.by_layer[layer][: len(places)]
-                for name in ORIGIN_NAMES:
-                    getattr(self._origins, name)[places] = getattr(part.origins, name)[: len(places)]
+                self._origins[places] = part.origins.table[: len(places)]
                 norms[done : done + len(places)] = part.norms[: len(places)]
                 done += len(places)
                 if progress is not None:

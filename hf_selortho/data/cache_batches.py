@@ -13,40 +13,26 @@ from torch import Tensor
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ORIGIN_NAMES, TokenOrigins
-from .activation_cache import ActivationCache, Shard
+from .activation_cache import ActivationCache
 from .buffer import ActivationBatch, ActivationStatistics
 from .cache_manifest import HELD_OUT, STORED_DTYPES
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Which rows of an epoch a pool holds, and out of which shards."""
+class _Pool:
+    """Some shards of an epoch in memory, and the order in which their rows are drawn."""
 
     epoch: int
-    start: int
-    end: int
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """Shards in memory, by number, and the order in which their rows are drawn."""
-
-    plan: _Plan
-    shards: dict[int, Shard]
+    start: int  # of its rows among those of the epoch
+    shards: list[int]  # by rising number, as their rows are held
+    by_layer: dict[int, Tensor]  # (rows, d_in) each, as stored
+    origins: Tensor  # (rows, 4), see `TokenOrigins`
     order: Tensor  # (rows,)
 
-    def gather(self, rows: Tensor, by_layer: dict[int, Tensor], origins: TokenOrigins) -> None:
-        """Put these rows of the pool into tensors of as many rows."""
-        start = 0
-        for shard in self.shards.values():
-            targets = ((rows >= start) & (rows < start + len(shard))).nonzero()[:, 0]
-            local = rows[targets] - start
-            start += len(shard)
-            for layer, tensor in by_layer.items():
-                tensor[targets] = shard.by_layer[layer][local].float()
-            for name in ORIGIN_NAMES:
-                getattr(origins, name)[targets] = getattr(shard.origins, name)[local]
+    @property
+    def end(self) -> int:
+        """The row of the epoch behind the last one of the pool."""
+        return self.start + len(self.order)
 
 
 class CachedBatches:
@@ -82,15 +68,18 @@ class CachedBatches:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        check_layers(cache, layers)
+        if missing := [layer for layer in layers if layer not in cache.manifest.layers]:
+            raise SelOrthoError(
+                f"{cache.source} holds no layer {', '.join(map(str, missing))}: choose from "
+                f"{', '.join(map(str, cache.manifest.layers))}"
+            )
         self.cache, self.layers, self.batch_size = cache, tuple(layers), batch_size
-        self._pool_tokens, self._seed, self._rank = pool_tokens, seed, rank
-        self._processes = processes
+        self._pool_tokens, self._seed, self._rank, self._processes = pool_tokens, seed, rank, processes
         shards = cache.manifest.shards
         by_shard = len(shards) >= processes
-        self._rows = slice(0, None) if by_shard else slice(rank, None, processes)  # of each shard
-        self._shards = shards[rank::processes] if by_shard else tuple(s for s in shards if s.rows > rank)
-        self._sizes = [len(range(s.rows)[self._rows]) for s in self._shards]
+        self._rows = slice(None) if by_shard else slice(rank, None, processes)  # of each shard
+        self._shards = shards[rank::processes] if by_shard else [shard for shard in shards if shard.rows > rank]
+        self._sizes = [len(range(shard.rows)[self._rows]) for shard in self._shards]
         self.rows = sum(self._sizes)  # of an epoch of this process
         if self.rows < batch_size:
             raise SelOrthoError(
@@ -100,10 +89,9 @@ class CachedBatches:
         self.epoch, self.cursor = 0, 0
         self._reader = ThreadPoolExecutor(1)
         self._pool: _Pool | None = None
-        self._coming: Future[_Pool] | None = None
-        self._plans: list[_Plan] = []  # the pools of an epoch
+        self._coming: Future[_Pool] | None = None  # the pool behind it
 
-    def statistics(self) -> dict[int, ActivationStatistics]:
+    def statistics(self, progress: bool = False) -> dict[int, ActivationStatistics]:
         """Return mean, scale and sink threshold of each layer, as they were measured when the cache was written."""
         summaries = {layer: self.cache.manifest.layer(layer) for layer in self.layers}
         return {
@@ -117,20 +105,19 @@ class CachedBatches:
         Raises:
             CacheError: a shard is damaged or missing; nothing of it is handed out.
         """
-        by_layer = {n: torch.empty(self.batch_size, self.cache.manifest.layer(n).d_in) for n in self.layers}
-        origins = TokenOrigins.empty(self.batch_size)
-        done = 0
-        while done < self.batch_size:
+        parts: list[tuple[Tensor, ...]] = []  # origins and the layers of some rows
+        left = self.batch_size
+        while left:
             pool = self._current_pool()
-            end = min(self.batch_size, done + pool.plan.end - self.cursor)
-            first = self.cursor - pool.plan.start
-            rows = pool.order[first : first + end - done]
-            pool.gather(rows, {n: tensor[done:end] for n, tensor in by_layer.items()}, origins[done:end])
-            self.cursor += end - done
-            done = end
+            first = self.cursor - pool.start
+            rows = pool.order[first : first + left]
+            parts.append((pool.origins[rows], *(pool.by_layer[layer][rows].float() for layer in self.layers)))
+            left -= len(rows)
+            self.cursor += len(rows)
             if self.cursor == self.rows:
                 self.epoch, self.cursor = self.epoch + 1, 0
-        return ActivationBatch(by_layer, origins)
+        origins, *layers = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        return ActivationBatch(dict(zip(self.layers, layers, strict=True)), TokenOrigins(origins))
 
     def totals(self) -> dict[str, int]:
         """Return what was read and left out when the cache was written."""
@@ -159,12 +146,12 @@ class CachedBatches:
                 "or start a new run in another --output_dir"
             )
         self._seed, self.epoch, self.cursor = rest["seed"], rest["epoch"], rest["cursor"]
-        self._pool, self._coming, self._plans = None, None, []
+        self._pool = self._coming = None
 
     def memory_bytes(self) -> int:
         """Return what the pool, and the one that is read ahead, take."""
         manifest = self.cache.manifest
-        largest = max(plan.end - plan.start for plan in self._pools(0))
+        largest = max(sum(self._sizes[number] for number in shards) for _, shards in self._split(0))
         width = sum(manifest.layer(layer).d_in for layer in self.layers)
         row = width * STORED_DTYPES[manifest.stored_dtype].itemsize + 8 * len(ORIGIN_NAMES) + 8
         return min(2 * largest, self.rows) * row
@@ -176,56 +163,54 @@ class CachedBatches:
 
     def _current_pool(self) -> _Pool:
         """Return the pool that the cursor is in, and begin to read the one after it."""
-        plan = self._plan(self.epoch, self.cursor)
-        if self._pool is None or self._pool.plan != plan:
-            coming = self._coming.result() if self._coming is not None else None
-            self._pool = coming if coming is not None and coming.plan == plan else self._load(plan, self._pool)
-            at_end = plan.end == self.rows
-            following = self._plan(self.epoch + at_end, 0 if at_end else plan.end)
-            self._coming = self._reader.submit(self._load, following, self._pool)
-        return self._pool
+        pool = self._pool
+        if pool is None or pool.epoch != self.epoch or self.cursor >= pool.end:
+            pool = self._coming.result() if self._coming else self._load(self.epoch, self.cursor, None)
+            last = pool.end == self.rows
+            self._coming = self._reader.submit(self._load, pool.epoch + last, 0 if last else pool.end, pool)
+            self._pool = pool
+        return pool
 
-    def _plan(self, epoch: int, cursor: int) -> _Plan:
-        """Say which shards make the pool that holds a row of an epoch."""
-        return next(plan for plan in self._pools(epoch) if cursor < plan.end)
+    def _split(self, epoch: int) -> Iterator[tuple[int, list[int]]]:
+        """Put the shards of an epoch into pools: the first row of each, and its shards in their order."""
+        order = np.random.default_rng([self._seed, self._rank, epoch]).permutation(len(self._shards)).tolist()
+        start, rows, shards = 0, 0, list[int]()
+        for number in order:
+            shards.append(number)
+            rows += self._sizes[number]
+            if rows >= self._pool_tokens or number == order[-1]:
+                yield start, shards
+                start, rows, shards = start + rows, 0, []
 
-    def _pools(self, epoch: int) -> list[_Plan]:
-        """Plan the pools of an epoch, in order."""
-        if not self._plans or self._plans[0].epoch != epoch:
-            order = np.random.default_rng([self._seed, self._rank, epoch]).permutation(len(self._shards)).tolist()
-            self._plans, start, chosen = [], 0, []
-            for number in order:
-                chosen.append(number)
-                rows = sum(self._sizes[n] for n in chosen)
-                if rows >= self._pool_tokens or number == order[-1]:
-                    self._plans.append(_Plan(epoch, start, start + rows, tuple(chosen)))
-                    start, chosen = start + rows, []
-        return self._plans
+    def _load(self, epoch: int, cursor: int, previous: _Pool | None) -> _Pool:
+        """Read the pool that holds a row of an epoch; what the previous one holds is not read again."""
+        start, drawn = [(start, shards) for start, shards in self._split(epoch) if start <= cursor][-1]
+        shards = sorted(drawn)
+        offsets = dict(zip(shards, np.cumsum([0, *(self._sizes[number] for number in shards)]).tolist(), strict=False))
+        if previous is not None and previous.shards == shards:
+            by_layer, origins = previous.by_layer, previous.origins
+        else:
+            by_layer, origins = self._read(offsets)
+        rows = np.concatenate([offsets[number] + np.arange(self._sizes[number]) for number in drawn])
+        generator = np.random.default_rng([self._seed, self._rank, epoch, start + 1])
+        order = torch.from_numpy(rows[generator.permutation(len(rows))])
+        return _Pool(epoch, start, shards, by_layer, origins, order)
 
-    def _load(self, plan: _Plan, previous: _Pool | None) -> _Pool:
-        """Read the shards of a pool, but those that the previous one holds if it holds them all."""
-        held = previous.shards if previous is not None else {}
-        if set(held) != set(plan.shards):
-            held = {number: self._read(number) for number in plan.shards}
-        generator = np.random.default_rng([self._seed, self._rank, plan.epoch, plan.start + 1])
-        order = torch.from_numpy(generator.permutation(plan.end - plan.start))
-        return _Pool(plan, {number: held[number] for number in plan.shards}, order)
-
-    def _read(self, number: int) -> Shard:
-        shard = self.cache.read(self._shards[number], self.layers)
-        if self._rows == slice(0, None):
-            return shard
-        by_layer = {layer: tensor[self._rows].clone() for layer, tensor in shard.by_layer.items()}  # not a view
-        return Shard(by_layer, TokenOrigins.concatenate([shard.origins[self._rows]]), 0)
-
-
-def check_layers(cache: ActivationCache, layers: Sequence[int]) -> None:
-    """Raise a SelOrthoError unless the cache holds all these layers."""
-    if missing := [layer for layer in layers if layer not in cache.manifest.layers]:
-        raise SelOrthoError(
-            f"{cache.source} holds no layer {', '.join(map(str, missing))}: choose from "
-            f"{', '.join(map(str, cache.manifest.layers))}"
-        )
+    def _read(self, offsets: dict[int, int]) -> tuple[dict[int, Tensor], Tensor]:
+        """Read this process's rows of some shards, each to its place: activations by layer, and origins."""
+        manifest, rows = self.cache.manifest, sum(self._sizes[number] for number in offsets)
+        dtype = STORED_DTYPES[manifest.stored_dtype]
+        by_layer = {layer: torch.empty(rows, manifest.layer(layer).d_in, dtype=dtype) for layer in self.layers}
+        origins = torch.empty(rows, len(ORIGIN_NAMES), dtype=torch.int64)
+        for number, offset in offsets.items():
+            shard, places = (
+                self.cache.read(self._shards[number], self.layers),
+                slice(offset, offset + self._sizes[number]),
+            )
+            origins[places] = shard.origins.table[self._rows]
+            for layer, held in by_layer.items():
+                held[places] = shard.by_layer[layer][self._rows]
+        return by_layer, origins
 
 
 def held_out_batches(

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import reprlib
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
-
 from ..errors import SelOrthoError
 from ..utils.files import LOCK, is_full, reason, replace_file, sync
-from .cache_manifest import FORMAT, FORMAT_VERSION, HELD_OUT, MANIFEST, TRAIN, WORK, CacheSettings, Manifest, shard_path
-from .cache_statistics import CacheStatistics
+from ..utils.memory import existing_folder, free_disk
+from .cache_manifest import FORMAT, FORMAT_VERSION, MANIFEST, WORK, CacheSettings, Manifest
 
-_SETTINGS, _NORMS = "settings.json", "norms.json"
+_SETTINGS = "settings.json"
 _SHARD = re.compile(r"(held_out/)?(tokens|layer_\d+)/\d+\.safetensors")
-
-
-@dataclass
-class Progress:
-    """What one process has cached; training and held-out shards apart, by TRAIN and HELD_OUT."""
-
-    statistics: CacheStatistics
-    written: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, HELD_OUT: 0})  # shards, empty ones included
-    shards: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {TRAIN: [], HELD_OUT: []})
-    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {TRAIN: {}, HELD_OUT: {}})
-    stream: dict[str, Any] | None = None  # state of the text stream behind the last training shard
 
 
 class CacheFolder:
     """The folder of a cache while it is written.
 
-    A file is flushed to the disk under a temporary name and then renamed. Once all files of a shard are there, the
-    process writes its progress into the hidden work folder; a shard beyond that is written again. The manifest comes
-    last: where it is, the cache is complete.
+    A file is flushed to the disk under a temporary name and then renamed. Behind the files of a shard comes its record
+    in the hidden work folder; a shard without a record is written again. The manifest comes last: where it is, the
+    cache is complete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,32 +42,41 @@ class CacheFolder:
             SelOrthoError: the folder cannot be written, or holds something else, or a cache of other settings.
         """
         plan = json.loads(_json({"version": FORMAT_VERSION, **asdict(settings)}))
-        finished, unfinished = _json_object(self.folder / MANIFEST), _json_object(self.work / _SETTINGS)
-        complete = finished.get("format") == FORMAT
-        entries = set(path.name for path in self.folder.iterdir()) if self.folder.exists() else set()
+        manifest, unfinished = _read_object(self.folder / MANIFEST), _read_object(self.work / _SETTINGS)
+        complete = manifest.get("format") == FORMAT
+        entries = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         if not complete and WORK not in entries and entries - {LOCK}:
             raise SelOrthoError(
                 f"output folder {self.folder} is not empty and holds no cache: choose another --output_dir"
             )
-        present = finished if complete else unfinished
-        if present and not overwrite and (differences := _differences(present, plan)):
+        present = manifest if complete else unfinished
+        differing = [name for name, value in plan.items() if present.get(name) != value]
+        if "version" in differing:
+            differing = ["version"]
+        if present and differing and not overwrite:
+            changes = "; ".join(f"{n} {reprlib.repr(present.get(n))} -> {reprlib.repr(plan[n])}" for n in differing)
             raise SelOrthoError(
-                f"{self.folder} holds a cache of other settings ({'; '.join(differences)}): use the same ones to go "
-                "on, another --output_dir, or --overwrite_output_dir to replace it"
+                f"{self.folder} holds a cache of other settings ({changes}): use the same ones to go on, another "
+                "--output_dir, or --overwrite_output_dir to replace it"
             )
         if complete and not overwrite:
             shutil.rmtree(self.work, ignore_errors=True)
             return False
         if complete or unfinished != plan:
-            self.work.mkdir(parents=True, exist_ok=True)
-            (self.work / _SETTINGS).unlink(missing_ok=True)  # first: without it, nothing in the work folder counts
-            (self.folder / MANIFEST).unlink(missing_ok=True)
-            others = self.folder.rglob("*.safetensors")  # of the user, perhaps: only shards are removed
-            shards = [path for path in others if _SHARD.fullmatch(path.relative_to(self.folder).as_posix())]
-            for path in (*self.work.iterdir(), *shards):
-                path.unlink()
+            self._clear()
             self.write(f"{WORK}/{_SETTINGS}", _json(plan))
         return True
+
+    def _clear(self) -> None:
+        """Remove the shards and the work folder, and nothing else, whatever of them is there."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / _SETTINGS).unlink(missing_ok=True)  # first: without it, nothing in the work folder counts
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for path in list(self.folder.rglob("*.safetensors")):
+            if _SHARD.fullmatch(path.relative_to(self.folder).as_posix()):
+                path.unlink()
+        for path in [path for path in self.work.rglob("*") if path.is_file()]:
+            path.unlink()
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file of the folder; it has its name only once it is safely on the disk.
@@ -103,39 +96,18 @@ class CacheFolder:
                 f"{'make room and ' if is_full(error) else ''}run the same command again to go on"
             ) from error
 
-    def write_shard(
-        self, part: str, number: int, rows: int, folders: Mapping[str, dict[str, Tensor]]
-    ) -> dict[str, Any]:
-        """Write a shard, given its tensors by folder such as "layer_8", and return its entry of the manifest."""
-        files = {}
-        for folder, tensors in folders.items():
-            path, data = shard_path(part, folder, number), save(tensors)
-            self.write(path, data)
-            files[path] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        return {"number": number, "rows": rows, "files": files}
+    def write_record(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep an object in the work folder under a name, such as "norms" or "held_out/00003"."""
+        self.write(f"{WORK}/{name}.json", _json(content))
 
-    def write_progress(self, rank: int, progress: Progress) -> None:
-        """Write what a process has cached."""
-        numbers = {name: value for name, value in vars(progress).items() if name != "statistics"}
-        self.write(f"{WORK}/{rank}.safetensors", save(vars(progress.statistics), {"progress": json.dumps(numbers)}))
+    def read_record(self, name: str) -> dict[str, Any]:
+        """Return what was kept under a name; empty if nothing was."""
+        return _read_object(self.work / f"{name}.json")
 
-    def read_progress(self, rank: int, progress: Progress) -> Progress:
-        """Fill an empty progress with what the process of this rank has written, if anything."""
-        path = self.work / f"{rank}.safetensors"
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                vars(progress).update(json.loads(file.metadata()["progress"]))
-                vars(progress.statistics).update({name: file.get_tensor(name) for name in file.keys()})
-        return progress
-
-    def write_norms(self, norms: Sequence[tuple[float, float | None]]) -> None:
-        """Write the median norm, and the norm above which a token is a sink, of each layer."""
-        self.write(f"{WORK}/{_NORMS}", _json({"norms": norms}))
-
-    def read_norms(self) -> list[tuple[float, float | None]] | None:
-        """Return what [`write_norms`] wrote; None before that."""
-        norms = _json_object(self.work / _NORMS).get("norms")
-        return None if norms is None else [(median, limit) for median, limit in norms]
+    def shard_records(self, part: str) -> Iterator[dict[str, Any]]:
+        """Read the records of the shards of a part, those of all processes, by rising number."""
+        numbers = sorted(int(path.stem) for path in (self.work / part).glob("[0-9]*.json"))
+        return (self.read_record(f"{part}{number:05d}") for number in numbers)
 
     def finish(self, manifest: Manifest, card: str) -> None:
         """Write the card and the manifest, which makes the cache complete."""
@@ -144,30 +116,26 @@ class CacheFolder:
         shutil.rmtree(self.work)
 
 
+def check_disk(folder: Path, needed: float) -> None:
+    """Raise a SelOrthoError if the disk has less room than the shards will take beyond those that are there."""
+    present = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
+    if needed - present > (free := free_disk(folder)):
+        raise SelOrthoError(
+            f"the activations need about {needed / 1e9:.2f} GB of disk, but {existing_folder(folder)} has "
+            f"{free / 1e9:.2f} GB free: use --max_tokens, fewer --layers or another --output_dir"
+        )
+
+
 def _json(content: Mapping[str, Any]) -> bytes:
     """Write an object with a line for each of its keys."""
-    values = (
-        (json.dumps(key), json.dumps(value, ensure_ascii=False, allow_nan=False)) for key, value in content.items()
-    )
-    return ("{\n" + ",\n".join(f" {key}: {value}" for key, value in values) + "\n}\n").encode()
+    lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if there is no such file or it holds something else."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name the settings that differ, such as "text.seed 0 -> 1"."""
-    differences = []
-    for key, value in after.items():
-        old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            differences += _differences(old, value, f"{prefix}{key}.")
-        elif value != old:
-            differences.append(f"{prefix}{key} {reprlib.repr(old)} -> {reprlib.repr(value)}")
-    return differences

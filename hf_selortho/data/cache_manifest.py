@@ -8,17 +8,19 @@ from dataclasses import dataclass, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 from ..errors import SelOrthoError
 from ..utils.hub import one_line
+from .texts import TextSource
 
-FORMAT, FORMAT_VERSION = "hf_selortho.activations", 2
+FORMAT, FORMAT_VERSION = "hf_selortho.activations", 3
 MANIFEST = "manifest.json"
 WORK = ".unfinished"  # holds the progress of a cache that is not complete
 TRAIN, HELD_OUT = "", "held_out/"
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-LOWEST_OCTAVE, OCTAVES, BARS_PER_OCTAVE = -24, 64, 8  # of the histogram of norms, from 2^-24 to 2^40
+NORM_BINS = np.linspace(-10, 22, 513)  # edges of the histogram of norms, as powers of two
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -26,50 +28,22 @@ class CacheError(SelOrthoError):
     """Cached activations that are damaged, incomplete or not those of their manifest."""
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """The language model that computed the activations."""
+@dataclass(kw_only=True)
+class CacheSettings(TextSource):
+    """Everything that decides what a cache holds: text, language model, contexts, and what of them is stored how."""
 
-    name: str
-    revision: str | None
-    dtype: str
-    batch_tokens: int
-    device: str
+    text_fingerprint: str | None  # of local files, which have no revision
+    text_rows: int | None
+    seed: int  # of the order of the documents
+    lm_name: str
+    lm_revision: str | None
+    lm_dtype: str
+    lm_batch_tokens: int
+    lm_device: str
     tokenizer_sha256: str
-
-
-@dataclass(frozen=True)
-class TextInfo:
-    """The text that the language model read."""
-
-    dataset: str
-    revision: str | None
-    fingerprint: str | None  # of local files, which have no revision
-    rows: int | None
-    config: str | None
-    split: str
-    text_column: str | None
-    streaming: bool
-    held_out_fraction: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class ContextInfo:
-    """How documents were cut into contexts."""
-
     context_length: int
     prepend_bos: bool
     min_tokens: int
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """Everything that decides what a cache holds."""
-
-    model: ModelInfo
-    text: TextInfo
-    contexts: ContextInfo
     layers: tuple[int, ...]
     stored_dtype: str
     max_norm_ratio: float | None
@@ -81,7 +55,7 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was read, and what was left out."""
+    """What was read for training, and what was left out."""
 
     rows: int  # tokens kept
     tokens: int  # tokens read, BOS included
@@ -90,7 +64,6 @@ class Counts:
     dropped_sinks: int
     documents: int
     dropped_tails: int  # ends of documents that are too short
-    dropped_tail_tokens: int
 
 
 @dataclass(frozen=True)
@@ -100,16 +73,21 @@ class LayerSummary:
     hook_name: str
     mean: tuple[float, ...]
     scale: float  # root mean squared norm about the mean
-    median_norm: float
+    median_norm: float  # over the first shard of every process
     max_norm: float | None  # tokens of a larger norm are sinks
-    norm_quantiles: dict[str, float]
-    norm_histogram: tuple[int, ...]
+    largest_norm: float
+    norm_histogram: tuple[int, ...]  # tokens between each two of `NORM_BINS`
     sinks_by_position: tuple[int, ...]
 
     @property
     def d_in(self) -> int:
         """Width of the activations."""
         return len(self.mean)
+
+    def norm_quantile(self, q: float) -> float:
+        """Return a quantile of the norms, right to a few percent."""
+        below = np.cumsum((0, *self.norm_histogram))
+        return min(self.largest_norm, float(np.exp2(np.interp(q * below[-1], below, NORM_BINS))))
 
 
 @dataclass(frozen=True)
@@ -129,12 +107,11 @@ class ShardEntry:
     files: dict[str, ShardFile]  # by path within the folder
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Manifest(CacheSettings):
     """The content of a manifest.json."""
 
     counts: Counts
-    held_out_counts: Counts
     versions: dict[str, str]
     statistics: dict[str, LayerSummary]  # by layer
     shards: tuple[ShardEntry, ...]
@@ -145,8 +122,8 @@ class Manifest(CacheSettings):
         _require(set(self.statistics) == set(map(str, self.layers)), "layers", self.layers, "those of the statistics")
         for number, layer in self.statistics.items():
             _require(layer.scale > 0, f"statistics.{number}.scale", layer.scale, "a number above 0")
-            bars = OCTAVES * BARS_PER_OCTAVE
-            _require(len(layer.norm_histogram) == bars, f"bars of statistics.{number}", layer.norm_histogram, str(bars))
+            bins = len(NORM_BINS) - 1
+            _require(len(layer.norm_histogram) == bins, f"bins of statistics.{number}", layer.norm_histogram, str(bins))
         _require(len(self.shards) > 0, "shards", self.shards, "at least one")
         for key, part, entries in (("shards", TRAIN, self.shards), ("held_out", HELD_OUT, self.held_out)):
             for entry in entries:
@@ -154,12 +131,17 @@ class Manifest(CacheSettings):
                 paths = {shard_path(part, folder, entry.number) for folder in folders}
                 _require(set(entry.files) == paths, f"files of {key} {entry.number}", sorted(entry.files), str(paths))
                 most = min(file.bytes for file in entry.files.values())
-                _require(0 < entry.rows <= most, f"rows of {key} {entry.number}", entry.rows, f"1 to {most}")
+                _require(entry.rows <= most, f"rows of {key} {entry.number}", entry.rows, f"at most {most}")
 
     @property
     def rows(self) -> int:
         """Tokens to train on."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def held_out_rows(self) -> int:
+        """Tokens held out."""
+        return sum(shard.rows for shard in self.held_out)
 
     def layer(self, number: int) -> LayerSummary:
         """Return the statistics of a layer."""
@@ -203,11 +185,11 @@ def from_json(kind: Any, value: Any, name: str = "") -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):  # X | None
         return None if value is None else from_json(arguments[0], value, name)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+    if is_dataclass(kind) and isinstance(value, dict):
         types = get_type_hints(kind)
         if missing := types.keys() - value.keys():
             raise ValueError(f"{name}.{min(missing)} is missing".lstrip("."))
-        return kind(**{key: from_json(types[key], value[key], f"{name}.{key}".lstrip(".")) for key in types})
+        return kind(**{key: from_json(types[key], value[key], f"{name}.{key}".lstrip(".")) for key in types})  # type: ignore[operator]
     if origin is tuple:
         _require(isinstance(value, (list, tuple)), name, value, "a list")
         return tuple(from_json(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value))

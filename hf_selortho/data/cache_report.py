@@ -22,7 +22,7 @@ from ..errors import SelOrthoError
 from ..utils.command_line import run_script
 from ..utils.plots import BLUE, GREY, STYLE, VERMILION, save_picture
 from .activation_cache import ActivationCache
-from .cache_manifest import BARS_PER_OCTAVE, LOWEST_OCTAVE, LayerSummary, Manifest
+from .cache_manifest import NORM_BINS, LayerSummary, Manifest
 
 _SHOWN = 5  # positions of sinks
 
@@ -43,20 +43,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report_table(manifest: Manifest) -> str:
     """Say how large cached activations are, where sinks are, and how far the mean is from zero."""
-    model, text, counts, contexts = manifest.model, manifest.text, manifest.counts, manifest.contexts
+    counts = manifest.counts
     lines = [
-        f"model     {model.name} (revision {model.revision}, {model.dtype})",
-        f"dataset   {text.dataset} (revision {text.revision}, split {text.split})",
-        f"contexts  {counts.contexts:,} of up to {contexts.context_length:,} tokens, {counts.documents:,} documents",
+        f"model     {manifest.lm_name} (revision {manifest.lm_revision}, {manifest.lm_dtype})",
+        f"dataset   {manifest.dataset} (revision {manifest.dataset_revision}, split {manifest.split})",
+        f"contexts  {counts.contexts:,} of up to {manifest.context_length:,} tokens, {counts.documents:,} documents",
         f"rows      {manifest.rows:,} tokens kept",
         f"left out  {counts.dropped_special:,} special tokens, {counts.dropped_sinks:,} sinks, "
-        f"{counts.dropped_tails:,} ends of documents shorter than {contexts.min_tokens:,} tokens",
+        f"{counts.dropped_tails:,} ends of documents shorter than {manifest.min_tokens:,} tokens",
         "",
         "layer  |mean|/scale     scale  median norm       99%     99.9%   maximum     sinks",
     ]
     for number in manifest.layers:
         layer = manifest.layer(number)
-        norms = (layer.norm_quantiles.get(q, 0.0) for q in ("0.99", "0.999", "1"))
+        norms = (layer.norm_quantile(0.99), layer.norm_quantile(0.999), layer.largest_norm)
         figures = "".join(f"{value:>10.4g}" for value in norms)
         lines.append(
             f"{number:>5}{np.linalg.norm(layer.mean) / layer.scale:>14.2f}{layer.scale:>10.4g}"
@@ -90,7 +90,7 @@ def draw_report(manifest: Manifest, path: str | os.PathLike[str]) -> Path:
             _draw_sinks(sinks, layer)
         panels[-1][0].set_xlabel("norm of the activation (log scale)")
         panels[-1][1].set_xlabel("position in the context")
-        title = f"Activations of {manifest.model.name} on {manifest.text.dataset}"
+        title = f"Activations of {manifest.lm_name} on {manifest.dataset}"
         figure.suptitle(title[:100], x=0.01, ha="left", fontsize=12, parse_math=False)
         return save_picture(figure, path)
 
@@ -98,7 +98,7 @@ def draw_report(manifest: Manifest, path: str | os.PathLike[str]) -> Path:
 def _draw_norms(axes: Axes, layer: LayerSummary) -> None:
     """Draw the histogram of the norms, those of sinks in another colour, and lines at the median and the limit."""
     counts = np.asarray(layer.norm_histogram)
-    edges = np.exp2(LOWEST_OCTAVE + np.arange(len(counts) + 1) / BARS_PER_OCTAVE)
+    edges = np.exp2(NORM_BINS)
     centres, widths = np.sqrt(edges[:-1] * edges[1:]), np.diff(edges)
     limit = layer.max_norm
     colors = np.where(centres > (limit or np.inf), VERMILION, BLUE)

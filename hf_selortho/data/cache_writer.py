@@ -7,37 +7,50 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
-from ..language_models.capture import (
-    ActivationCapture,
-    CapturedActivations,
-    TokenOrigins,
-    within_norms,
-)
+from ..language_models.capture import ActivationCapture, CapturedActivations, TokenOrigins, within_norms
 from ..process_group import SINGLE_PROCESS, ProcessGroup
-from ..utils.files import reason
-from ..utils.memory import available_memory, existing_folder, free_disk, memory_now, peak_memory, start_peak
-from .cache_folder import CacheFolder, Progress
-from .cache_manifest import HELD_OUT, STORED_DTYPES, TRAIN, CacheSettings, Counts, Manifest, from_json
-from .cache_statistics import CacheStatistics
-from .contexts import Context, ContextStream, count_tokens
+from ..utils.memory import available_memory, peak_memory
+from .cache_folder import CacheFolder
+from .cache_manifest import (
+    HELD_OUT,
+    NORM_BINS,
+    STORED_DTYPES,
+    TRAIN,
+    CacheSettings,
+    Counts,
+    LayerSummary,
+    Manifest,
+    ShardEntry,
+    from_json,
+    shard_path,
+)
+from .contexts import Context, ContextStream, count_tokens, take_tokens
 
 PROBE_SECONDS = 10.0  # of a dry run
-_WARM_UP = 2048  # tokens before it
-_OF_STREAM = ("documents", "dropped_tails", "dropped_tail_tokens")
+_PROBED = 2048  # tokens at once
+_OF_STREAM = ("documents", "dropped_tails")
+
+
+class ShardPlan(NamedTuple):
+    """The contexts of a shard."""
+
+    part: str
+    number: int
+    contexts: list[Context]
+    stream: dict[str, Any] | None  # state of the text stream behind them
 
 
 class CacheWriter:
@@ -68,32 +81,28 @@ class CacheWriter:
         self.capture, self.stream, self.held_out = capture, stream, held_out
         self.folder, self.settings, self.group = folder, settings, group
         self.tokens = 0  # read so far, BOS included, those of earlier runs not
-        self._norms = folder.read_norms()
-        self._progress = self._read_progress(group.rank)
+        self._norms: list[tuple[float, float | None]] = folder.read_record("norms").get("norms", [])  # (median, limit)
 
-    def run(self, progress: tqdm | None = None) -> None:
+    def run(self, progress: tqdm) -> None:
         """Cache what is not on the disk yet, and wait for the other processes."""
         self.capture.max_norms = (None,) * len(self.capture.layers)  # sinks are told apart afterwards
-        if progress is not None:
-            progress.update(sum(counts.get("tokens", 0) for counts in self._progress.counts.values()))
-        groups, writing = self._groups(), None
+        plans = self._plans(progress)
+        writing: Future[None] | None = None
         with ThreadPoolExecutor(2) as pool:  # the next shard is tokenised, and the last one written, meanwhile
-            coming = pool.submit(next, groups, None)
-            while (group := coming.result()) is not None:
-                coming = pool.submit(next, groups, None)
-                part, contexts, stream = group
-                computed = self._compute(contexts, progress)
-                if self._norms is None:
-                    self._calibrate(computed.norms if part == TRAIN else None)
+            coming = pool.submit(next, plans, None)
+            while (plan := coming.result()) is not None:
+                coming = pool.submit(next, plans, None)
+                computed = self._compute(plan.contexts, progress)
+                if not self._norms:
+                    self._calibrate(computed.norms if plan.part == TRAIN else None)
                 if writing is not None:
                     writing.result()  # one at a time: what waits is held in memory
-                writing = pool.submit(self._write, part, contexts, computed, stream)
+                writing = pool.submit(self._write, plan, computed)
             if writing is not None:
                 writing.result()
-        if self._norms is None:  # no context came to this process; the others wait for its word
+        if not self._norms:  # no context came to this process; the others wait for its word
             self._calibrate(None)
-        self._progress.counts[TRAIN] |= {name: self.stream.counts[name] for name in _OF_STREAM}
-        self.folder.write_progress(self.group.rank, self._progress)
+        self.folder.write_record(f"end-{self.group.rank}", {name: self.stream.counts[name] for name in _OF_STREAM})
         self._wait()
 
     def manifest(self, versions: dict[str, str]) -> Manifest:
@@ -102,54 +111,57 @@ class CacheWriter:
         Raises:
             SelOrthoError: there is no activation, as no text was long enough.
         """
-        parts = [self._read_progress(rank) for rank in range(self.group.size)]
-        statistics = parts[0].statistics
-        for other in parts[1:]:
-            statistics.merge(other.statistics)
-        shards = {part: [entry for p in parts for entry in p.shards[part]] for part in (TRAIN, HELD_OUT)}
-        counts = {
-            part: {name: sum(p.counts[part].get(name, 0) for p in parts) for name in Counts.__dataclass_fields__}
-            for part in shards
-        }
-        if not shards[TRAIN]:
+        counts, sums = Counter[str](), dict[str, dict[str, Any]]()
+        shards: dict[str, list[ShardEntry]] = {TRAIN: [], HELD_OUT: []}
+        for part, entries in shards.items():
+            for record in self.folder.shard_records(part):
+                entries.append(from_json(ShardEntry, record))
+                if part == TRAIN:
+                    counts.update(record["counts"])
+                    for layer, added in record["layers"].items():
+                        sums[layer] = _add_sums(sums[layer], added) if layer in sums else added
+        for rank in range(self.group.size):
+            counts.update(self.folder.read_record(f"end-{rank}"))
+        if not counts["rows"]:
             raise SelOrthoError("the text gives no activation to train on: use other texts or a lower --min_tokens")
-        summaries = {}
-        for row, (layer, norms) in enumerate(zip(self.capture.layers, self._norms or (), strict=True)):
-            summary = statistics.summary(row, counts[TRAIN]["rows"], self.capture.sites[layer].module, *norms)
-            summaries[str(layer)] = asdict(summary)
-        content = {
-            **asdict(self.settings),
-            "counts": counts[TRAIN],
-            "held_out_counts": counts[HELD_OUT],
-            "versions": versions,
-            "statistics": summaries,
-            "shards": sorted(shards[TRAIN], key=lambda entry: entry["number"]),
-            "held_out": sorted(shards[HELD_OUT], key=lambda entry: entry["number"]),
+        sites = self.capture.sites
+        summaries = {
+            str(layer): _summary(sums[str(layer)], counts["rows"], sites[layer].module, *norms)
+            for layer, norms in zip(self.capture.layers, self._norms, strict=True)
         }
-        manifest: Manifest = from_json(Manifest, content)
-        return manifest
+        return Manifest(
+            **vars(self.settings),
+            counts=Counts(**counts),
+            versions=versions,
+            statistics=summaries,
+            shards=tuple(shards[TRAIN]),
+            held_out=tuple(shards[HELD_OUT]),
+        )
 
-    def _groups(self) -> Iterator[tuple[str, list[Context], dict[str, Any] | None]]:
-        """Yield the part and the contexts of each shard that is not there yet, and the stream's state behind them."""
-        settings, progress = self.settings, self._progress
-        if (stream := progress.stream) is not None:
-            self.stream.load_state_dict(stream)
-        left: float = math.inf
+    def _plans(self, progress: tqdm) -> Iterator[ShardPlan]:
+        """Yield the contexts of each shard that is not there yet."""
+        settings, rank, processes = self.settings, self.group.rank, self.group.size
+        number, stream, left = rank, None, math.inf
         if settings.max_tokens is not None:
-            left = -(-settings.max_tokens // self.group.size) - progress.counts[TRAIN].get("tokens", 0)
+            left = -(-settings.max_tokens // processes)
+        while record := self.folder.read_record(f"{TRAIN}{number:05d}"):  # of an interrupted run
+            number, stream, tokens = number + processes, record["stream"], record["counts"]["tokens"]
+            left -= tokens
+            progress.update(tokens)
+        if stream is not None:
+            self.stream.load_state_dict(stream)
         while contexts := self.stream.take_tokens(int(min(settings.shard_tokens, left))):
-            left -= count_tokens(contexts)
-            stream = self.stream.state_dict()
-            yield TRAIN, contexts, stream
-        groups: list[list[Context]] = []
-        for context in self.held_out:
-            if not groups or count_tokens(groups[-1]) >= settings.shard_tokens:
-                groups.append([])
-            groups[-1].append(context)
-        for contexts in groups[progress.written[HELD_OUT] :]:
-            yield HELD_OUT, contexts, stream
+            yield ShardPlan(TRAIN, number, contexts, self.stream.state_dict())
+            number, left = number + processes, left - count_tokens(contexts)
+        held_out, number = iter(self.held_out), rank
+        while contexts := take_tokens(held_out, settings.shard_tokens):
+            if self.folder.read_record(f"{HELD_OUT}{number:05d}"):
+                progress.update(count_tokens(contexts))
+            else:
+                yield ShardPlan(HELD_OUT, number, contexts, None)
+            number += processes
 
-    def _compute(self, contexts: list[Context], progress: tqdm | None) -> CapturedActivations:
+    def _compute(self, contexts: list[Context], progress: tqdm) -> CapturedActivations:
         """Read the activations of contexts, sinks included, into tensors of the stored dtype."""
         capture, dtype = self.capture, STORED_DTYPES[self.settings.stored_dtype]
         tokens = count_tokens(contexts)
@@ -161,60 +173,53 @@ class CacheWriter:
                 by_layer[layer][rows : rows + len(batch)] = activations
             rows += len(batch)
             norms.append(batch.norms)
-            origins.append(batch.origins)
-            if progress is not None:
-                progress.update(len(batch) + batch.dropped_special)
+            origins.append(batch.origins.table)
+            progress.update(len(batch) + batch.dropped_special)
         self.tokens += tokens
         by_layer = {layer: activations[:rows] for layer, activations in by_layer.items()}
-        return CapturedActivations(by_layer, torch.cat(norms), TokenOrigins.concatenate(origins), tokens - rows)
+        return CapturedActivations(by_layer, torch.cat(norms), TokenOrigins(torch.cat(origins)), tokens - rows)
 
     def _calibrate(self, norms: Tensor | None) -> None:
         """Agree with the other processes on what a sink is."""
-        medians = []
-        for column in range(len(self.capture.layers)):
-            median = None if norms is None or len(norms) == 0 else float(norms[:, column].median())
-            medians.append(self.group.mean(median, self.capture.device) or 0.0)
+        columns = [torch.empty(0)] * len(self.capture.layers) if norms is None else norms.T
         ratio = self.settings.max_norm_ratio
-        self._norms = [(median, ratio * median or None if ratio else None) for median in medians]
+        for column in columns:
+            median = self.group.mean(float(column.median()) if len(column) else None, self.capture.device) or 0.0
+            self._norms.append((median, ratio * median or None if ratio else None))
         if self.group.rank == 0:
-            self.folder.write_norms(self._norms)
+            self.folder.write_record("norms", {"norms": self._norms})
         self._wait()
 
-    def _write(
-        self, part: str, contexts: list[Context], computed: CapturedActivations, stream: dict[str, Any] | None
-    ) -> None:
-        """Leave out sinks, gather the statistics, and write a shard and the progress."""
-        assert self._norms is not None
-        progress, limits = self._progress, [limit for _, limit in self._norms]
+    def _write(self, plan: ShardPlan, computed: CapturedActivations) -> None:
+        """Leave out sinks, and write the files of a shard and its record."""
+        limits = [limit for _, limit in self._norms]
         kept = within_norms(computed.norms, limits)
-        everything = bool(kept.all())
-        origins = computed.origins if everything else computed.origins[kept]
-        folders = {"tokens": _token_tensors(contexts, origins, with_contexts=part == HELD_OUT)}
-        for column, (layer, limit) in enumerate(zip(self.capture.layers, limits, strict=True)):
+        origins = computed.origins[kept]
+        files, layers = {}, {}
+
+        def write(folder: str, tensors: dict[str, Tensor]) -> None:
+            path, data = shard_path(plan.part, folder, plan.number), save(tensors)
+            self.folder.write(path, data)
+            files[path] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+        write("tokens", _token_tensors(origins, plan.contexts if plan.part == HELD_OUT else None))
+        for layer, norms, limit in zip(self.capture.layers, computed.norms.T, limits, strict=True):
             activations = computed.by_layer.pop(layer)  # one layer after the other: half the memory
-            activations = activations if everything else activations[kept]
-            folders[f"layer_{layer}"] = {"activations": activations}
-            if part == TRAIN:
-                norms = computed.norms[:, column]
-                progress.statistics.add(column, activations, norms, kept, computed.origins, limit)
-        if len(origins):
-            number = self.group.rank + self.group.size * progress.written[part]
-            progress.shards[part].append(self.folder.write_shard(part, number, len(origins), folders))
+            activations = activations if kept.all() else activations[kept]
+            sinks = computed.origins.positions[norms > (limit or math.inf)]
+            length = self.settings.context_length
+            layers[str(layer)] = _sums(activations, norms, kept, sinks.bincount(minlength=length))
+            write(f"layer_{layer}", {"activations": activations})
         counts = {
             "rows": len(origins),
-            "tokens": count_tokens(contexts),
-            "contexts": len(contexts),
+            "tokens": count_tokens(plan.contexts),
+            "contexts": len(plan.contexts),
             "dropped_special": computed.dropped_special,
             "dropped_sinks": int((~kept).sum()),
         }
-        progress.counts[part] = dict(Counter(progress.counts[part]) + Counter(counts))
-        progress.written[part] += 1
-        progress.stream = stream
-        self.folder.write_progress(self.group.rank, progress)
-
-    def _read_progress(self, rank: int) -> Progress:
-        lengths = len(self.capture.layers), self.capture.lm.d_model, self.settings.contexts.context_length
-        return self.folder.read_progress(rank, Progress(CacheStatistics(*lengths)))
+        entry = {"number": plan.number, "rows": len(origins), "files": files}
+        record = {**entry, "counts": counts, "layers": layers, "stream": plan.stream}
+        self.folder.write_record(f"{plan.part}{plan.number:05d}", record)
 
     def _wait(self) -> None:
         """Wait for the other processes."""
@@ -222,61 +227,38 @@ class CacheWriter:
 
 
 def disk_bytes(capture: ActivationCapture, settings: CacheSettings, tokens: float) -> float:
-    """Estimate the bytes on disk of the activations of so many tokens."""
+    """Estimate the bytes of the activations of so many tokens, with their origins."""
     row = len(capture.layers) * capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize + 20
     return row * tokens
 
 
-def check_disk(folder: Path, needed: float) -> None:
-    """Raise a SelOrthoError if the disk has less room than the shards will take beyond those that are there."""
-    present = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-    if needed - present > (free := free_disk(folder)):
-        raise SelOrthoError(
-            f"the activations need about {needed / 1e9:.2f} GB of disk, but {existing_folder(folder)} has "
-            f"{free / 1e9:.2f} GB free: use --max_tokens, fewer --layers or another --output_dir"
-        )
-
-
-def forecast(
-    capture: ActivationCapture, stream: ContextStream, settings: CacheSettings, tokens: float, folder: Path
-) -> str:
-    """Write a small cache beside `folder`, throw it away, and say what that of all `tokens` needs and takes.
+def forecast(capture: ActivationCapture, stream: ContextStream, settings: CacheSettings, tokens: float) -> str:
+    """Read some text, and say what caching all `tokens` needs and takes.
 
     Args:
         capture, settings: of the cache in full. stream: contexts, endless.
 
     Raises:
-        SelOrthoError: the disk cannot be written, or there is too little memory.
+        SelOrthoError: there is too little memory.
     """
-    started = time.perf_counter()
-    capture.capture_all(stream.take_tokens(_WARM_UP))
-    speed = _WARM_UP / (time.perf_counter() - started)
-    probed = min(settings.shard_tokens, max(_WARM_UP, int(PROBE_SECONDS * speed)))
-    small = replace(settings, shard_tokens=probed, max_tokens=probed, processes=1)
-    available, before = available_memory(capture.device), memory_now(capture.device)
-    start_peak(capture.device)
-    try:
-        with TemporaryDirectory(prefix=".probe-", dir=existing_folder(folder)) as name:
-            target = CacheFolder(Path(name))
-            target.begin(small)
-            started = time.perf_counter()
-            CacheWriter(capture, stream, [], target, small).run()
-            speed = settings.processes * probed / (time.perf_counter() - started)
-    except OSError as error:
-        raise SelOrthoError(f"cannot write beside {folder} ({reason(error)}): choose another --output_dir") from error
+    capture.capture_all(stream.take_tokens(_PROBED))  # warms up
+    started, probed = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - started) < PROBE_SECONDS or not probed:
+        contexts = stream.take_tokens(_PROBED)
+        capture.capture_all(contexts)
+        probed += count_tokens(contexts)
+    speed = settings.processes * probed / seconds
     # one shard is computed while the one before it is written, of which one layer is being turned into bytes
-    row = (2 * len(capture.layers) + 2) * capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize
-    peak = peak_memory(capture.device)
-    if capture.device.type == "cpu":
-        peak += row * (settings.shard_tokens - probed)
-    if available is not None and peak > available + before:
+    shards = (2 + 1 / len(capture.layers)) * disk_bytes(capture, settings, settings.shard_tokens)
+    available, peak = available_memory(torch.device("cpu")), peak_memory(capture.device)
+    if available is not None and shards > available:
         raise SelOrthoError(
-            f"each process needs {peak / 1e9:.2f} GB of memory, {(available + before) / 1e9:.2f} GB are available: "
-            "lower --shard_tokens or --lm_batch_tokens, or read fewer --layers"
+            f"each process needs {shards / 1e9:.2f} GB of memory for its shards, {available / 1e9:.2f} GB are "
+            "available: lower --shard_tokens or read fewer --layers"
         )
     return (
         f"{tokens:,.0f} tokens at {speed:,.0f} tokens/s: {timedelta(seconds=round(tokens / speed))}\n"
-        f"peak memory of a process {peak / 1e9:.2f} GB, of shards {row * settings.shard_tokens / 1e9:.2f} GB; "
+        f"peak memory of a process {peak / 1e9:.2f} GB and {shards / 1e9:.2f} GB of shards; "
         f"disk {disk_bytes(capture, settings, tokens) / 1e9:.2f} GB\n"
     )
 
@@ -288,15 +270,15 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _token_tensors(contexts: list[Context], origins: TokenOrigins, *, with_contexts: bool) -> dict[str, Tensor]:
+def _token_tensors(origins: TokenOrigins, contexts: list[Context] | None) -> dict[str, Tensor]:
     """Return what the file of a shard's tokens holds."""
     tensors = {
         "token_ids": origins.token_ids.int(),
         "positions": origins.positions.int(),
-        "document_ids": origins.document_ids,
+        "document_ids": origins.document_ids.contiguous(),
         "context_ids": origins.context_ids.int(),
     }
-    if with_contexts:
+    if contexts is not None:
         ids = [token for context in contexts for token in context.input_ids]
         tensors |= {
             "context_token_ids": torch.tensor(ids, dtype=torch.int32),
@@ -304,3 +286,35 @@ def _token_tensors(contexts: list[Context], origins: TokenOrigins, *, with_conte
             "context_document_ids": torch.tensor([c.document_id for c in contexts], dtype=torch.int64),
         }
     return tensors
+
+
+def _sums(activations: Tensor, norms: Tensor, kept: Tensor, sinks: Tensor) -> dict[str, Any]:
+    """Sum over a layer of a shard: activations (rows, d_in) of the tokens kept, norms (tokens,) of all of them."""
+    powers = norms.log2().clamp(NORM_BINS[0], NORM_BINS[-1])
+    return {
+        "total": activations.sum(0, dtype=torch.float32).tolist(),
+        "squares": float(norms[kept].double().square().sum()),
+        "histogram": powers.histc(len(NORM_BINS) - 1, NORM_BINS[0], NORM_BINS[-1]).int().tolist(),
+        "largest": float(norms.max()) if len(norms) else 0.0,
+        "sinks": sinks.tolist(),
+    }
+
+
+def _add_sums(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: (np.maximum if name == "largest" else np.add)(one[name], other[name]) for name in one}
+
+
+def _summary(
+    sums: Mapping[str, Any], rows: int, hook_name: str, median_norm: float, max_norm: float | None
+) -> LayerSummary:
+    mean = np.asarray(sums["total"]) / rows
+    return LayerSummary(
+        hook_name=hook_name,
+        mean=tuple(mean.astype(np.float32).tolist()),
+        scale=math.sqrt(max(0.0, float(sums["squares"]) / rows - float(mean @ mean))),
+        median_norm=median_norm,
+        max_norm=max_norm,
+        largest_norm=float(sums["largest"]),
+        norm_histogram=tuple(np.asarray(sums["histogram"]).tolist()),
+        sinks_by_position=tuple(np.asarray(sums["sinks"]).tolist()),
+    )

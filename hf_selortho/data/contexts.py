@@ -64,7 +64,7 @@ class Cutter:
     def cut(self, documents: Sequence[tuple[int, str]], counts: Counter[str] | None = None) -> list[Context]:
         """Make the contexts of the documents, in their order.
 
-        `counts` is increased by these documents and contexts, the ends dropped as too short, and the tokens in them.
+        `counts` is increased by these documents and contexts, and the ends dropped as too short.
         """
         if not documents:
             return []
@@ -83,10 +83,7 @@ class Cutter:
         contexts = [piece for piece in pieces if len(piece.input_ids) >= len(self._prefix) + self.min_tokens]
         if counts is not None:
             dropped = len(pieces) - len(contexts)
-            tokens = count_tokens(pieces) - count_tokens(contexts) - dropped * len(self._prefix)
-            counts.update(
-                documents=len(documents), contexts=len(contexts), dropped_tails=dropped, dropped_tail_tokens=tokens
-            )
+            counts.update(documents=len(documents), contexts=len(contexts), dropped_tails=dropped)
         return contexts
 
 
@@ -135,11 +132,7 @@ class ContextStream:
 
     def take_tokens(self, n: int, beside_bos: bool = False) -> list[Context]:
         """Take as many contexts as hold n tokens (not counting BOS if `beside_bos`); ends and errors as [`take`]."""
-        taken: list[Context] = []
-        while n > 0 and (fresh := self.take(1)):
-            taken += fresh
-            n -= len(fresh[0].input_ids) - beside_bos
-        return taken
+        return take_tokens(self._contexts, n, beside_bos)
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the stream stands; JSON-able and small."""
@@ -196,6 +189,15 @@ def held_out_contexts(documents: Documents, cutter: Cutter, limit: int | None = 
         )
     if limit is not None and given < limit:
         logger.warning('"%s" gives %d held-out contexts, %d were asked for', documents.name, given, limit)
+
+
+def take_tokens(contexts: Iterator[Context], n: int, beside_bos: bool = False) -> list[Context]:
+    """Take as many contexts as hold n tokens (not counting BOS if `beside_bos`), fewer only at the end."""
+    taken: list[Context] = []
+    while n > 0 and (context := next(contexts, None)) is not None:
+        taken.append(context)
+        n -= len(context.input_ids) - beside_bos
+    return taken
 
 
 def count_tokens(contexts: Iterable[Context]) -> int:

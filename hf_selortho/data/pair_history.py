@@ -23,13 +23,13 @@ from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..pair_selection import Pairs
 from ..utils.files import reason, replace_file, sync, target_outside, when_there_is_room
+from ..utils.hub import one_line
 
 PAIR_HISTORY = "pair_history"
 KEPT = 20_000  # pairs of a snapshot
 MOST = 32  # snapshots, besides that of the last selection: between 17 and 32 of a training with as many selections
 _NAME = re.compile(r"step_(\d{6,12})\.safetensors")
 _DTYPES = {"i": torch.int32, "j": torch.int32, "correlation": torch.float32}
-_LARGEST_FILE = 1 << 24  # bytes; the largest one that is written has a quarter of a million
 
 
 @dataclass(frozen=True)
@@ -131,50 +131,39 @@ def read_pair_history(folder: str | Path, d_sae: int | None = None) -> list[Pair
         d_sae: features of the SAE, if its indices shall be compared with that.
 
     Raises:
-        SelOrthoError: a file is no snapshot of the step in its name, or does not fit (names it).
+        SelOrthoError: a file is no snapshot, or does not fit (names it).
     """
-    history = Path(folder, PAIR_HISTORY)
-    try:
-        paths = [path for path in history.iterdir() if _NAME.fullmatch(path.name)] if history.exists() else []
-    except OSError as error:
-        raise SelOrthoError(f"{history} cannot be read ({reason(error)}): expected a folder of snapshots") from error
     snapshots = []
-    for path in paths:
+    for path in Path(folder, PAIR_HISTORY).glob("step_*.safetensors"):
+        if not _NAME.fullmatch(path.name) or not path.is_file():
+            continue
         try:
             if outside := target_outside(Path(folder), path):
                 raise ValueError(f"it leads out of {folder}, to {outside}")
             snapshots.append(_read(path, d_sae))
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            why = " ".join(str(error).split())[:200]
             raise SelOrthoError(
-                f"{path} is not a valid snapshot: {why}; copy it from the training's folder again, or remove it"
+                f"{path} is not a valid snapshot: {one_line(error)}; copy it from the training's folder again, or "
+                "remove it"
             ) from error
     return sorted(snapshots, key=lambda snapshot: snapshot.step)
 
 
 def _read(path: Path, d_sae: int | None) -> PairSnapshot:
     """Read a file; raises ValueError, KeyError, OSError or SafetensorError if it is not the snapshot of its step."""
-    if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
-        raise ValueError(f"expected a file of at most {_LARGEST_FILE:,} bytes")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name).clone() for name in _DTYPES}  # the file may go
     step, selected = int(metadata["step"]), int(metadata["selected"])
-    i, j, correlation = tensors["i"], tensors["j"], tensors["correlation"]
-    if snapshot_name(step) != path.name:
-        raise ValueError(f"of step {step}, not of the one in its name")
+    if {name: tensor.dtype for name, tensor in tensors.items()} != _DTYPES or path.name != snapshot_name(step):
+        raise ValueError(f"expected the columns {_DTYPES} of the step in its name")
+    i, j, correlation = tensors["i"].long(), tensors["j"].long(), tensors["correlation"]
+    strength = correlation.abs()
+    valid = i.ndim == 1 and i.shape == j.shape == correlation.shape and len(i) <= selected
     if not (
-        {name: tensor.dtype for name, tensor in tensors.items()} == _DTYPES
-        and i.ndim == 1
-        and i.shape == j.shape == correlation.shape
-    ):
-        raise ValueError(f"expected a column of each of {_DTYPES}")
-    i, j, strength = i.long(), j.long(), correlation.abs()
-    if not (
-        len(i) <= selected
-        and bool(((i >= 0) & (i < j)).all())
-        and (d_sae is None or bool((j < d_sae).all()))
-        and bool(correlation.isfinite().all())
+        valid
+        and bool(((i >= 0) & (i < j) & correlation.isfinite()).all())
+        and bool((j < (d_sae or 1 << 31)).all())
         and bool((strength[1:] <= strength[:-1]).all())
         and len(torch.unique((i << 31) | j)) == len(i)
     ):

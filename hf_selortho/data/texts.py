@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,23 @@ _SHUFFLE_BUFFER = 10_000  # documents that a stream holds to draw from
 _PEEK = 1000  # documents of a stream looked at to find out that it holds text
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """Which texts to read."""
+def _setting(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
 
-    dataset: str = "fancyzhx/ag_news"  # Hub id, local file or folder, or "python-docs" (embedded)
-    config_name: str | None = None  # of a Hub dataset that has several
-    split: str = "train"
-    text_column: str | None = None  # None: "text", or else the only column of strings
-    revision: str | None = None  # branch, tag or commit of a Hub dataset
-    streaming: bool = False  # read while training instead of downloading first
-    held_out_fraction: float = 0.1  # of the documents, never trained on
+
+@dataclass
+class TextSource:
+    """Which texts to read; also the arguments of this name of a command line."""
+
+    dataset: str = _setting(
+        "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
+    )
+    dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
+    dataset_revision: str | None = _setting(None, "Branch, tag or commit of the dataset; its commit is recorded.")
+    split: str = _setting("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
+    text_column: str | None = _setting(None, "Column that holds the text; default: text, or the only text column.")
+    streaming: bool = _setting(False, "Read the dataset as a stream, for what does not fit on the disk.")
+    held_out_fraction: float = _setting(0.1, "Share of the documents that training never sees.")
 
 
 class Documents:
@@ -114,22 +120,19 @@ class Documents:
     def _side(self, rows: IterableDataset | np.ndarray, held_out: bool) -> Iterator[tuple[int, str]]:
         bound = self.held_out_fraction * 2**64
         for number, text in self._read(rows):
-            if (int.from_bytes(_digest(text)[:8], "big") < bound) == held_out:
-                yield number, text
+            digest = _digest(text)
+            if (int.from_bytes(digest[:8], "big") < bound) == held_out:
+                yield int.from_bytes(digest[8:16], "big") >> 1 if number is None else number, text  # int64, from 0
 
-    def _read(self, rows: IterableDataset | np.ndarray) -> Iterator[tuple[int, str]]:
-        """Read the texts of a stream, or of the numbered rows."""
+    def _read(self, rows: IterableDataset | np.ndarray) -> Iterator[tuple[int | None, str]]:
+        """Read the texts of a stream, which have no number, or of the numbered rows."""
         try:
-            for number, text in self._streamed(rows) if isinstance(rows, IterableDataset) else self._fetched(rows):
+            streamed = isinstance(rows, IterableDataset)
+            for number, text in ((None, row[self.column]) for row in rows) if streamed else self._fetched(rows):
                 if text and not text.isspace():
                     yield number, text
         except READ_ERRORS as error:  # bytes that are no text, which only a look at them shows
             raise read_error(self.name, error) from error
-
-    def _streamed(self, rows: IterableDataset) -> Iterator[tuple[int, str]]:
-        for row in rows:
-            text = row[self.column] or ""
-            yield int.from_bytes(_digest(text)[8:16], "big") >> 1, text  # a non-negative int64
 
     def _fetched(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
         for start in range(0, len(rows), _FETCH):
@@ -155,19 +158,19 @@ def open_documents(source: TextSource) -> Documents:
         return Documents(source, *_python_docs(source), None)
     try:
         if path.exists():
-            if source.revision is not None:
+            if source.dataset_revision is not None:
                 raise SelOrthoError(
-                    f'"{name}" is local and has no revision "{source.revision}": leave the revision out'
+                    f'"{name}" is local and has no revision "{source.dataset_revision}": leave the revision out'
                 )
             arguments, identity = _local_arguments(path, source.streaming)
         elif _format(path) is not None or name.startswith((".", "/", "~")):
             raise SelOrthoError(f"no such file or folder of texts: {name}")
         else:
-            revision = resolve_commit("dataset", name, source.revision)
+            revision = resolve_commit("dataset", name, source.dataset_revision)
             if revision is None and not _is_cached(name):
                 raise unreachable("dataset", name)
-            arguments = {"path": name, "revision": revision or source.revision}
-        dataset = load_dataset(**arguments, name=source.config_name, split=source.split, streaming=source.streaming)
+            arguments = {"path": name, "revision": revision or source.dataset_revision}
+        dataset = load_dataset(**arguments, name=source.dataset_config, split=source.split, streaming=source.streaming)
         if identity is None and revision is None and isinstance(dataset, Dataset):
             revision = _cached_commit(source, dataset)
         return Documents(source, dataset, revision, identity)
@@ -217,8 +220,8 @@ def _python_docs(source: TextSource) -> tuple[Dataset, str]:
     if source.split != "train":
         raise SelOrthoError(f'"{PYTHON_DOCS}" has no split "{source.split}", only "train"')
     revision = python_docs_revision()
-    if source.revision not in (None, revision):
-        logger.warning('"%s" of this Python is %s, not %s: other texts', PYTHON_DOCS, revision, source.revision)
+    if source.dataset_revision not in (None, revision):
+        logger.warning('"%s" of this Python is %s, not %s: other texts', PYTHON_DOCS, revision, source.dataset_revision)
     return Dataset.from_dict({"text": list(python_docs())}), revision
 
 
@@ -285,9 +288,9 @@ def _cached_commit(source: TextSource, dataset: Dataset) -> str | None:
     """Read the commit off the paths of what `datasets` cached; without network it takes the latest copy."""
     parts = [part for file in dataset.cache_files for part in Path(file["filename"]).parts]
     commit = next(filter(is_commit, parts), None)
-    if is_commit(source.revision) and commit != source.revision:
+    if is_commit(source.dataset_revision) and commit != source.dataset_revision:
         raise SelOrthoError(
-            f'dataset "{source.dataset}" is cached at commit {commit}, not at {source.revision}, and the Hub cannot be '
-            "reached: go online, or leave the revision out"
+            f'dataset "{source.dataset}" is cached at commit {commit}, not at {source.dataset_revision}, and the Hub '
+            "cannot be reached: go online, or leave the revision out"
         )
     return commit

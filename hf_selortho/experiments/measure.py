@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,14 @@ def prepare(request: Request, store: ActivationCache, capture: ActivationCapture
     layer, folder = request.unit["layer"], Path(request.tasks)
     if has_tasks(folder, layer):
         return
-    text = store.manifest.text
+    cached = store.manifest
     source = TextSource(
-        request.dataset or text.dataset, text.config, text.split, text.text_column, text.revision,
-        held_out_fraction=request.measures.get("probing_fraction", text.held_out_fraction),
+        request.dataset or cached.dataset, cached.dataset_config, cached.dataset_revision, cached.split,
+        cached.text_column, held_out_fraction=request.measures.get("probing_fraction", cached.held_out_fraction),
     )  # fmt: skip
+    contexts = {name: getattr(cached, name) for name in ("context_length", "prepend_bos", "min_tokens")}
     save_tasks(
-        prepare_tasks(capture, source, request.label_column, asdict(store.manifest.contexts), request.measures),
+        prepare_tasks(capture, source, request.label_column, contexts, request.measures),
         folder,
         layer,
     )

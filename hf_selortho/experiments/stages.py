@@ -81,9 +81,14 @@ def harvest(plan: Plan, places: Places, machine: Machine) -> None:
 def _record_harvest(places: Places) -> None:
     """Keep what language model and text the records are of."""
     records, manifest = Records(places.results), ActivationCache(str(places.shards)).manifest
-    content = dataclasses.asdict(manifest)
-    text = {**content["text"], "dataset": local_name(manifest.text.dataset)}
-    source = {"model": content["model"], "text": text, "contexts": content["contexts"], "rows": manifest.rows}
+    text = {
+        "dataset": local_name(manifest.dataset), "config": manifest.dataset_config, "split": manifest.split,
+        "revision": manifest.dataset_revision, "fingerprint": manifest.text_fingerprint,
+        "held_out_fraction": manifest.held_out_fraction, "seed": manifest.seed,
+    }  # fmt: skip
+    model = {"name": manifest.lm_name, "revision": manifest.lm_revision, "dtype": manifest.lm_dtype}
+    contexts = {name: getattr(manifest, name) for name in ("context_length", "prepend_bos", "min_tokens")}
+    source: dict[str, Any] = {"model": model, "text": text, "contexts": contexts, "rows": manifest.rows}
     if records.has(HARVEST):
         before = records.read(HARVEST)
         for what in ("text", "model"):
@@ -132,11 +137,11 @@ def _record_tasks(places: Places, layer: int) -> None:
 
 def measure_request(plan: Plan, places: Places, machine: Machine, layer: int) -> dict[str, Any]:
     """What a measurement at a layer is told, but for its SAEs."""
-    model = ActivationCache(str(places.shards)).manifest.model
+    manifest = ActivationCache(str(places.shards)).manifest
     return {
         "unit": {"layer": layer}, "members": {}, "variants": {},
         "shards": str(places.shards), "tasks": str(places.tasks),
-        "model": model.name, "model_revision": model.revision, "model_dtype": model.dtype,
+        "model": manifest.lm_name, "model_revision": manifest.lm_revision, "model_dtype": manifest.lm_dtype,
         "dataset": plan.harvest.get("dataset"), "label_column": plan.label_column,
         "results": str(places.results), "measures": plan.measures, "threads": machine.threads,
     }  # fmt: skip

@@ -53,7 +53,7 @@ class WorldSource:
         """Fresh tokens (batch_size, d); the number of the batch, counted from 0, is their document."""
         activations, _ = self.world.sample(self.batch_size, self._generator)
         zeros, rows = torch.zeros(self.batch_size, dtype=torch.int64), torch.arange(self.batch_size)
-        origins = TokenOrigins(document_ids=zeros + self._served, positions=rows, token_ids=zeros, context_ids=zeros)
+        origins = TokenOrigins.of(document_ids=zeros + self._served, positions=rows, token_ids=zeros, context_ids=zeros)
         self._served += 1
         return ActivationBatch({0: activations}, origins)
 

@@ -41,41 +41,40 @@ def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: 
         repo_id: where on the Hub it will be; the commands of the card read it from there, else from FOLDER.
         license: of the activations, in the Hub's spelling; only their publisher can grant one.
     """
-    model, text, contexts = manifest.model, manifest.text, manifest.contexts
     counts, layers = manifest.counts, manifest.layers
     data = _data(
-        f"Activations of {model.name}",
+        f"Activations of {manifest.lm_name}",
         ["activations", "sparse-autoencoder"],
-        counts.rows + manifest.held_out_counts.rows,
-        [hub_id(text.dataset, text.revision)],
+        counts.rows + manifest.held_out_rows,
+        [hub_id(manifest.dataset, manifest.dataset_revision)],
         license,
     )
     rows = [
-        ("Language model", cell(model.name) + _at(model.revision)),
+        ("Language model", cell(manifest.lm_name) + _at(manifest.lm_revision)),
         ("Layers", ", ".join(map(number, layers)) + ", the residual stream after each, counted from 0"),
         ("Width", number(manifest.layer(layers[0]).d_in)),
-        ("Stored as", cell(manifest.stored_dtype) + f", computed in {cell(model.dtype)}"),
-        ("Text", cell(text.dataset) + _at(text.revision)),
-        ("Split", cell(text.split) if text.split else None),
+        ("Stored as", cell(manifest.stored_dtype) + f", computed in {cell(manifest.lm_dtype)}"),
+        ("Text", cell(manifest.dataset) + _at(manifest.dataset_revision)),
+        ("Split", cell(manifest.split) if manifest.split else None),
         ("Tokens for training", f"{number(counts.rows, 'count')} of {number(counts.contexts, 'count')} contexts"),
-        ("Tokens held out", number(manifest.held_out_counts.rows, "count")),
-        ("Contexts", f"up to {number(contexts.context_length)} tokens{_bos(contexts.prepend_bos)}"),
+        ("Tokens held out", number(manifest.held_out_rows, "count")),
+        ("Contexts", f"up to {number(manifest.context_length)} tokens{_bos(manifest.prepend_bos)}"),
         ("Special tokens left out", number(counts.dropped_special, "count")),
         ("Sink tokens left out", number(counts.dropped_sinks, "count") + _limit(manifest.max_norm_ratio)),
         (
             "Ends of documents left out",
-            f"{number(counts.dropped_tails, 'count')}, shorter than {number(contexts.min_tokens)} tokens",
+            f"{number(counts.dropped_tails, 'count')}, shorter than {number(manifest.min_tokens)} tokens",
         ),
     ]
     context = {
-        "lm": code(model.name),
-        "text": code(text.dataset),
+        "lm": code(manifest.lm_name),
+        "text": code(manifest.dataset),
         "rows": [(name, value) for name, value in rows if value],
         "layers": " ".join(map(str, layers)),
         "place": f"hub:{one_line(repo_id)}" if repo_id else "FOLDER",
         "literal": literal(f"hub:{repo_id}" if repo_id else "FOLDER"),
         "published": repo_id is not None,
-        **_terms(model.name, license),
+        **_terms(manifest.lm_name, license),
     }
     return _render(data, "shards_card_template.md", context)
 

@@ -65,10 +65,10 @@ def text_source(config: SelOrthoConfig, arguments: ReadingArguments) -> TextSour
         )
     return TextSource(
         dataset=required(arguments.dataset or config.dataset, "--dataset"),
-        config_name=arguments.dataset_config or (config.dataset_config if same else None),
+        dataset_config=arguments.dataset_config or (config.dataset_config if same else None),
         split=arguments.split or (config.dataset_split if same else None) or "train",
         text_column=arguments.text_column or (config.text_column if same else None),
-        revision=config.dataset_revision if same else None,
+        dataset_revision=config.dataset_revision if same else None,
         streaming=arguments.streaming,
         held_out_fraction=fraction,
     )

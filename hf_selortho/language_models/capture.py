@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..data.contexts import Context, pad_batch
 from ..errors import NonFiniteError, SelOrthoError
@@ -24,31 +25,28 @@ class _SitesRead(Exception):  # noqa: N818 - control flow, not an error
 
 @dataclass(frozen=True)
 class TokenOrigins:
-    """Where the tokens of some activations come from, each (tokens,) int64."""
+    """Where the tokens of some activations come from."""
 
-    document_ids: Tensor
-    positions: Tensor  # place in the context, BOS being 0
-    token_ids: Tensor
-    context_ids: Tensor  # number of the context among those captured together
+    table: Tensor  # (tokens, 4) int64, a column for each of these:
+    document_ids = property(lambda self: self.table[:, 0])
+    positions = property(lambda self: self.table[:, 1])  # in the context, BOS being 0
+    token_ids = property(lambda self: self.table[:, 2])
+    context_ids = property(lambda self: self.table[:, 3])  # number of the context among those captured together
+
+    @staticmethod
+    def of(document_ids: Tensor, positions: Tensor, token_ids: Tensor, context_ids: Tensor) -> TokenOrigins:
+        """Put the columns together."""
+        columns = (document_ids, positions, token_ids, context_ids)
+        return TokenOrigins(torch.stack([column.long() for column in columns], dim=1))
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.table)
 
     def __getitem__(self, rows: Tensor | slice) -> TokenOrigins:
-        return TokenOrigins(*(getattr(self, name)[rows] for name in ORIGIN_NAMES))
-
-    @staticmethod
-    def empty(tokens: int) -> TokenOrigins:
-        """Make room for so many tokens."""
-        return TokenOrigins(*(torch.empty(tokens, dtype=torch.int64) for _ in ORIGIN_NAMES))
-
-    @staticmethod
-    def concatenate(parts: Sequence[TokenOrigins]) -> TokenOrigins:
-        """Join the origins of several batches."""
-        return TokenOrigins(*(torch.cat([getattr(part, name) for part in parts]) for name in ORIGIN_NAMES))
+        return TokenOrigins(self.table[rows])
 
 
-ORIGIN_NAMES = tuple(f.name for f in fields(TokenOrigins))
+ORIGIN_NAMES = ("document_ids", "positions", "token_ids", "context_ids")
 
 
 class NonFiniteActivationsError(NonFiniteError):
@@ -144,18 +142,14 @@ class ActivationCapture:
             if len(captured) == len(self.layers):
                 raise _SitesRead
 
-        handles = [site.hook(self.lm.model, partial(read, layer)) for layer, site in self.sites.items()]
         # Padding on the right is never attended to by what precedes it, so causal attention needs no mask; without one
         # it runs on faster kernels.
         padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
         mask = None if padded_right else attention_mask.to(self.device)
-        try:
+        with ExitStack() as hooks, suppress(_SitesRead):
+            for layer, site in self.sites.items():
+                hooks.enter_context(site.hook(self.lm.model, partial(read, layer)))
             self.lm.model(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
-        except _SitesRead:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return {layer: captured[layer] for layer in self.layers}
 
     def keep_mask(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
@@ -175,7 +169,7 @@ class ActivationCapture:
         return CapturedActivations(
             by_layer={layer: torch.cat([part.by_layer[layer] for part in parts]) for layer in self.layers},
             norms=torch.cat([part.norms for part in parts]),
-            origins=TokenOrigins.concatenate([part.origins for part in parts]),
+            origins=TokenOrigins(torch.cat([part.origins.table for part in parts])),
             dropped_special=sum(part.dropped_special for part in parts),
             dropped_sinks=sum(part.dropped_sinks for part in parts),
             dropped_non_finite=sum(part.dropped_non_finite for part in parts),
@@ -186,14 +180,12 @@ class ActivationCapture:
         for numbers in length_batches(contexts, self.batch_tokens):
             yield self._capture([contexts[number] for number in numbers], numbers)
 
-    @contextmanager
-    def splice(self, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within it, the language model runs whole and the layer's hidden states h (b, t, d_in) become `replace(h)`."""
-        handle = self.sites[self.layer].hook(self.lm.model, replace)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def splice(self, replace: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Replace the layer's hidden states h (b, t, d_in) by `replace(h)`: `with capture.splice(torch.zeros_like):`.
+
+        The language model then runs whole.
+        """
+        return self.sites[self.layer].hook(self.lm.model, replace)
 
     def _regular(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return attention_mask.bool() & ~torch.isin(input_ids, self._special_ids.to(input_ids.device))
@@ -208,7 +200,7 @@ class ActivationCapture:
         document_ids = torch.tensor([c.document_id for c in contexts])[:, None].expand(regular.shape)
         positions = torch.arange(regular.shape[1]).expand(regular.shape)
         context_ids = torch.tensor(numbers)[:, None].expand(regular.shape)
-        origins = TokenOrigins(*(ids[regular] for ids in (document_ids, positions, input_ids, context_ids)))
+        origins = TokenOrigins.of(*(ids[regular] for ids in (document_ids, positions, input_ids, context_ids)))
         captured = CapturedActivations(by_layer, norms, origins, int(attention_mask.sum() - regular.sum()))
 
         finite = norms.isfinite().all(1)  # where the norms are finite, the activations are

@@ -87,31 +87,11 @@ class ModelArguments:
 
 
 @dataclass
-class TextArguments:
+class TextArguments(TextSource):
     """The text."""
 
-    dataset: str = argument(
-        "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
-    )
-    dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
-    dataset_revision: str | None = argument(None, "Branch, tag or commit of the dataset; its commit is recorded.")
-    split: str = argument("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
-    text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
-    streaming: bool = argument(False, "Read the dataset as a stream, for what does not fit on the disk.")
     held_out_fraction: Share = argument(0.1, "Share of the documents that training never sees.")
     min_tokens: Count = argument(8, "Contexts with fewer tokens are left out.")
-
-    def source(self) -> TextSource:
-        """Return the texts that these arguments name."""
-        return TextSource(
-            dataset=self.dataset,
-            config_name=self.dataset_config,
-            split=self.split,
-            text_column=self.text_column,
-            revision=self.dataset_revision,
-            streaming=self.streaming,
-            held_out_fraction=self.held_out_fraction,
-        )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..data.activation_cache import ActivationCache
 from ..data.buffer import ActivationBuffer, ActivationStatistics
 from ..data.cache_batches import CachedBatches, held_out_batches
 from ..data.contexts import Context, ContextStream, Cutter, held_out_contexts
-from ..data.texts import open_documents
+from ..data.texts import TextSource, open_documents
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
@@ -39,7 +40,7 @@ class LiveData:
         policy: NonFinitePolicy | None = None,
     ) -> None:
         self.arguments, self.accelerator = arguments, accelerator
-        self.documents = open_documents(arguments.data.source())
+        self.documents = open_documents(arguments.data)
         with accelerator.local_main_process_first():  # one process a machine downloads or converts it
             self.lm = _load_lm(arguments, accelerator)
         check_context_length(self.lm, arguments.sae.context_length)
@@ -74,7 +75,7 @@ class LiveData:
 
     def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
         """Fill the buffer; returns mean, scale and sink threshold of each layer."""
-        return self.source.fill(progress)
+        return self.source.statistics(progress)
 
     def provenance(self, layer: int) -> dict[str, Any]:
         """Return the fields of an SAE's configuration that say where its activations come from."""
@@ -128,14 +129,15 @@ class CachedData:
         )
 
     def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
-        return self.source.statistics()
+        return self.source.statistics(progress)
 
     def provenance(self, layer: int) -> dict[str, Any]:
-        entry, model, data = self.store.manifest.layer(layer), self.store.manifest.model, self.arguments.data
+        manifest, data = self.store.manifest, self.arguments.data
+        entry = manifest.layer(layer)
         return {
             "d_in": entry.d_in,
-            "lm_name": model.name,
-            "lm_revision": model.revision,
+            "lm_name": manifest.lm_name,
+            "lm_revision": manifest.lm_revision,
             "hook_name": entry.hook_name,
             **_text_settings(data, data.dataset_revision),
         }
@@ -150,17 +152,17 @@ class CachedData:
 
     def _check_model(self) -> None:
         """Refuse another language model than that of the activations before the training, not after it."""
-        cached, model = self.store.manifest.model, self.arguments.model
+        cached, model = self.store.manifest, self.arguments.model
         if "model" not in self.arguments.given:
             return
-        revision = cached.revision
-        if self._measures_loss and model.model == cached.name:
-            revision = find_revision(cached.name, model.model_revision)
-        if (model.model, revision) != (cached.name, cached.revision):
+        revision = cached.lm_revision
+        if self._measures_loss and model.model == cached.lm_name:
+            revision = find_revision(cached.lm_name, model.model_revision)
+        if (model.model, revision) != (cached.lm_name, cached.lm_revision):
             raise SelOrthoError(
                 f"--model {model.model} at revision {revision}: the activations of {self.store.source} are those of "
-                f'"{cached.name}" at {cached.revision}; give these as --model and --model_revision to have the loss '
-                "recovered measured, or leave --model out"
+                f'"{cached.lm_name}" at {cached.lm_revision}; give these as --model and --model_revision to have the '
+                "loss recovered measured, or leave --model out"
             )
 
 
@@ -177,29 +179,17 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
     if arguments.data.activations is None:
         return None
     store = ActivationCache(arguments.data.activations)
-    text, contexts = store.manifest.text, store.manifest.contexts
-    sae = {
-        "context_length": contexts.context_length,
-        "prepend_bos": contexts.prepend_bos,
-        "max_norm_ratio": store.manifest.max_norm_ratio,
-    }
-    data = {
-        "min_tokens": contexts.min_tokens,
-        "dataset": text.dataset,
-        "dataset_config": text.config,
-        "dataset_revision": text.revision,
-        "split": text.split,
-        "text_column": text.text_column,
-        "held_out_fraction": text.held_out_fraction,
-    }
-    for group, cached in ((arguments.sae, sae), (arguments.data, data)):
-        for name, value in cached.items():
-            if name in arguments.given and getattr(group, name) != value:
+    of_sae = ("context_length", "prepend_bos", "max_norm_ratio")
+    of_text = [f.name for f in fields(TextSource) if f.name != "streaming"]
+    for group, names in ((arguments.sae, of_sae), (arguments.data, ("min_tokens", *of_text))):
+        for name in names:
+            given, cached = getattr(group, name), getattr(store.manifest, name)
+            if name in arguments.given and given != cached:
                 raise SelOrthoError(
-                    f"--{name} {getattr(group, name)}: the activations of {store.source} were cached with {value}; "
-                    "leave it out, or cache them again"
+                    f"--{name} {given}: the activations of {store.source} were cached with {cached}; leave it out, or "
+                    "cache them again"
                 )
-            setattr(group, name, value)
+            setattr(group, name, cached)
     if not arguments.run.layers and arguments.sae.layer is None:
         if len(layers := store.manifest.layers) > 1:
             raise SelOrthoError(

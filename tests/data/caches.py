@@ -19,11 +19,11 @@ D_IN = 4
 def summary(layer: int, **changes: Any) -> dict[str, Any]:
     """Fifteen tokens of norms near 100, and five sinks near 1000."""
     histogram = [0] * 512
-    histogram[245], histogram[271] = 15, 5  # bars from 2^(-24 + 245/8) = 77 and 2^(-24 + 271/8) = 939
+    histogram[266], histogram[319] = 15, 5  # bins from 2^(-10 + 266/16) = 99 and 2^(-10 + 319/16) = 981
     return {
         "hook_name": f"layers.{layer}", "mean": [0.5] * D_IN, "scale": 2.0, "median_norm": 100.0, "max_norm": 400.0,
-        "norm_quantiles": {"0.5": 100.0, "0.99": 150.0, "0.999": 900.0, "1": 1250.0},
-        "norm_histogram": histogram, "sinks_by_position": [0, 3, 1, 0, 0, 0, 0, 0, 0, 0, 1], **changes,
+        "largest_norm": 1000.0, "norm_histogram": histogram,
+        "sinks_by_position": [0, 3, 1, 0, 0, 0, 0, 0, 0, 0, 1], **changes,
     }  # fmt: skip
 
 
@@ -31,22 +31,17 @@ def content(**changes: Any) -> dict[str, Any]:
     """A manifest of layers 2 and 5 without shards."""
     counts = {
         "rows": 1990, "tokens": 2030, "contexts": 30, "dropped_special": 30, "dropped_sinks": 10, "documents": 20,
-        "dropped_tails": 4, "dropped_tail_tokens": 17,
+        "dropped_tails": 4,
     }  # fmt: skip
     return {
         "format": FORMAT, "version": FORMAT_VERSION,
-        "model": {
-            "name": "google/gemma-2-2b", "revision": "c" * 40, "dtype": "bfloat16", "batch_tokens": 1024,
-            "device": "cpu", "tokenizer_sha256": "0" * 64,
-        },
-        "text": {
-            "dataset": "fancyzhx/ag_news", "revision": "d" * 40, "fingerprint": None, "rows": 1000, "config": None,
-            "split": "train", "text_column": None, "streaming": False, "held_out_fraction": 0.1, "seed": 0,
-        },
-        "contexts": {"context_length": 128, "prepend_bos": True, "min_tokens": 8},
+        "lm_name": "google/gemma-2-2b", "lm_revision": "c" * 40, "lm_dtype": "bfloat16", "lm_batch_tokens": 1024,
+        "lm_device": "cpu", "tokenizer_sha256": "0" * 64,
+        "dataset": "fancyzhx/ag_news", "dataset_revision": "d" * 40, "dataset_config": None, "split": "train",
+        "text_column": None, "streaming": False, "held_out_fraction": 0.1, "text_fingerprint": None,
+        "text_rows": 1000, "seed": 0, "context_length": 128, "prepend_bos": True, "min_tokens": 8,
         "layers": [2, 5], "stored_dtype": "float32", "max_norm_ratio": 4.0, "max_tokens": None,
-        "held_out_contexts": 9, "shard_tokens": 100, "processes": 1,
-        "counts": counts, "held_out_counts": {**counts, "rows": 45_678}, "versions": {"python": "3"},
+        "held_out_contexts": 9, "shard_tokens": 100, "processes": 1, "counts": counts, "versions": {"python": "3"},
         "statistics": {"2": summary(2), "5": summary(5)}, "shards": [], "held_out": [], **changes,
     }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from hf_selortho import SelOrthoError
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import CachedBatches, held_out_batches
-from hf_selortho.data.cache_manifest import CacheError, parse_manifest
+from hf_selortho.data.cache_manifest import CacheError
 from hf_selortho.data.cache_report import report_table
 from scripts import cache_activations
 from tests.data.caches import write_cache
@@ -68,14 +67,20 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("place", [0, 8, 100, -1])  # header's length, header, values
-@pytest.mark.parametrize("folder", ["tokens", "layer_2", "held_out/tokens", "held_out/layer_5"])
+@pytest.mark.parametrize(
+    ("folder", "place"),  # of the header's length, the header, the values
+    [("tokens", 0), ("layer_2", 100), ("held_out/tokens", 8), ("held_out/layer_5", -1)],
+)
 def test_a_flipped_byte_is_found_when_it_is_read(folder, place, acts) -> None:
     use(ActivationCache(str(acts)))
     flip(acts / folder / "00000.safetensors", place)
     ActivationCache(str(acts))  # reads no shard
     found = refused(acts)
     assert f"{folder}/00000.safetensors is damaged: its sha256 is" in found and "restore it from a copy" in found
+    other = CachedBatches(ActivationCache(str(acts)), [5], batch_size=5)  # a layer that is not read harms nobody
+    if folder == "layer_2":
+        other.next_batch()
+    other.release()
 
 
 def link_out(path: Path) -> None:
@@ -136,37 +141,31 @@ def setting(*path: Any, to: Any) -> Callable[[Any], None]:
 
 
 FILE = ("shards", 0, "files", "tokens/00000.safetensors")
+NO_PATH = {"sha256": "0" * 64, "bytes": 9}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (setting("version", to=1), "is of version 1, this hf_selortho reads version 2: cache the activations again"),
+        (setting("version", to=2), "is of version 2, this hf_selortho reads version 3: cache the activations again"),
         (setting("format", to="other"), 'expected "format": "hf_selortho.activations"'),
-        (
-            setting("shards", 0, "files", "../x.safetensors", to={"sha256": "0" * 64, "bytes": 9}),
-            "files of shards 0 is",
-        ),
+        (setting("shards", 0, "files", "../x.safetensors", to=NO_PATH), "files of shards 0 is"),
         (setting("shards", 0, "number", to="../../x"), r"shards\[0\].number is '../../x', expected a whole number"),
         (setting("shards", 1, "number", to=-1), r"shards\[1\].number is -1, expected a whole number of at least 0"),
-        (setting("shards", 0, "rows", to=10**12), "rows of shards 0 is 1000000000000, expected 1 to"),
-        (
-            setting("shards", 0, "rows", to=39),
-            r"layer_2/00000.safetensors does not hold activations of shape \(39, 4\)",
-        ),
+        (setting("shards", 0, "rows", to=10**12), "rows of shards 0 is 1000000000000, expected at most"),
+        (setting("shards", 0, "rows", to=39), r"layer_2/00000.safetensors does not hold .* of shape \(39, 4\)"),
         (setting(*FILE, "sha256", to="x"), "tokens/00000.safetensors is damaged: its sha256 is .*, expected x"),
         (setting(*FILE, "bytes", to=10**12), "tokens/00000.safetensors has .* bytes, expected 1000000000000;"),
         (setting("shards", to=[]), r"shards is \(\), expected at least one"),
         (setting("layers", to=[2]), r"layers is \(2,\), expected those of the statistics"),
         (setting("statistics", "2", "mean", 3, to="x"), r"statistics.2.mean\[3\] is 'x', expected a finite number"),
-        (setting("statistics", "2", "mean", to=[0.0] * 31), r"layer_2/00000.safetensors does not hold .* 31\)"),
-        (setting("statistics", "2", "scale", to=float("nan")), "statistics.2.scale is nan, expected a finite number"),
         (setting("statistics", "2", "scale", to=0), "statistics.2.scale is 0.0, expected a number above 0"),
         (setting("statistics", "2", "median_norm", to=10**400), "statistics.2.median_norm is 1000"),
         (lambda content: content["statistics"]["2"].pop("scale"), "statistics.2.scale is missing"),
         (setting("stored_dtype", to="float16"), "stored_dtype is 'float16', expected bfloat16 or float32"),
-        (setting("text", to="x"), "text is 'x', expected TextInfo"),
-        (lambda content: content.pop("counts"), "counts is missing"),
+        (setting("counts", to="x"), "counts is 'x', expected Counts"),
+        (lambda content: content.pop("lm_name"), "lm_name is missing"),
+        (lambda content: content.clear(), "is no manifest of cached activations"),
     ],
 )
 def test_a_wrong_manifest_is_refused(change, message, acts) -> None:
@@ -177,48 +176,26 @@ def test_a_wrong_manifest_is_refused(change, message, acts) -> None:
     assert re.search(message, found), found
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b'{"format": ', b"\xff\xfe\xfa", b"[" * 200_000, b'{"rows": ' + b"9" * 9999 + b"}"]
-)
-def test_what_is_no_json_is_refused(data, acts) -> None:
-    (acts / "manifest.json").write_bytes(data)
-    assert "manifest.json is " in refused(acts)
+SCALARS = st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from([10**30, 10**400, "", "1", "../x"])
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), SCALARS, max_size=3)
 
 
-_SCALARS = st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from([10**30, 10**400, "", "1", "../x"])
-_VALUES = _SCALARS | st.lists(_SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), _SCALARS, max_size=3)
-
-
-def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all values; of the items of a list, those of the first two."""
-    items = (
-        content.items() if isinstance(content, dict) else enumerate(content[:2]) if isinstance(content, list) else ()
-    )
-    return [found for key, value in items for found in [(*path, key), *places(value, (*path, key))]]
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_any_other_manifest_is_read_or_refused(tmp_path_factory, data) -> None:
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), value=VALUES)
+def test_any_other_manifest_is_read_or_refused(tmp_path_factory, data, value) -> None:
     folder = tmp_path_factory.getbasetemp() / "mutable"
     if not folder.exists():
         write_cache(folder, [40, 30], held_out=(20,))
     original = (folder / "manifest.json").read_bytes()
-    content = json.loads(original)
-    *path, key = data.draw(st.sampled_from(places(content)))
-    parent = content
-    for step in path:
-        parent = parent[step]
-    action = data.draw(st.sampled_from(["change", "change", "delete", "double"]))
-    if action == "delete":
-        del parent[key]
-    elif action == "double" and isinstance(parent, list):
-        parent.append(copy.deepcopy(parent[key]))
-    else:
-        parent[key] = data.draw(_VALUES)
+    content = parent = json.loads(original)
+    while True:  # down to some value, which changes
+        key = data.draw(st.sampled_from(range(len(parent)) if isinstance(parent, list) else sorted(parent)))
+        if not isinstance(parent[key], (dict, list)) or not parent[key] or data.draw(st.booleans()):
+            break
+        parent = parent[key]
+    parent[key] = value
+    (folder / "manifest.json").write_text(json.dumps(content))
     try:
-        parse_manifest(json.dumps(content).encode(), "manifest.json")
-        (folder / "manifest.json").write_text(json.dumps(content))
         use(ActivationCache(str(folder)))
     except SelOrthoError as error:
         assert "\n" not in str(error)

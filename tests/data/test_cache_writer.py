@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from hf_selortho import SelOrthoError
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.cache_folder import CacheFolder
-from hf_selortho.data.cache_manifest import HELD_OUT, CacheError, CacheSettings, ContextInfo, ModelInfo, TextInfo
+from hf_selortho.data.cache_manifest import HELD_OUT, CacheError, CacheSettings
 from hf_selortho.data.cache_writer import CacheWriter
 from hf_selortho.data.contexts import ContextStream, Cutter, held_out_contexts
 from hf_selortho.data.texts import TextSource, open_documents
@@ -43,7 +44,7 @@ class Made:
 
 @pytest.fixture
 def make(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
-    """`make(folder, documents=60, shard_tokens=400, ...)`: an object whose `run()` writes a cache, or goes on."""
+    """`make(folder, documents=60, ratio=1.3, ...)`: an object whose `run()` writes a cache, or goes on."""
     lm = tiny_lm("llama")
 
     def build(name: str = "acts", documents: int = 60, ratio: float | None = 1.3, dtype: str = "float32") -> Made:
@@ -51,15 +52,11 @@ def make(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample_documents[:documents]))
         texts = open_documents(TextSource(str(path), held_out_fraction=0.2))
         settings = CacheSettings(
-            model=ModelInfo(lm.name, lm.revision, "float32", 256, "cpu", "0" * 64),
-            text=TextInfo(str(path), None, texts.fingerprint, documents, None, "train", None, False, 0.2, 0),
-            contexts=ContextInfo(64, True, 8),
-            layers=LAYERS,
-            stored_dtype=dtype,
-            max_norm_ratio=ratio,
-            max_tokens=None,
-            held_out_contexts=9,
-            shard_tokens=400,
+            **{"dataset": str(path), "held_out_fraction": 0.2, "text_fingerprint": texts.fingerprint},
+            **{"text_rows": documents, "seed": 0, "lm_name": lm.name, "lm_revision": lm.revision},
+            **{"lm_dtype": "float32", "lm_batch_tokens": 256, "lm_device": "cpu", "tokenizer_sha256": "0" * 64},
+            **{"context_length": 64, "prepend_bos": True, "min_tokens": 8, "layers": LAYERS, "stored_dtype": dtype},
+            **{"max_norm_ratio": ratio, "max_tokens": None, "held_out_contexts": 9, "shard_tokens": 400},
             processes=1,
         )
         folder, capture = CacheFolder(tmp_path / name), ActivationCapture(lm, LAYERS, batch_tokens=256)
@@ -71,7 +68,7 @@ def make(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
             if folder.begin(settings, overwrite=overwrite):
                 held_out = list(held_out_contexts(texts, Cutter(lm.tokenizer, context_length=64), 9))
                 writer = CacheWriter(capture, stream(), held_out, folder, settings)
-                writer.run()
+                writer.run(tqdm(disable=True))
                 folder.finish(writer.manifest({}), "card\n")
 
         return Made(folder.folder, run, capture, stream)
@@ -89,10 +86,8 @@ def test_shards_hold_what_the_language_model_says(make) -> None:
     for entry in cache.manifest.shards:
         shard, expected = cache.read(entry, LAYERS), made.capture.capture_all(stream.take_tokens(400))
         assert len(shard) == entry.rows == len(expected)
-        for layer in LAYERS:
-            assert torch.equal(shard.by_layer[layer], expected.by_layer[layer])
-        for name in ("document_ids", "positions", "token_ids", "context_ids"):
-            assert torch.equal(getattr(shard.origins, name), getattr(expected.origins, name))
+        assert torch.equal(shard.origins.table, expected.origins.table)
+        assert all(torch.equal(shard.by_layer[layer], expected.by_layer[layer]) for layer in LAYERS)
         dropped += expected.dropped_sinks
     assert stream.take(1) == []
     assert cache.manifest.counts.dropped_sinks == dropped > 0
@@ -129,17 +124,10 @@ def test_statistics_are_those_of_the_rows(make) -> None:
         assert statistics.scale == pytest.approx(float((rows - rows.mean(0)).square().sum(1).mean().sqrt()), rel=1e-5)
         norms = everything.by_layer[layer].double().norm(dim=1)
         for q in (0.01, 0.5, 0.99, 0.999):
-            assert summary.norm_quantiles[f"{q:g}"] == pytest.approx(float(norms.quantile(q)), rel=0.02)
-        assert summary.norm_quantiles["1"] == pytest.approx(float(norms.max()))
+            assert summary.norm_quantile(q) == pytest.approx(float(norms.quantile(q)), rel=0.04)
+        assert summary.norm_quantile(1) == summary.largest_norm == pytest.approx(float(norms.max()))
         assert sum(summary.sinks_by_position) == int((norms > summary.max_norm).sum()) > 0
         assert sum(summary.norm_histogram) == len(norms)
-
-
-def test_without_a_limit_nothing_is_a_sink(make) -> None:
-    made = make(ratio=None)
-    made.run()
-    manifest = made.cache().manifest
-    assert manifest.counts.dropped_sinks == 0 and manifest.layer(1).max_norm is None
 
 
 class _Killed(BaseException):
@@ -187,13 +175,13 @@ def test_killed_while_the_work_folder_is_removed(make, monkeypatch) -> None:
 
 
 def test_a_finished_cache_is_not_written_again_and_other_settings_are_refused(make) -> None:
-    made = make()
+    made = make(documents=25)
     made.run()
     before = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*")}
     made.run()
     assert {path: path.stat().st_mtime_ns for path in made.folder.rglob("*")} == before
     with pytest.raises(SelOrthoError, match=r"other settings \(max_norm_ratio 1.3 -> None\)"):
-        make(ratio=None).run()
+        make(documents=25, ratio=None).run()
     (made.folder.parent / "mine").mkdir()
     (made.folder.parent / "mine" / "manifest.json").write_text('{"name": "an app"}')
     for overwrite in (False, True):
@@ -201,7 +189,7 @@ def test_a_finished_cache_is_not_written_again_and_other_settings_are_refused(ma
             make("mine").run(overwrite)
 
 
-@pytest.mark.parametrize("removals", [0, 1, 3, 7])
+@pytest.mark.parametrize("removals", [0, 1, 7])
 def test_overwriting_survives_a_kill_and_leaves_other_files_alone(removals, make, monkeypatch) -> None:
     """Whatever has been removed, no part of the old cache is taken for the new one's."""
     fresh, made = make("fresh", documents=25, ratio=None), make(documents=25)
@@ -227,10 +215,12 @@ def test_overwriting_survives_a_kill_and_leaves_other_files_alone(removals, make
     for name in mine:
         (made.folder / name).unlink()
     assert contents(made.folder) == contents(fresh.folder)
+    manifest = other.cache().manifest  # of max_norm_ratio None
+    assert manifest.counts.dropped_sinks == 0 and manifest.layer(1).max_norm is None
 
 
 def test_bfloat16_is_the_nearest_one(make) -> None:
-    exact, rounded = make("exact"), make("rounded", dtype="bfloat16")
+    exact, rounded = make("exact", documents=25), make("rounded", documents=25, dtype="bfloat16")
     exact.run(), rounded.run()
     a, b = (made.cache().read(made.cache().manifest.shards[0], [1]).by_layer[1] for made in (exact, rounded))
     assert torch.equal(a.bfloat16(), b)

@@ -34,8 +34,7 @@ COLUMNS = [("feature", "int32", "its number"), ("frequency", "float32", "share o
 def hostile_manifest() -> Manifest:
     return replace(
         MANIFEST,
-        model=replace(MANIFEST.model, name=HOSTILE, revision=HOSTILE, dtype=HOSTILE),
-        text=replace(MANIFEST.text, dataset=HOSTILE, revision=HOSTILE, split=HOSTILE),
+        **{name: HOSTILE for name in ("lm_name", "lm_revision", "lm_dtype", "dataset", "dataset_revision", "split")},
     )
 
 
@@ -43,7 +42,7 @@ CARDS = {
     "shards": lambda: render_shards_card(MANIFEST, "org/acts", "cc-by-4.0"),
     "shards in a folder": lambda: render_shards_card(MANIFEST),
     "shards of local text": lambda: render_shards_card(
-        replace(MANIFEST, text=replace(MANIFEST.text, dataset="/data/x.csv", revision=None), max_norm_ratio=None)
+        replace(MANIFEST, dataset="/data/x.csv", dataset_revision=None, max_norm_ratio=None)
     ),
     "hostile shards": lambda: render_shards_card(hostile_manifest(), HOSTILE, HOSTILE),
     "examples": lambda: render_examples_card(FACTS, COLUMNS, "org/features", "apache-2.0"),
@@ -80,7 +79,7 @@ def test_every_card_is_well_formed(name) -> None:
 def test_what_the_card_of_shards_says() -> None:
     card = CARDS["shards"]()
     assert card.data.source_datasets == ["fancyzhx/ag_news"] and card.data.license == "cc-by-4.0"
-    assert card.data.size_categories == ["10K<n<100K"]
+    assert card.data.size_categories == ["1K<n<10K"]
     for part in (
         "| Tokens for training | 1,990 of 30 contexts |",
         "| Width | 4 |",

@@ -33,8 +33,9 @@ def test_hidden_states_are_those_of_transformers(arch, layer, tiny_lm, contexts)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_layers_above_the_hook_never_run(arch, tiny_lm, contexts) -> None:
+def test_layers_above_the_hook_never_run_and_no_hook_is_left_behind(arch, tiny_lm, contexts) -> None:
     lm = tiny_lm(arch)
+    before = [dict(layer._forward_hooks) for layer in lm.layers]  # transformers leaves some of its own
     ran: list[int] = []
     handles = [
         layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
@@ -46,20 +47,12 @@ def test_layers_above_the_hook_never_run(arch, tiny_lm, contexts) -> None:
         for handle in handles:
             handle.remove()
     assert ran == [0, 1]
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_hook_is_left_behind(arch, tiny_lm, contexts) -> None:
-    lm = tiny_lm(arch)
-    capture = ActivationCapture(lm, 1)
-    before = [dict(layer._forward_hooks) for layer in lm.layers]  # transformers leaves some of its own
-    capture.capture_all(contexts)
-    with pytest.raises(ZeroDivisionError), capture.splice(lambda h: h):
+    with pytest.raises(ZeroDivisionError), ActivationCapture(lm, 1).splice(lambda h: h):
         _ = 1 / 0
     assert [dict(layer._forward_hooks) for layer in lm.layers] == before
 
 
-def test_capture_leaves_out_bos_and_padding_and_says_where_each_token_is_from(tiny_lm, contexts) -> None:
+def test_capture_leaves_out_padding_and_special_tokens_and_says_where_each_token_is_from(tiny_lm, contexts) -> None:
     lm = tiny_lm("gemma3")
     capture = ActivationCapture(lm, 1, batch_tokens=64)  # several batches of different lengths
     captured = capture.capture_all(contexts)
@@ -67,18 +60,13 @@ def test_capture_leaves_out_bos_and_padding_and_says_where_each_token_is_from(ti
     assert len(captured) == sum(len(c.input_ids) - 1 for c in contexts)
     assert captured.dropped_special == len(contexts) and captured.dropped_sinks == 0
     assert (positions > 0).all() and not captured.by_layer[1].requires_grad
+    ids = [lm.tokenizer.bos_token_id, 50, lm.tokenizer.eos_token_id, 60]
+    assert ActivationCapture(lm, 1).capture_all([Context(0, ids)]).origins.positions.tolist() == [1, 3]
     for context in contexts:  # alone, without padding, every context has the same activations
         alone = capture.hidden_states(*pad_batch([context], 0))[1][0, 1:]
         rows = captured.origins.document_ids == context.document_id
         assert positions[rows].tolist() == list(range(1, len(context.input_ids)))
         torch.testing.assert_close(captured.by_layer[1][rows], alone, atol=1e-4, rtol=1e-4)
-
-
-def test_special_tokens_in_the_middle_are_left_out(tiny_lm) -> None:
-    lm = tiny_lm("llama")
-    ids = [lm.tokenizer.bos_token_id, 50, lm.tokenizer.eos_token_id, 60]
-    captured = ActivationCapture(lm, 1).capture_all([Context(0, ids)])
-    assert captured.origins.positions.tolist() == [1, 3] and captured.dropped_special == 2
 
 
 def test_sinks_are_left_out_and_counted(tiny_lm, contexts) -> None:

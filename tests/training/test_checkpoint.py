@@ -36,7 +36,7 @@ class Batches:
     def next_batch(self) -> ActivationBatch:
         self.number += 1
         rows = torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(self.number))
-        return ActivationBatch({0: rows}, TokenOrigins(*(torch.arange(TOKENS) for _ in range(4))))
+        return ActivationBatch({0: rows}, TokenOrigins.of(*(torch.arange(TOKENS) for _ in range(4))))
 
     def state_dict(self):
         return {"unused": torch.arange(3)}, {"number": self.number}

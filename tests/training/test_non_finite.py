@@ -38,7 +38,7 @@ def batch_of(number: int, scale: float = 1.0) -> ActivationBatch:
     generator = torch.Generator().manual_seed(number)
     rows = scale * torch.randn(TOKENS, D_IN, generator=generator)
     documents = torch.full((TOKENS,), number)
-    return ActivationBatch({0: rows}, TokenOrigins(documents, *(torch.arange(TOKENS) for _ in range(3))))
+    return ActivationBatch({0: rows}, TokenOrigins.of(documents, *(torch.arange(TOKENS) for _ in range(3))))
 
 
 def make_trainer(accelerator: Accelerator, policy: NonFinitePolicy | None = None, **settings: object) -> SAETrainer:

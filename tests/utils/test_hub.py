@@ -99,7 +99,7 @@ for streaming in (False, True):
     kind = " stream" if streaming else ""
     note("unknown dataset" + kind, lambda: open_documents(TextSource("acme/none", streaming=streaming)))
     note("gated dataset" + kind, lambda: open_documents(TextSource("acme/gated", streaming=streaming)))
-note("unknown dataset revision", lambda: open_documents(TextSource("acme/open", revision="v9")))
+note("unknown dataset revision", lambda: open_documents(TextSource("acme/open", dataset_revision="v9")))
 server.shutdown()
 server.server_close()
 note("cached model, no network", lambda: load_language_model("acme/open", dtype="float32").revision)
