@@ -22,7 +22,13 @@ RECIPES = {"topk": "TopK", "relu": "ReLU + L1"}  # sweeps that compare penalties
 SCHEMA_VERSION = 1
 LEVEL = 0.05  # of the intervals and sign tests
 
-EQUAL_L0 = ["fvu", "top_correlation", "peak_correlation", "max_decoder_cosine", "loss_recovered"]  # compared at equal L0
+EQUAL_L0 = [
+    "fvu",
+    "top_correlation",
+    "peak_correlation",
+    "max_decoder_cosine",
+    "loss_recovered",
+]  # compared at equal L0
 TASKS = ["probing_accuracy_k1", "probing_accuracy_k2", "probing_accuracy_k5", "probing_accuracy_all", "first_letter_f1"]
 SCORES = ["mcc", "uniqueness", "recovered", "f1"]  # of known features, higher is better
 
