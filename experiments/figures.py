@@ -54,8 +54,7 @@ RUNS = {TWIN: ("#000000", "no penalty"), "selective-0.1": (VERMILION, "selective
 def draw_all(study: Study, folder: Path) -> None:
     """Draw every picture that there are records of."""
     folder.mkdir(parents=True, exist_ok=True)
-    sweeps = set(study.saes.index.get_level_values("sweep"))
-    changes = {words: in_percent(study, name) for name, words in RECIPES.items() if name in sweeps}
+    changes = {words: in_percent(study, name) for name, words in RECIPES.items() if name in study.compared}
     if changes:
         save_picture(headline_picture(changes), folder / "headline.png")
     for name, words in RECIPES.items():
@@ -63,7 +62,7 @@ def draw_all(study: Study, folder: Path) -> None:
             save_picture(every_setting_picture(changes[words], words), folder / f"pareto_{name}.png")
     if not study.synthetic.empty:
         save_picture(features_picture(study.synthetic), folder / "ground_truth.png")
-    if "paper" in sweeps:
+    if "paper" in study.compared:
         save_picture(curves_picture(study.sweep("paper")), folder / "paper_curves.png")
 
 

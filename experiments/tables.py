@@ -173,7 +173,9 @@ def wishes_table(study: Study) -> pd.DataFrame:
     """What a user wants, the setting that comes nearest, and what it buys and costs."""
     found = {name: over_seeds(differences(study.sweep(name)), CHANGES[1:], interval, "+") for name in RECIPES}
     rows = {
-        (wish, RECIPES[recipe], f"`{variant}`"): found[recipe].loc[f"`{variant}`"] for wish, recipe, variant in WISHES
+        (wish, RECIPES[recipe], f"`{variant}`"): found[recipe].loc[f"`{variant}`"]
+        for wish, recipe, variant in WISHES
+        if f"`{variant}`" in found[recipe].index
     }
     return pd.DataFrame(rows).T.rename_axis(["you want", "SAE", "setting"])
 
@@ -264,7 +266,7 @@ def plain(text: str) -> str:
 
 def all_tables(study: Study) -> dict[str, pd.DataFrame]:
     """Every table that there are records of, by the name that the pages call it."""
-    sweeps = set(study.saes.index.get_level_values("sweep"))
+    sweeps = study.compared
     tables: dict[str, pd.DataFrame] = {}
     for name in [recipe for recipe in RECIPES if recipe in sweeps]:
         sweep = study.sweep(name)
@@ -275,11 +277,11 @@ def all_tables(study: Study) -> dict[str, pd.DataFrame]:
             f"{name}-tasks": tasks_table(sweep),
             f"{name}-seeds": named(alike.map("{:.3f}".format)).rename(columns=lambda key: key.replace("_", " ")),
         }
-    if set(RECIPES) <= sweeps:
+    if set(RECIPES) <= set(sweeps):
         tables["wishes"] = wishes_table(study)
-    if "topk-adaptive" in sweeps:
-        twin = study.sweep("topk").loc[[TWIN]]
-        tables["topk-steered"] = changes_table(pd.concat([twin, study.sweep("topk-adaptive")]))
+    steered = study.sweep("topk-adaptive")
+    if "topk" in sweeps and not steered.empty:
+        tables["topk-steered"] = changes_table(pd.concat([study.sweep("topk").loc[[TWIN]], steered]))
     if "paper" in sweeps:
         sweep = study.sweep("paper")
         tables |= {
@@ -299,7 +301,7 @@ def synthetic_tables(synthetic: pd.DataFrame) -> dict[str, pd.DataFrame]:
     recipes = [recipe for recipe in RECIPES if recipe in synthetic.index.get_level_values("recipe")]
     tables = {f"synthetic-{name}": gains_table(synthetic, name, GAINS) for name in recipes}
     for (recipe, world), rows in synthetic.groupby(level=["recipe", "world"]):
-        columns = [column for column in SYNTHETIC if rows[column[0]].notna().any()]
+        columns = [column for column in SYNTHETIC if column[0] in rows and rows[column[0]].notna().any()]
         tables[f"synthetic-{recipe}-{world}"] = over_seeds(rows, columns)
     if len(recipes) == len(RECIPES):
         tables |= {"features": features_table(synthetic), "baselines": baselines_table(synthetic)}
