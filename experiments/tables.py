@@ -53,12 +53,7 @@ VALUES: list[Column] = [
     ("max_decoder_cosine", "max decoder cosine", 3),
     ("loss_recovered", "loss recovered", 3),
 ]
-PAPER: list[Column] = [  # rows of the paper's Table 1
-    ("active_features", "active features", 1),
-    ("peak_correlation", "peak correlation", 3),
-    ("unique_features", "different features in the top 0.1% pairs", 1),
-    *(column for column in VALUES if column[0] != "peak_correlation"),
-]
+PAPER: list[Column] = [("active_features", "active features", 1), ("unique_features", "features in the top pairs", 1)]
 BATCHES: list[Column] = [
     ("spread_over_batches.top_correlation.std", "top 0.1%, std over batches", 4),
     ("spread_over_batches.peak_correlation.std", "peak, std over batches", 4),
@@ -201,18 +196,6 @@ def baselines_table(synthetic: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shown).set_index(found["SAE"])
 
 
-def paper_table(study: Study) -> pd.DataFrame:
-    """The paper's Table 1 as measured here: settings as columns, figures as rows."""
-    sweep = study.sweep("paper")
-    sweep = sweep[sweep.index.get_level_values("variant").isin(["full-0.1", "selective-0.1", TWIN])]
-    shown = over_seeds(sweep, PAPER).T.rename_axis("figure")
-    timed = study.timing.rename(index={"full": "`full-0.1`", "selective": "`selective-0.1`", "no penalty": f"`{TWIN}`"})
-    for key, words, unit in (("seconds_per_step", "seconds a step", 1), ("memory_bytes", "memory of a step, MB", 1e6)):
-        if not timed.empty:
-            shown.loc[words] = [f"{timed[key].get(name, float('nan')) / unit:.3f}" for name in shown.columns]
-    return shown
-
-
 def layers_table(study: Study) -> pd.DataFrame:
     """The paper's depths: every layer with and without the penalty."""
     sides = {}
@@ -285,12 +268,14 @@ def all_tables(study: Study) -> dict[str, pd.DataFrame]:
     if "paper" in sweeps:
         sweep = study.sweep("paper")
         tables |= {
-            "paper": paper_table(study),
             "paper-changes": changes_table(sweep),
-            "paper-values": over_seeds(sweep, VALUES),
+            "paper-values": over_seeds(sweep, PAPER + VALUES),
             "paper-layers": layers_table(study),
             "paper-batches": over_seeds(sweep, BATCHES),
         }
+    if not study.timing.empty:
+        shown = pd.DataFrame({"seconds a step": study.timing["seconds_per_step"].map("{:.3f}".format)})
+        tables["timing"] = shown.assign(memory=study.timing["memory_bytes"].map(lambda size: f"{size / 1e6:.0f} MB"))
     if study.pairs:
         tables |= {"pair-classes": pair_classes_table(study.pairs), "pairs": pairs_table(study.pairs)}
     return tables | synthetic_tables(study.synthetic)
