@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.execute import check_settings, missing, seeds_record
+from experiments.plan import Plan, WorldRun, load_plan
+from experiments.records import Records
+from experiments.stages import Places
+from experiments.world_run import add_scores, missing_scores
 from hf_selortho import SelOrthoError
-from hf_selortho.experiments.execute import check_settings, missing, seeds_record
-from hf_selortho.experiments.plan import Plan, WorldRun, load_plan
-from hf_selortho.experiments.records import Records
-from hf_selortho.experiments.stages import Places
-from hf_selortho.experiments.world_run import add_scores, missing_scores
 
 VARIANTS = {"none": {"ortho_coefficient": 0.0}, "full-1": {"penalty": "full"}}
 

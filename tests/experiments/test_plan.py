@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from experiments.plan import SECTIONS, list_plans, load_plan, merged
+from experiments.world_peers import peer_settings
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.experiments.plan import SECTIONS, list_plans, load_plan, merged
-from hf_selortho.experiments.world_peers import peer_settings
 
 SMALL: dict[str, Any] = {
     "seeds": 2,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from experiments.summaries import Figure
 
-from hf_selortho.experiments.summaries import Figure
-from hf_selortho.experiments.world_gains import (
+from experiments.world_gains import (
     by_recipe,
     consistent,
     enough,

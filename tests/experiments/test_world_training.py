@@ -6,12 +6,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from hf_selortho import SelOrthoError
-from hf_selortho.errors import ConfigError
-from hf_selortho.experiments.world_peers import PEERS, peer_settings, run_peers
-from hf_selortho.experiments.world_sampling import SyntheticWorld
-from hf_selortho.experiments.world_scores import score_sae
-from hf_selortho.experiments.world_training import (
+from experiments.world_peers import PEERS, peer_settings, run_peers
+from experiments.world_sampling import SyntheticWorld
+from experiments.world_scores import score_sae
+from experiments.world_training import (
     WorldSource,
     input_statistics,
     new_variants,
@@ -19,7 +17,9 @@ from hf_selortho.experiments.world_training import (
     train_variants,
     training_stream,
 )
-from hf_selortho.experiments.worlds import World, make_world
+from experiments.worlds import World, make_world
+from hf_selortho import SelOrthoError
+from hf_selortho.errors import ConfigError
 from hf_selortho.language_models.capture import only
 from hf_selortho.training.arguments import RunArguments
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from experiments.world_sampling import SyntheticWorld, derived_seed
+from experiments.world_scores import match_features, score_sae
+from experiments.worlds import World, make_world
 from hf_selortho import SelOrthoError
-from hf_selortho.experiments.world_sampling import SyntheticWorld, derived_seed
-from hf_selortho.experiments.world_scores import match_features, score_sae
-from hf_selortho.experiments.worlds import World, make_world
 
 TREES = World(  # 4 roots, 8 children, 16 grandchildren, and 2 features that stand alone
     "trees", features=30, dimensions=48, roots=4, children=2, depth=2, compensate=False, firing="constant",

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..configuration_selortho import SelOrthoConfig
-from ..training.run_folder import CHECKPOINTS, METRICS_LOG, RUN, read_rows, write_json
-from .compare_seeds import compare_seeds
-from .examples import EXAMPLES
-from .plan import Plan, Sweep, Unit
-from .processes import Machine, Progress, launcher, run_process, side_by_side
-from .records import Records
-from .stages import Places, find_examples, measure_request, run_measurement
-from .summaries import TWIN
+from experiments.compare_seeds import compare_seeds
+from experiments.examples import EXAMPLES
+from experiments.plan import Plan, Sweep, Unit
+from experiments.processes import Machine, Progress, launcher, run_process, side_by_side
+from experiments.records import Records
+from experiments.stages import Places, find_examples, measure_request, run_measurement
+from experiments.summaries import TWIN
+from hf_selortho.configuration_selortho import SelOrthoConfig
+from hf_selortho.training.run_folder import CHECKPOINTS, METRICS_LOG, RUN, read_rows, write_json
 
 logger = logging.getLogger(__name__)
 

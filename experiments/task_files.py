@@ -8,10 +8,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ..evaluation.first_letter import FirstLetterTask
-from ..evaluation.probing import LabelledTexts
-from ..evaluation.tasks import Tasks
-from ..training.run_folder import write_json
+from hf_selortho.evaluation.first_letter import FirstLetterTask
+from hf_selortho.evaluation.probing import LabelledTexts
+from hf_selortho.evaluation.tasks import Tasks
+from hf_selortho.training.run_folder import write_json
 
 TASKS = "tasks"  # kind of the record that has the facts
 PROBING, FIRST_LETTER, FACTS = "probing", "first_letter", "facts"

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from ..utils.plots import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
-from .cases import ACTIVATIONS
+from benchmarks.cases import ACTIVATIONS
+from hf_selortho.utils.plots import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
 
 # Okabe and Ito's palette again: one colour a mode; longer intervals are dashed
 _COLORS = {

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from ..data.activation_cache import ActivationCache
-from ..data.cache_manifest import MANIFEST
-from ..errors import SelOrthoError
-from ..training.run_folder import write_json
-from ..utils.files import sha256_of
-from .examples import EXAMPLES, read_examples
-from .plan import Plan, Unit, WorldRun
-from .processes import Machine, Progress, launcher, run_process, side_by_side
-from .records import HARVEST, Records
-from .summaries import TWIN
-from .task_files import TASKS, has_tasks, load_facts
-from .timing import TIMING
-from .world_run import missing_scores
+from experiments.examples import EXAMPLES, read_examples
+from experiments.plan import Plan, Unit, WorldRun
+from experiments.processes import Machine, Progress, launcher, run_process, side_by_side
+from experiments.records import HARVEST, Records
+from experiments.summaries import TWIN
+from experiments.task_files import TASKS, has_tasks, load_facts
+from experiments.timing import TIMING
+from experiments.world_run import missing_scores
+from hf_selortho.data.activation_cache import ActivationCache
+from hf_selortho.data.cache_manifest import MANIFEST
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.training.run_folder import write_json
+from hf_selortho.utils.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def measure_request(plan: Plan, places: Places, machine: Machine, layer: int) ->
 
 def run_measurement(request: Path, log: Path, environment: dict[str, str], what: str) -> None:
     """Run the measuring process on a request."""
-    run_process([sys.executable, "-m", "hf_selortho.experiments.measure", str(request)], log, environment, what)
+    run_process([sys.executable, "-m", "experiments.measure", str(request)], log, environment, what)
 
 
 def run_worlds(plan: Plan, places: Places, machine: Machine) -> None:
@@ -164,7 +164,7 @@ def run_worlds(plan: Plan, places: Places, machine: Machine) -> None:
             "samples": plan.measures.get("world_samples", 50_000),
         }  # fmt: skip
         write_json(folder / f"{name}.json", content)
-        command = [sys.executable, "-m", "hf_selortho.experiments.world_run", str(folder / f"{name}.json")]
+        command = [sys.executable, "-m", "experiments.world_run", str(folder / f"{name}.json")]
         run_process(command, folder / f"{name}.log", machine.environment(slot), f"the world of {name}")
         progress.advance(count, name)
 
@@ -184,7 +184,7 @@ def time_steps(plan: Plan, places: Places) -> None:
     write_json(
         request, {"shards": str(places.shards), "layer": layer, "settings": settings, "results": str(places.results)}
     )
-    command = [sys.executable, "-m", "hf_selortho.experiments.timing", str(request)]
+    command = [sys.executable, "-m", "experiments.timing", str(request)]
     run_process(command, places.work / "timing.log", dict(os.environ), "the timing of steps")
 
 

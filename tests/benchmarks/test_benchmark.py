@@ -14,16 +14,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import benchmark, memory
+from benchmarks import cases as benchmark_cases
+from benchmarks.cases import MODES, Case, Conditions, base_config, cases_of, refusal
+from benchmarks.inputs import Batches, load_activations, prepare, synthetic_activations
+from benchmarks.report import load_peers, stage_speeds
+from benchmarks.rounds import Measured, ratio, rows_of, run_rounds, turns_of
+from benchmarks.steps import PHASES, Repetition, TrainingSteps
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.benchmarking import cases as benchmark_cases
-from hf_selortho.benchmarking import memory
-from hf_selortho.benchmarking.cases import MODES, Case, Conditions, base_config, cases_of, refusal
-from hf_selortho.benchmarking.inputs import Batches, load_activations, prepare, synthetic_activations
-from hf_selortho.benchmarking.report import load_peers, stage_speeds
-from hf_selortho.benchmarking.rounds import Measured, ratio, rows_of, run_rounds, turns_of
-from hf_selortho.benchmarking.steps import PHASES, Repetition, TrainingSteps
 from hf_selortho.penalties import full_penalty_bytes
-from scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -240,7 +239,7 @@ def test_wrong_files_are_named(tmp_path) -> None:
 
 
 def test_a_mistake_is_one_line_and_code_2() -> None:
-    argv = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--only", "everything"]
+    argv = [sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), "--only", "everything"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and done.stdout == ""

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import SelOrthoError
-from ..utils.command_line import own_cores
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.utils.command_line import own_cores
 
 _POLL = 2.0  # seconds between two looks at a process
 _stopping = threading.Event()  # somebody asks for the end

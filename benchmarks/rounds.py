@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .cases import ENCODER, NONE, Case, Conditions, refusal
-from .steps import PHASES, EncoderOnly, Repetition, TrainingSteps
+from benchmarks.cases import ENCODER, NONE, Case, Conditions, refusal
+from benchmarks.steps import PHASES, EncoderOnly, Repetition, TrainingSteps
 
 SPLIT_REPETITIONS = 3  # of a case, in which selection and penalty are timed by themselves too
 LEAST_REPETITIONS = 3  # of a case with a long interval

@@ -1,6 +1,6 @@
 """What a training step takes with each penalty at the paper's sizes: Table 1's seconds and memory.
 
-`python -m hf_selortho.experiments.timing request.json`, a process of its own while nothing else runs.
+`python -m experiments.timing request.json`, a process of its own while nothing else runs.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..benchmarking.cases import Case, base_config, cases_of
-from ..benchmarking.inputs import Batches, prepare
-from ..benchmarking.memory import peak_in_own_process
-from ..benchmarking.rounds import rows_of, run_rounds
-from ..benchmarking.steps import TrainingSteps
-from ..configuration_selortho import SelOrthoConfig
-from ..data.activation_cache import ActivationCache
-from ..modeling_selortho import SelOrthoSAE
-from ..training.run_folder import hardware, library_versions
-from ..utils.command_line import run_script, use_all_cores
-from .records import Records
+from benchmarks.cases import Case, base_config, cases_of
+from benchmarks.inputs import Batches, prepare
+from benchmarks.memory import peak_in_own_process
+from benchmarks.rounds import rows_of, run_rounds
+from benchmarks.steps import TrainingSteps
+from experiments.records import Records
+from hf_selortho.configuration_selortho import SelOrthoConfig
+from hf_selortho.data.activation_cache import ActivationCache
+from hf_selortho.modeling_selortho import SelOrthoSAE
+from hf_selortho.training.run_folder import hardware, library_versions
+from hf_selortho.utils.command_line import run_script, use_all_cores
 
 TIMING = "timing"  # name of the record
 MORE_PAIRS = 0.005  # the paper's 0.5%, against its 0.1%

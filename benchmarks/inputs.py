@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import SelOrthoError
-from ..modeling_selortho import SelOrthoSAE
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.modeling_selortho import SelOrthoSAE
 
 SAMPLE_TOKENS = 8192  # tokens on which thresholds are set
 BLOCK = 512  # features whose thresholds are found at once

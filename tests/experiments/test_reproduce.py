@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from experiments import reproduce
 from hf_selortho import SelOrthoError
-from scripts import reproduce_paper
 
 NONE = {"ortho_coefficient": 0.0}
 FULL = {"penalty": "full", "ortho_coefficient": 5.0}
@@ -78,7 +78,7 @@ class Sitting:
         self.results = folder / "results" / "small"
 
     def run(self, *more: str) -> None:
-        reproduce_paper.main(
+        reproduce.main(
             [
                 "--preset", str(self.folder / "small.json"), "--work_dir", str(self.folder / "work"), "--results_dir",
                 str(self.folder / "results"), "--report", str(self.report), *more,
@@ -201,5 +201,5 @@ class TestMiniature:
 )
 def test_mistakes_are_one_line(arguments: list[str], expected: str, tmp_path) -> None:
     with pytest.raises(SelOrthoError, match=expected):
-        reproduce_paper.main([*arguments, "--work_dir", str(tmp_path / "w"), "--results_dir", str(tmp_path / "r")])
+        reproduce.main([*arguments, "--work_dir", str(tmp_path / "w"), "--results_dir", str(tmp_path / "r")])
     assert not list(tmp_path.iterdir()), "nothing is made for a plan that cannot run"

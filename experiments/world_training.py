@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..configuration_selortho import SelOrthoConfig
-from ..data.buffer import ActivationBatch
-from ..errors import ConfigError
-from ..language_models.capture import TokenOrigins
-from ..modeling_selortho import SelOrthoSAE
-from ..training.arguments import RunArguments
-from ..training.sae_trainer import SAETrainer
-from .world_sampling import SyntheticWorld, WorldStream, derived_seed
-from .world_scores import Scored, score_sae
-from .worlds import BATCH_SIZE, LEARNING_RATE, World, make_world
+from experiments.world_sampling import SyntheticWorld, WorldStream, derived_seed
+from experiments.world_scores import Scored, score_sae
+from experiments.worlds import BATCH_SIZE, LEARNING_RATE, World, make_world
+from hf_selortho.configuration_selortho import SelOrthoConfig
+from hf_selortho.data.buffer import ActivationBatch
+from hf_selortho.errors import ConfigError
+from hf_selortho.language_models.capture import TokenOrigins
+from hf_selortho.modeling_selortho import SelOrthoSAE
+from hf_selortho.training.arguments import RunArguments
+from hf_selortho.training.sae_trainer import SAETrainer
 
 _STATISTICS_TOKENS = 16384  # that the input normalisation is estimated on
 

@@ -1,6 +1,6 @@
 """Trains and scores the variants of one world, recipe and seed.
 
-`python -m hf_selortho.experiments.world_run request.json`, a process of its own, like every training of a plan. What a
+`python -m experiments.world_run request.json`, a process of its own, like every training of a plan. What a
 record has already is not done again.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from ..training.run_folder import hardware, library_versions
-from ..utils.command_line import run_script, use_all_cores
-from .plan import WorldRun
-from .records import Records
-from .world_peers import peer_settings, run_peers
-from .world_training import run_world
-from .worlds import World
+from experiments.plan import WorldRun
+from experiments.records import Records
+from experiments.world_peers import peer_settings, run_peers
+from experiments.world_training import run_world
+from experiments.worlds import World
+from hf_selortho.training.run_folder import hardware, library_versions
+from hf_selortho.utils.command_line import run_script, use_all_cores
 
 
 def missing_scores(run: WorldRun, records: Records) -> tuple[list[str], list[str]]:

@@ -1,6 +1,6 @@
 """Measures the SAEs that a unit of a plan has trained, and writes a record for each.
 
-`python -m hf_selortho.experiments.measure request.json`, a process of its own: the language model is loaded once
+`python -m experiments.measure request.json`, a process of its own: the language model is loaded once
 for all SAEs of the unit, and its memory is gone when the next training starts. What depends on the language model alone
 (the activations of the labelled texts and of the words) is computed once for a plan and kept beside the shards.
 """
@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from ..data.activation_cache import ActivationCache
-from ..data.cache_batches import held_out_batches
-from ..data.texts import TextSource
-from ..evaluation.evaluator import evaluate_saes
-from ..evaluation.tasks import prepare_tasks
-from ..language_models.capture import ActivationCapture
-from ..language_models.loading import load_language_model
-from ..modeling_selortho import SelOrthoSAE
-from ..utils.command_line import run_script, use_all_cores
-from .records import Records, training_facts
-from .task_files import has_tasks, load_tasks, save_tasks
+from experiments.records import Records, training_facts
+from experiments.task_files import has_tasks, load_tasks, save_tasks
+from hf_selortho.data.activation_cache import ActivationCache
+from hf_selortho.data.cache_batches import held_out_batches
+from hf_selortho.data.texts import TextSource
+from hf_selortho.evaluation.evaluator import evaluate_saes
+from hf_selortho.evaluation.tasks import prepare_tasks
+from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.loading import load_language_model
+from hf_selortho.modeling_selortho import SelOrthoSAE
+from hf_selortho.utils.command_line import run_script, use_all_cores
 
 logger = logging.getLogger(__name__)
 

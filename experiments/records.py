@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import SelOrthoError
-from ..training.run_folder import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows, write_json
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.training.run_folder import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows, write_json
 
 SCHEMA_VERSION = 1
 HARVEST = "harvest"  # name and kind of the record of language model and text

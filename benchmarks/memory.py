@@ -1,4 +1,4 @@
-"""Peak memory of a training step, each case in a process of its own: `python -m hf_selortho.benchmarking.memory JOB`.
+"""Peak memory of a training step, each case in a process of its own: `python -m benchmarks.memory JOB`.
 
 What is reported is the peak above the state before the steps, which holds the weights, the state of the optimiser and
 the batches.
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..configuration_selortho import SelOrthoConfig
-from ..modeling_selortho import SelOrthoSAE
-from ..utils.memory import memory_now, peak_memory, start_peak
-from .cases import ENCODER, NONE, Case
-from .inputs import Batches
-from .pipeline import wait_for
-from .steps import EncoderOnly, TrainingSteps
+from benchmarks.cases import ENCODER, NONE, Case
+from benchmarks.inputs import Batches
+from benchmarks.pipeline import wait_for
+from benchmarks.steps import EncoderOnly, TrainingSteps
+from hf_selortho.configuration_selortho import SelOrthoConfig
+from hf_selortho.modeling_selortho import SelOrthoSAE
+from hf_selortho.utils.memory import memory_now, peak_memory, start_peak
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ def peak_in_own_process(case: Case, sae: SelOrthoSAE, batches: Batches) -> int |
     """Bytes that the steps of a case take at their peak, measured in a fresh process; None if that process died."""
     with tempfile.TemporaryDirectory(prefix="hf_selortho-memory-") as folder:
         write_job(Path(folder), case, sae, batches)
-        package = str(Path(__file__).parents[2])
+        package = str(Path(__file__).parents[1])
         environment = {
             **os.environ,
             **RETURN_FREED_MEMORY,
             "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
         }
-        command = [sys.executable, "-m", "hf_selortho.benchmarking.memory", folder]
+        command = [sys.executable, "-m", "benchmarks.memory", folder]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

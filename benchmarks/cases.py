@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..configuration_selortho import SelOrthoConfig
-from ..errors import SelOrthoError
-from ..penalties import full_penalty_bytes
-from ..utils.memory import available_memory
+from hf_selortho.configuration_selortho import SelOrthoConfig
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.penalties import full_penalty_bytes
+from hf_selortho.utils.memory import available_memory
 
 ENCODER, NONE = "encoder", "none"  # the yardsticks
 ORTSAE_INTERVALS = (1, 5)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import SelOrthoError
-from .cases import ACTIVATIONS
-from .steps import PHASES
+from benchmarks.cases import ACTIVATIONS
+from benchmarks.steps import PHASES
+from hf_selortho.errors import SelOrthoError
 
 Rows = Sequence[Mapping[str, Any]]
 

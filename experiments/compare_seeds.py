@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation.stability import stability, unique_features
-from ..modeling_selortho import SelOrthoSAE
+from hf_selortho.evaluation.stability import stability, unique_features
+from hf_selortho.modeling_selortho import SelOrthoSAE
 
 THRESHOLD = 0.7  # decoder cosine from which two features count as the same one (Paulo & Belrose 2025)
 

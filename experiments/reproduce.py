@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from experiments.execute import run_examples, run_trainings
+from experiments.plan import SECTIONS, Plan, list_plans, load_plan
+from experiments.processes import Machine, stop_on_sigterm
+from experiments.report import write_results
+from experiments.stages import Places, harvest, local_name, prepare, run_worlds, time_steps
 from hf_selortho import SelOrthoError
-from hf_selortho.experiments.execute import run_examples, run_trainings
-from hf_selortho.experiments.plan import SECTIONS, Plan, list_plans, load_plan
-from hf_selortho.experiments.processes import Machine, stop_on_sigterm
-from hf_selortho.experiments.report import write_results
-from hf_selortho.experiments.stages import Places, harvest, local_name, prepare, run_worlds, time_steps
 from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.utils.command_line import run_script
 from hf_selortho.utils.files import FolderLock
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Path(arguments.report) if arguments.report else results / "RESULTS.md"
     if not arguments.report_only:
         work = Path(arguments.work_dir) / plan.name
-        run_plan(plan, Places(work, results, Path(__file__).resolve().parent), jobs, arguments)
+        run_plan(plan, Places(work, results, Path(__file__).resolve().parents[1] / "scripts"), jobs, arguments)
     write_results(plan, results, report, shown_command(arguments))
     sys.stdout.write(f"{report} has the results, {results}/ their records\n")
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.buffer import ActivationBuffer
-from ..data.contexts import ContextStream, Cutter
-from ..data.texts import TextSource, open_documents
-from ..language_models.capture import ActivationCapture, only
-from ..language_models.loading import LanguageModel, check_context_length
+from hf_selortho.data.buffer import ActivationBuffer
+from hf_selortho.data.contexts import ContextStream, Cutter
+from hf_selortho.data.texts import TextSource, open_documents
+from hf_selortho.language_models.capture import ActivationCapture, only
+from hf_selortho.language_models.loading import LanguageModel, check_context_length
 
 BATCHES = 6  # that the buffer holds
 CONTEXT_LENGTH = 128

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import SelOrthoError
-from ..training.arguments import SETTING_NAMES, read_named
-from .summaries import TWIN
-from .world_sampling import derived_seed
+from experiments.summaries import TWIN
+from experiments.world_sampling import derived_seed
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.training.arguments import SETTING_NAMES, read_named
 
 PLANS = Path(__file__).with_name("plans")
 SECTIONS = ("table1", "ablations", "layers", "limits", "pareto", "ground_truth")

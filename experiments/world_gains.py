@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from .summaries import NAMES, TWIN, Figure, is_twin
+from experiments.summaries import NAMES, TWIN, Figure, is_twin
 
 SCORES = {"mcc": "MCC", "uniqueness": "uniqueness", "recovered": "recovered", "f1": "F1"}  # that a rule is to raise
 LEVEL = 0.05  # of the sign tests, all of a kind of SAE taken together

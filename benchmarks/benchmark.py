@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from benchmarks.cases import ACTIVATIONS, MODES, Case, base_config, cases_of
+from benchmarks.inputs import Batches, check_l0, load_activations, prepare, synthetic_activations
+from benchmarks.memory import peak_in_own_process
+from benchmarks.pipeline import measure_supply
+from benchmarks.plot import plot_times
+from benchmarks.report import load_peers, report
+from benchmarks.rounds import rows_of, run_rounds
+from benchmarks.steps import TrainingSteps
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.benchmarking.cases import ACTIVATIONS, MODES, Case, base_config, cases_of
-from hf_selortho.benchmarking.inputs import Batches, check_l0, load_activations, prepare, synthetic_activations
-from hf_selortho.benchmarking.memory import peak_in_own_process
-from hf_selortho.benchmarking.pipeline import measure_supply
-from hf_selortho.benchmarking.plot import plot_times
-from hf_selortho.benchmarking.report import load_peers, report
-from hf_selortho.benchmarking.rounds import rows_of, run_rounds
-from hf_selortho.benchmarking.steps import TrainingSteps
 from hf_selortho.language_models.loading import load_language_model
 from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.training.run_folder import hardware, library_versions, write_json, write_text

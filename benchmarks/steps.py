@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configuration_selortho import SelOrthoConfig
-from ..errors import SelOrthoError
-from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from ..pair_selection import Selection
-from ..penalties import penalty, select_by_config, selective_penalty
-from ..process_group import SINGLE_PROCESS
-from ..sparse_ops import ActiveFeatures, FeatureActivations
-from ..training.arguments import RunArguments
-from ..training.optimizer import SAEOptimizer
-from ..training.schedules import PenaltySchedule
-from ..training.state import TrainState
-from .inputs import Batches
+from benchmarks.inputs import Batches
+from hf_selortho.configuration_selortho import SelOrthoConfig
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.modeling_selortho import SelOrthoOutput, SelOrthoSAE
+from hf_selortho.pair_selection import Selection
+from hf_selortho.penalties import penalty, select_by_config, selective_penalty
+from hf_selortho.process_group import SINGLE_PROCESS
+from hf_selortho.sparse_ops import ActiveFeatures, FeatureActivations
+from hf_selortho.training.arguments import RunArguments
+from hf_selortho.training.optimizer import SAEOptimizer
+from hf_selortho.training.schedules import PenaltySchedule
+from hf_selortho.training.state import TrainState
 
 # optimiser: with the check of the gradient's norm, the counters of dead features and the projection of the gradient
 PHASES = ("forward", "selection", "penalty", "backward", "optimiser", "normalisation")

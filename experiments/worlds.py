@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..errors import SelOrthoError
-from .world_sampling import SyntheticWorld, derived_seed
+from experiments.world_sampling import SyntheticWorld, derived_seed
+from hf_selortho.errors import SelOrthoError
 
 BATCH_SIZE, LEARNING_RATE = 1024, 1e-3  # tokens of a step and rate of Adam, where a training does not say its own
 

@@ -9,10 +9,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ..errors import SelOrthoError
-from ..evaluation.functional import batch_correlation_summary, max_decoder_cosine
-from .world_sampling import SyntheticWorld, derived_seed
-from .worlds import library
+from experiments.world_sampling import SyntheticWorld, derived_seed
+from experiments.worlds import library
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.evaluation.functional import batch_correlation_summary, max_decoder_cosine
 
 EVALUATION_SEED = derived_seed("evaluation", 0)  # of the tokens that SAEs are scored on, which no training draws
 MATCHED, RECOVERED = 0.5, 0.8  # cosines from which an SAE's feature stands for a true one, and has found it

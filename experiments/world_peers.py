@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..errors import SelOrthoError
-from .world_sampling import SyntheticWorld
-from .world_training import TrainedSAE, input_statistics, scored, training_stream
-from .worlds import BATCH_SIZE, LEARNING_RATE, World, library, make_world
+from experiments.world_sampling import SyntheticWorld
+from experiments.world_training import TrainedSAE, input_statistics, scored, training_stream
+from experiments.worlds import BATCH_SIZE, LEARNING_RATE, World, library, make_world
+from hf_selortho.errors import SelOrthoError
 
 # by the names of this module, what SAELens calls them
 PEERS = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .worlds import World
+    from experiments.worlds import World
 
 
 def derived_seed(purpose: str, seed: int) -> int:
