@@ -1,1 +1,1 @@
-"""How long a training step takes, and what the penalties add to it, measured side by side."""
+"""Benchmarks: what a training step costs with each penalty, in time and memory."""

@@ -1,196 +1,196 @@
-"""Timed training steps, as the training loop does them, and the timed encoder that they are compared with."""
+"""Times cases in turn, round after round, so that a machine that speeds up or slows down does so for all of them."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from benchmarks.inputs import Batches
+from benchmarks.cases import ENCODER, NONE, Case
+from benchmarks.inputs import Batches, wait_for
 from hf_selortho.configuration_selortho import SelOrthoConfig
-from hf_selortho.errors import SelOrthoError
-from hf_selortho.modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from hf_selortho.pair_selection import Selection
-from hf_selortho.penalties import penalty, select_by_config, selective_penalty
-from hf_selortho.process_group import SINGLE_PROCESS
-from hf_selortho.sparse_ops import ActiveFeatures, FeatureActivations
+from hf_selortho.data.buffer import ActivationBatch
+from hf_selortho.language_models.capture import TokenOrigins
+from hf_selortho.modeling_selortho import SelOrthoSAE
+from hf_selortho.penalties import PenaltyPlan, full_penalty_bytes, select_by_config
 from hf_selortho.training.arguments import RunArguments
-from hf_selortho.training.optimizer import SAEOptimizer
+from hf_selortho.training.sae_trainer import SAETrainer
 from hf_selortho.training.schedules import PenaltySchedule
-from hf_selortho.training.state import TrainState
+from hf_selortho.utils.memory import available_memory
 
-# optimiser: with the check of the gradient's norm, the counters of dead features and the projection of the gradient
-PHASES = ("forward", "selection", "penalty", "backward", "optimiser", "normalisation")
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """One timed repetition of a case, averaged over its steps."""
-
-    seconds: float  # a step
-    phases: dict[str, float] = field(default_factory=dict)  # seconds a step, by phase; empty if not measured
-    l0: float | None = None
-    pairs: int | None = None  # selected at the first step
+LEAST_REPETITIONS = 3  # of a case with a long interval, and of a selection
+_NEVER = 1 << 30  # steps: nothing is logged
 
 
-class Stopwatch:
-    """Time by phase: on CUDA from events in the stream, so that only start and stop wait for the GPU."""
+@dataclass
+class Measured:
+    """A case with what was measured of it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._synchronize()
-        self._marks = [("", self._now())]
-        self._began = time.perf_counter()
+    case: Case
+    seconds: list[float | None] = field(default_factory=list)  # a step, by round; None: it did not take part
+    refused: str | None = None  # why it was not measured
+    pairs: int | None = None
+    selection_seconds: float = 0.0  # of a selection by itself
+    memory_bytes: int | None = None  # peak above the state before the steps
 
-    def mark(self, name: str) -> None:
-        """What happened since the last mark belongs to phase `name`."""
-        self._marks.append((name, self._now()))
-
-    def stop(self) -> float:
-        """Seconds since the start."""
-        self._synchronize()
-        return time.perf_counter() - self._began
-
-    def phases(self) -> dict[str, float]:
-        """Seconds by phase, once stopped."""
-        sums: dict[str, float] = {}
-        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
-            spent = before.elapsed_time(after) / 1000 if self._cuda else after - before
-            sums[name] = sums.get(name, 0.0) + spent
-        return sums
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _synchronize(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-
-
-class EncoderOnly:
-    """The matrix product of the encoder into memory that is there, with the top-k of a topk SAE: the yardstick."""
-
-    def __init__(self, sae: SelOrthoSAE, batches: Batches) -> None:
-        self.sae, self.batches = sae, batches
-        self.buffer = torch.empty(batches.size, len(sae.b_enc), device=sae.device, dtype=sae.W_enc.dtype)
-        self.k = sae.config.k if sae.config.activation == "topk" else None
-
-    @torch.no_grad()
-    def run(self, number: int, top_k: bool = True) -> Repetition:
-        """Time it on batch `number`; without `top_k` the product alone."""
-        sae = self.sae
-        x = sae.normalize_input(self.batches.at(number)).to(sae.W_enc.dtype)
-        watch = Stopwatch(sae.device)
-        torch.addmm(sae.b_enc, x, sae.W_enc, out=self.buffer)
-        if self.k is not None and top_k:
-            self.buffer.topk(self.k, dim=-1, sorted=False)
-        return Repetition(watch.stop())
+    @property
+    def done(self) -> list[float]:
+        """Return the repetitions that took place."""
+        return [seconds for seconds in self.seconds if seconds is not None]
 
 
 class TrainingSteps:
-    """Training steps of one SAE under changing penalties.
+    """Training steps of one SAE under changing penalties, as the training loop takes them.
 
     The learning rate is 0: every case finds the same weights, whatever ran before it, and the work is the same.
     """
 
     def __init__(self, sae: SelOrthoSAE, batches: Batches) -> None:
-        self.sae, self.batches, self.device = sae.train(), batches, sae.device
-        self.arguments = RunArguments(learning_rate=0.0)
-        self.optimizer = SAEOptimizer(sae, self.arguments, self.device)
+        arguments = RunArguments(learning_rate=0.0, max_steps=2 * _NEVER, logging_steps=_NEVER)
+        self.sae, self.batches, self.device, self.base = sae.train(), batches, sae.device, sae.config
+        self.trainer = SAETrainer(Accelerator(cpu=self.device.type == "cpu"), sae, arguments, None)
 
-    def run(self, config: SelOrthoConfig, number: int, phases: bool = False, steps: int | None = None) -> Repetition:
-        """Time the steps from one selection to the next (or `steps`), on the batches from `number` on.
-
-        With `phases`, selection and penalty are then timed once more by themselves, on the features of the last batch.
-        """
-        self.sae.config = config
-        schedule = PenaltySchedule(config, SINGLE_PROCESS)
-        state = TrainState(torch.zeros(len(self.sae.b_enc), dtype=torch.int64, device=self.device))
-        steps = config.selection_interval if steps is None else steps
-        selected = None
-        watch = Stopwatch(self.device)
+    def run(self, case: Case, number: int, steps: int | None = None) -> float:
+        """Return the seconds a step, from one selection to the next (or over `steps`), on batches from `number` on."""
+        if case.mode == ENCODER:
+            return self._encode(number)
+        self.configure(case.config(self.base))
+        steps = case.interval if steps is None else steps
+        started = time.perf_counter()
         for step in range(steps):
-            output = self._step(self.batches.at(number + step), schedule, state, watch)
-            if step == 0 and output.pairs is not None:
-                selected = len(output.pairs)
-        seconds = watch.stop()
-        split = self._split(watch.phases(), output, steps) if phases else {}
-        return Repetition(seconds / steps, split, output.features.l0(), selected)
+            self.trainer.train_step(self._batch(number + step))
+        wait_for(self.device)
+        return (time.perf_counter() - started) / steps
 
-    def _step(self, batch: Tensor, schedule: PenaltySchedule, state: TrainState, watch: Stopwatch) -> SelOrthoOutput:
-        """What the training loop does with a batch."""
+    def configure(self, config: SelOrthoConfig) -> None:
+        """Change the penalty; the next step selects pairs."""
+        trainer = self.trainer
+        self.sae.config, trainer.penalty = config, PenaltySchedule(config, trainer.group)
+        trainer.state.step, trainer.state.pairs = config.selection_interval, None
+
+    @torch.no_grad()
+    def l0(self) -> float:
+        """Return the mean number of features that fire on a token."""
+        return self._features(self.batches.at(0)).l0()
+
+    @torch.no_grad()
+    def time_selection(self, case: Case, number: int) -> float:
+        """Return the seconds of one selection on the features of a batch."""
+        config = case.config(self.base)
+        features = self._features(self.batches.at(number))
+        wait_for(self.device)
+        started = time.perf_counter()
+        select_by_config(config, features, self.sae.W_dec)
+        wait_for(self.device)
+        return time.perf_counter() - started
+
+    def _features(self, batch: Tensor) -> Any:
+        return self.sae(batch, plan=PenaltyPlan(acts=False), return_feature_acts=False).features.detach()
+
+    @torch.no_grad()
+    def _encode(self, number: int) -> float:
+        """Time the encoder's product into memory that is there, with the top-k of a topk SAE: the yardstick."""
         sae = self.sae
-        dead = state.dead(self.arguments.dead_after_tokens, SINGLE_PROCESS) if sae.aux_features else None
-        output = sae(batch, plan=schedule.plan(state), dead=dead, return_feature_acts=False)
-        finite = bool(torch.isfinite(output.loss))
-        watch.mark("forward")
-        output.loss.backward()
-        watch.mark("backward")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
-        if not finite or not torch.isfinite(norm):
-            raise SelOrthoError("loss or gradient is not finite: look at the activations")
-        state.count(output.features.detach(), len(batch))
-        self.optimizer.take_gradients()
-        sae.project_decoder_gradient()
-        self.optimizer.adam.step()
-        self.optimizer.zero_grad()
-        watch.mark("optimiser")
-        sae.normalize_decoder()
-        watch.mark("normalisation")
-        state.step += 1
-        if output.pairs is not None:
-            state.pairs = output.pairs
-        return output
+        x = sae.normalize_input(self.batches.at(number)).to(sae.W_enc.dtype)
+        buffer = torch.zeros(len(x), len(sae.b_enc), device=self.device, dtype=sae.W_enc.dtype)
+        wait_for(self.device)
+        started = time.perf_counter()
+        torch.addmm(sae.b_enc, x, sae.W_enc, out=buffer)
+        if sae.config.activation == "topk":
+            buffer.topk(sae.config.k, dim=-1, sorted=False)
+        wait_for(self.device)
+        return time.perf_counter() - started
 
-    def _split(self, phases: dict[str, float], output: SelOrthoOutput, steps: int) -> dict[str, float]:
-        """Return seconds a step by phase: `forward` and `backward` are freed of selection and penalty."""
-        cfg, h = self.sae.config, _without_caches(output.features)
-        selection = forward = backward = 0.0
-        selected = None
-        if cfg.penalty == "selective":
-            watch = Stopwatch(self.device)
-            selected = select_by_config(cfg, h, self.sae.W_dec)
-            selection = watch.stop()
-        if cfg.penalty != "none":
-            forward, backward = self._time_penalty(h, selected)
-        if cfg.penalty_schedule == "every_step" and selected is not None and steps > 1:
-            again = self._time_penalty(h, Selection(selected.pairs))  # on a batch that the pairs are not of
-            forward, backward = forward + (steps - 1) * again[0], backward + (steps - 1) * again[1]
-        split = {
-            **phases,
-            "selection": selection,
-            "penalty": forward + backward,
-            "forward": max(0.0, phases["forward"] - selection - forward),
-            "backward": max(0.0, phases["backward"] - backward),
-        }
-        return {name: split[name] / steps for name in PHASES}
-
-    def _time_penalty(self, h: FeatureActivations, selected: Selection | None) -> tuple[float, float]:
-        """Return the seconds of the penalty on `h` (B, n) and of its gradient."""
-        leaf = h.with_values(h.values.detach().requires_grad_())
-        cfg, W_dec = self.sae.config, self.sae.W_dec
-        watch = Stopwatch(self.device)
-        if selected is None:
-            loss, _ = penalty(cfg, leaf, W_dec)
-        else:
-            selected = dataclasses.replace(selected, features=leaf if selected.features is h else None)
-            loss = selective_penalty(cfg, leaf, W_dec, selected, cfg.ortho_coefficient)
-        forward = watch.stop()
-        target = W_dec if cfg.penalty == "ortsae" or cfg.penalty_space != "activation" else leaf.values
-        watch = Stopwatch(self.device)
-        if loss.requires_grad:
-            torch.autograd.grad(loss, target)
-        return forward, watch.stop()
+    def _batch(self, number: int) -> ActivationBatch:
+        rows, zeros = self.batches.at(number), torch.zeros(self.batches.size, dtype=torch.int64)
+        return ActivationBatch({0: rows}, TokenOrigins(zeros, zeros, zeros, zeros))
 
 
-def _without_caches(h: FeatureActivations) -> FeatureActivations:
-    """Return the features as the encoder leaves them: sorting entries by feature is part of what uses them first."""
-    return ActiveFeatures(h.crow, h.cols, h.values.detach(), h.n) if isinstance(h, ActiveFeatures) else h.detach()
+def run_rounds(
+    steps: TrainingSteps, cases: Sequence[Case], rounds: int, limit_seconds: float, progress: tqdm | None = None
+) -> list[Measured]:
+    """Measure cases on one SAE in `rounds` rounds, in another order in every round.
+
+    A case of interval r is measured over r steps, in fewer rounds, so that it takes about as many steps as the others.
+    A case whose first step exceeds `limit_seconds` is measured once, one that memory is too small for not at all.
+    """
+    results = [Measured(case, refused=_refusal(case, steps)) for case in cases]
+    turns = {case: turns_of(case.interval, rounds) for case in cases}
+    for result in results:  # the first step of a kind is slow: memory is laid out, kernels are chosen
+        if result.refused is None and _time(steps, result, 0, 1) > limit_seconds:
+            turns[result.case] = [0]
+    for number in range(rounds):
+        by = number % len(results)
+        for result in [*results[by:], *results[:by]]:
+            takes_part = result.refused is None and number in turns[result.case]
+            result.seconds.append(_time(steps, result, number) if takes_part else None)
+            if progress is not None:
+                progress.update()
+    for result in results:
+        if result.refused is None and result.pairs is not None:
+            times = [steps.time_selection(result.case, number) for number in range(LEAST_REPETITIONS)]
+            result.selection_seconds = median(times)
+    return results
+
+
+def _time(steps: TrainingSteps, result: Measured, number: int, count: int | None = None) -> float:
+    seconds = steps.run(result.case, number, count)
+    if result.case.mode != ENCODER and (pairs := steps.trainer.state.pairs) is not None:
+        result.pairs = len(pairs)
+    return seconds
+
+
+def _refusal(case: Case, steps: TrainingSteps) -> str | None:
+    """Say why a case is not tried; None if it is."""
+    if case.mode != "full":
+        return None
+    needed, available = full_penalty_bytes(len(steps.sae.b_enc), steps.batches.size), available_memory(steps.device)
+    if available is None or needed <= available:
+        return None
+    return f"needs {needed:,} bytes ({needed / 2**30:.1f} GiB), {available:,} are available"
+
+
+def turns_of(interval: int, rounds: int) -> list[int]:
+    """List the rounds in which a case that takes `interval` steps at a time takes part, evenly spread."""
+    count = min(rounds, max(LEAST_REPETITIONS, math.ceil(rounds / interval)))
+    return [part * rounds // count for part in range(count)]
+
+
+def ratio(times: Sequence[float | None], yardstick: Sequence[float | None]) -> float | None:
+    """Return the median over the rounds of `times / yardstick` of the same round; None if they share no round."""
+    ratios = [a / b for a, b in zip(times, yardstick, strict=True) if a is not None and b is not None]
+    return median(ratios) if ratios else None
+
+
+def rows_of(results: Sequence[Measured], batch: int, l0: float, **common: Any) -> list[dict[str, Any]]:
+    """Return the results of the cases of one SAE as rows for JSON; `common` is put into each of them."""
+    times = {result.case.mode: result.seconds for result in results if result.case.mode in (ENCODER, NONE)}
+    rows = []
+    for result in results:
+        row = {
+            **common, "mode": result.case.mode, "label": result.case.label, "interval": result.case.interval,
+            "skipped": result.refused, "memory_bytes": result.memory_bytes,
+        }  # fmt: skip
+        if result.done:
+            seconds = median(result.done)
+            row |= {
+                "repetitions": len(result.done),
+                "seconds_per_step": seconds,
+                "seconds_per_step_min": min(result.done),
+                "tokens_per_second": batch / seconds,
+                "ratio_to_encoder": ratio(result.seconds, times[ENCODER]),
+                "ratio_to_no_penalty": ratio(result.seconds, times[NONE]),
+                "l0": None if result.case.mode == ENCODER else l0,
+                "pairs": result.pairs,
+                "seconds_by_phase": {"selection": result.selection_seconds / result.case.interval},
+            }
+        rows.append(row)
+    return rows
