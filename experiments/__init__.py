@@ -1,1 +1,1 @@
-"""Experiments: what the penalty does to features, on worlds whose features are known and on real activations."""
+"""The study: what the penalty does to features, on a language model and on synthetic data whose features are known."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..features.index import FeatureIndex
-from ..features.records import PAIR_CLASSES, PairRecord
+from hf_selortho.features.index import FeatureIndex
+from hf_selortho.features.records import PAIR_CLASSES, PairRecord
 
 EXAMPLES = "examples"  # name of the record
 ALIKE = 0.7  # share of the tokens of either feature

@@ -1,39 +1,41 @@
 """Measures the SAEs that a unit of a plan has trained, and writes a record for each.
 
-`python -m experiments.measure request.json`, a process of its own: the language model is loaded once
-for all SAEs of the unit, and its memory is gone when the next training starts. What depends on the language model alone
-(the activations of the labelled texts and of the words) is computed once for a plan and kept beside the shards.
+`python -m experiments.measure request.json`, a process of its own: the language model is loaded once for all SAEs of
+the unit, and its memory is gone when the next training starts.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
+import statistics
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from experiments.records import Records, training_facts
-from experiments.task_files import has_tasks, load_tasks, save_tasks
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import held_out_batches
 from hf_selortho.data.texts import TextSource
 from hf_selortho.evaluation.evaluator import evaluate_saes
-from hf_selortho.evaluation.tasks import prepare_tasks
+from hf_selortho.evaluation.first_letter import FirstLetterTask
+from hf_selortho.evaluation.probing import LabelledTexts
+from hf_selortho.evaluation.stability import stability, unique_features
+from hf_selortho.evaluation.tasks import Tasks, prepare_tasks
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.loading import load_language_model
 from hf_selortho.modeling_selortho import SelOrthoSAE
 from hf_selortho.utils.command_line import run_script, use_all_cores
 
-logger = logging.getLogger(__name__)
-
 # Correlations of all SAEs are measured on the same pairs, whatever an SAE was trained with.
 PAIR_SETTINGS = {"pair_fraction": 0.001, "min_support": 4, "correlation": "cosine", "correlation_threshold": 0.0}
+SAME_FEATURE = 0.7  # decoder cosine from which two features count as the same one (Paulo & Belrose 2025)
 
 
 @dataclass(frozen=True)
@@ -41,96 +43,115 @@ class Request:
     """What is to be measured."""
 
     unit: dict[str, Any]  # sweep, sections, layer, seed: copied into the records
-    members: dict[str, str]  # folder of the SAE by the name of its record
-    variants: dict[str, str]  # variant by the name of its record
-    shards: str
-    tasks: str
-    model: str
-    model_revision: str | None
-    model_dtype: str  # that of the harvest, whatever this machine computes fastest in
+    saes: dict[str, tuple[str, str]]  # variant and folder by the name of the record
+    cache: str  # activations, whose held-out contexts are measured on
+    tasks: str  # folder where the tasks of a layer are kept
     results: str
-    measures: dict[str, Any]
-    dataset: str | None = None  # as it was given, where its name alone does not say where it is
-    label_column: str | None = None
-    threads: int | None = None
+    sizes: dict[str, Any]  # `measures` of the plan
+    task_sizes: dict[str, Any]  # probing_texts, first_letter_words, probing_fraction
+    dataset: str | None  # as it was given, where its name alone does not say where it is
+    label_column: str | None
+    threads: int
 
 
 def measure(request: Request) -> None:
-    """Evaluate every SAE of the request and write its record; without any, prepare the tasks of the layer."""
-    store = ActivationCache(request.shards)
-    layer, sizes = request.unit["layer"], request.measures
+    """Evaluate every SAE of the request and write its record."""
+    cache, layer, sizes = ActivationCache(request.cache), request.unit["layer"], request.sizes
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the job's own GPU
-    saes = {name: load_for_measuring(folder, device) for name, folder in request.members.items()}
-    contexts = store.held_out_contexts()[: sizes.get("eval_samples", 1000)]
-    lm = load_language_model(request.model, request.model_revision, request.model_dtype, device)
-    capture = ActivationCapture(lm, [layer], [store.manifest.layer(layer).max_norm])
-    if not saes:
-        prepare(request, store, capture)
-        return
+    model = cache.manifest.model
+    lm = load_language_model(model.name, model.revision, model.dtype, device)
+    capture = ActivationCapture(lm, [layer], [cache.manifest.layer(layer).max_norm])
+    tasks = layer_tasks(request, cache, capture)
+    saes: list[Any] = [SelOrthoSAE.from_pretrained(folder, **PAIR_SETTINGS) for _, folder in request.saes.values()]
+    saes = [sae.to(device).eval() for sae in saes]
+    contexts = cache.held_out_contexts()[: sizes.get("eval_samples", 1000)]
     batch = sizes.get("batch_size", 4096)
     started = time.perf_counter()
     evaluations = evaluate_saes(
-        list(saes.values()),
+        saes,
         capture,
         contexts,
-        batches=held_out_batches(store, [layer], batch, contexts=len(contexts)),
+        batches=held_out_batches(cache, [layer], batch, contexts=len(contexts)),
         batch_size=batch,
         ce_samples=sizes.get("ce_samples", 64),
         progress=False,
     )
     each = (time.perf_counter() - started) / len(saes)
-    tasks = load_tasks(Path(request.tasks), layer)
-    records = Records(Path(request.results))
-    for (name, sae), evaluation in zip(saes.items(), evaluations, strict=True):
+    for (name, (variant, folder)), sae, evaluation in zip(request.saes.items(), saes, evaluations, strict=True):
         started = time.perf_counter()
         metrics = evaluation.metrics | tasks.measure(sae)
-        seconds = each + time.perf_counter() - started
-        records.write(
-            name,
-            {
-                "kind": "sae",
-                **request.unit,
-                "variant": request.variants[name],
-                "evaluation": metrics,
-                "measured_with": PAIR_SETTINGS | dict(sizes),
-                "measuring_seconds": round(seconds, 1),
-                **training_facts(Path(request.members[name])),
-            },
-        )
+        content = {
+            "kind": "sae",
+            **request.unit,
+            "variant": variant,
+            "evaluation": metrics,
+            "measured_with": PAIR_SETTINGS | sizes,
+            "measuring_seconds": round(each + time.perf_counter() - started, 1),
+            **training_facts(Path(folder)),
+        }
+        Records(Path(request.results)).write(name, content)
 
 
-def prepare(request: Request, store: ActivationCache, capture: ActivationCapture) -> None:
-    """Compute the tasks of the layer, unless they are there."""
-    layer, folder = request.unit["layer"], Path(request.tasks)
-    if has_tasks(folder, layer):
-        return
-    text = store.manifest.text
-    source = TextSource(
-        request.dataset or text.dataset, text.config, text.split, text.text_column, text.revision,
-        held_out_fraction=request.measures.get("probing_fraction", text.held_out_fraction),
-    )  # fmt: skip
-    save_tasks(
-        prepare_tasks(capture, source, request.label_column, asdict(store.manifest.contexts), request.measures),
-        folder,
-        layer,
+def layer_tasks(request: Request, cache: ActivationCache, capture: ActivationCapture) -> Tasks:
+    """Return the tasks of the layer; the language model reads them once for a plan.
+
+    What the language model itself reaches on them becomes a record.
+    """
+    layer, path = request.unit["layer"], Path(request.tasks) / f"layer{request.unit['layer']}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            text = cache.manifest.text
+            source = TextSource(
+                request.dataset or text.dataset, text.config, text.split, text.text_column, text.revision,
+                held_out_fraction=request.task_sizes.get("probing_fraction", text.held_out_fraction),
+            )  # fmt: skip
+            contexts = asdict(cache.manifest.contexts)
+            tasks = prepare_tasks(capture, source, request.label_column, contexts, request.task_sizes)
+            save_tasks(tasks, path)
+        tasks = load_tasks(path)
+        Records(Path(request.results)).write(f"tasks-layer{layer}", {"kind": "tasks", "layer": layer, **tasks.facts})
+    return tasks
+
+
+def save_tasks(tasks: Tasks, path: Path) -> None:
+    """Write the tasks of a layer; the file is whole or not there."""
+    content = {"facts": tasks.facts}
+    for name, task in (("probing", tasks.probing), ("first_letter", tasks.first_letter)):
+        content[name] = None if task is None else {f.name: getattr(task, f.name) for f in fields(task)}
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
+def load_tasks(path: Path) -> Tasks:
+    """Read the tasks that [`save_tasks`] has written."""
+    content = torch.load(path, weights_only=True)
+    probing, first_letter = content["probing"], content["first_letter"]
+    return Tasks(
+        None if probing is None else LabelledTexts(**probing),
+        None if first_letter is None else FirstLetterTask(**first_letter),
+        content["facts"],
     )
 
 
-def load_for_measuring(folder: str, device: str) -> SelOrthoSAE:
-    """An SAE with the pairs that all SAEs are compared by."""
-    loaded: Any = SelOrthoSAE.from_pretrained(folder, **PAIR_SETTINGS)
-    sae: SelOrthoSAE = loaded.to(device).eval()
-    return sae
+def compare_seeds(folders: Sequence[Path]) -> dict[str, float]:
+    """Compare the decoders of SAEs that differ in nothing but their seed.
 
-
-def request_from(content: Mapping[str, Any]) -> Request:
-    """A request from JSON."""
-    return Request(**content)
+    Returns:
+        The means over the pairs of [`stability`]'s figures; `unique_features`, and `unique_per_feature`, the same over
+        the number of features of one SAE: 1 if all seeds find the same features, the number of seeds if none do.
+    """
+    with torch.inference_mode():
+        decoders = [SelOrthoSAE.from_pretrained(str(folder)).W_dec.float() for folder in folders]
+        pairs = [stability(a, b, SAME_FEATURE) for a, b in itertools.combinations(decoders, 2)]
+        means = {key: statistics.fmean(pair[key] for pair in pairs) for key in pairs[0]}
+        return {**means, **unique_features(decoders, SAME_FEATURE)}
 
 
 def main() -> None:
     """Measure what the file that is named says."""
-    request = request_from(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    request = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     use_all_cores(request.threads)
     measure(request)
 

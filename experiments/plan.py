@@ -1,4 +1,4 @@
-"""A plan of experiments, a JSON file written by hand: which SAEs are trained, on what, with which seeds, and for what.
+"""Plans of experiments, JSON files written by hand: which SAEs are trained, on what, with which seeds, and for what.
 
 A *sweep* trains the variants of a recipe side by side, so that all of them see the same batches and start from the same
 weights; a *unit* is one sweep at one layer with one seed, and one training process. Sections are what a reader asks
@@ -7,18 +7,25 @@ for: a sweep belongs to those that its results are shown in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.summaries import TWIN
-from experiments.world_sampling import derived_seed
+from experiments.synthetic_data import derived_seed
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.training.arguments import SETTING_NAMES, read_named
 
 PLANS = Path(__file__).with_name("plans")
 SECTIONS = ("table1", "ablations", "layers", "limits", "pareto", "ground_truth")
+TWIN = "none"  # the variant without penalty, which every other one of its sweep is compared with
+
+_KEYS = (
+    "description", "harvest", "label_column", "seeds", "training", "recipes", "variant_sets", "sweeps", "ground_truth",
+    "measures", "timing", "examples", "quick",
+)  # fmt: skip
+_SWEEP_KEYS = ("sections", "layers", "recipe", "arguments", "variants", "compared", "measures")
+_SYNTHETIC_KEYS = ("worlds", "recipes", "variants", "training", "peers")
 
 
 @dataclass(frozen=True)
@@ -30,17 +37,8 @@ class Sweep:
     layers: tuple[int, ...]
     arguments: dict[str, Any]  # of scripts/train.py, for all of the variants
     variants: dict[str, dict[str, Any]]  # settings of the SAE by name
-    reference: str | None = None  # the sweep and variant whose FVU a budget is measured against, "topk/none"
     compared: tuple[str, ...] = ()  # variants whose seeds are compared with one another
     measures: dict[str, Any] = field(default_factory=dict)  # sizes of its measurements, in place of the plan's
-
-    @property
-    def referred(self) -> tuple[str, str] | None:
-        """Names of the sweep and of the variant that the reference is."""
-        if self.reference is None:
-            return None
-        sweep, _, variant = self.reference.partition("/")
-        return sweep, variant
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.sweep.name}-layer{self.layer}-seed{self.seed}"
 
     def record(self, variant: str) -> str:
@@ -62,8 +60,8 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class WorldRun:
-    """Training on synthetic activations whose features are known: one world, one recipe, one seed, several variants."""
+class SyntheticRun:
+    """Training on synthetic data: one world, one recipe, one seed, several variants."""
 
     world: dict[str, Any]
     recipe: str
@@ -71,11 +69,11 @@ class WorldRun:
     settings: dict[str, Any]  # of the SAE, for all variants
     variants: dict[str, dict[str, Any]]
     training: dict[str, Any]  # steps, batch_size, learning_rate
-    peers: tuple[str, ...] = ()  # trainers of sae-lens
+    baselines: tuple[str, ...] = ()  # trainers of sae-lens
 
     @property
     def name(self) -> str:
-        """Of its record, without the suffix."""
+        """Name of its record, without the suffix."""
         return f"ground_truth/{self.world['name']}-{self.recipe}-seed{self.seed}"
 
 
@@ -89,44 +87,42 @@ class Plan:
     label_column: str | None
     seeds: int
     sweeps: tuple[Sweep, ...]
-    worlds: tuple[WorldRun, ...] = ()
+    synthetic: tuple[SyntheticRun, ...] = ()
     measures: dict[str, Any] = field(default_factory=dict)  # sizes of the measurements
-    timing: dict[str, Any] = field(default_factory=dict)  # arguments of scripts/benchmark.py, for Table 1
+    timing: dict[str, Any] = field(default_factory=dict)  # arguments of the benchmark, for Table 1
     examples: dict[str, str] = field(default_factory=dict)  # sweep, variant beside whose twin pairs are shown, control
 
     @property
     def layers(self) -> list[int]:
-        """Layers whose activations are harvested."""
+        """Layers whose activations are cached."""
         return sorted({layer for sweep in self.sweeps for layer in sweep.layers})
 
     def units(self) -> list[Unit]:
         """Training processes in the order in which they run: the seeds of a sweep one after the other."""
-        return [
-            Unit(sweep, layer, seed) for sweep in self.sweeps for layer in sweep.layers for seed in range(self.seeds)
-        ]
+        return [Unit(sweep, layer, s) for sweep in self.sweeps for layer in sweep.layers for s in range(self.seeds)]
 
-    def only(self, sections: Sequence[str]) -> Plan:
+    def only(self, sections: Iterable[str]) -> Plan:
         """The part that these sections show."""
-        kept = tuple(sweep for sweep in self.sweeps if set(sweep.sections) & set(sections))
+        wanted = set(sections)
         return replace(
             self,
-            sweeps=kept,
-            worlds=self.worlds if "ground_truth" in sections else (),
-            timing=self.timing if "table1" in sections else {},
-            examples=self.examples if "pareto" in sections else {},
+            sweeps=tuple(sweep for sweep in self.sweeps if wanted & set(sweep.sections)),
+            synthetic=self.synthetic if "ground_truth" in wanted else (),
+            timing=self.timing if "table1" in wanted else {},
+            examples=self.examples if "pareto" in wanted else {},
         )
 
 
 def list_plans() -> list[str]:
-    """Names of the plans that come with the package."""
+    """Names of the plans that come with the study."""
     return sorted(path.stem for path in PLANS.glob("*.json"))
 
 
 def load_plan(name: str, *, quick: bool = False, seeds: int | None = None) -> Plan:
-    """A plan by name, or from a JSON file.
+    """Load a plan by name, or from a JSON file.
 
     Args:
-        name: of a plan that comes with the package, or the path of a .json file.
+        name: of a plan that comes with the study, or the path of a .json file.
         quick: with the changes that the plan's `quick` has: the same questions, answered in minutes and badly.
         seeds: number of seeds in place of the plan's.
 
@@ -134,146 +130,104 @@ def load_plan(name: str, *, quick: bool = False, seeds: int | None = None) -> Pl
         SelOrthoError: there is no such plan, or something in it is not allowed; says what and where.
     """
     path, content = read_named("plan", name, PLANS)
-    reader = _Reader(path, content)
-    return reader.plan(path.stem, quick, seeds)
-
-
-_SWEEP_KEYS = {"sections", "layers", "recipe", "arguments", "variants", "reference", "compared", "measures"}
-
-
-class _Reader:
-    """Makes a plan of the content of a file, and names the file in every error."""
-
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self.path, self.content = path, content
-        known = {
-            "description", "harvest", "label_column", "seeds", "training", "recipes", "variant_sets", "sweeps",
-            "ground_truth", "measures", "timing", "examples", "quick",
-        }  # fmt: skip
-        self._refuse_unknown("the plan", content, known)
-
-    def plan(self, name: str, quick: bool, seeds: int | None) -> Plan:
-        content = merged(self.content, self.content.get("quick", {})) if quick else self.content
-        sweeps = tuple(self._sweep(name, one, content) for name, one in content.get("sweeps", {}).items())
+    try:
+        _check_names("the plan", content, _KEYS)
+        content = merged(content, content.get("quick", {})) if quick else content
         count = seeds if seeds is not None else content.get("seeds", 3)
         if type(count) is not int or count < 1:
             raise SelOrthoError(f"seeds {count!r}: expected a whole number of at least 1")
-        for sweep in sweeps:
-            self._check_reference(sweep, sweeps)
-        self._check_examples(content.get("examples", {}), sweeps)
-        return Plan(
-            name=f"{name}-quick" if quick else name,
-            description=content.get("description", ""),
-            harvest=content.get("harvest", {}),
-            label_column=content.get("label_column"),
-            seeds=count,
-            sweeps=sweeps,
-            worlds=tuple(self._worlds(content.get("ground_truth", {}), content, count)),
-            measures=content.get("measures", {}),
-            timing=content.get("timing", {}),
-            examples=content.get("examples", {}),
-        )
-
-    def _sweep(self, name: str, one: Mapping[str, Any], content: Mapping[str, Any]) -> Sweep:
-        where = f"sweep {name!r}"
-        self._refuse_unknown(where, one, _SWEEP_KEYS)
-        sections = tuple(one.get("sections", ()))
-        for section in sections:
-            self._one_of(f"{where}: section", section, SECTIONS)
-        recipe = self._named("recipe", one.get("recipe"), content.get("recipes", {}), where)
-        arguments = {**content.get("training", {}), **recipe, **one.get("arguments", {})}
-        layers = tuple(one.get("layers", ()))
-        if not layers or any(type(layer) is not int for layer in layers):
-            raise SelOrthoError(f"{self.path}, {where}: layers {list(layers)}: expected decoder layers counted from 0")
-        variants = self._variants(one.get("variants", ()), content, where)
-        compared = tuple(one.get("compared", variants))
-        for variant in compared:
-            self._one_of(f"{where}: compared", variant, tuple(variants))
-        return Sweep(
-            name, sections, layers, arguments, variants, one.get("reference"), compared, one.get("measures", {})
-        )
-
-    def _variants(self, sets: Any, content: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-        """Settings by variant, of the sets that are named or of an object."""
-        if isinstance(sets, dict):
-            found = sets
-        else:
-            known = content.get("variant_sets", {})
-            found = {key: value for name in sets for key, value in self._named("variants", name, known, where).items()}
-        if not found:
-            raise SelOrthoError(f"{self.path}, {where} has no variants: expected settings by name, or names of sets")
-        for variant, settings in found.items():
-            unknown = sorted(set(settings) - set(SETTING_NAMES))
-            if unknown:
-                raise SelOrthoError(
-                    f"{self.path}, {where}, variant {variant!r}: {unknown[0]!r} is no setting of an SAE"
-                )
-        return dict(found)
-
-    def _worlds(self, block: Mapping[str, Any], content: Mapping[str, Any], seeds: int) -> Iterable[WorldRun]:
-        self._refuse_unknown("ground_truth", block, {"worlds", "recipes", "variants", "training", "peers"})
-        recipes = block.get("recipes", {})
-        for name, world in block.get("worlds", {}).items():
-            for recipe in world.get("recipes", recipes):
-                settings = self._named("recipe", recipe, recipes, f"world {name!r}")
-                variants = self._variants(block.get("variants", ()), content, "ground_truth")
-                peers = tuple(block.get("peers", {}).get(recipe, ()))
-                for seed in range(seeds):  # every seed has a world of its own, the same one for each recipe
-                    own = {"name": name, "seed": derived_seed(f"world {name}", seed), **world}
-                    own.pop("recipes", None)
-                    yield WorldRun(own, recipe, seed, settings, variants, block.get("training", {}), peers)
-
-    def _check_reference(self, sweep: Sweep, sweeps: Sequence[Sweep]) -> None:
-        if sweep.referred is None:
-            return
-        referred = next((other for other in sweeps if other.name == sweep.referred[0]), None)
-        if referred is None or sweep.referred[1] not in referred.variants:
-            raise SelOrthoError(
-                f"{self.path}, sweep {sweep.name!r}: reference {sweep.reference!r} is no sweep/variant of this plan"
-            )
-        for what in ("sections", "layers"):  # or the reference would not be trained where only those are run
-            lacking = [one for one in getattr(sweep, what) if one not in getattr(referred, what)]
-            if lacking:
-                raise SelOrthoError(
-                    f"{self.path}, sweep {sweep.name!r}: {what} {lacking[0]!r} is not among those of its reference "
-                    f"{sweep.reference!r}: {', '.join(map(str, getattr(referred, what)))}"
-                )
-
-    def _check_examples(self, examples: Mapping[str, str], sweeps: Sequence[Sweep]) -> None:
-        if not examples:
-            return
-        self._refuse_unknown("examples", examples, {"sweep", "variant", "control"})
-        variants = {sweep.name: tuple(sweep.variants) for sweep in sweeps}
-        self._one_of("examples: sweep", examples.get("sweep"), tuple(variants))
-        for key in ("variant", *({"control"} & examples.keys())):
-            self._one_of(f"examples: {key}", examples.get(key), variants[examples["sweep"]])
-        self._one_of(f"examples: sweep {examples['sweep']!r} needs the twin", TWIN, variants[examples["sweep"]])
-
-    def _named(self, kind: str, name: Any, known: Mapping[str, Any], where: str) -> Any:
-        self._one_of(f"{where}: {kind}", name, tuple(known))
-        return known[name]
-
-    def _one_of(self, what: str, value: Any, allowed: Sequence[str]) -> None:
-        if value not in allowed:
-            raise SelOrthoError(f"{self.path}, {what} {value!r}: expected one of {', '.join(allowed) or 'none'}")
-
-    def _refuse_unknown(self, where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise SelOrthoError(
-                f"{self.path}, {where}: {unknown[0]!r} is not known; expected some of {', '.join(sorted(known))}"
-            )
+        sweeps = tuple(_sweep(name, sweep, content) for name, sweep in content.get("sweeps", {}).items())
+        _check_examples(content.get("examples", {}), {sweep.name: sweep for sweep in sweeps})
+        synthetic = tuple(_synthetic(content.get("ground_truth", {}), content, count))
+    except SelOrthoError as error:
+        raise SelOrthoError(f"{path}, {error}") from error
+    return Plan(
+        name=f"{path.stem}-quick" if quick else path.stem,
+        description=content.get("description", ""),
+        harvest=content.get("harvest", {}),
+        label_column=content.get("label_column"),
+        seeds=count,
+        sweeps=sweeps,
+        synthetic=synthetic,
+        **{key: content.get(key, {}) for key in ("measures", "timing", "examples")},
+    )
 
 
 def merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with some values replaced, objects key by key; null removes a key."""
-    result = dict(content)
+    """Replace some values of an object, objects within it key by key; null removes a key."""
+    result = {key: value for key, value in content.items() if changes.get(key, value) is not None}
     for key, value in changes.items():
-        old = result.get(key)
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(old, dict) and isinstance(value, dict):
-            result[key] = merged(old, value)
-        else:
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merged(result[key], value)
+        elif value is not None:
             result[key] = value
     return result
+
+
+def _sweep(name: str, block: Mapping[str, Any], content: Mapping[str, Any]) -> Sweep:
+    where = f"sweep {name!r}"
+    _check_names(where, block, _SWEEP_KEYS)
+    _check_names(f"{where}: sections", block.get("sections", ()), SECTIONS)
+    layers = tuple(block.get("layers", ()))
+    if not layers or any(type(layer) is not int for layer in layers):
+        raise SelOrthoError(f"{where}: layers {list(layers)}: expected decoder layers counted from 0")
+    recipe = _named(f"{where}: recipe", block.get("recipe"), content.get("recipes", {}))
+    variants = _variants(block.get("variants", ()), content, where)
+    compared = tuple(block.get("compared", variants))
+    _check_names(f"{where}: compared", compared, variants)
+    return Sweep(
+        name=name,
+        sections=tuple(block.get("sections", ())),
+        layers=layers,
+        arguments={**content.get("training", {}), **recipe, **block.get("arguments", {})},
+        variants=variants,
+        compared=compared,
+        measures=block.get("measures", {}),
+    )
+
+
+def _variants(block: Any, content: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Settings by variant, of the sets that are named or of an object."""
+    sets = content.get("variant_sets", {})
+    blocks = [block] if isinstance(block, dict) else [_named(f"{where}: variants", name, sets) for name in block]
+    variants = {name: settings for part in blocks for name, settings in part.items()}
+    if not variants:
+        raise SelOrthoError(f"{where} has no variants: expected settings by name, or names of sets")
+    for variant, settings in variants.items():
+        _check_names(f"{where}, variant {variant!r}", settings, SETTING_NAMES)
+    return variants
+
+
+def _synthetic(block: Mapping[str, Any], content: Mapping[str, Any], seeds: int) -> Iterable[SyntheticRun]:
+    _check_names("ground_truth", block, _SYNTHETIC_KEYS)
+    recipes = block.get("recipes", {})
+    for name, world in block.get("worlds", {}).items():
+        for recipe in world.get("recipes", recipes):
+            settings = _named(f"world {name!r}: recipe", recipe, recipes)
+            variants = _variants(block.get("variants", ()), content, "ground_truth")
+            for seed in range(seeds):  # every seed has a world of its own, the same one for each recipe
+                own = {"name": name, "seed": derived_seed(f"world {name}", seed), **world}
+                own.pop("recipes", None)
+                baselines = tuple(block.get("peers", {}).get(recipe, ()))
+                yield SyntheticRun(own, recipe, seed, settings, variants, block.get("training", {}), baselines)
+
+
+def _check_examples(examples: Mapping[str, str], sweeps: Mapping[str, Sweep]) -> None:
+    if examples:
+        _check_names("examples", examples, ("sweep", "variant", "control"))
+        sweep = _named("examples: sweep", examples.get("sweep"), sweeps)
+        shown = [TWIN, *(name for key, name in examples.items() if key != "sweep")]
+        _check_names(f"examples: variants of sweep {sweep.name!r}", shown, sweep.variants)
+
+
+def _named(what: str, name: Any, known: Mapping[str, Any]) -> Any:
+    _check_names(what, [name], known)
+    return known[name]
+
+
+def _check_names(what: str, names: Iterable[Any], known: Iterable[str]) -> None:
+    """Refuse a name that is not known."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise SelOrthoError(f"{what}: {name!r} is not known; expected one of {', '.join(known) or 'none'}")

@@ -1,10 +1,10 @@
-"""What is kept of an experiment: one JSON file for each SAE, world and comparison, under `results/<plan>/`."""
+"""What is kept of an experiment: one JSON file for each SAE, synthetic run and comparison, under `results/<plan>/`."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from hf_selortho.errors import SelOrthoError
 from hf_selortho.training.run_folder import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows, write_json
 
 SCHEMA_VERSION = 1
-HARVEST = "harvest"  # name and kind of the record of language model and text
 CURVE_POINTS = 30
 CURVES = ("fvu", "l1", "l0", "peak_correlation", "top_correlation", "dead_features", "active_features")
 _LAST = 100  # steps whose batches tell how much a figure varies from batch to batch, as in the paper
 _SPREADS = ("peak_correlation", "top_correlation", "mean_correlation", "pair_churn", "unique_features")
+_PATHS = ("output_dir", "activations", "variants", "ortho_reference", "dataset", "resume_from_checkpoint")
 
 
 class Records:
@@ -26,28 +26,28 @@ class Records:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Of a record by its name, such as "topk/none-layer8-seed0"."""
+        """Path of a record by its name, such as "topk/none-layer8-seed0"."""
         return self.folder / f"{name}.json"
 
     def has(self, name: str) -> bool:
-        """Whether the record is there."""
+        """Tell whether the record is there."""
         return self.path(name).is_file()
 
     def read(self, name: str) -> dict[str, Any]:
-        """One record.
+        """Read one record.
 
         Raises:
-            SelOrthoError: it is missing or damaged.
+            SelOrthoError: it is missing or damaged, or of another version.
         """
         path = self.path(name)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = content.get("schema_version")
+        except (OSError, ValueError, AttributeError) as error:
             raise SelOrthoError(f"{path} is missing or damaged ({error}): remove it and run the plan again") from error
-        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION:
             raise SelOrthoError(
-                f"{path} has schema_version {content.get('schema_version') if isinstance(content, dict) else None}, "
-                f"expected {SCHEMA_VERSION}: remove it and run the plan again"
+                f"{path} has schema_version {version}, expected {SCHEMA_VERSION}: remove it and run the plan again"
             )
         return content
 
@@ -55,6 +55,7 @@ class Records:
         """Refuse a record that is of something else than the plan.
 
         Args:
+            name: of the record.
             facts: what it is of in words, what the record has, and what the plan has.
 
         Raises:
@@ -73,16 +74,9 @@ class Records:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"schema_version": SCHEMA_VERSION, "name": name, **content})
 
-    def all(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Every record of a kind ("sae", "world", "seeds", ...), by name."""
-        for path in sorted(self.folder.rglob("*.json")):
-            content = self.read(str(path.relative_to(self.folder).with_suffix("")))
-            if content.get("kind") == kind:
-                yield content
-
 
 def training_facts(folder: Path) -> dict[str, Any]:
-    """What the record of an SAE says of its training, from the files that the training has left in its folder."""
+    """Say what the record of an SAE keeps of its training, from the files that the training has left in its folder."""
     rows = read_rows(folder / METRICS_LOG)
     if not rows:
         raise SelOrthoError(f"{folder} has no {METRICS_LOG}: its training has not ended; run the plan again")
@@ -90,7 +84,7 @@ def training_facts(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     last = [row for row in rows if row["step"] > rows[-1]["step"] - _LAST]
     return {
-        "arguments": {key: run["arguments"][key] for key in sorted(run["arguments"]) if key not in _PLACES},
+        "arguments": {key: run["arguments"][key] for key in sorted(run["arguments"]) if key not in _PATHS},
         "training": metrics.get("training", {}),
         "spread_over_batches": {key: _spread(last, key) for key in _SPREADS},
         "curve": thinned(rows),
@@ -103,7 +97,7 @@ def training_facts(folder: Path) -> dict[str, Any]:
 
 
 def training_seconds(folder: Path) -> float:
-    """What the steps of an SAE took by themselves, also beside others that were trained in turns with it."""
+    """Sum what the steps of an SAE took by themselves, also beside others that were trained in turns with it."""
     seconds, before = 0.0, 0
     for row in read_rows(folder / TIMINGS_LOG):
         seconds += row["seconds_per_step"] * (row["step"] - before)
@@ -111,17 +105,15 @@ def training_seconds(folder: Path) -> float:
     return seconds
 
 
-_PLACES = ("output_dir", "activations", "variants", "ortho_reference", "dataset", "resume_from_checkpoint")
-
-
 def thinned(rows: Sequence[Mapping[str, Any]], points: int = CURVE_POINTS) -> dict[str, list[Any]]:
-    """Some rows of a training's log as columns, evenly spread over the steps, the last one among them."""
+    """Take some rows of a training's log as columns, evenly spread over the steps, the last one among them."""
     if len(rows) > points:
         rows = [rows[round(k * (len(rows) - 1) / (points - 1))] for k in range(points)]
     columns = {"step": [row["step"] for row in rows]}
     for key in CURVES:
-        if any(row.get(key) is not None for row in rows):
-            columns[key] = [_short(row.get(key)) for row in rows]
+        values = [row.get(key) for row in rows]
+        if any(value is not None for value in values):
+            columns[key] = [float(f"{value:.4g}") if isinstance(value, float) else value for value in values]
     return columns
 
 
@@ -130,7 +122,3 @@ def _spread(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float] | N
     if len(values) < 2:
         return None
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values), "batches": len(values)}
-
-
-def _short(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""How well an SAE has found the features of a world, by SAELens's metrics and by the ground truth itself."""
+"""How well an SAE has found the features of synthetic data, by SAELens's metrics and by the ground truth itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from experiments.world_sampling import SyntheticWorld, derived_seed
-from experiments.worlds import library
+from experiments.synthetic_data import SyntheticData, TokenStream, derived_seed, sae_lens
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation.functional import batch_correlation_summary, max_decoder_cosine
 
@@ -48,9 +47,9 @@ class Matches:
 
 @torch.no_grad()
 def score_sae(
-    sae: Scored, world: SyntheticWorld, *, samples: int = 50_000, batch_size: int = 1024, seed: int = EVALUATION_SEED
+    sae: Scored, data: SyntheticData, *, samples: int, batch_size: int = 1024, seed: int = EVALUATION_SEED
 ) -> dict[str, float]:
-    """Score a trained SAE on fresh tokens of a world.
+    """Score a trained SAE on fresh tokens.
 
     By SAELens (`eval_sae_on_synthetic_data`; each of the SAE's features stands for the true feature of the largest
     absolute cosine there):
@@ -65,11 +64,11 @@ def score_sae(
     By our own functions: `top_correlation` (mean |c| of the top 0.1% of pairs of a batch of 4096 tokens, both features
     of which fire on at least 4) and `max_decoder_cosine` (mean over the features of their largest decoder cosine).
 
-    By the ground truth: those of [`direction_scores`] and, in a hierarchical world, of [`absorption_scores`].
+    By the ground truth: those of [`direction_scores`] and, in a hierarchy, of [`absorption_scores`].
 
     Args:
         sae: on the CPU.
-        world: that it was trained on.
+        data: that it was trained on.
         samples, batch_size: fresh tokens to look at, and how many at once.
         seed: of these tokens.
 
@@ -77,12 +76,12 @@ def score_sae(
         The figures by name. What is not defined, as when no pair has enough support, is NaN.
     """
     sae.eval()
-    stream = world.stream(seed)
-    theirs = library("sae_lens.synthetic").eval_sae_on_synthetic_data(
-        sae, stream.dictionary, stream, num_samples=samples, batch_size=batch_size
+    stream = TokenStream(data, seed)
+    theirs = sae_lens("sae_lens.synthetic").eval_sae_on_synthetic_data(
+        sae, stream, stream, num_samples=samples, batch_size=batch_size
     )
-    activations, _ = world.sample(min(samples, _CORRELATION_TOKENS), torch.Generator().manual_seed(seed))
-    matches = match_features(sae.W_dec, world.directions)
+    activations, _ = data.sample(min(samples, _CORRELATION_TOKENS), torch.Generator().manual_seed(seed))
+    matches = match_features(sae.W_dec, data.directions)
     scores = {
         "mcc": theirs.mcc,
         "uniqueness": theirs.uniqueness,
@@ -96,10 +95,10 @@ def score_sae(
         "shrinkage": theirs.shrinkage,
         "top_correlation": batch_correlation_summary(sae.encode(activations), min_support=4).top,
         "max_decoder_cosine": float(max_decoder_cosine(sae.W_dec).mean()),
-        **direction_scores(matches, world),
+        **direction_scores(matches, data),
     }
-    if (world.parents >= 0).any():
-        scores |= absorption_scores(sae, world, matches, samples=samples, batch_size=batch_size, seed=seed)
+    if (data.parents >= 0).any():
+        scores |= absorption_scores(sae, data, matches, samples=samples, batch_size=batch_size, seed=seed)
     return scores
 
 
@@ -113,8 +112,8 @@ def match_features(W_dec: Tensor, directions: Tensor) -> Matches:
     """
     if W_dec.shape[-1] != directions.shape[-1]:
         raise SelOrthoError(
-            f"a decoder of shape {tuple(W_dec.shape)}, expected a width of {directions.shape[-1]}, that of the world; "
-            "score the SAE on the world that it was trained on"
+            f"a decoder of shape {tuple(W_dec.shape)}, expected a width of {directions.shape[-1]}, that of the data; "
+            "score the SAE on the data that it was trained on"
         )
     rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
     cosine = directions @ rows.T  # (F, n)
@@ -126,29 +125,29 @@ def match_features(W_dec: Tensor, directions: Tensor) -> Matches:
     return Matches(cosine.amax(1), feature, rows)
 
 
-def direction_scores(matches: Matches, world: SyntheticWorld) -> dict[str, float]:
-    """What the decoder's directions say about the true features.
+def direction_scores(matches: Matches, data: SyntheticData) -> dict[str, float]:
+    """Say what the decoder's directions tell about the true features.
 
     Returns:
         recovered: share of the true features whose largest decoder cosine is at least 0.8.
         recovered_parents, recovered_children: the same of the features that have children, and of those that have a
-            parent (in the middle of a tree, both); in a hierarchical world.
+            parent (in the middle of a tree, both); in a hierarchy.
         merged: mean over the matched children of the cosine of the child's decoder row with the true direction of its
             parent, less the true cosine of the two: how much of the parent the SAE has built into the child, as it has
-            to where the parent is absorbed; in a hierarchical world.
+            to where the parent is absorbed; in a hierarchy.
     """
     recovered = (matches.best >= RECOVERED).double()
     scores = {"recovered": float(recovered.mean())}
-    children = (world.parents >= 0).nonzero()[:, 0]
+    children = data.children
     if len(children) == 0:
         return scores
     found = children[matches.feature[children] >= 0]
-    parents = world.directions[world.parents[found]]  # (matched children, d)
+    parents = data.directions[data.parents[found]]  # (matched children, d)
     cosine = (matches.rows[matches.feature[found]] * parents).sum(1)
-    true_cosine = (world.directions[found] * parents).sum(1)
+    true_cosine = (data.directions[found] * parents).sum(1)
     return {
         **scores,
-        "recovered_parents": float(recovered[world.parents[children].unique()].mean()),
+        "recovered_parents": float(recovered[data.parents[children].unique()].mean()),
         "recovered_children": float(recovered[children].mean()),
         "merged": float((cosine - true_cosine).double().mean()),
     }
@@ -156,9 +155,9 @@ def direction_scores(matches: Matches, world: SyntheticWorld) -> dict[str, float
 
 @torch.no_grad()
 def absorption_scores(
-    sae: Scored, world: SyntheticWorld, matches: Matches, *, samples: int, batch_size: int, seed: int
+    sae: Scored, data: SyntheticData, matches: Matches, *, samples: int, batch_size: int, seed: int
 ) -> dict[str, float]:
-    """How much more often a parent's feature is silent where a child is active than where none is.
+    """Measure how much more often a parent's feature is silent where a child is active than where none is.
 
     For a true parent and child that both have an SAE feature of their own:
     P(the parent's feature is silent | parent and child active) - P(it is silent | parent active, none of its children).
@@ -167,8 +166,8 @@ def absorption_scores(
 
     Args:
         sae: on the CPU.
-        world: hierarchical.
-        matches: of the SAE's decoder with the world's directions.
+        data: hierarchical.
+        matches: of the SAE's decoder with the true directions.
         samples, batch_size, seed: of the tokens.
 
     Returns:
@@ -176,17 +175,17 @@ def absorption_scores(
         absorption_pairs: how many those are.
         silent_with_child, silent_alone: means of the two terms.
     """
-    child = ((world.parents >= 0) & (matches.feature >= 0)).nonzero()[:, 0]
-    child = child[matches.feature[world.parents[child]] >= 0]
-    parent = world.parents[child]
+    child = ((data.parents >= 0) & (matches.feature >= 0)).nonzero()[:, 0]
+    child = child[matches.feature[data.parents[child]] >= 0]
+    parent = data.parents[child]
     together, alone, silent_together, silent_alone = torch.zeros(4, len(child), dtype=torch.float64)
-    children = (world.parents >= 0).nonzero()[:, 0]
+    children = data.children
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, samples, batch_size):
-        activations, strengths = world.sample(min(batch_size, samples - start), generator)
+        activations, strengths = data.sample(min(batch_size, samples - start), generator)
         active = strengths > 0
         silent = sae.encode(activations)[:, matches.feature[parent]] == 0
-        with_child = torch.zeros(active.shape).index_add_(1, world.parents[children], active[:, children].float()) > 0
+        with_child = torch.zeros(active.shape).index_add_(1, data.parents[children], active[:, children].float()) > 0
         both = active[:, parent] & active[:, child]
         neither = active[:, parent] & ~with_child[:, parent]
         together += both.sum(0)

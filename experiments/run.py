@@ -1,0 +1,335 @@
+"""Runs a plan: caches activations once, trains what has no record yet, measures it, compares the seeds.
+
+Every training and every measurement is a process of its own, so that one that is killed costs itself alone, memory is
+given back, and several run side by side: one a GPU, or a share of the cores each. A plan that is started again skips
+what has a record; a training that was killed goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experiments.examples import read_examples
+from experiments.jobs import environment_of, run_process, side_by_side, threads_of
+from experiments.measure import Request, compare_seeds
+from experiments.plan import TWIN, Plan, SyntheticRun, Unit
+from experiments.records import Records
+from experiments.synthetic_training import missing_scores
+from hf_selortho.configuration_selortho import SelOrthoConfig
+from hf_selortho.data.activation_cache import ActivationCache
+from hf_selortho.data.cache_manifest import MANIFEST, shard_path
+from hf_selortho.errors import SelOrthoError
+from hf_selortho.training.run_folder import CHECKPOINTS, RUN, write_json
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+HARVEST, TIMING, EXAMPLES = "harvest", "timing", "examples"  # names and kinds of records
+EXAMPLE_SEED = 0  # of the SAEs whose pairs are shown
+MORE_PAIRS = 0.005  # the paper's 0.5%, against its 0.1%, in the comparison of memory
+
+
+@dataclass(frozen=True)
+class PlanRun:
+    """A plan and where its files are."""
+
+    plan: Plan
+    work: Path  # activations, trained SAEs: large
+    results: Path  # records, figures: small
+    jobs: int = 1  # trainings side by side
+
+    @cached_property
+    def records(self) -> Records:
+        """What has been found out."""
+        return Records(self.results)
+
+    @property
+    def cache(self) -> Path:
+        """The activations."""
+        return self.work / "activations"
+
+    def folder(self, unit: Unit) -> Path:
+        """Where a unit is trained."""
+        return self.work / "units" / unit.name
+
+
+def cache_activations(run: PlanRun) -> None:
+    """Cache the activations of all layers of the plan, unless that is done, and keep what they are of.
+
+    Raises:
+        SelOrthoError: the folder holds the activations of another plan or text, or the records are of another one.
+    """
+    preset, arguments = run.work / "cache.json", {"layers": run.plan.layers, **run.plan.harvest}
+    if preset.is_file() and json.loads(preset.read_text(encoding="utf-8")) != arguments:
+        raise SelOrthoError(
+            f"{run.cache} holds the activations that {preset} names, not those of this plan: choose another --work_dir"
+        )
+    write_json(preset, arguments)
+    if not (run.cache / MANIFEST).is_file():
+        command = [str(SCRIPTS / "cache_activations.py"), "--preset", str(preset), "--output_dir", str(run.cache)]
+        run_process(command, run.work / "cache.log", "caching the activations")
+    cache = ActivationCache(str(run.cache))
+    manifest, content = cache.manifest, dataclasses.asdict(cache.manifest)
+    text = {**content["text"], "dataset": local_name(manifest.text.dataset)}
+    if run.records.has(HARVEST):
+        before = run.records.read(HARVEST)
+        named = {"text": (before["text"], text), "model": (before["model"], content["model"])}
+        run.records.refuse_other(HARVEST, ((f"the {key}", identity(a), identity(b)) for key, (a, b) in named.items()))
+        return
+    source = {"model": content["model"], "text": text, "contexts": content["contexts"], "rows": manifest.rows}
+    run.records.write(
+        HARVEST, {"kind": HARVEST, **source, "manifest_sha256": cache.sha256, "versions": manifest.versions}
+    )
+
+
+def identity(source: Mapping[str, Any]) -> str:
+    """Say what a text or a language model is told from others by: the fingerprint of files, else name and commit."""
+    named = " ".join(str(source[key]) for key in ("dataset", "name", "config", "split", "revision") if source.get(key))
+    return str(source.get("fingerprint") or named)
+
+
+def local_name(dataset: str) -> str:
+    """Say how a text is called in records: one on this machine by its file."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
+
+
+def time_steps(run: PlanRun) -> None:
+    """Time a training step with each penalty for Table 1, while nothing else runs."""
+    if not run.plan.timing or run.records.has(TIMING):
+        return
+    settings, found = run.plan.timing, []
+    cache = ActivationCache(str(run.cache))
+    shard = shard_path("train", f"layer_{settings['layer']}", cache.manifest.shards[0].number)
+    for number, (only, more) in enumerate(
+        [(["selective", "full"], []), (["selective"], ["--pair_fraction", str(MORE_PAIRS)])]
+    ):
+        output = run.work / f"timing-{number}"
+        command = [
+            "-m", "benchmarks.benchmark", "--activations", str(run.cache / shard), "--only", *only, "--memory",
+            "--activation", "relu", "--widths", str(settings["d_sae"]), "--batch", str(settings["batch_size"]),
+            "--l0", str(settings["l0"]), "--steps", str(settings["rounds"] if not more else 1),
+            "--selection_interval", "1", "--output", str(output), *more,
+        ]  # fmt: skip
+        run_process(command, run.work / "timing.log", "the timing of steps")
+        found.append(json.loads((output / "benchmark.json").read_text(encoding="utf-8")))
+    first, wide = ({row["mode"]: row["memory_bytes"] for row in content["rows"]} for content in found)
+    facts = {key: found[0][key] for key in ("rows", "d_in", "hardware", "versions", "date")}
+    ratio = wide["selective"] / first["selective"] if wide["selective"] and first["selective"] else None
+    run.records.write(
+        TIMING,
+        {
+            "kind": TIMING, "layer": settings["layer"], "memory_of_more_pairs": ratio, "more_pairs": MORE_PAIRS,
+            "batch_size": settings["batch_size"], **facts,
+        },
+    )  # fmt: skip
+
+
+def run_trainings(run: PlanRun) -> None:
+    """Train and measure every SAE of the plan that has no record, then compare the seeds of every sweep.
+
+    Raises:
+        SelOrthoError: a record is of other settings than the plan's; or a process has failed: says which, where its log
+            is, and that the plan goes on from there.
+    """
+    units = run.plan.units()
+    for unit in units:
+        check_settings(unit, run.records)
+    left = [unit for unit in units if missing(run, unit)]
+    side_by_side(left, lambda unit, slot: finish(run, unit, slot), run.jobs, "trainings")
+    compare_sweeps(run)
+    find_examples(run)
+
+
+def check_settings(unit: Unit, records: Records) -> None:
+    """Refuse records of other settings than those that the plan gives the unit's variants.
+
+    Raises:
+        SelOrthoError: names the record, the setting and both values.
+    """
+    for variant, settings in unit.sweep.variants.items():
+        if records.has(name := unit.record(variant)):
+            wanted = {**unit.sweep.arguments, **settings, "seed": unit.seed}
+            arguments = records.read(name).get("arguments", {})
+            records.refuse_other(name, ((key, arguments.get(key, value), value) for key, value in wanted.items()))
+
+
+def missing(run: PlanRun, unit: Unit) -> list[str]:
+    """List the variants of a unit without a record, or whose weights are needed for what no record says."""
+    return [
+        variant
+        for variant in unit.sweep.variants
+        if not run.records.has(unit.record(variant))
+        or (weights_needed(run, unit, variant) and trained_folder(run, unit, variant) is None)
+    ]
+
+
+def weights_needed(run: PlanRun, unit: Unit, variant: str) -> bool:
+    """Tell whether something is still to be found out that the record of an SAE does not say."""
+    compared = variant in unit.sweep.compared and not is_compared(run, unit, variant)
+    shown = (unit.sweep.name, unit.seed) == (run.plan.examples.get("sweep"), EXAMPLE_SEED)
+    return compared or (shown and variant in example_variants(run.plan) and not has_examples(run))
+
+
+def finish(run: PlanRun, unit: Unit, slot: int) -> None:
+    """Train and measure what is missing of a unit, after what was begun before."""
+    while wanted := [name for name in missing(run, unit) if trained_folder(run, unit, name) is None]:
+        attempts = sorted(path.parent for path in run.folder(unit).glob("*/saes.json"))
+        begun = [attempt for attempt in attempts if not all((f / RUN).is_file() for f in saes_of(attempt).values())]
+        attempt = begun[0] if begun else begin(run, unit, wanted, len(attempts))
+        train(run, unit, attempt, slot)
+    left = [name for name in unit.sweep.variants if not run.records.has(unit.record(name))]
+    folders = {name: trained_folder(run, unit, name) for name in left}
+    if folders:
+        measure(run, unit, {name: str(folder) for name, folder in folders.items()}, slot)
+
+
+def begin(run: PlanRun, unit: Unit, wanted: list[str], number: int) -> Path:
+    """Write the settings of a training: those of the first variant are the run's own, the others stand beside it."""
+    sweep, (own, *others) = unit.sweep, wanted
+    attempt = run.folder(unit) / f"{number:02d}"
+    attempt.mkdir(parents=True, exist_ok=True)
+    preset = {
+        "checkpoint_every": 200, "keep_checkpoints": 1, **sweep.arguments, **sweep.variants[own],
+        "eval_samples": 0, "seed": unit.seed, "layers": [unit.layer],
+    }  # fmt: skip
+    undone = {**SelOrthoConfig.default_settings(), **sweep.arguments}  # for settings of the first that others lack
+    undone = {key: undone[key] for key in sweep.variants[own]}
+    names = {name: name.replace(".", "-") for name in others}  # as a training takes them
+    write_json(attempt / "preset.json", preset)
+    write_json(attempt / "variants.json", {names[name]: {**undone, **sweep.variants[name]} for name in others})
+    saes = {own: f"run/layer_{unit.layer}"} | {name: f"run/layer_{unit.layer}_{names[name]}" for name in others}
+    write_json(attempt / "saes.json", saes)
+    return attempt
+
+
+def train(run: PlanRun, unit: Unit, attempt: Path, slot: int) -> None:
+    """Train the variants of an attempt side by side, from its latest checkpoint on."""
+    command = [
+        str(SCRIPTS / "train.py"), "--preset", str(attempt / "preset.json"), "--activations", str(run.cache),
+        "--output_dir", str(attempt / "run"), "--cpu_threads", str(threads_of(run.jobs)),
+        "--resume_from_checkpoint", "auto",
+    ]  # fmt: skip
+    if len(saes_of(attempt)) > 1:
+        command += ["--variants", str(attempt / "variants.json")]
+    environment = environment_of(slot, run.jobs)
+    run_process(command, attempt / "train.log", f"the training of {unit.name}", environment)
+    shutil.rmtree(attempt / "run" / CHECKPOINTS, ignore_errors=True)
+
+
+def saes_of(attempt: Path) -> dict[str, Path]:
+    """Return the folders of the SAEs of a training by variant."""
+    content: dict[str, str] = json.loads((attempt / "saes.json").read_text(encoding="utf-8"))
+    return {variant: attempt / folder for variant, folder in content.items()}
+
+
+def trained_folder(run: PlanRun, unit: Unit, variant: str) -> Path | None:
+    """Return the folder of a trained SAE; None if it is not there (any more)."""
+    for path in sorted(run.folder(unit).glob("*/saes.json")):
+        folder = saes_of(path.parent).get(variant)
+        if folder is not None and (folder / RUN).is_file():
+            return folder
+    return None
+
+
+def measure(run: PlanRun, unit: Unit, folders: dict[str, str], slot: int) -> None:
+    """Measure SAEs of a unit, given their folders by variant."""
+    plan, sweep = run.plan, unit.sweep
+    skipped = unit.layer not in plan.measures.get("task_layers", plan.layers)
+    request = Request(
+        unit={"sweep": sweep.name, "sections": list(sweep.sections), "layer": unit.layer, "seed": unit.seed},
+        saes={unit.record(variant): (variant, folder) for variant, folder in folders.items()},
+        cache=str(run.cache),
+        tasks=str(run.work / "tasks"),
+        results=str(run.results),
+        sizes={**plan.measures, **sweep.measures},
+        task_sizes={**plan.measures, **({"probing_texts": 0, "first_letter_words": 0} if skipped else {})},
+        dataset=plan.harvest.get("dataset"),
+        label_column=plan.label_column,
+        threads=threads_of(run.jobs),
+    )
+    path = run.folder(unit) / "measure.json"
+    write_json(path, dataclasses.asdict(request))
+    run_process(
+        ["-m", "experiments.measure", str(path)], path.with_suffix(".log"), f"the measurement of {unit.name}",
+        environment_of(slot, run.jobs),
+    )  # fmt: skip
+
+
+def seeds_record(unit: Unit, variant: str) -> str:
+    """Return the name of the record that compares the seeds of a variant."""
+    return f"{unit.sweep.name}/{variant}-layer{unit.layer}-seeds"
+
+
+def is_compared(run: PlanRun, unit: Unit, variant: str) -> bool:
+    """Tell whether as many seeds as the plan has have been compared, or there is nothing to compare."""
+    name = seeds_record(unit, variant)
+    return run.plan.seeds == 1 or (run.records.has(name) and run.records.read(name)["seeds"] >= run.plan.seeds)
+
+
+def compare_sweeps(run: PlanRun) -> None:
+    """Write how alike the seeds of each variant are."""
+    seeds = range(run.plan.seeds)
+    for unit in (unit for unit in run.plan.units() if unit.seed == 0):
+        for variant in unit.sweep.compared:
+            folders = [trained_folder(run, dataclasses.replace(unit, seed=seed), variant) for seed in seeds]
+            known = [folder for folder in folders if folder is not None]
+            if not is_compared(run, unit, variant) and len(known) == len(seeds):
+                facts = {"sweep": unit.sweep.name, "variant": variant, "layer": unit.layer, "seeds": len(seeds)}
+                run.records.write(seeds_record(unit, variant), {"kind": "seeds", **facts, **compare_seeds(known)})
+
+
+def example_variants(plan: Plan) -> list[str]:
+    """List the twin, the variant whose pairs are shown beside the twin's, and the control without penalty."""
+    return [TWIN, *(plan.examples[key] for key in ("variant", "control") if key in plan.examples)]
+
+
+def has_examples(run: PlanRun) -> bool:
+    """Tell whether there are examples, of those SAEs that the plan names."""
+    known = run.records.read(EXAMPLES) if run.records.has(EXAMPLES) else {}
+    return bool(known) and all(known.get(key) == run.plan.examples.get(key) for key in ("sweep", "variant", "control"))
+
+
+def find_examples(run: PlanRun) -> None:
+    """Keep what pairs of a twin became in its SAE, and as a control in another one without penalty."""
+    plan = run.plan
+    if not plan.examples or has_examples(run):
+        return
+    sweep = next(sweep for sweep in plan.sweeps if sweep.name == plan.examples["sweep"])
+    unit = Unit(sweep, sweep.layers[0], EXAMPLE_SEED)
+    twin, *others = (str(trained_folder(run, unit, variant)) for variant in example_variants(plan))
+    found = []
+    for number, other in enumerate(others):
+        index = run.work / f"examples-{number}"
+        command = [
+            str(SCRIPTS / "build_feature_index.py"), twin, "--twin", other, "--output", str(index), "--overwrite",
+            "--tokens", "200000",
+        ]  # fmt: skip
+        if "dataset" in plan.harvest:
+            command += ["--dataset", str(plan.harvest["dataset"])]
+        run_process(command, run.work / "examples.log", "the index of the examples")
+        found.append(read_examples(index))
+    control = {"control_classes": found[1]["classes"]} if len(found) > 1 else {}
+    run.records.write(EXAMPLES, {"kind": EXAMPLES, **plan.examples, "seed": EXAMPLE_SEED, **found[0], **control})
+
+
+def run_synthetic(run: PlanRun) -> None:
+    """Train and score on synthetic data what has no record."""
+
+    def work(synthetic: SyntheticRun, slot: int) -> None:
+        path = run.work / "synthetic" / f"{Path(synthetic.name).name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = {
+            "run": dataclasses.asdict(synthetic), "results": str(run.results), "threads": threads_of(run.jobs),
+            "samples": run.plan.measures.get("world_samples", 50_000),
+        }  # fmt: skip
+        write_json(path, request)
+        command = ["-m", "experiments.synthetic_training", str(path)]
+        run_process(command, path.with_suffix(".log"), synthetic.name, environment_of(slot, run.jobs))
+
+    left = [synthetic for synthetic in run.plan.synthetic if any(missing_scores(synthetic, run.records))]
+    side_by_side(left, work, run.jobs, "synthetic data")
