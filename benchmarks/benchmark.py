@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-
 from benchmarks.cases import ACTIVATIONS, MODES, base_config, cases_of
 from benchmarks.inputs import (
     Batches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -19,23 +19,6 @@ MIN_SUPPORT = 20  # tokens of each kind from which a pair's absorption is counte
 _CORRELATION_TOKENS = 4096  # the batch of `top_correlation`
 
 
-class Scored(Protocol):
-    """What is scored: a [`SelOrthoSAE`], an SAE of SAELens, or whatever has these, on the CPU."""
-
-    @property
-    def W_dec(self) -> Tensor:  # noqa: N802
-        """Decoder directions (n, d), of any norm."""
-
-    def encode(self, activations: Tensor, /) -> Tensor:
-        """Feature activations (B, n) of raw activations (B, d); not zero where a feature fires."""
-
-    def decode(self, feature_acts: Tensor, /) -> Tensor:
-        """Raw activations (B, d)."""
-
-    def eval(self) -> object:
-        """Be as after training."""
-
-
 @dataclass(frozen=True)
 class Matches:
     """Which of the SAE's features stand for which true ones, by the cosine of their directions."""
@@ -47,7 +30,7 @@ class Matches:
 
 @torch.no_grad()
 def score_sae(
-    sae: Scored, data: SyntheticData, *, samples: int, batch_size: int = 1024, seed: int = EVALUATION_SEED
+    sae: Any, data: SyntheticData, *, samples: int, batch_size: int = 1024, seed: int = EVALUATION_SEED
 ) -> dict[str, float]:
     """Score a trained SAE on fresh tokens.
 
@@ -67,7 +50,7 @@ def score_sae(
     By the ground truth: those of [`direction_scores`] and, in a hierarchy, of [`absorption_scores`].
 
     Args:
-        sae: on the CPU.
+        sae: a [`SelOrthoSAE`] or an SAE of SAELens, on the CPU: its `W_dec` (n, d), `encode` and `decode` are used.
         data: that it was trained on.
         samples, batch_size: fresh tokens to look at, and how many at once.
         seed: of these tokens.
@@ -155,7 +138,7 @@ def direction_scores(matches: Matches, data: SyntheticData) -> dict[str, float]:
 
 @torch.no_grad()
 def absorption_scores(
-    sae: Scored, data: SyntheticData, matches: Matches, *, samples: int, batch_size: int, seed: int
+    sae: Any, data: SyntheticData, matches: Matches, *, samples: int, batch_size: int, seed: int
 ) -> dict[str, float]:
     """Measure how much more often a parent's feature is silent where a child is active than where none is.
 

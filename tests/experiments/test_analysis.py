@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from hf_selortho import SelOrthoError
 from hf_selortho.experiments.claims import FAILS, HOLDS, SMALLER, UNKNOWN, Evidence, useful_range, verdicts
 from hf_selortho.experiments.comparison import best_by, cheapest_by, comparisons, nearest_to_both
 from hf_selortho.experiments.records import Records, thinned
 from hf_selortho.experiments.sections.steering import steered_words
 from hf_selortho.experiments.summaries import Figure, at_equal_l0, interpolate, paired, summarise, value_of
+
+from hf_selortho import SelOrthoError
 
 
 def record(variant: str, seed: int, sweep: str = "topk", layer: int = 8, **figures: float) -> dict[str, Any]:

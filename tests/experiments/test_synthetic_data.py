@@ -53,11 +53,11 @@ class Reader:
             self.W_dec = nn.functional.normalize(self.W_dec, dim=1)
 
     def encode(self, activations: Tensor) -> Tensor:
-        strengths = (activations - self.bias) @ torch.linalg.pinv(self.world.directions)
+        strengths = (activations - self.bias) @ torch.linalg.pinv(self.data.directions)
         h = torch.where(strengths > 0.5, strengths, 0)
         for child in self.children.tolist():
             tokens = (strengths[:, child] > 0.5) & (torch.rand(len(h), generator=generator()) < self.silenced)
-            h[tokens, self.world.parents[child]] = 0
+            h[tokens, self.data.parents[child]] = 0
         return torch.where(torch.rand(h.shape, generator=generator(2)) < self.missed, 0, h)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
