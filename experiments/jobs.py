@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from tqdm.auto import tqdm
 
@@ -19,7 +20,6 @@ from hf_selortho.errors import SelOrthoError
 from hf_selortho.utils.command_line import own_cores
 
 T = TypeVar("T")
-_running: set[subprocess.Popen[bytes]] = set()
 
 
 def threads_of(jobs: int) -> int:
@@ -58,7 +58,7 @@ def side_by_side(items: Collection[T], work: Callable[[T, int], None], jobs: int
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
-                for process in list(_running):
+                for process in psutil.Process().children():
                     process.terminate()  # a training writes a checkpoint first
             raise
 
@@ -71,20 +71,11 @@ def run_process(command: Sequence[str], log: Path, what: str, environment: dict[
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as words:
-        process = subprocess.Popen([sys.executable, *command], stdout=words, stderr=words, env=environment)
-        _running.add(process)
-        try:
-            process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        finally:
-            _running.discard(process)
-    if process.returncode:
+        done = subprocess.run([sys.executable, *command], stdout=words, stderr=words, env=environment, check=False)
+    if done.returncode:
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise SelOrthoError(
-            f"{what} ended with exit code {process.returncode}: {last[-1] if last else 'no word'} (see {log}). What is "
+            f"{what} ended with exit code {done.returncode}: {last[-1] if last else 'no word'} (see {log}). What is "
             "done is kept: start the plan again to go on"
         )
 

@@ -10,7 +10,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from experiments.synthetic_data import SyntheticData, TokenStream, derived_seed, sae_lens
-from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation.functional import batch_correlation_summary, max_decoder_cosine
 
 EVALUATION_SEED = derived_seed("evaluation", 0)  # of the tokens that SAEs are scored on, which no training draws
@@ -89,15 +88,7 @@ def match_features(W_dec: Tensor, directions: Tensor) -> Matches:
     """Match the true directions (F, d) with the decoder rows (n, d), one to one, for the largest sum of cosines.
 
     A match counts if its cosine is at least 0.5.
-
-    Raises:
-        SelOrthoError: they are not of the same width.
     """
-    if W_dec.shape[-1] != directions.shape[-1]:
-        raise SelOrthoError(
-            f"a decoder of shape {tuple(W_dec.shape)}, expected a width of {directions.shape[-1]}, that of the data; "
-            "score the SAE on the data that it was trained on"
-        )
     rows = nn.functional.normalize(W_dec.detach().float(), dim=1)
     cosine = directions @ rows.T  # (F, n)
     true, own = linear_sum_assignment(cosine.numpy(), maximize=True)
