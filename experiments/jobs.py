@@ -17,21 +17,15 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.utils.command_line import own_cores
 
 T = TypeVar("T")
 
 
-def threads_of(jobs: int) -> int:
-    """Return the threads of each process on a CPU."""
-    return max(1, own_cores() // jobs)
-
-
-def environment_of(slot: int, jobs: int) -> dict[str, str]:
+def environment_of(slot: int, threads: int) -> dict[str, str]:
     """Return the environment of the processes of a job: a GPU of its own, or a share of the cores."""
     if gpus := torch.cuda.device_count():
         return {**os.environ, "CUDA_VISIBLE_DEVICES": str(slot % gpus)}
-    return {**os.environ, "OMP_NUM_THREADS": str(threads_of(jobs))}
+    return {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
 
 def side_by_side(items: Collection[T], work: Callable[[T, int], None], jobs: int, description: str) -> None:

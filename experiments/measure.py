@@ -1,25 +1,26 @@
 """Measures the SAEs that a unit of a plan has trained, and writes a record for each.
 
-`python -m experiments.measure request.json`, a process of its own: the language model is loaded once for all SAEs of
-the unit, and its memory is gone when the next training starts.
+`python -m experiments.measure UNIT` and the arguments of `experiments.reproduce`, a process of its own: the language
+model is loaded once for all SAEs of the unit, and its memory is gone when the next training starts.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
-from experiments.records import Records, training_facts
+from experiments.plan import Unit
+from experiments.plan_run import PlanRun, parse_run
+from experiments.records import training_facts
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import held_out_batches
 from hf_selortho.data.texts import TextSource
@@ -38,31 +39,20 @@ PAIR_SETTINGS = {"pair_fraction": 0.001, "min_support": 4, "correlation": "cosin
 SAME_FEATURE = 0.7  # decoder cosine from which two features count as the same one (Paulo & Belrose 2025)
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be measured."""
-
-    unit: dict[str, Any]  # sweep, sections, layer, seed: copied into the records
-    saes: dict[str, tuple[str, str]]  # variant and folder by the name of the record
-    cache: str  # activations, whose held-out contexts are measured on
-    tasks: str  # folder where the tasks of a layer are kept
-    results: str
-    sizes: dict[str, Any]  # `measures` of the plan
-    task_sizes: dict[str, Any]  # probing_texts, first_letter_words, probing_fraction
-    dataset: str | None  # as it was given, where its name alone does not say where it is
-    label_column: str | None
-    threads: int
-
-
-def measure(request: Request) -> None:
-    """Evaluate every SAE of the request and write its record."""
-    cache, layer, sizes = ActivationCache(request.cache), request.unit["layer"], request.sizes
+def measure(run: PlanRun, unit: Unit) -> None:
+    """Evaluate every trained SAE of the unit that has no record, and write it."""
+    cache, sizes = ActivationCache(str(run.activations)), {**run.plan.measures, **unit.sweep.measures}
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the job's own GPU
     model = cache.manifest.model
     lm = load_language_model(model.name, model.revision, model.dtype, device)
-    capture = ActivationCapture(lm, [layer], [cache.manifest.layer(layer).max_norm])
-    tasks = layer_tasks(request, cache, capture)
-    saes: list[Any] = [SelOrthoSAE.from_pretrained(folder, **PAIR_SETTINGS) for _, folder in request.saes.values()]
+    capture = ActivationCapture(lm, [unit.layer], [cache.manifest.layer(unit.layer).max_norm])
+    tasks = layer_tasks(run, unit.layer, cache, capture)
+    folders = {
+        variant: folder
+        for variant in unit.sweep.variants
+        if not run.records.has(unit.record(variant)) and (folder := run.trained_folder(unit, variant)) is not None
+    }
+    saes: list[Any] = [SelOrthoSAE.from_pretrained(str(folder), **PAIR_SETTINGS) for folder in folders.values()]
     saes = [sae.to(device).eval() for sae in saes]
     contexts = cache.held_out_contexts()[: sizes.get("eval_samples", 1000)]
     batch = sizes.get("batch_size", 4096)
@@ -71,46 +61,45 @@ def measure(request: Request) -> None:
         saes,
         capture,
         contexts,
-        batches=held_out_batches(cache, [layer], batch, contexts=len(contexts)),
+        batches=held_out_batches(cache, [unit.layer], batch, contexts=len(contexts)),
         batch_size=batch,
         ce_samples=sizes.get("ce_samples", 64),
         progress=False,
     )
     each = (time.perf_counter() - started) / len(saes)
-    for (name, (variant, folder)), sae, evaluation in zip(request.saes.items(), saes, evaluations, strict=True):
+    for (variant, folder), sae, evaluation in zip(folders.items(), saes, evaluations, strict=True):
         started = time.perf_counter()
         metrics = evaluation.metrics | tasks.measure(sae)
         content = {
-            "kind": "sae",
-            **request.unit,
-            "variant": variant,
-            "evaluation": metrics,
-            "measured_with": PAIR_SETTINGS | sizes,
-            "measuring_seconds": round(each + time.perf_counter() - started, 1),
-            **training_facts(Path(folder)),
-        }
-        Records(Path(request.results)).write(name, content)
+            "kind": "sae", "sweep": unit.sweep.name, "sections": unit.sweep.sections, "layer": unit.layer,
+            "seed": unit.seed, "variant": variant, "evaluation": metrics, "measured_with": PAIR_SETTINGS | sizes,
+            "measuring_seconds": round(each + time.perf_counter() - started, 1), **training_facts(folder),
+        }  # fmt: skip
+        run.records.write(unit.record(variant), content)
 
 
-def layer_tasks(request: Request, cache: ActivationCache, capture: ActivationCapture) -> Tasks:
-    """Return the tasks of the layer; the language model reads them once for a plan.
+def layer_tasks(run: PlanRun, layer: int, cache: ActivationCache, capture: ActivationCapture) -> Tasks:
+    """Return the tasks of a layer; the language model reads them once for a plan.
 
     What the language model itself reaches on them becomes a record.
     """
-    layer, path = request.unit["layer"], Path(request.tasks) / f"layer{request.unit['layer']}.pt"
+    sizes, path = run.plan.measures, run.work / "tasks" / f"layer{layer}.pt"
+    if layer not in sizes.get("task_layers", [layer]):
+        sizes = {**sizes, "probing_texts": 0, "first_letter_words": 0}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
             text = cache.manifest.text
             source = TextSource(
-                request.dataset or text.dataset, text.config, text.split, text.text_column, text.revision,
-                held_out_fraction=request.task_sizes.get("probing_fraction", text.held_out_fraction),
+                run.plan.harvest.get("dataset") or text.dataset,  # as it was given: its name may not say where it is
+                text.config, text.split, text.text_column, text.revision,
+                held_out_fraction=sizes.get("probing_fraction", text.held_out_fraction),
             )  # fmt: skip
-            contexts = asdict(cache.manifest.contexts)
-            tasks = prepare_tasks(capture, source, request.label_column, contexts, request.task_sizes)
-            save_tasks(tasks, path)
+            save_tasks(
+                prepare_tasks(capture, source, run.plan.label_column, asdict(cache.manifest.contexts), sizes), path
+            )
         tasks = load_tasks(path)
-        Records(Path(request.results)).write(f"tasks-layer{layer}", {"kind": "tasks", "layer": layer, **tasks.facts})
+        run.records.write(f"tasks-layer{layer}", {"kind": "tasks", "layer": layer, **tasks.facts})
     return tasks
 
 
@@ -150,10 +139,11 @@ def compare_seeds(folders: Sequence[Path]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what the file that is named says."""
-    request = Request(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    use_all_cores(request.threads)
-    measure(request)
+    """Measure the unit that is named."""
+    name, *argv = sys.argv[1:]
+    run = parse_run(argv)
+    use_all_cores(run.threads)
+    measure(run, next(unit for unit in run.plan.units() if unit.name == name))
 
 
 if __name__ == "__main__":

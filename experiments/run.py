@@ -11,15 +11,14 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experiments.examples import read_examples
-from experiments.jobs import environment_of, run_process, side_by_side, threads_of
-from experiments.measure import Request, compare_seeds
+from experiments.jobs import environment_of, run_process, side_by_side
+from experiments.measure import compare_seeds
 from experiments.plan import TWIN, Plan, SyntheticRun, Unit
+from experiments.plan_run import PlanRun, saes_of
 from experiments.records import Records
 from experiments.synthetic_training import missing_scores
 from hf_selortho.configuration_selortho import SelOrthoConfig
@@ -34,30 +33,6 @@ EXAMPLE_SEED = 0  # of the SAEs whose pairs are shown
 MORE_PAIRS = 0.005  # the paper's 0.5%, against its 0.1%, in the comparison of memory
 
 
-@dataclass(frozen=True)
-class PlanRun:
-    """A plan and where its files are."""
-
-    plan: Plan
-    work: Path  # activations, trained SAEs: large
-    results: Path  # records, figures: small
-    jobs: int = 1  # trainings side by side
-
-    @cached_property
-    def records(self) -> Records:
-        """What has been found out."""
-        return Records(self.results)
-
-    @property
-    def cache(self) -> Path:
-        """The activations."""
-        return self.work / "activations"
-
-    def folder(self, unit: Unit) -> Path:
-        """Where a unit is trained."""
-        return self.work / "units" / unit.name
-
-
 def cache_activations(run: PlanRun) -> None:
     """Cache the activations of all layers of the plan, unless that is done, and keep what they are of.
 
@@ -67,13 +42,13 @@ def cache_activations(run: PlanRun) -> None:
     preset, arguments = run.work / "cache.json", {"layers": run.plan.layers, **run.plan.harvest}
     if preset.is_file() and json.loads(preset.read_text(encoding="utf-8")) != arguments:
         raise SelOrthoError(
-            f"{run.cache} holds the activations that {preset} names, not those of this plan: choose another --work_dir"
+            f"{run.activations} holds what {preset} names, not the activations of this plan: choose another --work_dir"
         )
     write_json(preset, arguments)
-    if not (run.cache / MANIFEST).is_file():
-        command = [str(SCRIPTS / "cache_activations.py"), "--preset", str(preset), "--output_dir", str(run.cache)]
+    if not (run.activations / MANIFEST).is_file():
+        command = [str(SCRIPTS / "cache_activations.py"), "--preset", str(preset), "--output_dir", str(run.activations)]
         run_process(command, run.work / "cache.log", "caching the activations")
-    cache = ActivationCache(str(run.cache))
+    cache = ActivationCache(str(run.activations))
     manifest, content = cache.manifest, dataclasses.asdict(cache.manifest)
     text = {**content["text"], "dataset": local_name(manifest.text.dataset)}
     if run.records.has(HARVEST):
@@ -103,14 +78,14 @@ def time_steps(run: PlanRun) -> None:
     if not run.plan.timing or run.records.has(TIMING):
         return
     settings, found = run.plan.timing, []
-    cache = ActivationCache(str(run.cache))
+    cache = ActivationCache(str(run.activations))
     shard = shard_path("train", f"layer_{settings['layer']}", cache.manifest.shards[0].number)
     for number, (only, more) in enumerate(
         [(["selective", "full"], []), (["selective"], ["--pair_fraction", str(MORE_PAIRS)])]
     ):
         output = run.work / f"timing-{number}"
         command = [
-            "-m", "benchmarks.benchmark", "--activations", str(run.cache / shard), "--only", *only, "--memory",
+            "-m", "benchmarks.benchmark", "--activations", str(run.activations / shard), "--only", *only, "--memory",
             "--activation", "relu", "--widths", str(settings["d_sae"]), "--batch", str(settings["batch_size"]),
             "--l0", str(settings["l0"]), "--steps", str(settings["rounds"] if not more else 1),
             "--selection_interval", "1", "--output", str(output), *more,
@@ -164,7 +139,7 @@ def missing(run: PlanRun, unit: Unit) -> list[str]:
         variant
         for variant in unit.sweep.variants
         if not run.records.has(unit.record(variant))
-        or (weights_needed(run, unit, variant) and trained_folder(run, unit, variant) is None)
+        or (weights_needed(run, unit, variant) and run.trained_folder(unit, variant) is None)
     ]
 
 
@@ -177,15 +152,15 @@ def weights_needed(run: PlanRun, unit: Unit, variant: str) -> bool:
 
 def finish(run: PlanRun, unit: Unit, slot: int) -> None:
     """Train and measure what is missing of a unit, after what was begun before."""
-    while wanted := [name for name in missing(run, unit) if trained_folder(run, unit, name) is None]:
+    while wanted := [name for name in missing(run, unit) if run.trained_folder(unit, name) is None]:
         attempts = sorted(path.parent for path in run.folder(unit).glob("*/saes.json"))
         begun = [attempt for attempt in attempts if not all((f / RUN).is_file() for f in saes_of(attempt).values())]
         attempt = begun[0] if begun else begin(run, unit, wanted, len(attempts))
         train(run, unit, attempt, slot)
     left = [name for name in unit.sweep.variants if not run.records.has(unit.record(name))]
-    folders = {name: trained_folder(run, unit, name) for name in left}
-    if folders:
-        measure(run, unit, {name: str(folder) for name, folder in folders.items()}, slot)
+    if left:
+        log, environment = run.folder(unit) / "measure.log", environment_of(slot, run.threads)
+        run_process(["-m", "experiments.measure", unit.name, *run.argv], log, f"measuring {unit.name}", environment)
 
 
 def begin(run: PlanRun, unit: Unit, wanted: list[str], number: int) -> Path:
@@ -210,54 +185,15 @@ def begin(run: PlanRun, unit: Unit, wanted: list[str], number: int) -> Path:
 def train(run: PlanRun, unit: Unit, attempt: Path, slot: int) -> None:
     """Train the variants of an attempt side by side, from its latest checkpoint on."""
     command = [
-        str(SCRIPTS / "train.py"), "--preset", str(attempt / "preset.json"), "--activations", str(run.cache),
-        "--output_dir", str(attempt / "run"), "--cpu_threads", str(threads_of(run.jobs)),
+        str(SCRIPTS / "train.py"), "--preset", str(attempt / "preset.json"), "--activations", str(run.activations),
+        "--output_dir", str(attempt / "run"), "--cpu_threads", str(run.threads),
         "--resume_from_checkpoint", "auto",
     ]  # fmt: skip
     if len(saes_of(attempt)) > 1:
         command += ["--variants", str(attempt / "variants.json")]
-    environment = environment_of(slot, run.jobs)
+    environment = environment_of(slot, run.threads)
     run_process(command, attempt / "train.log", f"the training of {unit.name}", environment)
     shutil.rmtree(attempt / "run" / CHECKPOINTS, ignore_errors=True)
-
-
-def saes_of(attempt: Path) -> dict[str, Path]:
-    """Return the folders of the SAEs of a training by variant."""
-    content: dict[str, str] = json.loads((attempt / "saes.json").read_text(encoding="utf-8"))
-    return {variant: attempt / folder for variant, folder in content.items()}
-
-
-def trained_folder(run: PlanRun, unit: Unit, variant: str) -> Path | None:
-    """Return the folder of a trained SAE; None if it is not there (any more)."""
-    for path in sorted(run.folder(unit).glob("*/saes.json")):
-        folder = saes_of(path.parent).get(variant)
-        if folder is not None and (folder / RUN).is_file():
-            return folder
-    return None
-
-
-def measure(run: PlanRun, unit: Unit, folders: dict[str, str], slot: int) -> None:
-    """Measure SAEs of a unit, given their folders by variant."""
-    plan, sweep = run.plan, unit.sweep
-    skipped = unit.layer not in plan.measures.get("task_layers", plan.layers)
-    request = Request(
-        unit={"sweep": sweep.name, "sections": list(sweep.sections), "layer": unit.layer, "seed": unit.seed},
-        saes={unit.record(variant): (variant, folder) for variant, folder in folders.items()},
-        cache=str(run.cache),
-        tasks=str(run.work / "tasks"),
-        results=str(run.results),
-        sizes={**plan.measures, **sweep.measures},
-        task_sizes={**plan.measures, **({"probing_texts": 0, "first_letter_words": 0} if skipped else {})},
-        dataset=plan.harvest.get("dataset"),
-        label_column=plan.label_column,
-        threads=threads_of(run.jobs),
-    )
-    path = run.folder(unit) / "measure.json"
-    write_json(path, dataclasses.asdict(request))
-    run_process(
-        ["-m", "experiments.measure", str(path)], path.with_suffix(".log"), f"the measurement of {unit.name}",
-        environment_of(slot, run.jobs),
-    )  # fmt: skip
 
 
 def seeds_record(unit: Unit, variant: str) -> str:
@@ -276,7 +212,7 @@ def compare_sweeps(run: PlanRun) -> None:
     seeds = range(run.plan.seeds)
     for unit in (unit for unit in run.plan.units() if unit.seed == 0):
         for variant in unit.sweep.compared:
-            folders = [trained_folder(run, dataclasses.replace(unit, seed=seed), variant) for seed in seeds]
+            folders = [run.trained_folder(dataclasses.replace(unit, seed=seed), variant) for seed in seeds]
             known = [folder for folder in folders if folder is not None]
             if not is_compared(run, unit, variant) and len(known) == len(seeds):
                 facts = {"sweep": unit.sweep.name, "variant": variant, "layer": unit.layer, "seeds": len(seeds)}
@@ -301,7 +237,7 @@ def find_examples(run: PlanRun) -> None:
         return
     sweep = next(sweep for sweep in plan.sweeps if sweep.name == plan.examples["sweep"])
     unit = Unit(sweep, sweep.layers[0], EXAMPLE_SEED)
-    twin, *others = (str(trained_folder(run, unit, variant)) for variant in example_variants(plan))
+    twin, *others = (str(run.trained_folder(unit, variant)) for variant in example_variants(plan))
     found = []
     for number, other in enumerate(others):
         index = run.work / f"examples-{number}"
@@ -321,15 +257,9 @@ def run_synthetic(run: PlanRun) -> None:
     """Train and score on synthetic data what has no record."""
 
     def work(synthetic: SyntheticRun, slot: int) -> None:
-        path = run.work / "synthetic" / f"{Path(synthetic.name).name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request = {
-            "run": dataclasses.asdict(synthetic), "results": str(run.results), "threads": threads_of(run.jobs),
-            "samples": run.plan.measures.get("world_samples", 50_000),
-        }  # fmt: skip
-        write_json(path, request)
-        command = ["-m", "experiments.synthetic_training", str(path)]
-        run_process(command, path.with_suffix(".log"), synthetic.name, environment_of(slot, run.jobs))
+        log = run.work / "synthetic" / f"{Path(synthetic.name).name}.log"
+        command = ["-m", "experiments.synthetic_training", synthetic.name, *run.argv]
+        run_process(command, log, synthetic.name, environment_of(slot, run.threads))
 
     left = [synthetic for synthetic in run.plan.synthetic if any(missing_scores(synthetic, run.records))]
     side_by_side(left, work, run.jobs, "synthetic data")

@@ -1,12 +1,11 @@
 """Trains on synthetic data: variants of our SAE side by side, and the baselines of SAELens on the same batches.
 
-`python -m experiments.synthetic_training request.json` trains what the record of a run does not have: a process of its
-own, like every training of a plan.
+`python -m experiments.synthetic_training RUN` and the arguments of `experiments.reproduce` trains what the record of a
+run does not have: a process of its own, like every training of a plan.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from experiments.plan import SyntheticRun
+from experiments.plan_run import parse_run
 from experiments.records import Records
 from experiments.synthetic_data import SyntheticData, TokenStream, World, derived_seed, sae_lens
 from experiments.synthetic_scores import score_sae
@@ -261,10 +261,12 @@ def add_scores(run: SyntheticRun, records: Records, samples: int, found: dict[st
 
 
 def main() -> None:
-    """Train what the file that is named says."""
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    use_all_cores(request["threads"])
-    train_missing(SyntheticRun(**request["run"]), Records(Path(request["results"])), request["samples"])
+    """Train what the record of the run that is named does not have."""
+    name, *argv = sys.argv[1:]
+    run = parse_run(argv)
+    use_all_cores(run.threads)
+    synthetic = next(synthetic for synthetic in run.plan.synthetic if synthetic.name == name)
+    train_missing(synthetic, run.records, run.plan.measures.get("world_samples", 50_000))
 
 
 if __name__ == "__main__":

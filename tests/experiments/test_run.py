@@ -13,8 +13,9 @@ import pytest
 
 from experiments.jobs import run_process, side_by_side
 from experiments.plan import Plan, SyntheticRun, load_plan
+from experiments.plan_run import PlanRun
 from experiments.records import Records, thinned
-from experiments.run import PlanRun, check_settings, missing, seeds_record
+from experiments.run import check_settings, missing, seeds_record
 from experiments.synthetic_training import add_scores, missing_scores
 from hf_selortho import SelOrthoError
 
