@@ -23,7 +23,7 @@ from experiments.records import Records
 from experiments.synthetic_training import missing_scores
 from hf_selortho.configuration_selortho import SelOrthoConfig
 from hf_selortho.data.activation_cache import ActivationCache
-from hf_selortho.data.cache_manifest import MANIFEST, shard_path
+from hf_selortho.data.cache_manifest import MANIFEST, TRAIN, shard_path
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.training.run_folder import CHECKPOINTS, RUN, write_json
 
@@ -75,33 +75,35 @@ def local_name(dataset: str) -> str:
 
 def time_steps(run: PlanRun) -> None:
     """Time a training step with each penalty for Table 1, while nothing else runs."""
-    if not run.plan.timing or run.records.has(TIMING):
+    settings = run.plan.timing
+    if not settings or run.records.has(TIMING):
         return
-    settings, found = run.plan.timing, []
-    cache = ActivationCache(str(run.activations))
-    shard = shard_path("train", f"layer_{settings['layer']}", cache.manifest.shards[0].number)
-    for number, (only, more) in enumerate(
-        [(["selective", "full"], []), (["selective"], ["--pair_fraction", str(MORE_PAIRS)])]
-    ):
-        output = run.work / f"timing-{number}"
-        command = [
-            "-m", "benchmarks.benchmark", "--activations", str(run.activations / shard), "--only", *only, "--memory",
-            "--activation", "relu", "--widths", str(settings["d_sae"]), "--batch", str(settings["batch_size"]),
-            "--l0", str(settings["l0"]), "--steps", str(settings["rounds"] if not more else 1),
-            "--selection_interval", "1", "--output", str(output), *more,
-        ]  # fmt: skip
-        run_process(command, run.work / "timing.log", "the timing of steps")
-        found.append(json.loads((output / "benchmark.json").read_text(encoding="utf-8")))
-    first, wide = ({row["mode"]: row["memory_bytes"] for row in content["rows"]} for content in found)
-    facts = {key: found[0][key] for key in ("rows", "d_in", "hardware", "versions", "date")}
-    ratio = wide["selective"] / first["selective"] if wide["selective"] and first["selective"] else None
-    run.records.write(
-        TIMING,
-        {
-            "kind": TIMING, "layer": settings["layer"], "memory_of_more_pairs": ratio, "more_pairs": MORE_PAIRS,
-            "batch_size": settings["batch_size"], **facts,
-        },
-    )  # fmt: skip
+    found = benchmark(run, "timing", ["selective", "full"], settings["rounds"])
+    more_pairs = benchmark(run, "timing-of-more-pairs", ["selective"], 1, MORE_PAIRS)
+    usual, more = (
+        next(row["memory_bytes"] for row in content["rows"] if row["mode"] == "selective")
+        for content in (found, more_pairs)
+    )
+    facts = {key: found[key] for key in ("rows", "d_in", "hardware", "versions", "date")}
+    facts |= {"memory_of_more_pairs": more / usual if more and usual else None, "more_pairs": MORE_PAIRS}
+    of_plan = {key: settings[key] for key in ("layer", "batch_size")}
+    run.records.write(TIMING, {"kind": TIMING, **of_plan, **facts})
+
+
+def benchmark(run: PlanRun, name: str, only: list[str], rounds: int, pair_fraction: float = 0.001) -> dict[str, Any]:
+    """Run the benchmark on cached activations; returns the content of its benchmark.json."""
+    settings, output = run.plan.timing, run.work / name
+    first = ActivationCache(str(run.activations)).manifest.shards[0]
+    activations = run.activations / shard_path(TRAIN, f"layer_{settings['layer']}", first.number)
+    command = [
+        "-m", "benchmarks.benchmark", "--activations", str(activations), "--activation", "relu", "--memory",
+        "--widths", str(settings["d_sae"]), "--batch", str(settings["batch_size"]), "--l0", str(settings["l0"]),
+        "--selection_interval", "1", "--pair_fraction", str(pair_fraction), "--steps", str(rounds),
+        "--only", *only, "--output", str(output),
+    ]  # fmt: skip
+    run_process(command, run.work / f"{name}.log", "the timing of steps")
+    content: dict[str, Any] = json.loads((output / "benchmark.json").read_text(encoding="utf-8"))
+    return content
 
 
 def run_trainings(run: PlanRun) -> None:

@@ -35,6 +35,9 @@ class World:
     0.6 below the roots and 0.87 below their children, whose parents are hardly ever seen alone: [`absorption_scores`]
     then has support for 136 of the 960 pairs at most. With probabilities from 0.9 to 0.0005 it is 0.16 and 0.17, and
     all 960 have.
+
+    Raises:
+        SelOrthoError: a value is not possible; names it.
     """
 
     name: str
@@ -58,6 +61,17 @@ class World:
     orthogonal_steps: int = 0  # that SAELens spreads the directions with; 0: as they are drawn
     seed: int = 0  # of the directions, the hierarchy and the probabilities
 
+    def __post_init__(self) -> None:
+        possible = {  # SAELens checks the rest, or trains on what it makes of it
+            "structure": self.structure in ("flat", "hierarchical"),
+            "roots": self.structure == "flat" or self.roots < self.features,
+            "max_probability": 0 < self.max_probability <= 1,
+            "min_probability": self.firing == "constant" or 0 < self.min_probability < self.max_probability,
+            "noise": 0 <= self.noise < math.inf,
+        }
+        if wrong := [name for name, holds in possible.items() if not holds]:
+            raise SelOrthoError(f"world {self.name!r}: {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
+
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> World:
         """Return the world that a plan or a record describes.
@@ -79,7 +93,7 @@ class SyntheticData:
         parents: number of each feature's parent, (F,) int64; -1 for a feature without one.
 
     Raises:
-        SelOrthoError: a value of the world is not possible, or sae-lens is not installed.
+        SelOrthoError: SAELens refuses the world, or is not installed.
     """
 
     def __init__(self, world: World) -> None:

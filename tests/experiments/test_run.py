@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def test_a_failure_ends_what_has_not_begun() -> None:
             begun.wait()
             raise SelOrthoError("number 1")
         begun.set()
+        time.sleep(0.01)
         done.append((item, slot))
 
     with pytest.raises(SelOrthoError, match="number 1"):

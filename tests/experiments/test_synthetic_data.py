@@ -156,8 +156,16 @@ def test_pairs_without_support_or_match_do_not_count(trees) -> None:
 def test_impossible_worlds_are_named(sae_lens) -> None:
     with pytest.raises(SelOrthoError, match="a world has no trunks; expected some of name,"):
         World.from_json({"name": "x", "trunks": 3})
-    for changes in ({"firing": "often"}, {"max_probability": 0.0}, {"children": 1}, {"exclusive": 1.5}):
-        with pytest.raises(SelOrthoError, match="world 'trees': SAELens refuses it"):
+    for changes, fault in [
+        ({"structure": "round"}, "structure='round' is not possible"),
+        ({"roots": 30}, "roots=30 is not possible"),
+        ({"max_probability": 0.0}, "max_probability=0.0 is not possible"),
+        ({"min_probability": 0.4, "firing": "linear"}, "min_probability=0.4 is not possible"),
+        ({"noise": float("nan")}, "noise=nan is not possible"),
+        ({"firing": "often"}, "SAELens refuses it: 'often'"),
+        ({"children": 1}, "SAELens refuses it: branching_factor"),
+    ]:
+        with pytest.raises(SelOrthoError, match=f"world 'trees': {fault}"):
             SyntheticData(dataclasses.replace(TREES, **changes))
 
 
