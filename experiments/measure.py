@@ -105,7 +105,7 @@ def layer_tasks(run: PlanRun, layer: int, cache: ActivationCache, capture: Activ
 
 def save_tasks(tasks: Tasks, path: Path) -> None:
     """Write the tasks of a layer; the file is whole or not there."""
-    content = {"facts": tasks.facts}
+    content: dict[str, Any] = {"facts": tasks.facts}
     for name, task in (("probing", tasks.probing), ("first_letter", tasks.first_letter)):
         content[name] = None if task is None else {f.name: getattr(task, f.name) for f in fields(task)}
     temporary = path.with_suffix(".tmp")

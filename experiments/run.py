@@ -156,7 +156,7 @@ def finish(run: PlanRun, unit: Unit, slot: int) -> None:
     """Train and measure what is missing of a unit, after what was begun before."""
     while wanted := [name for name in missing(run, unit) if run.trained_folder(unit, name) is None]:
         attempts = sorted(path.parent for path in run.folder(unit).glob("*/saes.json"))
-        begun = [attempt for attempt in attempts if not all((f / RUN).is_file() for f in saes_of(attempt).values())]
+        begun = [attempt for attempt in attempts if not is_trained(attempt)]
         attempt = begun[0] if begun else begin(run, unit, wanted, len(attempts))
         train(run, unit, attempt, slot)
     left = [name for name in unit.sweep.variants if not run.records.has(unit.record(name))]
@@ -195,7 +195,13 @@ def train(run: PlanRun, unit: Unit, attempt: Path, slot: int) -> None:
         command += ["--variants", str(attempt / "variants.json")]
     environment = environment_of(slot, run.threads)
     run_process(command, attempt / "train.log", f"the training of {unit.name}", environment)
+    assert is_trained(attempt), "a training that ends well leaves all of its SAEs"
     shutil.rmtree(attempt / "run" / CHECKPOINTS, ignore_errors=True)
+
+
+def is_trained(attempt: Path) -> bool:
+    """Tell whether all SAEs of a training are trained to its end."""
+    return all((folder / RUN).is_file() for folder in saes_of(attempt).values())
 
 
 def seeds_record(unit: Unit, variant: str) -> str:
