@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -100,32 +100,18 @@ def train_variants(
     return seconds
 
 
-def score_variants(
-    data: SyntheticData,
-    recipe: Mapping[str, Any],
-    variants: Mapping[str, Mapping[str, Any]],
-    training: Mapping[str, Any],
-    seed: int,
-    samples: int,
-) -> Scores:
-    """Train variants of our SAE and score them.
-
-    Args:
-        data: to read.
-        recipe, variants: settings of `SelOrthoConfig`, as for [`new_variants`].
-        training: `steps`, `batch_size` and `learning_rate` of Adam; the rate is constant.
-        seed: of the initial weights and of the batches. The tokens of the scores are the same for every seed.
-        samples: tokens that the SAEs are scored on.
+def score_variants(run: SyntheticRun, data: SyntheticData, samples: int) -> Scores:
+    """Train the variants of a run and score them on so many tokens, which are the same for every seed.
 
     Returns:
         The figures of [`score_sae`] and `training_seconds`, by variant.
     """
-    saes = new_variants(data, recipe, variants, seed)
-    size = training["batch_size"]
+    saes = new_variants(data, run.settings, run.variants, run.seed)
+    size = run.training["batch_size"]
     arguments = RunArguments(
-        max_steps=training["steps"], batch_size=size, learning_rate=training["learning_rate"], seed=seed
+        max_steps=run.training["steps"], batch_size=size, learning_rate=run.training["learning_rate"], seed=run.seed
     )
-    seconds = train_variants(saes, batches(data, size, seed), arguments)
+    seconds = train_variants(saes, batches(data, size, run.seed), arguments)
     return {
         name: {**score_sae(sae, data, samples=samples), "training_seconds": seconds[name]} for name, sae in saes.items()
     }
@@ -161,18 +147,11 @@ def baseline_settings(name: str, recipe: Mapping[str, Any], scale: float) -> dic
     return settings
 
 
-def score_baselines(
-    data: SyntheticData, names: Sequence[str], recipe: Mapping[str, Any], training: Mapping[str, Any], seed: int,
-    samples: int,
-) -> Scores:  # fmt: skip
-    """Train SAEs of SAELens with its `train_toy_sae` on the batches that ours have, and score them.
+def score_baselines(run: SyntheticRun, data: SyntheticData, samples: int) -> Scores:
+    """Train the baselines of a run with SAELens's `train_toy_sae` on the batches that ours have, and score them.
 
     The decoder bias starts at the mean of the activations, which ours take off beforehand: from zero, SAELens's topk
     reached an MCC of 0.69 where it reaches 0.84 from the mean.
-
-    Args:
-        data, recipe, training, seed, samples: as for [`score_variants`].
-        names: some of BASELINES.
 
     Returns:
         The figures of [`score_sae`] and `training_seconds`, by name; the latter with the drawing of the tokens.
@@ -182,21 +161,21 @@ def score_baselines(
     """
     mean, scale = data.statistics()
     scores = {}
-    for name, settings in {name: baseline_settings(name, recipe, scale) for name in names}.items():
+    for name, settings in {name: baseline_settings(name, run.settings, scale) for name in run.baselines}.items():
         model, config = sae_lens("sae_lens.registry").get_sae_training_class(BASELINES[name])
-        stream = TokenStream(data, derived_seed("batches", seed))
+        stream = TokenStream(data, derived_seed("batches", run.seed))
         with torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
-            torch.manual_seed(seed)
+            torch.manual_seed(run.seed)
             try:
                 sae = model(config(**{**settings, "d_in": data.world.dimensions}))
             except (TypeError, ValueError) as error:
                 raise SelOrthoError(f"baseline {name!r}: SAELens refuses the settings {settings}: {error}") from error
             with torch.no_grad():
                 sae.b_dec.copy_(mean)
-            started, size = time.perf_counter(), training["batch_size"]
+            started, size = time.perf_counter(), run.training["batch_size"]
             sae_lens("sae_lens.synthetic").train_toy_sae(
                 sae, stream, stream.sample,
-                training_samples=training["steps"] * size, batch_size=size, lr=training["learning_rate"],
+                training_samples=run.training["steps"] * size, batch_size=size, lr=run.training["learning_rate"],
             )  # fmt: skip
             seconds = time.perf_counter() - started
             sae.save_inference_model(Path(folder))  # turns it into the one that is used
@@ -232,21 +211,18 @@ def train_missing(run: SyntheticRun, records: Records, samples: int) -> None:
     for name in baselines:
         baseline_settings(name, run.settings, 1.0)  # what they cannot do without is known before anything is trained
     data = SyntheticData(World.from_json(run.world))
-    chosen = {name: run.variants[name] for name in variants}
-    if chosen:
-        add_scores(run, records, samples, {
-            "scores": score_variants(data, run.settings, chosen, run.training, run.seed, samples)
-        })  # fmt: skip
+    left = replace(run, variants={name: run.variants[name] for name in variants}, baselines=tuple(baselines))
+    if variants:
+        add_scores(run, records, samples, "scores", score_variants(left, data, samples))
     if baselines:
-        add_scores(run, records, samples, {
-            "peers": score_baselines(data, baselines, run.settings, run.training, run.seed, samples)
-        })  # fmt: skip
+        add_scores(run, records, samples, "peers", score_baselines(left, data, samples))
 
 
-def add_scores(run: SyntheticRun, records: Records, samples: int, found: dict[str, Scores]) -> None:
+def add_scores(run: SyntheticRun, records: Records, samples: int, part: str, found: Scores) -> None:
     """Write the record with what it had and what has been found."""
     known = records.read(run.name) if records.has(run.name) else {}
-    parts = {part: {**known.get(part, {}), **found.get(part, {})} for part in ("scores", "peers")}
+    parts = {"scores": known.get("scores", {}), "peers": known.get("peers", {})}
+    parts[part] = {**parts[part], **found}
     records.write(
         run.name,
         {

@@ -71,7 +71,7 @@ def test_synthetic_records_may_grow_and_those_of_other_settings_are_refused(tmp_
     )
     records = Records(tmp_path)
     assert missing_scores(run, records) == (["none", "x"], ["topk"])
-    add_scores(replace(run, variants={"none": {}}), records, 100, {"scores": {"none": {"mcc": 0.5}}})
+    add_scores(replace(run, variants={"none": {}}), records, 100, "scores", {"none": {"mcc": 0.5}})
     assert missing_scores(run, records) == (["x"], ["topk"])
     for change, what in (
         ({"world": {"name": "a", "features": 90}}, "world"),

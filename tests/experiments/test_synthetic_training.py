@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from experiments.plan import SyntheticRun
 from experiments.synthetic_data import SyntheticData, TokenStream, World, derived_seed
 from experiments.synthetic_scores import score_sae
 from experiments.synthetic_training import (
@@ -78,20 +82,23 @@ def test_variants_train_side_by_side_on_the_same_batches(small) -> None:
     assert not torch.equal(alone["strong"].W_dec, saes["none"].W_dec)
 
 
+def run_of(steps: int, **parts: Any) -> SyntheticRun:
+    training = {"steps": steps, "batch_size": 256, "learning_rate": 1e-2}
+    return SyntheticRun(asdict(SMALL), "topk", 0, RECIPE, **{"variants": {}, "training": training, **parts})
+
+
 def test_training_explains_more_than_the_start(small) -> None:
     variants = {"none": {"ortho_coefficient": 0.0}, "activation": {"ortho_coefficient": 0.1}}
     start = score_sae(new_variants(small, RECIPE, variants, 0)["none"].eval(), small, samples=2000)
-    training = {"steps": 150, "batch_size": 256, "learning_rate": 1e-2}
-    for own in score_variants(small, RECIPE, variants, training, 0, 2000).values():
+    for own in score_variants(run_of(150, variants=variants), small, 2000).values():
         assert own["explained_variance"] > start["explained_variance"] + 0.2
         assert own["mcc"] > start["mcc"] and own["l0"] <= 4
         assert own.keys() == {*start, "training_seconds"} and all(isinstance(value, float) for value in own.values())
 
 
 def test_baselines_are_trained_and_scored_alike(small) -> None:
-    training = {"steps": 100, "batch_size": 256, "learning_rate": 1e-2}
-    start = score_baselines(small, list(BASELINES), RECIPE, {**training, "steps": 1}, 0, 2000)
-    for name, scores in score_baselines(small, list(BASELINES), RECIPE, training, 0, 2000).items():
+    start, end = (score_baselines(run_of(steps, baselines=tuple(BASELINES)), small, 2000) for steps in (1, 100))
+    for name, scores in end.items():
         assert scores["explained_variance"] > max(0.3, start[name]["explained_variance"])
         assert scores["mcc"] > start[name]["mcc"] and {"f1", "absorption", "training_seconds"} < scores.keys()
 
