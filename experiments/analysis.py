@@ -65,6 +65,12 @@ class Study:
             ).set_index("label"),
         )
 
+    @property
+    def compared(self) -> list[str]:
+        """Names of the sweeps that have a twin and something to compare with it."""
+        variants = self.saes.reset_index().groupby("sweep")["variant"].agg(set)
+        return [name for name, found in variants.items() if TWIN in found and not is_twin(pd.Index(found)).all()]
+
     def sweep(self, name: str, layer: int | None = None) -> pd.DataFrame:
         """SAEs of a sweep at one layer, by default its first; index: variant, seed."""
         rows = self.saes[self.saes.index.get_level_values("sweep") == name].droplevel("sweep")
@@ -141,7 +147,7 @@ def differences(sweep: pd.DataFrame) -> pd.DataFrame:
         row |= {key: own[key] - twin[key] for key in ("dead_features", *TASKS) if key in sweep}
         row |= {"l0_share": own["l0"] / twin["l0"] - 1, "same_l1_fvu_share": own["fvu"] / twin["fvu"] - 1}
         rows.append(row)
-    return pd.DataFrame(rows).set_index(["variant", "seed"]) if rows else pd.DataFrame()
+    return pd.DataFrame(rows).set_index(["variant", "seed"])
 
 
 def interpolate(twins: pd.DataFrame, key: str, l0: float) -> float:
@@ -152,6 +158,7 @@ def interpolate(twins: pd.DataFrame, key: str, l0: float) -> float:
 
 def interval(values: pd.Series) -> float:
     """Half the width of the 95% interval of a mean, by Student's t; NaN of a single value."""
+    values = values.dropna()
     return float(stats.sem(values) * stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) if len(values) > 1 else np.nan
 
 
@@ -162,7 +169,7 @@ def worth(sweep: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
     twin's number varies by from seed to seed. "both": both cuts, for a share of the twin's FVU.
     """
     mean = changes.groupby(level="variant", sort=False).mean()
-    alive = mean["dead_features"] <= (sweep.loc[TWIN]["dead_features"].std() or 0.0)
+    alive = mean["dead_features"] <= np.nan_to_num(sweep.loc[TWIN]["dead_features"].std())
     correlation = mean["top_correlation_share"] <= -CORRELATION_CUT
     cosine = mean["max_decoder_cosine_share"] <= -COSINE_CUT
     affordable = alive & (mean["fvu"] <= FVU_ROOM)
@@ -176,9 +183,9 @@ def gains(synthetic: pd.DataFrame, recipe: str) -> pd.DataFrame:
     "fvu_share" is relative to the twin. Absorption is NaN in worlds without a hierarchy.
     """
     ours = synthetic.xs((recipe, "scores"), level=("recipe", "source"))
-    columns = [*SCORES, "precision", "l0", "fvu", *(["absorption"] if "absorption" in ours else [])]
-    twin = ours.xs(TWIN, level="variant")[columns].reindex(ours.index.droplevel("variant"))
-    found = ours[columns] - twin.to_numpy()
+    ours = ours.reindex(columns=[*SCORES, "precision", "l0", "fvu", "absorption"])
+    twin = ours.xs(TWIN, level="variant").reindex(ours.index.droplevel("variant"))
+    found = ours - twin.to_numpy()
     found["fvu_share"] = found["fvu"] / twin["fvu"].to_numpy()
     return found[~is_twin(found.index.get_level_values("variant"))]
 

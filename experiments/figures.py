@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,34 +12,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.analysis import RECIPES, SCORES, TWIN, Study, differences, gains
-from hf_selortho.utils.plots import BLUE, GREEN, GREY, STYLE, VERMILION, save_picture
+from hf_selortho.utils.plots import BLUE, GREY, STYLE, VERMILION, save_picture
 
-LOOKS = {  # by family of settings: colour, marker, words
+LOOKS = {  # of the headline picture, by family of settings: colour, marker, words
     "activation": (VERMILION, "s", "correlations of 0.1% of pairs (the paper's)"),
-    "activation-seldom": ("#E78AC3", "H", "the same, selected every 12 steps"),
     "activation-wide": ("#8C510A", ">", "correlations of 1% of pairs"),
     "decoder": (BLUE, "^", "decoder cosines of 0.1% of pairs"),
     "decoder-wide": ("#56B4E9", "<", "decoder cosines of 1% of pairs"),
-    "exclusion": ("#B8A800", "*", "exclusion, 0.1% of pairs"),
-    "exclusion-wide": ("#66A61E", "h", "exclusion, 1% of pairs"),
-    "both": (GREEN, "D", "correlations and decoder cosines"),
-    "both-nearest": ("#66C2A5", "d", "correlations and nearest directions"),
     "both-nearest-wide": ("#AA3377", "p", "correlations of 1% and nearest directions"),
-    "redundancy": ("#CC79A7", "v", "redundancy"),
     "full": ("#E69F00", "P", "correlations of all pairs"),
     "ortsae": (GREY, "X", "OrtSAE"),
 }
-HEADLINE = ["activation", "activation-wide", "decoder", "decoder-wide", "both-nearest-wide", "full", "ortsae"]
-HEADLINE_ROOM = 12  # percent of the twin's FVU; what costs more would leave the others a dot
+ROOM = 12  # percent of the twin's FVU; what costs more would leave the others a dot
 BOUGHT = {
     "top_correlation_share": "mean of the top 0.1% correlations",
     "max_decoder_cosine_share": "mean maximum decoder cosine",
-}
-PANELS = BOUGHT | {
-    "peak_correlation_share": "peak correlation",
-    "dead_features": "dead features, number",
-    "loss_recovered": "loss recovered, points",
-    "first_letter_f1": "first-letter F1, points",
 }
 CURVES = {  # of the paper's Figures 1 and 2
     "fvu": "FVU",
@@ -54,16 +40,12 @@ RUNS = {TWIN: ("#000000", "no penalty"), "selective-0.1": (VERMILION, "selective
 def draw_all(study: Study, folder: Path) -> None:
     """Draw every picture that there are records of."""
     folder.mkdir(parents=True, exist_ok=True)
-    sweeps = set(study.saes.index.get_level_values("sweep"))
-    changes = {words: in_percent(study, name) for name, words in RECIPES.items() if name in sweeps}
+    changes = {words: in_percent(study, name) for name, words in RECIPES.items() if name in study.compared}
     if changes:
         save_picture(headline_picture(changes), folder / "headline.png")
-    for name, words in RECIPES.items():
-        if words in changes:
-            save_picture(every_setting_picture(changes[words], words), folder / f"pareto_{name}.png")
     if not study.synthetic.empty:
         save_picture(features_picture(study.synthetic), folder / "ground_truth.png")
-    if "paper" in sweeps:
+    if "paper" in study.compared:
         save_picture(curves_picture(study.sweep("paper")), folder / "paper_curves.png")
 
 
@@ -84,14 +66,14 @@ def headline_picture(changes: dict[str, pd.DataFrame]) -> Figure:
     """Draw what is bought against what it costs, both in percent of the twin's: a row for each recipe."""
     picture = new_picture(
         (9.2, 1.1 + 3.0 * len(changes)),
-        f"What each penalty buys, and what it costs (up to {HEADLINE_ROOM}% more FVU; ± standard deviation over seeds)",
+        f"What each penalty buys, and what it costs (up to {ROOM}% more FVU; ± standard deviation over seeds)",
     )
     with rc_context(STYLE):
         for row, (recipe, found) in enumerate(changes.items()):
-            affordable = found.groupby(level="variant")["fvu_share"].transform("mean") <= HEADLINE_ROOM
+            affordable = found.groupby(level="variant")["fvu_share"].transform("mean") <= ROOM
             for column, (key, words) in enumerate(BOUGHT.items()):
                 axes = picture.add_subplot(len(changes), 2, 2 * row + column + 1, title=f"{recipe}: {words}")
-                draw_families(axes, found[affordable], key, HEADLINE)
+                draw_families(axes, found[affordable], key)
                 axes.set_ylabel("change, %")
                 if row == len(changes) - 1:
                     axes.set_xlabel("more unexplained variance (FVU), % of the twin's")
@@ -99,25 +81,11 @@ def headline_picture(changes: dict[str, pd.DataFrame]) -> Figure:
     return picture
 
 
-def every_setting_picture(found: pd.DataFrame, recipe: str) -> Figure:
-    """Draw what all settings of a recipe change against what they cost."""
-    picture = new_picture((12.9, 8.3), f"{recipe}: change from the twin (in percent, or as named) against more FVU")
-    with rc_context(STYLE):
-        shown = [key for key in PANELS if key in found and found[key].any()]
-        for number, key in enumerate(shown):
-            axes = picture.add_subplot(2, 3, number + 1, title=PANELS[key])
-            draw_families(axes, found, key, list(LOOKS))
-            axes.set_xlabel("more FVU, % of the twin's")
-        add_legend(picture, 3)
-    return picture
-
-
-def draw_families(axes: Axes, found: pd.DataFrame, key: str, families: Sequence[str]) -> None:
+def draw_families(axes: Axes, found: pd.DataFrame, key: str) -> None:
     """Draw a figure against FVU, a line for each family of settings, error bars of one standard deviation."""
     axes.axhline(0, color=GREY, linewidth=0.8)
-    for name in families:
+    for name, (color, marker, words) in LOOKS.items():
         group = found[found.index.get_level_values("family") == name].groupby(level="variant")[["fvu_share", key]]
-        color, marker, words = LOOKS[name]
         mean = group.mean().sort_values("fvu_share")
         if not mean.empty:
             spread = group.std().reindex(mean.index).fillna(0.0)

@@ -53,12 +53,7 @@ VALUES: list[Column] = [
     ("max_decoder_cosine", "max decoder cosine", 3),
     ("loss_recovered", "loss recovered", 3),
 ]
-PAPER: list[Column] = [  # rows of the paper's Table 1
-    ("active_features", "active features", 1),
-    ("peak_correlation", "peak correlation", 3),
-    ("unique_features", "different features in the top 0.1% pairs", 1),
-    *(column for column in VALUES if column[0] != "peak_correlation"),
-]
+PAPER: list[Column] = [("active_features", "active features", 1), ("unique_features", "features in the top pairs", 1)]
 BATCHES: list[Column] = [
     ("spread_over_batches.top_correlation.std", "top 0.1%, std over batches", 4),
     ("spread_over_batches.peak_correlation.std", "peak, std over batches", 4),
@@ -173,7 +168,9 @@ def wishes_table(study: Study) -> pd.DataFrame:
     """What a user wants, the setting that comes nearest, and what it buys and costs."""
     found = {name: over_seeds(differences(study.sweep(name)), CHANGES[1:], interval, "+") for name in RECIPES}
     rows = {
-        (wish, RECIPES[recipe], f"`{variant}`"): found[recipe].loc[f"`{variant}`"] for wish, recipe, variant in WISHES
+        (wish, RECIPES[recipe], f"`{variant}`"): found[recipe].loc[f"`{variant}`"]
+        for wish, recipe, variant in WISHES
+        if f"`{variant}`" in found[recipe].index
     }
     return pd.DataFrame(rows).T.rename_axis(["you want", "SAE", "setting"])
 
@@ -197,18 +194,6 @@ def baselines_table(synthetic: pd.DataFrame) -> pd.DataFrame:
     columns = [column for column in SYNTHETIC if column[0] in ("mcc", "f1", "recovered", "explained_variance", "l0")]
     shown = {heading: found[key].map(f"{{:.{digits}f}}".format) for key, heading, digits in columns}
     return pd.DataFrame(shown).set_index(found["SAE"])
-
-
-def paper_table(study: Study) -> pd.DataFrame:
-    """The paper's Table 1 as measured here: settings as columns, figures as rows."""
-    sweep = study.sweep("paper")
-    sweep = sweep[sweep.index.get_level_values("variant").isin(["full-0.1", "selective-0.1", TWIN])]
-    shown = over_seeds(sweep, PAPER).T.rename_axis("figure")
-    timed = study.timing.rename(index={"full": "`full-0.1`", "selective": "`selective-0.1`", "no penalty": f"`{TWIN}`"})
-    for key, words, unit in (("seconds_per_step", "seconds a step", 1), ("memory_bytes", "memory of a step, MB", 1e6)):
-        if not timed.empty:
-            shown.loc[words] = [f"{timed[key].get(name, float('nan')) / unit:.3f}" for name in shown.columns]
-    return shown
 
 
 def layers_table(study: Study) -> pd.DataFrame:
@@ -264,7 +249,7 @@ def plain(text: str) -> str:
 
 def all_tables(study: Study) -> dict[str, pd.DataFrame]:
     """Every table that there are records of, by the name that the pages call it."""
-    sweeps = set(study.saes.index.get_level_values("sweep"))
+    sweeps = study.compared
     tables: dict[str, pd.DataFrame] = {}
     for name in [recipe for recipe in RECIPES if recipe in sweeps]:
         sweep = study.sweep(name)
@@ -275,20 +260,22 @@ def all_tables(study: Study) -> dict[str, pd.DataFrame]:
             f"{name}-tasks": tasks_table(sweep),
             f"{name}-seeds": named(alike.map("{:.3f}".format)).rename(columns=lambda key: key.replace("_", " ")),
         }
-    if set(RECIPES) <= sweeps:
+    if set(RECIPES) <= set(sweeps):
         tables["wishes"] = wishes_table(study)
-    if "topk-adaptive" in sweeps:
-        twin = study.sweep("topk").loc[[TWIN]]
-        tables["topk-steered"] = changes_table(pd.concat([twin, study.sweep("topk-adaptive")]))
+    steered = study.sweep("topk-adaptive")
+    if "topk" in sweeps and not steered.empty:
+        tables["topk-steered"] = changes_table(pd.concat([study.sweep("topk").loc[[TWIN]], steered]))
     if "paper" in sweeps:
         sweep = study.sweep("paper")
         tables |= {
-            "paper": paper_table(study),
             "paper-changes": changes_table(sweep),
-            "paper-values": over_seeds(sweep, VALUES),
+            "paper-values": over_seeds(sweep, PAPER + VALUES),
             "paper-layers": layers_table(study),
             "paper-batches": over_seeds(sweep, BATCHES),
         }
+    if not study.timing.empty:
+        shown = pd.DataFrame({"seconds a step": study.timing["seconds_per_step"].map("{:.3f}".format)})
+        tables["timing"] = shown.assign(memory=study.timing["memory_bytes"].map(lambda size: f"{size / 1e6:.0f} MB"))
     if study.pairs:
         tables |= {"pair-classes": pair_classes_table(study.pairs), "pairs": pairs_table(study.pairs)}
     return tables | synthetic_tables(study.synthetic)
@@ -299,7 +286,7 @@ def synthetic_tables(synthetic: pd.DataFrame) -> dict[str, pd.DataFrame]:
     recipes = [recipe for recipe in RECIPES if recipe in synthetic.index.get_level_values("recipe")]
     tables = {f"synthetic-{name}": gains_table(synthetic, name, GAINS) for name in recipes}
     for (recipe, world), rows in synthetic.groupby(level=["recipe", "world"]):
-        columns = [column for column in SYNTHETIC if rows[column[0]].notna().any()]
+        columns = [column for column in SYNTHETIC if column[0] in rows and rows[column[0]].notna().any()]
         tables[f"synthetic-{recipe}-{world}"] = over_seeds(rows, columns)
     if len(recipes) == len(RECIPES):
         tables |= {"features": features_table(synthetic), "baselines": baselines_table(synthetic)}
