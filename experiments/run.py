@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.examples import read_examples
+from experiments.examples import EXAMPLES, read_examples
 from experiments.jobs import environment_of, run_process, side_by_side
 from experiments.measure import compare_seeds
 from experiments.plan import TWIN, Plan, SyntheticRun, Unit
@@ -28,7 +28,7 @@ from hf_selortho.errors import SelOrthoError
 from hf_selortho.training.run_folder import CHECKPOINTS, RUN, write_json
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-HARVEST, TIMING, EXAMPLES = "harvest", "timing", "examples"  # names and kinds of records
+HARVEST, TIMING = "harvest", "timing"  # names and kinds of records
 EXAMPLE_SEED = 0  # of the SAEs whose pairs are shown
 MORE_PAIRS = 0.005  # the paper's 0.5%, against its 0.1%, in the comparison of memory
 
