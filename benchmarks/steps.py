@@ -71,10 +71,11 @@ class TrainingSteps:
         return (time.perf_counter() - started) / steps
 
     def configure(self, config: SelOrthoConfig) -> None:
-        """Change the penalty; the next step selects pairs."""
+        """Change the penalty; the next step selects pairs, and no feature counts as dead."""
         trainer = self.trainer
         self.sae.config, trainer.penalty = config, PenaltySchedule(config, trainer.group)
         trainer.state.step, trainer.state.pairs = config.selection_interval, None
+        trainer.state.tokens_since_fired.zero_()
 
     @torch.no_grad()
     def l0(self) -> float:
