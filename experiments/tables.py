@@ -246,7 +246,8 @@ def pairs_table(pairs: dict[str, Any]) -> pd.DataFrame:
         for kind, key in (("fire alike", "separated"), ("nested", "nested"))
         for pair in pairs[key]
     ]  # fmt: skip
-    return pd.DataFrame(rows).set_index("pair")
+    columns = ["pair", "kind", "correlation", "decoder cosine", "both fire in"]
+    return pd.DataFrame(rows, columns=columns).set_index("pair")
 
 
 def plain(text: str) -> str:
