@@ -52,6 +52,8 @@ def number_of(key: str) -> float:
             return sum(facts["pairs"] for facts in study().pairs["classes"].values())
         case "pairs", [classes, name, column]:
             return study().pairs[classes][name][column]
+        case "text", [column]:
+            return record("harvest")["text"][column]
         case "timing", ["more_pairs"]:
             return record("timing")["memory_of_more_pairs"] - 1
         case "timing", [label, column]:
