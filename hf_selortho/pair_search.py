@@ -26,7 +26,7 @@ from .sparse_ops import ActiveFeatures, FeatureActivations, csr, row_offsets, ti
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 GROUP = 32  # neighbours of a tile's row that are compared with the threshold at once
-# Nanoseconds on 2 CPU cores, measured by scripts/benchmark.py; only their ratios matter. CUDA: from data sheets.
+# Nanoseconds on 2 CPU cores, measured by benchmarks/benchmark.py; only their ratios matter. CUDA: from data sheets.
 COSTS = {
     "cpu": {"multiplication": 0.063, "co-activation": 8.0, "tile entry": 0.7},
     "cuda": {"multiplication": 0.005, "co-activation": 0.5, "tile entry": 0.02},

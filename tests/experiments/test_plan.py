@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from experiments.plan import SECTIONS, list_plans, load_plan, merged
+from experiments.synthetic_training import baseline_settings
 from hf_selortho import SelOrthoConfig, SelOrthoError
-from hf_selortho.experiments.plan import SECTIONS, list_plans, load_plan, merged
-from hf_selortho.experiments.world_peers import peer_settings
 
 SMALL: dict[str, Any] = {
     "seeds": 2,
@@ -43,17 +43,15 @@ def test_units_are_sweeps_times_layers_times_seeds(tmp_path: Path) -> None:
     assert plan.layers == [1, 3]
 
 
-def test_quick_merges_and_removes(tmp_path: Path) -> None:
+def test_quick_merges_and_removes_and_seeds_of_the_command_line_come_first(tmp_path: Path) -> None:
     plan = load_plan(write(tmp_path), quick=True)
     assert plan.name == "small-quick" and plan.seeds == 1
     assert [sweep.name for sweep in plan.sweeps] == ["one"]
     assert plan.sweeps[0].arguments["max_steps"] == 2 and plan.sweeps[0].arguments["batch_size"] == 64
-
-
-def test_seeds_of_the_command_line_come_first(tmp_path: Path) -> None:
     assert load_plan(write(tmp_path), quick=True, seeds=5).seeds == 5
-    with pytest.raises(SelOrthoError, match="seeds 0"):
-        load_plan(write(tmp_path), seeds=0)
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": None, "e": 5}) == {
+        "a": {"b": 4, "c": 2}, "e": 5,
+    }  # fmt: skip
 
 
 def test_only_keeps_the_sweeps_of_a_section(tmp_path: Path) -> None:
@@ -63,87 +61,43 @@ def test_only_keeps_the_sweeps_of_a_section(tmp_path: Path) -> None:
     assert plan.only(["ground_truth"]).sweeps == ()
 
 
-def test_worlds_may_choose_among_the_recipes(tmp_path: Path) -> None:
-    worlds = {"a": {"features": 64, "recipes": ["relu"]}, "b": {"features": 32}}
+def test_every_seed_has_a_world_of_its_own_and_the_recipes_share_it(tmp_path: Path) -> None:
     block = {
-        "worlds": worlds,
+        "worlds": {"a": {"features": 64, "recipes": ["relu"]}, "b": {"features": 32}, "c": {"features": 64, "seed": 5}},
         "recipes": {"topk": {"k": 2}, "relu": {}},
         "variants": ["a"],
         "peers": {"topk": ["topk"]},
     }
-    runs = load_plan(write(tmp_path, ground_truth=block), seeds=1).worlds
-    assert [(run.world["name"], run.recipe, run.peers) for run in runs] == [
-        ("a", "relu", ()), ("b", "topk", ("topk",)), ("b", "relu", ()),
-    ]  # fmt: skip
+    runs = load_plan(write(tmp_path, ground_truth=block), seeds=2).synthetic
+    assert [run.name for run in runs if run.seed == 0] == [
+        f"ground_truth/{name}-seed0" for name in ("a-relu", "b-topk", "b-relu", "c-topk", "c-relu")
+    ]
     assert runs[0].world == {"name": "a", "features": 64, "seed": runs[0].world["seed"]}
-
-
-def test_every_seed_has_a_world_of_its_own_and_the_recipes_share_it(tmp_path: Path) -> None:
-    worlds = {"a": {"features": 64}, "b": {"features": 64}, "c": {"features": 64, "seed": 5}}
-    block = {"worlds": worlds, "recipes": {"topk": {"k": 2}, "relu": {}}, "variants": ["a"]}
-    runs = load_plan(write(tmp_path, ground_truth=block), seeds=2).worlds
+    assert [run.baselines for run in runs if run.seed == 0] == [(), ("topk",), (), ("topk",), ()]
     seeds = {(run.world["name"], run.recipe, run.seed): run.world["seed"] for run in runs}
-    assert all(seeds[name, "topk", seed] == seeds[name, "relu", seed] for name in "ab" for seed in (0, 1))
+    assert all(seeds["b", "topk", seed] == seeds["b", "relu", seed] for seed in (0, 1))
     assert len(set(seeds.values())) == 5 and seeds["c", "topk", 0] == seeds["c", "relu", 1] == 5
 
 
-def test_merged_goes_key_by_key() -> None:
-    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": None, "e": 5}) == {
-        "a": {"b": 4, "c": 2},
-        "e": 5,
-    }
+SWEEP: dict[str, Any] = {"recipe": "topk", "layers": [1], "variants": ["a"]}
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (
-            {"sweeps": {"s": {"recipe": "none", "layers": [1], "variants": ["a"]}}},
-            "recipe 'none': expected one of topk",
-        ),
-        ({"sweeps": {"s": {"recipe": "topk", "layers": [], "variants": ["a"]}}}, "expected decoder layers"),
-        ({"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": ["c"]}}}, "variants 'c': expected one of a, b"),
-        ({"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": []}}}, "no variants"),
-        ({"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": {"x": {"kk": 1}}}}}, "'kk' is no setting"),
-        ({"sweeps": {"s": {"recipe": "topk", "layer": [1], "variants": ["a"]}}}, "'layer' is not known"),
-        (
-            {"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": ["a"], "sections": ["x"]}}},
-            "section 'x': expected one of table1",
-        ),
-        (
-            {"sweeps": {"s": {"recipe": "topk", "layers": [1], "variants": ["a"], "reference": "t/none"}}},
-            "reference 't/none' is no sweep/variant",
-        ),
-        (
-            {
-                "sweeps": {
-                    "t": {"sections": ["pareto"], "recipe": "topk", "layers": [1], "variants": ["a"]},
-                    "s": {
-                        "sections": ["pareto"],
-                        "recipe": "topk",
-                        "layers": [1, 2],
-                        "variants": ["b"],
-                        "reference": "t/none",
-                    },
-                }
-            },
-            "layers 2 is not among those of its reference 't/none': 1",
-        ),
-        (
-            {"ground_truth": {"worlds": {"w": {"recipes": ["x"]}}, "recipes": {"topk": {}}, "variants": ["a"]}},
-            "world 'w': recipe 'x': expected one of topk",
-        ),
+        ({"sweeps": {"s": {**SWEEP, "recipe": "x"}}}, "sweep 's': recipe: 'x' is not known; expected one of topk"),
+        ({"sweeps": {"s": {**SWEEP, "layers": []}}}, "expected decoder layers"),
+        ({"sweeps": {"s": {**SWEEP, "variants": ["c"]}}}, "variants: 'c' is not known; expected one of a, b"),
+        ({"sweeps": {"s": {**SWEEP, "variants": []}}}, "no variants"),
+        ({"sweeps": {"s": {**SWEEP, "variants": {"x": {"kk": 1}}}}}, "variant 'x': 'kk' is not known"),
+        ({"sweeps": {"s": {**SWEEP, "layer": [1]}}}, "'layer' is not known"),
+        ({"sweeps": {"s": {**SWEEP, "sections": ["x"]}}}, "sections: 'x' is not known; expected one of table1"),
+        ({"ground_truth": {"worlds": {"w": {"recipes": ["x"]}}, "recipes": {"topk": {}}}}, "world 'w': recipe: 'x'"),
         ({"sweps": {}}, "'sweps' is not known"),
-        ({"examples": {"sweep": "three", "variant": "x"}}, "examples: sweep 'three': expected one of one, two"),
-        (
-            {"examples": {"sweep": "two", "variant": "x"}},
-            "examples: sweep 'two' needs the twin 'none': expected one of x",
-        ),
-        ({"examples": {"sweep": "two", "variant": "y"}}, "examples: variant 'y': expected one of x"),
-        (
-            {"examples": {"sweep": "one", "variant": "full-1", "control": "z"}},
-            "examples: control 'z': expected one of none, full-1",
-        ),
+        ({"seeds": 0}, "seeds 0: expected a whole number"),
+        ({"examples": {"sweep": "three", "variant": "x"}}, "examples: sweep: 'three' is not known"),
+        ({"examples": {"sweep": "two", "variant": "x"}}, "of sweep 'two': 'none' is not known; expected one of x"),
+        ({"examples": {"sweep": "one", "variant": "y"}}, "'y' is not known; expected one of none, full-1"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
@@ -151,31 +105,25 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], expected: s
         load_plan(write(tmp_path, **changes))
 
 
-def test_unknown_plans_and_broken_files(tmp_path: Path) -> None:
+def test_an_unknown_plan_is_named() -> None:
     with pytest.raises(SelOrthoError, match="unknown plan 'x': expected one of demo"):
         load_plan("x")
-    (tmp_path / "b.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SelOrthoError, match="not valid JSON"):
-        load_plan(str(tmp_path / "b.json"))
-    (tmp_path / "l.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(SelOrthoError, match="holds a list"):
-        load_plan(str(tmp_path / "l.json"))
 
 
 @pytest.mark.parametrize("name", list_plans())
 @pytest.mark.parametrize("quick", [False, True])
-def test_plans_that_come_with_the_package(name: str, quick: bool) -> None:
+def test_plans_that_come_with_the_study(name: str, quick: bool) -> None:
     plan = load_plan(name, quick=quick)
     assert plan.description and plan.harvest["model"]
     assert {section for sweep in plan.sweeps for section in sweep.sections} <= set(SECTIONS)
     for sweep in plan.sweeps:
-        assert "none" in sweep.variants or sweep.reference, f"{sweep.name} has no twin to be compared with"
+        assert "none" in sweep.variants, f"{sweep.name} has no twin to be compared with"
         settings = {key: sweep.arguments[key] for key in sweep.arguments if key in SelOrthoConfig.describe()}
         for variant in sweep.variants.values():
             SelOrthoConfig(**{**settings, **variant, "d_in": 640})
-    for run in plan.worlds:
+    for run in plan.synthetic:
         assert "none" in run.variants
-        for peer in run.peers:
-            peer_settings(peer, run.settings, 1.0)  # says what is missing
+        for baseline in run.baselines:
+            baseline_settings(baseline, run.settings, 1.0)  # says what is missing
         for variant in run.variants.values():
             SelOrthoConfig(**{**run.settings, **variant, "d_in": 64})

@@ -1,0 +1,1 @@
+"""Benchmarks: what a training step costs with each penalty, in time and memory."""

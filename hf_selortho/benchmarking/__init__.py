@@ -1,1 +1,0 @@
-"""How long a training step takes, and what the penalties add to it, measured side by side."""
