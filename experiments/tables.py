@@ -76,13 +76,20 @@ GAINS: list[Column] = [
     ("fvu_share", "FVU, %", 1), ("mcc", "MCC", 3), ("uniqueness", "uniqueness", 3), ("recovered", "recovered", 3),
     ("f1", "F1", 3), ("precision", "precision", 3), ("absorption", "absorption", 3), ("l0", "L0", 1),
 ]  # fmt: skip
-WISHES = [  # what a user wants, of which SAE, and the setting that comes nearest
-    ("less correlation", "topk", "activation-0.03"), ("less correlation, milder", "topk", "activation-0.01"),
-    ("less correlation", "relu", "activation-0.03"), ("the same, free at equal L0", "relu", "activation-wide-0.1"),
-    ("less alike directions", "topk", "ortsae-0.1"), ("the same, without more dead", "topk", "decoder-wide-0.3"),
-    ("less alike directions", "relu", "ortsae-0.25"), ("the same, free", "relu", "ortsae-0.1"),
-    ("both, nearest to it", "topk", "both-nearest-0.015"), ("both", "relu", "both-nearest-wide-0.3"),
-]  # fmt: skip
+WISHES = [  # what a user wants, of which recipe, and the setting that comes nearest
+    ("less correlation", "topk", "activation-0.03"),
+    ("less correlation, cheaper", "topk", "activation-0.01"),
+    ("less correlation", "relu", "activation-0.03"),
+    ("less correlation, free at equal L0", "relu", "activation-wide-0.1"),
+    ("directions less alike", "topk", "ortsae-0.1"),
+    ("directions less alike, fewer dead", "topk", "decoder-wide-0.3"),
+    ("directions less alike", "relu", "ortsae-0.25"),
+    ("directions less alike, free at equal L0", "relu", "ortsae-0.1"),
+    ("both (not reached)", "topk", "both-nearest-0.015"),
+    ("both", "relu", "both-nearest-wide-0.3"),
+    ("features that stand for true ones", "topk", "exclusion-wide-0.1"),
+    ("features that stand for true ones", "relu", "exclusion-wide-0.1"),
+]
 
 
 def markdown(table: pd.DataFrame) -> str:
