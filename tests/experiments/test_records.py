@@ -17,7 +17,7 @@ def test_the_records_of_saes_are_of_the_plan_as_it_is() -> None:
             arguments = records.read(unit.record(variant))["arguments"]
             assert {key: arguments.get(key) for key in wanted} == wanted, unit.record(variant)
             names.add(unit.record(variant))
-    kept = {str(path.relative_to(PUBLISHED).with_suffix("")) for path in PUBLISHED.rglob("*-layer*-seed?.json")}
+    kept = {str(path.relative_to(PUBLISHED).with_suffix("")) for path in PUBLISHED.rglob("*-layer*-seed[0-9].json")}
     assert all("redundancy" in name or "adaptive" in name for name in kept - names), "only these left the plan"
 
 
