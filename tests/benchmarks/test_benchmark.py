@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -177,10 +175,3 @@ def test_wrong_files_are_named(tmp_path) -> None:
         load_activations(str(path))
     with pytest.raises(SelOrthoError, match="cannot write to"):
         benchmark.main(command(path, widths=256, activation="topk"))
-
-
-def test_a_mistake_is_one_line_and_code_2() -> None:
-    argv = [sys.executable, "-m", "benchmarks.benchmark", "--only", "everything"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 2 and done.stdout == ""
-    assert "error: --only everything" in done.stderr and len(done.stderr.splitlines()) == 1
