@@ -79,7 +79,7 @@ def time_language_model(lm: LanguageModel, layer: int, dataset: str, batch: int)
     buffer = ActivationBuffer(
         capture, stream, contexts=contexts, context_length=CONTEXT_LENGTH, batch_size=batch, refresh_every=BUFFERED
     )
-    buffer.fill(progress=True)  # warms the language model up
+    buffer.statistics(progress=True)  # warms the language model up
     started = time.perf_counter()
     served = [only(buffer.next_batch().by_layer) for _ in range(BUFFERED)]  # all that it serves without a refresh
     wait_for(capture.device)

@@ -74,7 +74,7 @@ class TrainingSteps:
         """Change the penalty; the next step selects pairs, and no feature counts as dead."""
         trainer = self.trainer
         self.sae.config, trainer.penalty = config, PenaltySchedule(config, trainer.group)
-        trainer.state.step, trainer.state.pairs = config.selection_interval, None
+        trainer.state.step = config.selection_interval
         trainer.state.tokens_since_fired.zero_()
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class TrainingSteps:
 
     def _batch(self, number: int) -> ActivationBatch:
         rows, zeros = self.batches.at(number), torch.zeros(self.batches.size, dtype=torch.int64)
-        return ActivationBatch({0: rows}, TokenOrigins(zeros, zeros, zeros, zeros))
+        return ActivationBatch({0: rows}, TokenOrigins.of(zeros, zeros, zeros, zeros))
 
 
 def run_rounds(
@@ -144,7 +144,7 @@ def run_rounds(
 
 def _time(steps: TrainingSteps, result: Measured, number: int, count: int | None = None) -> float:
     seconds = steps.run(result.case, number, count)
-    if result.case.mode != ENCODER and (pairs := steps.trainer.state.pairs) is not None:
+    if result.case.mode != ENCODER and (pairs := steps.trainer.penalty.pairs) is not None:
         result.pairs = len(pairs)
     return seconds
 

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ def measure(run: PlanRun, unit: Unit) -> None:
     """Evaluate every trained SAE of the unit that has no record, and write it."""
     cache, sizes = ActivationCache(str(run.activations)), {**run.plan.measures, **unit.sweep.measures}
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the job's own GPU
-    model = cache.manifest.model
-    lm = load_language_model(model.name, model.revision, model.dtype, device)
+    manifest = cache.manifest
+    lm = load_language_model(manifest.lm_name, manifest.lm_revision, manifest.lm_dtype, device)
     capture = ActivationCapture(lm, [unit.layer], [cache.manifest.layer(unit.layer).max_norm])
     tasks = layer_tasks(run, unit.layer, cache, capture)
     folders = {
@@ -89,15 +89,14 @@ def layer_tasks(run: PlanRun, layer: int, cache: ActivationCache, capture: Activ
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
-            text = cache.manifest.text
+            text = cache.manifest
             source = TextSource(
                 run.plan.harvest.get("dataset") or text.dataset,  # as it was given: its name may not say where it is
-                text.config, text.split, text.text_column, text.revision,
+                text.dataset_config, text.dataset_revision, text.split, text.text_column,
                 held_out_fraction=sizes.get("probing_fraction", text.held_out_fraction),
             )  # fmt: skip
-            save_tasks(
-                prepare_tasks(capture, source, run.plan.label_column, asdict(cache.manifest.contexts), sizes), path
-            )
+            contexts = {name: getattr(text, name) for name in ("context_length", "prepend_bos", "min_tokens")}
+            save_tasks(prepare_tasks(capture, source, run.plan.label_column, contexts, sizes), path)
         tasks = load_tasks(path)
         run.records.write(f"tasks-layer{layer}", {"kind": "tasks", "layer": layer, **tasks.facts})
     return tasks

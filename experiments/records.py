@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.training.run_folder import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows, write_json
+from hf_selortho.training.run_folder import METRICS, METRICS_LOG, RUN, TIMINGS_LOG, read_rows
+from hf_selortho.utils.files import write_json
 
 SCHEMA_VERSION = 1
 CURVE_POINTS = 30

@@ -25,7 +25,8 @@ from hf_selortho.configuration_selortho import SelOrthoConfig
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_manifest import MANIFEST, TRAIN, shard_path
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.training.run_folder import CHECKPOINTS, RUN, write_json
+from hf_selortho.training.run_folder import CHECKPOINTS, RUN
+from hf_selortho.utils.files import write_json
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 HARVEST, TIMING = "harvest", "timing"  # names and kinds of records
@@ -49,14 +50,20 @@ def cache_activations(run: PlanRun) -> None:
         command = [str(SCRIPTS / "cache_activations.py"), "--preset", str(preset), "--output_dir", str(run.activations)]
         run_process(command, run.work / "cache.log", "caching the activations")
     cache = ActivationCache(str(run.activations))
-    manifest, content = cache.manifest, dataclasses.asdict(cache.manifest)
-    text = {**content["text"], "dataset": local_name(manifest.text.dataset)}
+    manifest = cache.manifest
+    text: dict[str, Any] = {
+        "dataset": local_name(manifest.dataset), "config": manifest.dataset_config, "split": manifest.split,
+        "revision": manifest.dataset_revision, "fingerprint": manifest.text_fingerprint,
+        "held_out_fraction": manifest.held_out_fraction, "seed": manifest.seed,
+    }  # fmt: skip
+    model: dict[str, Any] = {"name": manifest.lm_name, "revision": manifest.lm_revision, "dtype": manifest.lm_dtype}
+    contexts = {name: getattr(manifest, name) for name in ("context_length", "prepend_bos", "min_tokens")}
     if run.records.has(HARVEST):
         before = run.records.read(HARVEST)
-        named = {"text": (before["text"], text), "model": (before["model"], content["model"])}
+        named = {"text": (before["text"], text), "model": (before["model"], model)}
         run.records.refuse_other(HARVEST, ((f"the {key}", identity(a), identity(b)) for key, (a, b) in named.items()))
         return
-    source = {"model": content["model"], "text": text, "contexts": content["contexts"], "rows": manifest.rows}
+    source: dict[str, Any] = {"model": model, "text": text, "contexts": contexts, "rows": manifest.rows}
     run.records.write(
         HARVEST, {"kind": HARVEST, **source, "manifest_sha256": cache.sha256, "versions": manifest.versions}
     )

@@ -30,9 +30,9 @@ from hf_selortho.errors import ConfigError, SelOrthoError
 from hf_selortho.language_models.capture import TokenOrigins
 from hf_selortho.modeling_selortho import SelOrthoSAE
 from hf_selortho.training.arguments import RunArguments
-from hf_selortho.training.run_folder import hardware, library_versions
 from hf_selortho.training.sae_trainer import SAETrainer
 from hf_selortho.utils.command_line import run_script, use_all_cores
+from hf_selortho.utils.environment import hardware, library_versions
 
 BASELINES = {  # what SAELens calls them
     "standard": "standard", "topk": "topk", "batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk",
@@ -74,7 +74,7 @@ def batches(data: SyntheticData, size: int, seed: int) -> Iterator[ActivationBat
     generator = torch.Generator().manual_seed(derived_seed("batches", seed))
     zeros = torch.zeros(size, dtype=torch.int64)
     while True:
-        yield ActivationBatch({0: data.sample(size, generator)[0]}, TokenOrigins(zeros, zeros, zeros, zeros))
+        yield ActivationBatch({0: data.sample(size, generator)[0]}, TokenOrigins.of(zeros, zeros, zeros, zeros))
 
 
 def train_variants(
