@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.hub.interop import write_saelens
+from hf_selortho.formats import write_saelens
 from tests.hub_client import HubClient
 from tests.loopback_hub import Fault, LoopbackHub
 
@@ -213,7 +213,7 @@ def test_a_server_that_is_busy_is_waited_for_or_named(hub, client, tmp_path) -> 
         ("'a/b/c/d'", "neither on the Hub nor a local path"),
         ("'acme/layers'", "holds no config.json; .* subfolder where it has several"),
         ("'acme/layers', subfolder='layer_4'", "holds no layer_4/config.json; "),
-        ("'acme/lens'", "holds no config.json; .* hf_selortho.hub.interop.load_sae reads other formats"),
+        ("'acme/lens'", "holds no config.json; .* hf_selortho.formats.load_sae reads other formats"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_said_in_one_line(call, message, hub, client, tmp_path) -> None:
@@ -225,7 +225,7 @@ def test_what_is_refused_is_said_in_one_line(call, message, hub, client, tmp_pat
 
 def test_the_formats_of_others_are_loaded_from_the_hub(hub, client) -> None:
     code = """
-from hf_selortho.hub.interop import load_sae
+from hf_selortho.formats import load_sae
 print(load_sae("acme/lens", subfolder="blocks.3/lens").config.layer, load_sae("acme/sae", revision="v2").config.layer)
 """
     assert client.run(code) == "3 2\n"

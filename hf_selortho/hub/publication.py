@@ -15,13 +15,13 @@ from huggingface_hub import RepoCard
 
 from ..errors import SelOrthoError
 from ..features.index_writer import INDEX
+from ..formats import write_saelens
 from ..modeling_selortho import SelOrthoSAE
 from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN, jsonable, save_sae
 from ..utils.command_line import without_secrets
 from ..utils.hub import CONFIG, read_object
 from .card_facts import SAELENS_FOLDER
 from .card_results import Measured
-from .interop import write_saelens
 from .model_card import Publisher, render_card
 from .remote_code import AUTO_MAP, source_files
 from .run_folder import WEIGHTS, FinishedRun

@@ -14,7 +14,7 @@ from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.features import FeatureCapture, TokenFeatures
 from hf_selortho.features.sampling import Sampling
 from hf_selortho.features.steering import Generation, Steer, Steering
-from hf_selortho.hub.interop import load_sae
+from hf_selortho.formats import load_sae
 from hf_selortho.language_models.loading import LanguageModel, load_language_model
 from hf_selortho.utils.hub import RepoRef
 

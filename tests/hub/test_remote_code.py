@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoSAE
-from hf_selortho.hub.interop import load_sae
+from hf_selortho.formats import load_sae
 from hf_selortho.hub.model_card import Publisher
 from hf_selortho.hub.publication import publish_run
 from hf_selortho.hub.remote_code import source_files

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...configuration_selortho import SelOrthoConfig
-from ...errors import SelOrthoError
-from ...modeling_selortho import SelOrthoSAE
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)
 

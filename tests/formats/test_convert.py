@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.hub.interop import load_sae, write_saelens
-from hf_selortho.hub.interop.__main__ import main
-from hf_selortho.hub.interop.convert import convert
+from hf_selortho.formats import load_sae, write_saelens
+from hf_selortho.formats.__main__ import main
+from hf_selortho.formats.convert import convert
 from hf_selortho.utils.command_line import run_script
 
 
@@ -89,12 +89,12 @@ def test_what_is_there_survives_a_full_disk(own, tmp_path, monkeypatch) -> None:
     before = contents(target)
     for to, place in (("saelens", "saelens.save_file"), ("selortho", "convert.write_json")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"hf_selortho.hub.interop.{place}", _full)
+            patch.setattr(f"hf_selortho.formats.{place}", _full)
             with pytest.raises(SelOrthoError, match="the disk is full"):
                 convert(str(own), target, to, overwrite=True)
         assert contents(target) == before
     with monkeypatch.context() as patch:
-        patch.setattr("hf_selortho.hub.interop.folders.Path.replace", _full)  # at the last step
+        patch.setattr("hf_selortho.formats.folders.Path.replace", _full)  # at the last step
         with pytest.raises(SelOrthoError, match="the disk is full"):
             convert(str(own), target, "saelens", overwrite=True)
     assert contents(target) == before
@@ -151,7 +151,7 @@ def test_a_subfolder(own, tmp_path) -> None:
 
 
 def test_conversion_in_a_process_of_its_own(own, tmp_path) -> None:
-    command = [sys.executable, "-m", "hf_selortho.hub.interop", "convert", str(own), str(tmp_path / "deep/lens")]
+    command = [sys.executable, "-m", "hf_selortho.formats", "convert", str(own), str(tmp_path / "deep/lens")]
     done = subprocess.run([*command, "--to", "saelens"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "SAE.load_from_disk(" in done.stdout, done.stderr
     x = torch.randn(9, 8)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.hub.interop import load_sparsify
+from hf_selortho.formats import load_sparsify
 
 
 @pytest.fixture(scope="module")

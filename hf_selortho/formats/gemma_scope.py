@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import SelOrthoError
-from ...utils.hub import find_file, listed, one_line
+from ..errors import SelOrthoError
+from ..utils.hub import find_file, listed, one_line
 from .plain import PlainSae, weight_shapes
 
 WEIGHTS = "params.npz"

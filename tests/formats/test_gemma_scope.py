@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.hub.interop import load_gemma_scope, load_sae
-from hf_selortho.hub.interop.gemma_scope import _facts
+from hf_selortho.formats import load_gemma_scope, load_sae
+from hf_selortho.formats.gemma_scope import _facts
 
 
 def arrays(dtype: str = "<f4") -> dict[str, np.ndarray]:
@@ -190,7 +190,7 @@ def test_an_archive_that_claims_more_than_the_file_has_takes_no_memory(tmp_path)
 LIMITED = """
 import resource, sys
 from hf_selortho import SelOrthoError
-from hf_selortho.hub.interop import load_gemma_scope
+from hf_selortho.formats import load_gemma_scope
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     load_gemma_scope(sys.argv[1])

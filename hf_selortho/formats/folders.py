@@ -10,10 +10,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ...errors import SelOrthoError
-from ...training.run_folder import as_os_error
-from ...utils.files import reason, sync
-from ...utils.hub import listed
+from ..errors import SelOrthoError
+from ..training.run_folder import as_os_error
+from ..utils.files import reason, sync
+from ..utils.hub import listed
 
 
 def check_target(folder: Path, replaceable: set[str] | None = None) -> None:

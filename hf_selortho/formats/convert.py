@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...errors import SelOrthoError
-from ...training.run_folder import METRICS, RUN, save_sae, write_json
-from ...utils.hub import CONFIG, find_file, read_object
+from ..errors import SelOrthoError
+from ..training.run_folder import METRICS, RUN, save_sae, write_json
+from ..utils.hub import CONFIG, find_file, read_object
 from .folders import check_target, whole_folder
 from .load import Loaded, read_sae
 from .saelens import FILES, write_saelens

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import NonFiniteError, SelOrthoError
-from ...modeling_selortho import SelOrthoSAE
-from ...training.run_folder import jsonable
-from ...utils.hub import find_file, read_object, read_tensors
+from ..errors import NonFiniteError, SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from ..training.run_folder import jsonable
+from ..utils.hub import find_file, read_object, read_tensors
 from .folders import check_target, whole_folder
 from .places import hub_name, layer_of, lens_hook, lens_name
 from .plain import PlainSae, weight_shapes

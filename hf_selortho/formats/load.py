@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ...configuration_selortho import SelOrthoConfig
-from ...errors import SelOrthoError
-from ...modeling_selortho import SelOrthoSAE
-from ...utils.hub import CONFIG, LOOKUP, at_one_commit, find_file, in_subfolder, read_object, within_reach
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from ..utils.hub import CONFIG, LOOKUP, at_one_commit, find_file, in_subfolder, read_object, within_reach
 from . import gemma_scope, saelens, sparsify
 from .gemma_scope import read_gemma_scope
 from .plain import PlainSae

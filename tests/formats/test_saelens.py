@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.hub.interop import load_sae, load_saelens, write_saelens
-from hf_selortho.hub.interop.places import lens_name
+from hf_selortho.formats import load_sae, load_saelens, write_saelens
+from hf_selortho.formats.places import lens_name
 
 KINDS = {
     "relu": {},

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import SelOrthoError
-from ...utils.hub import find_file, read_object, read_tensors
+from ..errors import SelOrthoError
+from ..utils.hub import find_file, read_object, read_tensors
 from .places import layer_of
 from .plain import PlainSae, weight_shapes
 
