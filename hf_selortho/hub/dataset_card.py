@@ -14,7 +14,6 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..data.cache_manifest import Manifest
 from .card_facts import EMBEDDED_MODEL, EMBEDDED_ORIGIN, hub_id, under_gemma_terms
 from .markdown import cell, code, literal, number, one_line
-from .model_card import wrong_facts
 
 _FOLDER = Path(__file__).parent
 # The Hub's words for how many rows a dataset has.
@@ -30,7 +29,6 @@ _SIZES = (
     (10**11, "10B<n<100B"),
     (10**12, "100B<n<1T"),
 )
-_FACT_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: str | None = None) -> DatasetCard:
@@ -80,51 +78,6 @@ def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: 
     return _render(data, "shards_card_template.md", context)
 
 
-def render_examples_card(
-    facts: Mapping[str, Any],
-    columns: Sequence[tuple[str, str, str]],
-    repo_id: str | None = None,
-    license: str | None = None,
-) -> DatasetCard:
-    """Card of a dataset of feature examples: what each feature of an SAE fires on.
-
-    Args:
-        facts: "sae" (name or id), "sae_revision", "lm_name", "dataset", "dataset_revision", "tokens" (looked at),
-            "features" (rows), "contexts_per_feature"; only "sae" and "features" are needed.
-        columns: name, type and meaning of each column.
-        repo_id, license: as in [`render_shards_card`].
-
-    Raises:
-        SelOrthoError: the facts are of other types.
-    """
-    try:
-        data = _data(
-            f"Features of {facts['sae']}",
-            ["sparse-autoencoder", "feature-examples", "interpretability"],
-            facts["features"],
-            [hub_id(facts.get("dataset"), facts.get("dataset_revision"))],
-            license,
-        )
-        rows = [
-            ("SAE", cell(facts["sae"]) + _at(facts.get("sae_revision"))),
-            ("Language model", cell(facts["lm_name"]) if facts.get("lm_name") else None),
-            ("Text", cell(facts["dataset"]) + _at(facts.get("dataset_revision")) if facts.get("dataset") else None),
-            ("Tokens looked at", number(facts["tokens"], "count") if facts.get("tokens") else None),
-            ("Features", number(facts["features"], "count")),
-            ("Contexts per feature", _at_most(facts.get("contexts_per_feature"))),
-        ]
-        context = {
-            "sae": code(facts["sae"]),
-            "rows": [(name, value) for name, value in rows if value],
-            "columns": [(cell(name), cell(kind), _in_cell(meaning)) for name, kind, meaning in columns],
-            "literal": literal(repo_id) if repo_id else None,
-            **_terms(str(facts.get("lm_name") or ""), license),
-        }
-    except _FACT_ERRORS as error:
-        raise wrong_facts(error, "the facts hold", "feature index", "them from the index") from error
-    return _render(data, "examples_card_template.md", context)
-
-
 def size_category(rows: int) -> str:
     """The Hub's word for a number of rows."""
     return next((name for limit, name in _SIZES if rows < limit), "n>1T")
@@ -156,17 +109,8 @@ def _terms(lm: str, license: str | None) -> dict[str, Any]:
     }
 
 
-def _in_cell(words: str) -> str:
-    """Words of our own, which a bare pipe would end."""
-    return one_line(words).replace("|", "\\|")
-
-
 def _at(revision: Any) -> str:
     return f" at revision {cell(revision)}" if revision else ""
-
-
-def _at_most(count: Any) -> str | None:
-    return f"at most {number(count)}" if count else None
 
 
 def _bos(prepend_bos: bool) -> str:

@@ -18,7 +18,6 @@ from ..errors import SelOrthoError
 from ..utils.hub import is_commit
 from .card_facts import base_model, hub_id, model_facts, training_facts, usage_facts
 from .card_results import METRICS, Measured, evaluation_facts, penalty_facts, picture_facts
-from .expectations import expectation_facts
 from .markdown import code, one_line
 from .summary import SaeReport, summary_rows, without_twins
 
@@ -119,7 +118,6 @@ def card_context(saes: Sequence[SaeReport], run: Mapping[str, Any], publisher: P
     return {
         **of_each[0],
         "saes": of_each,
-        "expectation": expectation_facts(first.config),
         "summary": summary_rows(saes) if len(saes) > 1 else [],
         "folders": [code(sae.name) for sae in saes],
         "model": model_facts(common, publisher.repo_id, layers),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from statistics import mean, stdev
 
@@ -14,7 +13,6 @@ from huggingface_hub import ModelCard
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.hub.card_results import Measured
-from hf_selortho.hub.expectations import EXPECTATIONS, expectation_facts
 from hf_selortho.hub.model_card import Publisher, default_template, render_card, render_model_card
 from hf_selortho.hub.summary import SaeReport, beside_twins
 from hf_selortho.language_models.loading import load_language_model
@@ -383,56 +381,3 @@ def test_the_card_says_what_the_penalty_squares_and_by_what_pairs_are_chosen(cha
     text = render_model_card(settings(**changes), METRICS, RUN).text
     sentence = loss.replace("0.1%", "0.1% of feature pairs")
     assert f"the loss {sentence}" in text and f"pairs of largest {pairs} among" in text
-
-
-def test_the_card_says_what_may_be_expected_of_its_penalty() -> None:
-    measured = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))
-    (known,) = [one for one in measured["saes"] if (one["activation"], one["variant"]) == ("topk", "decoder-wide-0.1")]
-    (world,) = [
-        one for one in measured["worlds"] if (one["activation"], one["variant"]) == ("topk", "decoder-wide-0.1")
-    ]
-    text = render_model_card(
-        settings(penalty_space="decoder", ortho_coefficient=0.1, pair_fraction=0.01, activation="batchtopk", k=32),
-        METRICS,
-        RUN,
-    ).text
-    assert "(gemma-3-270m, layer 8, TopK, 3 seeds), the nearest setting (`ortho_coefficient` 0.1 on 1% of" in text
-    assert "% of the pairs, selected every 4 steps) changed, against its twin" in text
-    assert f"the mean maximum decoder cosine by {100 * known['cosine'][0]:+.1f} ± " in text
-    assert f"FVU by {100 * known['fvu'][0]:+.1f} ± {100 * known['fvu'][1]:.1f}%" in text
-    assert f"MCC) by {world['mcc'][0]:+.3f} ± " in text and f"(uniqueness) by {world['uniqueness'][0]:+.3f} ± " in text
-    assert f"(recovered) by {world['recovered'][0]:+.3f} ± " in text
-    assert f"for a change of {100 * world['fvu'][0]:+.0f} ± {100 * world['fvu'][1]:.0f}% in FVU there." in text
-    assert "Alike is not the same as redundant" in text and "may reward feature absorption" not in text
-
-
-@pytest.mark.parametrize(
-    ("changes", "variant"),
-    [
-        ({"ortho_coefficient": 0.04, "selection_interval": 1}, "activation-0.03"),
-        ({"ortho_coefficient": 0.04}, "activation-seldom-0.03"),  # of the two, the one that selected every 12 steps
-        ({"ortho_coefficient": 0.0}, None),
-        ({"ortho_coefficient": 1.0}, "activation-0.3"),
-        ({"ortho_coefficient": 5.0}, None),  # too far from everything that was measured
-        ({"ortho_coefficient": 0.1, "pair_fraction": 0.02}, "activation-wide-0.1"),
-        (
-            {"ortho_coefficient": 0.3, "pair_fraction": 0.01, "decoder_ratio": 2.0, "decoder_pairs": "nearest"},
-            "both-nearest-wide-0.3",
-        ),
-        ({"penalty": "full", "ortho_coefficient": 2.0}, "full-1.0"),
-        ({"penalty": "ortsae", "ortho_coefficient": 1.0}, "ortsae-0.25"),
-        ({"penalty_space": "decoder", "selection_space": "activation"}, None),  # never measured
-        ({"reduction": "sum"}, None),
-        ({"penalty": "none"}, None),
-    ],
-)
-def test_expectations_are_those_of_the_nearest_setting(changes, variant) -> None:
-    facts = expectation_facts(settings(**changes))
-    if variant is None:
-        assert facts is None
-        return
-    measured = json.loads(EXPECTATIONS.read_text(encoding="utf-8"))["saes"]
-    (known,) = [one for one in measured if (one["activation"], one["variant"]) == ("relu", variant)]
-    assert facts is not None and facts["setting"].startswith(f"`ortho_coefficient` {known['ortho_coefficient']:g}")
-    mean, deviation = known["correlation"]
-    assert facts["correlation"] == f"{100 * mean:+.1f} ± {100 * deviation:.1f}%"
