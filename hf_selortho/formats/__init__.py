@@ -1,6 +1,6 @@
 """SAEs in the formats of other libraries: read to be evaluated, published and inspected here; written for SAELens."""
 
-from .load import FORMATS, load_gemma_scope, load_sae, load_saelens, load_sparsify
+from .load import FORMATS, load_sae
 from .saelens import write_saelens
 
-__all__ = ["FORMATS", "load_gemma_scope", "load_sae", "load_saelens", "load_sparsify", "write_saelens"]
+__all__ = ["FORMATS", "load_sae", "write_saelens"]

@@ -1,4 +1,4 @@
-"""What all formats have in common: the tensors of an SAE of raw activations, and where it reads them."""
+"""The form between all formats: the tensors of an SAE of raw activations, and where it reads them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PlainSae:
     metadata: Mapping[str, Any] = field(default_factory=dict)  # all that its library says of it, as it is in the file
 
     def to_model(self, name: str) -> SelOrthoSAE:
-        """The SAE as ours, in float32; encode and decode compute the same, but for rounding.
+        """Make it an SAE of ours, in float32; encode and decode compute the same, but for rounding.
 
         Args:
             name: where it comes from, for messages.
@@ -74,7 +74,7 @@ class PlainSae:
     @staticmethod
     @torch.no_grad()
     def of(sae: SelOrthoSAE) -> PlainSae:
-        """Ours, with the input normalisation folded into the weights, in float32.
+        """Take one of ours, with the input normalisation folded into the weights, in float32.
 
         With m = input_mean and s = input_scale: W_enc / s, b_enc + b_dec W_enc, W_dec s and b_dec s + m, which is
         subtracted from the input first. So large means cancel before the product, and no digits are lost.
@@ -99,7 +99,7 @@ class PlainSae:
 
 
 def weight_shapes(d_in: Any, d_sae: Any, threshold: bool, name: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a PlainSae by their usual names.
+    """Return the shapes of the tensors of a PlainSae by their usual names.
 
     Raises:
         SelOrthoError: a width is not a positive whole number.

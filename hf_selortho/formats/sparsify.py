@@ -8,14 +8,14 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..utils.hub import find_file, read_object, read_tensors
-from .places import layer_of
+from .names import layer_of
 from .plain import PlainSae, weight_shapes
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def read_sparsify(name: str, lookup: Mapping[str, Any]) -> PlainSae:
-    """An SAE of sparsify with its activation function topk; `multi_topk` and `normalize_decoder` act in training only.
+    """Read an SAE with the activation function topk; `multi_topk` and `normalize_decoder` act in training only.
 
     Raises:
         SelOrthoError: it is a transcoder or of another kind, its files are damaged, or do not fit one another.

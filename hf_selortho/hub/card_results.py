@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
-
-from .markdown import code, number
+from .markdown import Markdown, code, number
 
 TWIN = "_twin"  # how the name of a twin ends
 _PICTURE = re.compile(r"([\w-][\w.-]*/)*([\w-][\w.-]*)\.png", re.ASCII)
@@ -156,7 +154,7 @@ def results_of(sae: SaeReport) -> dict[str, Any]:
         "twin_seeds": 1 + len(sae.twin_seeds) if sae.twin and sae.twin_seeds else 0,
         "last_steps": [(_BY_KEY[key].name, _shown(_BY_KEY[key], training)) for key in _TRAINING if key in training],
         "pictures": [
-            (Markup(_CAPTIONS.get(match[2], code(match[2]))), Markup(match[0]))
+            (Markdown(_CAPTIONS.get(match[2], code(match[2]))), Markdown(match[0]))
             for match in map(_PICTURE.fullmatch, map(str, sae.pictures))
             if match  # only plain relative paths are taken
         ],

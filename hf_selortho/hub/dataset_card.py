@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData
-from markupsafe import Markup
 
 from ..data.cache_manifest import Manifest
-from .markdown import one_line, render
+from .markdown import Markdown, one_line, render
 from .model_card import hub_id, terms_of
 
 _TEMPLATE = Path(__file__).with_name("shards_card_template.md")
@@ -36,7 +35,7 @@ def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: 
         license=one_line(license) if license else None,
     )
     values = {
-        "card_data": Markup(data.to_yaml()),
+        "card_data": Markdown(data.to_yaml()),
         "manifest": manifest,
         "width": manifest.layer(manifest.layers[0]).d_in,
         "place": f"hub:{repo_id}" if repo_id else "FOLDER",

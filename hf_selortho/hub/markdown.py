@@ -11,13 +11,20 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, Undefined
-from markupsafe import Markup
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control characters, bidirectional marks, lone surrogates, line separators
+
+
+class Markdown(str):
+    """Text that is safe in a card as it is."""
+
+    def __html__(self) -> str:  # by which Jinja knows it
+        return self
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -27,27 +34,25 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _environment() -> Environment:
-    """Jinja with autoescape for Markdown: the filters return Markup, all else goes through [`_shown`]."""
+    """Jinja with autoescape for Markdown: the filters return Markdown, all else goes through [`_shown`]."""
     environment = Environment(autoescape=True, finalize=_shown)
-    for make in (code, cell, literal, number, duration, one_line, fence):
-        environment.filters[make.__name__] = _markup(make)
-    for kind in ("percent", "count", "exact"):
-        environment.filters[kind] = _markup(lambda value, kind=kind: number(value, kind))
-    environment.filters["json"] = _markup(lambda value: mask_tokens(json.dumps(value, indent=2)))
+    filters: dict[str, Callable[[Any], str]] = {
+        make.__name__: make for make in (code, cell, literal, number, duration, one_line, fence)
+    }
+    filters |= {kind: partial(number, kind=kind) for kind in ("percent", "count", "exact")}
+    filters["json"] = lambda value: mask_tokens(json.dumps(value, indent=2))
+    for name, make in filters.items():
+        environment.filters[name] = lambda value, make=make: Markdown(make(value))
     return environment
 
 
-def _markup(make: Callable[..., str]) -> Callable[..., Markup]:
-    return lambda value: Markup(make(value))
-
-
-def _shown(value: Any) -> Markup:
-    if isinstance(value, Markup):
+def _shown(value: Any) -> str:
+    if hasattr(value, "__html__"):
         return value
     if value is None or isinstance(value, Undefined):
-        return Markup()
+        return Markdown()
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return Markup(number(value) if is_number else code(value))
+    return Markdown(number(value) if is_number else code(value))
 
 
 def mask_tokens(text: str) -> str:

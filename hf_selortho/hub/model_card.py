@@ -16,13 +16,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
-from markupsafe import Markup
 
 from ..configuration_selortho import score_of_selection
 from ..errors import SelOrthoError
 from ..utils.hub import is_commit
 from .card_results import METRICS, SaeReport, results_of, summary_rows, without_twins
-from .markdown import code, one_line, render
+from .markdown import Markdown, code, one_line, render
 
 TEMPLATE_NAME = "model_card_template.md"
 SAELENS_FOLDER = "saelens"  # of the export, beside the SAE
@@ -78,7 +77,7 @@ class SaeCard:
         layers = list(dict.fromkeys(sae.layer for sae in shown))
         arguments = self.run.get("arguments") or {}
         return {
-            "card_data": Markup(self.data().to_yaml()),
+            "card_data": Markdown(self.data().to_yaml()),
             "saes": [{**results_of(sae), "penalty": _penalty(sae.config)} for sae in shown],
             "config": common,
             "layers": [] if None in layers else layers,
@@ -95,7 +94,7 @@ class SaeCard:
             "embedded": common.get("lm_name") == EMBEDDED_MODEL,
             "terms": terms_of(common.get("lm_name")),
             "license": self.license,
-            "license_url": Markup(_web_link(self.license_link) or ""),
+            "license_url": Markdown(_web_link(self.license_link) or ""),
         }
 
     def data(self) -> ModelCardData:
@@ -158,7 +157,7 @@ def base_model(config: Mapping[str, Any]) -> str | None:
     return hub_id(config.get("lm_name"), config.get("lm_revision"))
 
 
-def terms_of(lm: str | None) -> Markup:
+def terms_of(lm: str | None) -> Markdown:
     """Return sentences on where a language model comes from and under whose terms it is, so far as its name says."""
     text = ""
     if lm == EMBEDDED_MODEL:
@@ -169,7 +168,7 @@ def terms_of(lm: str | None) -> Markup:
             " Gemma is provided under and subject to the [Gemma Terms of Use](https://ai.google.dev/gemma/terms), "
             "which include a prohibited use policy; read them before you use or redistribute anything made with Gemma."
         )
-    return Markup(text)
+    return Markdown(text)
 
 
 @contextmanager
