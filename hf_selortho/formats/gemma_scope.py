@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ..errors import SelOrthoError
-from ..utils.hub import find_file, listed, one_line
-from .plain import PlainSae, weight_shapes
+from ..utils.hub import listed, one_line
+from .plain import PlainSae, needed_files, weight_shapes
 
 WEIGHTS = "params.npz"
 _NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
@@ -36,9 +36,7 @@ def read_gemma_scope(name: str, lookup: Mapping[str, Any]) -> PlainSae:
         SelOrthoError: the file is damaged, holds other arrays, or is a transcoder's.
     """
     facts = _facts(name, lookup)
-    path = find_file(name, WEIGHTS, lookup)
-    if path is None:
-        raise SelOrthoError(f"{name} lacks {WEIGHTS}: expected the folder of an SAE of Gemma Scope")
+    (path,) = needed_files(name, (WEIGHTS,), lookup)
     try:
         arrays = _arrays(path)
     except _DAMAGE as error:

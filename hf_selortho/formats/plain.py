@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
+from ..utils.hub import find_file, listed
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,21 @@ class PlainSae:
             threshold=threshold,
             k=config.k if config.activation == "topk" else None,
         )
+
+
+def needed_files(name: str, files: Sequence[str], lookup: Mapping[str, Any]) -> list[Path]:
+    """Find the files of an SAE; raise a SelOrthoError if one is missing."""
+    paths = {file: find_file(name, file, lookup) for file in files}
+    if missing := [file for file, path in paths.items() if path is None]:
+        raise SelOrthoError(f"{name} lacks {listed(missing)}: expected {' and '.join(files)} in the folder of an SAE")
+    return [path for path in paths.values() if path is not None]
+
+
+def checked_k(k: Any, name: str) -> int:
+    """Return the number of active features per token; raise a SelOrthoError if it is none."""
+    if type(k) is not int or k < 1:
+        raise SelOrthoError(f"{name}: k={k!r:.50}, expected the number of active features per token")
+    return k
 
 
 def weight_shapes(d_in: Any, d_sae: Any, threshold: bool, name: str) -> dict[str, tuple[int, ...]]:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from ..errors import NonFiniteError, SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..training.run_folder import jsonable
-from ..utils.hub import find_file, read_object, read_tensors
+from ..utils.hub import read_object, read_tensors
 from .folders import whole_folder
 from .names import hub_name, layer_of, lens_hook, lens_name
-from .plain import PlainSae, weight_shapes
+from .plain import PlainSae, checked_k, needed_files, weight_shapes
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = {CONFIG, WEIGHTS}
@@ -92,10 +92,7 @@ def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
     Raises:
         SelOrthoError: it is of another kind, its files are damaged, or do not fit one another.
     """
-    path = find_file(name, CONFIG, lookup)
-    weights = find_file(name, WEIGHTS, lookup)
-    if path is None or weights is None:
-        raise SelOrthoError(f"{name} lacks {CONFIG if path is None else WEIGHTS}: expected both, as SAELens saves them")
+    path, weights = needed_files(name, (CONFIG, WEIGHTS), lookup)
     content = read_object(path)
     metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else content  # before version 6 all was in one
@@ -137,29 +134,25 @@ def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
             )
     if content.get("finetuning_scaling_factor"):
         raise SelOrthoError(f"{path}: finetuning_scaling_factor is not read; save the SAE again with SAELens 6")
-    if kind == "topk" and (type(k) is not int or k < 1):
-        raise SelOrthoError(f"{path}: k={k!r:.50}, expected the number of active features per token")
-    return kind, k if kind == "topk" else None
+    return kind, checked_k(k, path) if kind == "topk" else None
 
 
 def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Tell what we know of its training, in our terms; whatever is of another type than expected is left out."""
-    name, hook = metadata.get("model_name"), metadata.get("hook_name") or metadata.get("hook_point")
-    revision, dataset = metadata.get("hf_model_revision"), metadata.get("dataset_path")
-    original, module = metadata.get("hf_model_name"), metadata.get("hf_hook_name")
-    context, bos = metadata.get("context_size"), metadata.get("prepend_bos")
-    if isinstance(module, str):
-        module = module.removesuffix(".output")
-    layer = layer_of(hook if isinstance(hook, str) else module)
-    found = {
-        "lm_name": original if isinstance(original, str) else hub_name(name),
-        "lm_revision": revision if isinstance(revision, str) else None,
-        "layer": layer,
-        "hook_name": module if isinstance(module, str) else hook if isinstance(hook, str) else None,
-        "dataset": dataset if isinstance(dataset, str) else None,
+
+    def known(key: str, kind: type) -> Any:
+        return metadata[key] if type(metadata.get(key)) is kind else None
+
+    hook = known("hook_name", str) or known("hook_point", str)
+    module = (known("hf_hook_name", str) or "").removesuffix(".output")
+    context = known("context_size", int)
+    facts = {
+        "lm_name": known("hf_model_name", str) or hub_name(metadata.get("model_name")),
+        "lm_revision": known("hf_model_revision", str),
+        "layer": layer_of(hook or module),
+        "hook_name": module or hook,
+        "dataset": known("dataset_path", str),
+        "context_length": context if context and 2 <= context < 1 << 31 else None,
+        "prepend_bos": known("prepend_bos", bool),
     }
-    if type(context) is int and 2 <= context < 1 << 31:
-        found["context_length"] = context
-    if isinstance(bos, bool):
-        found["prepend_bos"] = bos
-    return found
+    return {key: value for key, value in facts.items() if value is not None}

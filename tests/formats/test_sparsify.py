@@ -108,5 +108,5 @@ def test_tensors_are_not_believed(sparsify, changes, message, tmp_path) -> None:
 def test_a_missing_config_is_named(sparsify, tmp_path) -> None:
     save(sparsify, tmp_path)
     (tmp_path / "cfg.json").unlink()
-    with pytest.raises(SelOrthoError, match=r"lacks cfg\.json: expected both"):
+    with pytest.raises(SelOrthoError, match=r"lacks cfg\.json: expected cfg\.json and sae\.safetensors"):
         load_sae(tmp_path)

@@ -217,7 +217,7 @@ def test_a_proposal_changes_nothing(hub, client, sae) -> None:
         (["--space", "acme/x", "--sae", "not a name"], "expected owner/name[@revision][/subfolder]"),
         (["--space", "acme/x", "--sae", "acme/sae", "--wheel_url", "x.whl"], "--wheel_url: expected https://"),
         (["--space", "acme/x", "--sae", "acme/sae", "--wheel_url", WHEEL, "--from_index"], "choose one"),
-        (["--space", "acme/x", "--sae", "acme/sae", "--token", "hf_" + "x" * 34], "does not accept your access token"),
+        (["--space", "acme/x", "--sae", "acme/sae", "--token", "hf_" + "x" * 34], "check your token"),
     ],
 )
 def test_errors_say_what_to_do(hub, client, sae, arguments, said) -> None:
