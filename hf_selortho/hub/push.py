@@ -76,7 +76,7 @@ def push_folder(
     overwrite: bool = False,
     commit_message: str | None = None,
     token: str | None = None,
-    **repository: Any,
+    space_sdk: str | None = None,
 ) -> Pushed:
     """Make a repository hold the files of a folder, by one commit or none.
 
@@ -94,7 +94,7 @@ def push_folder(
         overwrite: replace files that somebody else has changed since the last push.
         commit_message: title of the commit.
         token: access token; without it, the stored one or HF_TOKEN.
-        repository: further arguments for a new repository, such as `space_sdk`.
+        space_sdk: of a new Space.
 
     Raises:
         SelOrthoError: the Hub refuses or cannot be reached, or somebody else has changed what would be overwritten. The
@@ -105,7 +105,7 @@ def push_folder(
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     title = commit_message or MESSAGE
     sent: tuple[str, ...] = ()
-    place.create(private, create_pr, **repository)
+    place.create(private, create_pr, space_sdk)
     for attempt in range(ATTEMPTS):
         head = place.head()
         there = place.files(head)

@@ -54,11 +54,11 @@ class Repository:
                 f"{self.repo_id}, or run `hf auth login` or set HF_TOKEN"
             )
 
-    def create(self, private: bool | None, create_pr: bool, **options: Any) -> None:
+    def create(self, private: bool | None, create_pr: bool, space_sdk: str | None) -> None:
         """Make sure that the repository exists, and the branch to commit to."""
         if not self.ask(lambda: self.api.repo_exists(self.repo_id, repo_type=self.kind)):
-            options = {"private": private, "repo_type": self.kind, "exist_ok": True, **options}
-            self.ask(lambda: self.api.create_repo(self.repo_id, **options))
+            new: dict[str, Any] = {"private": private, "repo_type": self.kind, "space_sdk": space_sdk, "exist_ok": True}
+            self.ask(lambda: self.api.create_repo(self.repo_id, **new))
         if (branch := self.revision) and not create_pr:
             self.ask(lambda: self.api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True))
 

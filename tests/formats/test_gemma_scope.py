@@ -63,21 +63,11 @@ def test_every_kind_of_number_and_a_saved_copy(dtype, compression, tmp_path) -> 
     assert torch.equal(own.encode(x), sae.encode(x)) and torch.equal(own.decode(h), sae.decode(h))
 
 
-@torch.no_grad()
-def test_arrays_in_the_order_of_fortran(tmp_path) -> None:
-    files, file = members(), io.BytesIO()
-    np.save(file, np.asfortranarray(arrays()["W_enc"]))
-    sae = load_sae(save(tmp_path, {**files, "W_enc.npy": file.getvalue()}))
-    assert torch.equal(sae.W_enc, torch.from_numpy(arrays()["W_enc"]))
-
-
 @pytest.mark.parametrize(
     ("name", "subfolder", "facts"),
     [
         ("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71", ("google/gemma-2-2b", 20)),
-        ("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71/", ("google/gemma-2-2b", 20)),
         ("google/gemma-scope-9b-it-res", "layer_9/width_131k/average_l0_22", ("google/gemma-2-9b-it", 9)),
-        ("google/gemma-scope-9b-pt-res-canonical", "layer_9/width_16k/canonical", ("google/gemma-2-9b", 9)),
         ("google/gemma-scope-2b-pt-mlp", "layer_20/width_16k/average_l0_71", ("google/gemma-2-2b", None)),
         ("google/gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6", ("google/gemma-2-2b", None)),
         ("google/gemma-scope-2b-pt-resolution", "layer_20/width_16k/average_l0_71", (None, 20)),
@@ -146,9 +136,8 @@ def test_what_is_no_array_is_refused(changes, message, tmp_path) -> None:
         load_sae(save(tmp_path, files))
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
-def test_no_damage_ends_in_another_error(compression, tmp_path) -> None:
-    whole = (save(tmp_path, members(), compression) / "params.npz").read_bytes()
+def test_no_damage_ends_in_another_error(tmp_path) -> None:
+    whole = (save(tmp_path, members(), zipfile.ZIP_LZMA) / "params.npz").read_bytes()
     draw, refused = random.Random(0), 0
     for _ in range(200):
         data = bytearray(whole)

@@ -224,20 +224,6 @@ def test_heads_of_before_version_6_are_refused_as_they_are_by_name(saved) -> Non
     assert load_sae(saved).config.layer == 3
 
 
-def test_the_layer_is_also_read_from_the_name_of_the_module(saved) -> None:
-    config = json.loads((saved / "cfg.json").read_text())
-    del config["metadata"]["hook_name"]
-    config["metadata"]["hf_hook_name"] = "model.layers.20.output"
-    (saved / "cfg.json").write_text(json.dumps(config))
-    settings = load_sae(saved).config
-    assert (settings.layer, settings.hook_name) == (20, "model.layers.20")
-
-
-def test_a_model_of_half_precision_is_loaded_in_float32(tmp_path) -> None:
-    make_sae("relu").to(torch.bfloat16).save_pretrained(tmp_path)
-    assert {tensor.dtype for tensor in load_sae(tmp_path).state_dict().values()} == {torch.float32}
-
-
 def test_the_config_of_another_model_does_not_hide_the_sae_beside_it(saved) -> None:
     (saved / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert load_sae(saved).config.activation == "jumprelu"
