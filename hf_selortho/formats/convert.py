@@ -51,7 +51,7 @@ def convert(
             write_saelens(loaded.sae, folder, _measured_l0(source, lookup))
         else:
             save_sae(loaded.sae, folder)
-            origin = {"format": loaded.format, "name": source, "revision": loaded.revision}
+            origin: dict[str, Any] = {"format": loaded.format, "name": source, "revision": loaded.revision}
             origin |= {"subfolder": lookup.get("subfolder"), "metadata": dict(loaded.metadata)}
             write_json(folder / RUN, {"converted_from": origin})
         names = sorted(path.name for path in folder.iterdir())
