@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import re
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -24,8 +25,8 @@ _REPOSITORY = re.compile(r"(?:.*(?:/|--))?gemma-scope-(2b|9b|27b)-(pt|it)-(res|a
 _FOLDER = re.compile(r"(?:.*/)?layer_(\d{1,3})/width_\w+/\w+")
 # What numpy and zipfile raise over damaged files.
 _DAMAGE = (
-    OSError, EOFError, ValueError, TypeError, RuntimeError, NotImplementedError, MemoryError, zipfile.BadZipFile,
-    zlib.error, lzma.LZMAError, tokenize.TokenError,
+    ArithmeticError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, RuntimeError, SyntaxError,
+    TypeError, ValueError, lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def read_gemma_scope(name: str, lookup: Mapping[str, Any]) -> PlainSae:
         array = arrays[key]
         if array.shape != shape or array.dtype.kind != "f":
             raise SelOrthoError(
-                f"{path}: {key} of {array.dtype} has the shape {array.shape}, the others give {shape} of float: "
+                f"{path}: {key} of {array.dtype!s:.100} has the shape {array.shape}, the others give {shape} of float: "
                 "download it again"
             )
     with np.errstate(over="ignore"):  # infinity is looked for later

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_selortho.formats.places import lens_name
 from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.formats import load_sae, write_saelens
+from hf_selortho.formats.names import lens_name
 
 KINDS = {
     "relu": {},
