@@ -27,7 +27,7 @@ from hf_selortho.features.index_writer import FACTS, INDEX, IndexWriter, check_i
 from hf_selortho.features.labels import read_labels
 from hf_selortho.features.sources import IndexSettings, Sources
 from hf_selortho.features.text_pass import taken, weights_sha256
-from hf_selortho.hub.interop import load_sae
+from hf_selortho.formats import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
 from hf_selortho.hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from hf_selortho.language_models.loading import LanguageModel

@@ -22,7 +22,7 @@ from hf_selortho.data.texts import open_documents
 from hf_selortho.evaluation.evaluator import evaluate_sae
 from hf_selortho.evaluation.stability import stability
 from hf_selortho.evaluation.tasks import prepare_tasks
-from hf_selortho.hub.interop import load_sae
+from hf_selortho.formats import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
 from hf_selortho.hub.report import metrics_table
 from hf_selortho.training.arguments import OneLineParser, argument

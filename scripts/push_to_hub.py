@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_selortho.hub.model_card import Publisher
-from hf_selortho.hub.publication import Publication, publish_run, size_in_words, size_table
-from hf_selortho.hub.push import check_repo_id, push_publication
-from hf_selortho.hub.run_folder import FinishedRun, read_run, with_others
+from hf_selortho.hub.publication import Publication, publish_run
+from hf_selortho.hub.push import push_folder
+from hf_selortho.hub.repository import check_repo_id
+from hf_selortho.hub.run_folder import read_run, with_others
 from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.utils.command_line import run_script
 
@@ -60,24 +60,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     twin = Path(arguments.twin) if arguments.twin else None
     run = with_others(read_run(Path(rest.run)), twin, [Path(folder) for folder in arguments.seeds])
     with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
-        publication = assemble(run, Path(folder), arguments)
+        publication = publish_run(
+            run,
+            Path(folder),
+            arguments.repo_id,
+            saelens=arguments.saelens,
+            include_index=arguments.include_index,
+            license=arguments.license,
+            license_link=arguments.license_link,
+            template=arguments.template,
+        )
         if arguments.dry_run:
-            sys.stdout.write(listing(publication, arguments.repo_id))
+            sys.stdout.write(f"{publication.listing(arguments.repo_id)}\nREADME.md:\n\n{publication.card}")
         else:
             push(publication, arguments)
 
 
-def assemble(run: FinishedRun, folder: Path, arguments: PushArguments) -> Publication:
-    """What is published, in a folder of its own."""
-    publisher = Publisher(arguments.repo_id, arguments.license, arguments.license_link, arguments.saelens)
-    return publish_run(run, folder, publisher, arguments.template, arguments.include_index)
-
-
 def push(publication: Publication, arguments: PushArguments) -> None:
     """Send it, and say what has come of it."""
-    logger.info("%s, to %s", size_in_words(publication), arguments.repo_id)
-    pushed = push_publication(
-        publication,
+    logger.info("%s, to %s", publication, arguments.repo_id)
+    pushed = push_folder(
+        publication.folder,
         arguments.repo_id,
         private=arguments.private or None,
         revision=arguments.revision,
@@ -87,22 +90,12 @@ def push(publication: Publication, arguments: PushArguments) -> None:
     )
     if pushed.left:
         logger.info("not part of this run, and left as they are: %s", ", ".join(pushed.left))
-    sys.stdout.write(f"{pushed.in_words}\n")
+    sys.stdout.write(f"{pushed}\n")
     if not arguments.create_pr:
-        sys.stdout.write(next_steps(publication, arguments))
-
-
-def next_steps(publication: Publication, arguments: PushArguments) -> str:
-    """How to load what was published."""
-    folders = sorted({str(file.parent) for file in publication.files() if file.name == "config.json"})
-    extra = "" if "." in folders else f", subfolder={folders[0]!r}"
-    revision = f", revision={arguments.revision!r}" if arguments.revision else ""
-    return f"load it with: SelOrthoSAE.from_pretrained({arguments.repo_id!r}{extra}{revision})\n"
-
-
-def listing(publication: Publication, repo_id: str) -> str:
-    """The files with their sizes, and the card."""
-    return "\n".join([*size_table(publication, repo_id), "", "README.md:", "", str(publication.card)])
+        folders = sorted(str(Path(name).parent) for name in publication.sizes if Path(name).name == "config.json")
+        extra = "" if "." in folders else f", subfolder={folders[0]!r}"
+        revision = f", revision={arguments.revision!r}" if arguments.revision else ""
+        sys.stdout.write(f"load it with: SelOrthoSAE.from_pretrained({arguments.repo_id!r}{extra}{revision})\n")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
-
 from tests.loopback_storage import (
     Commit,
     Repo,
@@ -39,9 +37,7 @@ from tests.loopback_storage import (
 
 ROOT = Path(__file__).parents[1]
 PAGE = 5  # entries of a page of a listing: few, so that clients have to ask for the next
-PART = 6 * 1024 * 1024  # bytes of a part of a large upload
 WRITE, READ, OWNERS = "hf_" + "w" * 34, "hf_" + "r" * 34, ("acme", "org")
-SDKS = ("gradio", "docker", "static")  # of a Space
 _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -83,7 +79,6 @@ class LoopbackHub:
         self.storage = Storage()
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.parts: dict[str, dict[int, bytes]] = {}  # of large uploads under way
         self.lock = threading.RLock()
         self.stopped = False
 
@@ -120,7 +115,6 @@ class LoopbackHub:
         files: Mapping[str, bytes | Path],
         message: str = "somebody else's commit",
         branch: str = "main",
-        delete: Sequence[str] = (),
         kind: str = "model",
     ) -> str:
         """Commit as somebody else would, on the Hub's pages; the repository and the branch are made if missing."""
@@ -128,7 +122,7 @@ class LoopbackHub:
             repo = self.storage.repos.get((kind, name)) or self.storage.create(name, kind)
             parent = repo.resolve(branch) or repo.resolve("main")
             content = {path: content_of(data) for path, data in files.items()}
-            commit = self.storage.make_commit(repo, message, content, parent, delete)
+            commit = self.storage.make_commit(repo, message, content, parent)
             repo.refs[f"refs/heads/{branch}"] = commit.oid
             return commit.oid
 
@@ -294,7 +288,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self._token() not in (None, WRITE, READ) and words[0] != "lfs":
             raise Refused(401, message="Invalid credentials in Authorization header")
         if words[0] == "lfs":
-            return self._large(words[1:], body)
+            return self._large(words[1], body)
         if words[0] == "api":
             return self._api(words[1:], body)
         kind = _KINDS.get(words[0], "model")
@@ -312,24 +306,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refused(401, message="Invalid username or password.")
             return _json({"type": "user", "name": "acme", "orgs": [{"name": "org"}], "auth": {}})
         if words == ["validate-yaml"]:
-            return self._validate(json.loads(body)["content"])
+            return _json({"errors": [], "warnings": []})
         if words == ["repos", "create"]:
             return self._create(json.loads(body))
         kind, rest = _KINDS[words[0]], list(words[3:])
         action = rest.pop(0) if rest else "info"
-        writes = self.command == "POST" and action in ("commit", "preupload", "branch", "tag")
+        writes = self.command == "POST" and action in ("commit", "preupload", "branch")
         if "create_pr" in self.query:
             writes = False  # whoever reads may propose
             self._need_token()
         repo = self._repo(kind, words[1:3], writes=writes, reads=action == "auth-check")
-        if action == "refs":
-            return _json(self._refs(repo))
         if action == "discussions":
             return _json(self._discussions(repo))
         if action == "auth-check":
             return _json({})
-        if action in ("branch", "tag"):
-            return self._name(repo, action, rest, json.loads(body or b"{}"))
+        if action == "branch":
+            return self._branch(repo, rest[0])
         revision = rest.pop(0) if rest else "main"
         commit = repo.resolve(revision)
         if commit is None:
@@ -383,29 +375,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if (kind, name) in self.hub.storage.repos:
             raise Refused(409, message="You already created this repo", url=url)
         sdk = asked.get("sdk")
-        if kind == "space" and sdk not in SDKS:
-            raise Refused(400, message=f"sdk must be one of {', '.join(SDKS)}")
         private = asked.get("private") or asked.get("visibility") == "private"
         self.hub.storage.create(name, kind, private=bool(private), sdk=sdk)
         return _json({"url": url, "name": name, "id": name})
-
-    def _validate(self, content: str) -> tuple[int, bytes, dict[str, str]]:
-        head = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
-        try:
-            data = yaml.safe_load(head[1]) if head else {}
-            wrong = not isinstance(data, dict) or not isinstance(data.get("tags", []), list)
-        except yaml.YAMLError:
-            wrong = True
-        errors = [{"message": "invalid metadata"}] if wrong else []
-        return _json({"errors": errors, "warnings": []}, 400 if wrong else 200)
-
-    def _refs(self, repo: Repo) -> dict[str, Any]:
-        def of(prefix: str) -> list[dict[str, str]]:
-            found = [(ref, oid) for ref, oid in repo.refs.items() if ref.startswith(prefix)]
-            return [{"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid} for ref, oid in found]
-
-        prs = of("refs/pr/")
-        return {"branches": of("refs/heads/"), "tags": of("refs/tags/"), "converts": [], "pullRequests": prs}
 
     def _discussions(self, repo: Repo) -> dict[str, Any]:
         about = {"author": {"name": "acme"}, "createdAt": "2026-01-01T00:00:00.000Z", "status": "open"}
@@ -413,17 +385,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         found = [{**about, "num": number, "title": title} for number, title in repo.proposals.items()]
         return {"discussions": found, "count": len(found), "start": 0}
 
-    def _name(
-        self, repo: Repo, action: str, rest: Sequence[str], asked: Mapping[str, Any]
-    ) -> tuple[int, bytes, dict[str, str]]:
-        name = rest[0] if action == "branch" else asked["tag"]
-        ref = f"refs/{'heads' if action == 'branch' else 'tags'}/{name}"
-        if ref in repo.refs:
+    def _branch(self, repo: Repo, name: str) -> tuple[int, bytes, dict[str, str]]:
+        if f"refs/heads/{name}" in repo.refs:
             raise Refused(409, message=f"Reference {name} already exists")
-        commit = repo.resolve(asked.get("startingPoint") or (rest[0] if action == "tag" else "main"))
-        if commit is None:
-            raise Refused(404, "RevisionNotFound", "Invalid rev id")
-        repo.refs[ref] = commit.oid
+        repo.refs[f"refs/heads/{name}"] = repo.refs["refs/heads/main"]
         return _json({})
 
     def _tree(self, commit: Commit, folder: str) -> tuple[int, bytes, dict[str, str]]:
@@ -464,9 +429,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.storage.blobs:
                     raise Refused(400, message=f"the content of {value['path']} was never uploaded")
                 files[value["path"]] = large_file(value["oid"], len(self.hub.storage.blobs[value["oid"]]))
-        deleted = [line["value"]["path"] for line in lines[1:] if line["key"].startswith("deleted")]
         title, message = header["summary"], header.get("description", "")
-        commit = self.hub.storage.make_commit(repo, title, files, head, deleted, message)
+        commit = self.hub.storage.make_commit(repo, title, files, head, message)
         prefix = "" if repo.kind == "model" else f"{repo.kind}s/"
         answer = {"commitOid": commit.oid, "commitUrl": f"{self.hub.url}/{prefix}{repo.name}/commit/{commit.oid}"}
         if proposes:
@@ -482,33 +446,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _large_batch(self, asked: Mapping[str, Any]) -> tuple[int, bytes, dict[str, str]]:
         objects = []
         for entry in asked["objects"]:
-            oid, size = entry["oid"], entry["size"]
-            about: dict[str, Any] = {"oid": oid, "size": size}
-            if oid not in self.hub.storage.blobs:
-                about["actions"] = {
-                    "upload": {"href": f"{self.hub.url}/lfs/{oid}", **self._parts_of(oid, size)},
-                    "verify": {"href": f"{self.hub.url}/lfs/{oid}/verify"},
-                }
-            objects.append(about)
-        transfer = "multipart" if any(entry["size"] > PART for entry in asked["objects"]) else "basic"
-        return _json({"transfer": transfer, "objects": objects})
+            upload = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}
+            is_there = entry["oid"] in self.hub.storage.blobs
+            objects.append({"oid": entry["oid"], "size": entry["size"], **({} if is_there else {"actions": upload})})
+        return _json({"transfer": "basic", "objects": objects})
 
-    def _parts_of(self, oid: str, size: int) -> dict[str, Any]:
-        if size <= PART:
-            return {}
-        numbers = range(1, -(-size // PART) + 1)
-        return {"header": {"chunk_size": str(PART), **{str(n): f"{self.hub.url}/lfs/{oid}/part/{n}" for n in numbers}}}
-
-    def _large(self, words: Sequence[str], body: bytes) -> tuple[int, bytes, dict[str, str]]:
-        oid, action = words[0], words[1:2]
-        if action == ["verify"]:
-            return _json({}, 200 if oid in self.hub.storage.blobs else 404)
-        if action == ["part"]:
-            self.hub.parts.setdefault(oid, {})[int(words[2])] = body
-            return 200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
-        if self.command == "POST":  # all parts are there
-            parts = self.hub.parts.pop(oid)
-            body = b"".join(parts[number] for number in sorted(parts))
+    def _large(self, oid: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refused(400, message="the content does not have the announced hash")
         self.hub.storage.blobs[oid] = body

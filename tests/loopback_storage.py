@@ -92,13 +92,10 @@ class Storage:
         title: str,
         files: Mapping[str, bytes | StoredFile],
         parent: Commit | None,
-        deleted: Iterable[str] = (),
         message: str = "",
     ) -> Commit:
         """A commit on top of another; no branch points to it yet."""
         content = dict(parent.files) if parent else {}
-        for name in deleted:
-            content = {path: file for path, file in content.items() if path != name and not path.startswith(f"{name}/")}
         content |= {path: self.keep(path, data) if isinstance(data, bytes) else data for path, data in files.items()}
         words = f"{parent.oid if parent else ''} {title} {sorted(content.items())} {time.time_ns()}"
         commit = Commit(hashlib.sha1(words.encode()).hexdigest(), parent and parent.oid, title, message, content)

@@ -36,8 +36,10 @@ ALLOWED = {
     "activations": {"data", "utils"},  # the report under its earlier name
     "evaluation": BELOW,
     "features": BELOW,
-    "hub": BELOW | {"training", "evaluation", "features"},
-    "browser": BELOW | {"training", "evaluation", "features", "hub"},
+    "formats": BELOW | {"training"},
+    "hub": BELOW | {"training", "evaluation", "features", "formats"},
+    "browser": BELOW | {"training", "evaluation", "features", "hub", "formats"},
+    "commands": BELOW | {"training", "evaluation", "features", "hub", "browser", "formats"},
 }
 # What a repository of the Hub carries so that `trust_remote_code=True` works without the package.
 TRAVELLING = {"configuration_selortho", "modeling_selortho", "activation_functions"}

@@ -8,11 +8,11 @@ import urllib.request
 import pytest
 
 from tests.hub_client import HubClient
-from tests.loopback_hub import PAGE, PART, Fault, LoopbackHub
+from tests.loopback_hub import Fault, LoopbackHub
 
 SETUP = """
 import os, pathlib, hashlib
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, CommitOperationAdd
 from huggingface_hub import errors
 api = HfApi()
 """
@@ -28,77 +28,6 @@ def hub():
 def client(hub, tmp_path_factory):
     with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
         yield client
-
-
-def test_upload_listing_and_download(hub, client, tmp_path) -> None:
-    large = bytes(range(256)) * (2 * PART // 256 + 1000)  # three parts
-    (tmp_path / "large.bin").write_bytes(large)
-    (tmp_path / "sub").mkdir()
-    for number in range(2 * PAGE):
-        (tmp_path / f"sub/{number}.txt").write_text(f"number {number}")
-    code = f"""
-api.create_repo("acme/up")
-info = api.upload_folder(repo_id="acme/up", folder_path={str(tmp_path)!r}, commit_message="files")
-print(info.oid)
-print(sorted(api.list_repo_files("acme/up"))[:2], len(api.list_repo_files("acme/up")))
-place = pathlib.Path(snapshot_download("acme/up"))
-print(hashlib.sha256((place / "large.bin").read_bytes()).hexdigest(), (place / "sub/7.txt").read_text())
-print([c.title for c in api.list_repo_commits("acme/up")], api.model_info("acme/up").sha)
-print(os.path.basename(os.path.realpath(place / "large.bin")))
-"""
-    lines = client.run(SETUP + code).splitlines()
-    head = hub.commits("acme/up")[0]
-    digest = head.files["large.bin"].sha256
-    assert lines == [
-        head.oid,
-        f"['.gitattributes', 'large.bin'] {2 + 2 * PAGE}",
-        f"{digest} number 7",
-        f"['files', 'initial commit'] {head.oid}",
-        digest,
-    ]
-    assert hub.files("acme/up")["large.bin"] == large
-    assert len(hub.asked("PUT", r"/part/")) == 3
-
-
-def test_branches_tags_and_revisions(hub, client) -> None:
-    first = hub.commit("acme/refs", {"a.txt": b"one"})
-    hub.tag("acme/refs", "v1")
-    hub.commit("acme/refs", {"a.txt": b"two"})
-    code = f"""
-api.create_branch("acme/refs", branch="dev", revision={first!r})
-refs = api.list_repo_refs("acme/refs")
-print([r.name for r in refs.branches], [r.name for r in refs.tags])
-for revision in ("main", "dev", "v1", {first!r}):
-    print(pathlib.Path(hf_hub_download("acme/refs", "a.txt", revision=revision)).read_text())
-for revision, file in (("v9", "a.txt"), ("main", "b.txt")):
-    try:
-        hf_hub_download("acme/refs", file, revision=revision)
-    except errors.HfHubHTTPError as error:
-        print(type(error).__name__)
-"""
-    expected = ["['main', 'dev'] ['v1']", "two", "one", "one", "one"]
-    assert client.run(SETUP + code).splitlines() == [*expected, "RevisionNotFoundError", "RemoteEntryNotFoundError"]
-
-
-def test_parents_deletions_and_proposals(hub, client) -> None:
-    first = hub.commit("acme/parents", {"a.txt": b"one", "b.txt": b"one"})
-    code = f"""
-add = lambda text: [CommitOperationAdd("a.txt", text)]
-both = [*add(b"two"), CommitOperationDelete("b.txt")]
-api.create_commit("acme/parents", both, commit_message="m", parent_commit={first!r})
-try:
-    api.create_commit("acme/parents", add(b"three"), commit_message="m", parent_commit={first!r})
-except errors.HfHubHTTPError as error:
-    print(error.response.status_code)
-pr = api.create_commit("acme/parents", add(b"four"), commit_message="better", create_pr=True)
-print(pr.pr_revision, [(d.num, d.title) for d in api.get_repo_discussions("acme/parents")])
-print(pathlib.Path(hf_hub_download("acme/parents", "a.txt", revision="refs/pr/1")).read_text())
-same = api.create_commit("acme/parents", add(b"two"), commit_message="again")
-print(same.oid == api.model_info("acme/parents").sha)
-"""
-    assert client.run(SETUP + code).splitlines() == ["412", "refs/pr/1 [(1, 'better')]", "four", "True"]
-    assert hub.files("acme/parents") == {".gitattributes": hub.files("acme/parents")[".gitattributes"], "a.txt": b"two"}
-    assert len(hub.commits("acme/parents")) == 3
 
 
 def test_who_may_do_what(hub, client) -> None:
@@ -163,42 +92,6 @@ except Exception as error:
     assert hub.commits("acme/faults")[0].title == "lost"
 
 
-def test_spaces(hub, client, tmp_path) -> None:
-    (tmp_path / "app.py").write_text("print(1)")
-    code = f"""
-import urllib.request
-space = dict(repo_id="acme/space", repo_type="space")
-try:
-    api.create_repo(**space)
-except ValueError as error:  # the client's word
-    print(type(error).__name__)
-print(api.create_repo(**space, space_sdk="gradio"))
-first = api.space_info("acme/space")
-print(first.sdk, first.private, [s.rfilename for s in first.siblings])
-api.upload_folder(**space, folder_path={str(tmp_path)!r})
-place = pathlib.Path(snapshot_download(**space, local_dir={str(tmp_path / "down")!r}))
-print(sorted(p.name for p in place.iterdir() if p.is_file()), (place / "app.py").read_text())
-url = "{hub.url}/spaces/acme/space/resolve/main/app.py"
-print(urllib.request.urlopen(url).read().decode())
-for other in ("model", "dataset"):
-    print(api.repo_exists("acme/space", repo_type=other))
-print(api.create_repo("org/private", repo_type="space", space_sdk="gradio", private=True).repo_id)
-print(api.space_info("org/private").private)
-"""
-    assert client.run(SETUP + code).splitlines() == [
-        "ValueError",
-        f"{hub.url}/spaces/acme/space",
-        "gradio False ['.gitattributes', 'README.md']",
-        "['.gitattributes', 'README.md', 'app.py'] print(1)",
-        "print(1)",
-        "False",
-        "False",
-        "org/private",
-        "True",
-    ]
-    assert hub.commits("acme/space", kind="space")[0].title == "Upload folder using huggingface_hub"
-
-
 def test_ranges_are_answered_and_counted(hub, client) -> None:
     content = bytes(range(256)) * 8192  # 2 MB
     hub.commit("acme/ranges", {"one.parquet": content, "sub/two.txt": b"0123456789"})
@@ -220,10 +113,8 @@ with HfFileSystem().open("acme/ranges/one.parquet", "rb", cache_type="none") as 
         "bytes=2-4": (206, b"234", "bytes 2-4/10"),
         "bytes=7-": (206, b"789", "bytes 7-9/10"),
         "bytes=-3": (206, b"789", "bytes 7-9/10"),
-        "bytes=-30": (206, b"0123456789", "bytes 0-9/10"),
         "bytes=8-99": (206, b"89", "bytes 8-9/10"),
         "bytes=10-": (416, None, "bytes */10"),
-        "bytes=5-4": (416, None, "bytes */10"),
         "lines=1-2": (200, b"0123456789", None),
     }
     for asked, (status, body, said) in ranges.items():
@@ -233,4 +124,4 @@ with HfFileSystem().open("acme/ranges/one.parquet", "rb", cache_type="none") as 
             assert (answer.status, answer.read(), answer.headers["Content-Range"]) == (status, body, said), asked
         except urllib.error.HTTPError as error:
             assert (error.code, error.headers["Content-Range"]) == (status, said), asked
-    assert sum(r.sent for r in hub.served("sub/two.txt")) == 3 + 3 + 3 + 10 + 2 + 10
+    assert sum(r.sent for r in hub.served("sub/two.txt")) == 3 + 3 + 3 + 2 + 10

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import SelOrthoError
 from ..features import FeatureCapture, Generation, Sampling, Steer, Steering, TokenFeatures
-from ..hub.interop import load_sae
+from ..formats import load_sae
 from ..language_models.loading import LanguageModel, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.hub import RepoRef

@@ -20,12 +20,11 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
-from ..hub.model_card import Publisher
+from ..hub.card_results import SaeReport
 from ..hub.push import push_run
 from ..hub.report import metrics_table, summary_table, write_report, write_summary
 from ..hub.repository import Repository, check_repo_id
 from ..hub.run_folder import read_run, with_others
-from ..hub.summary import SaeReport
 from ..process_group import leave_process_group
 from ..training.arguments import HubArguments, parse_arguments
 from ..training.dry_run import dry_run
@@ -169,13 +168,12 @@ def publish(output: Path, hub: HubArguments) -> None:
     repo_id = str(hub.hub_model_id)
     try:
         run = with_others(read_run(output), None, [])
-        publisher = Publisher(repo_id, hub.hub_license, saelens=True)
         private, revision = hub.hub_private or None, hub.hub_revision
-        pushed = push_run(run, repo_id, publisher=publisher, private=private, revision=revision)
+        pushed = push_run(run, repo_id, license=hub.hub_license, private=private, revision=revision)
     except SelOrthoError as error:
         again = f"{selortho()} push {shlex.quote(str(output))} --repo_id {repo_id}"
         raise SelOrthoError(f"{error}. The run in {output} is complete; to publish it: {again}") from error
-    sys.stdout.write(f"{pushed.in_words}\n")
+    sys.stdout.write(f"{pushed}\n")
 
 
 def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""What a published SAE needs around its weights: the model card and, built on it, publishing."""
+"""Model cards, publishing on the Hub, and Spaces."""

@@ -1,4 +1,4 @@
-"""What a model card says of an SAE's evaluation, ready for the template; same rules as `card_facts`."""
+"""Prepare the metrics of SAEs for readers: beside the twin, beside other seeds, beside the other SAEs of a run."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..configuration_selortho import score_of_selection
-from .markdown import code, number
+from .markdown import Markdown, code, number
 
+TWIN = "_twin"  # how the name of a twin ends
 _PICTURE = re.compile(r"([\w-][\w.-]*/)*([\w-][\w.-]*)\.png", re.ASCII)
 
 
 class Metric(NamedTuple):
-    """A row of the evaluation table."""
+    """A figure of the evaluation."""
 
     key: str
     name: str
-    kind: str  # see `markdown.number`
-    meaning: str
+    kind: str = ""  # see `markdown.number`
+    meaning: str = ""
 
 
 METRICS = (
@@ -31,38 +32,45 @@ METRICS = (
     Metric("l1", "L1", "", "Sum of a token's feature activations"),
     Metric("active_features", "Active features", "count", "Features with a mean activation above 10⁻⁶"),
     Metric("dead_features", "Dead features", "count", "Features that fired on none of these tokens"),
-    Metric(
-        "top_correlation",
-        "Top correlation",
-        "",
-        "Mean correlation of the selected pairs, the most correlated ones of a batch",
-    ),
+    Metric("top_correlation", "Top correlation", "",
+           "Mean correlation of the selected pairs, the most correlated ones of a batch"),
     Metric("selected_pairs", "Selected pairs", "count", "Number of them in a batch"),
     Metric("unique_features", "Features in selected pairs", "count", "Different features among them"),
     Metric("peak_correlation", "Peak correlation", "", "Largest correlation between two features of a batch"),
-    Metric(
-        "mean_correlation", "Mean correlation", "", "Mean over all feature pairs that fired often enough in a batch"
-    ),
-    Metric("max_decoder_cosine", "Max decoder cosine", "", "Cosine with the most similar other feature direction"),
-    Metric(
-        "loss_recovered", "Loss recovered", "percent", "(CE zeroed − CE reconstructed) / (CE zeroed − CE untouched)"
-    ),
+    Metric("mean_correlation", "Mean correlation", "",
+           "Mean over all feature pairs that fired often enough in a batch"),
+    Metric("max_decoder_cosine", "Max decoder cosine", "",
+           "Cosine with the most similar other feature direction"),
+    Metric("loss_recovered", "Loss recovered", "percent",
+           "(CE zeroed − CE reconstructed) / (CE zeroed − CE untouched)"),
     Metric("ce_clean", "CE, untouched", "", "Cross-entropy of the language model as it is, in nats per token"),
-    Metric(
-        "ce_reconstruction", "CE, reconstructed", "", "The same with the reconstruction in place of the activations"
-    ),
-    Metric("ce_zero_ablation", "CE, zeroed", "", "The same with zeros in place of the activations"),
+    Metric("ce_reconstruction", "CE, reconstructed", "",
+           "Cross-entropy with the reconstruction in place of the activations"),
+    Metric("ce_zero_ablation", "CE, zeroed", "", "Cross-entropy with zeros in place of the activations"),
+)  # fmt: skip
+# What `scripts/evaluate_sae.py` measures on request.
+TASK_METRICS = (
+    Metric("probing_accuracy_k1", "Probing, balanced accuracy of 1 feature"),
+    Metric("probing_accuracy_k5", "Probing, of 5 features"),
+    Metric("probing_accuracy_all", "Probing, of all features"),
+    Metric("probing_accuracy_lm", "Probing, of the activations themselves"),
+    Metric("absorption_rate", "First-letter absorption, rate"),
+    Metric("absorption_fraction", "First-letter absorption, fraction"),
+    Metric("first_letter_f1", "F1 of first-letter features"),
 )
 _BY_KEY = {metric.key: metric for metric in METRICS}
-
-_HEADLINE = {"fvu": "percent", "l0": "", "loss_recovered": "percent"}
 _TRAINING = ("fvu", "l0", "top_correlation", "peak_correlation", "unique_features", "dead_features")
 # What stands beside the twin: what the penalty is for first, then what it costs.
 _COMPARED = (
-    "top_correlation", "peak_correlation", "mean_correlation", "max_decoder_cosine",
-    "fvu", "l0", "dead_features", "loss_recovered",
+    "top_correlation", "peak_correlation", "mean_correlation", "max_decoder_cosine", "fvu", "l0", "dead_features",
+    "loss_recovered",
 )  # fmt: skip
-
+# Headings of the table of several SAEs.
+_COLUMNS = {
+    "fvu": "FVU", "l0": "L0", "top_correlation": "top corr.", "peak_correlation": "peak corr.",
+    "mean_correlation": "mean corr.", "max_decoder_cosine": "decoder cos.", "unique_features": "in pairs",
+    "active_features": "active", "dead_features": "dead", "loss_recovered": "loss rec.",
+}  # fmt: skip
 _CAPTIONS = {
     "training_curves": "Training: single batches pale, their running mean dark",
     "correlations": "Correlations between features over one batch of held-out tokens, the selected tail marked",
@@ -71,9 +79,52 @@ _CAPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class SaeReport:
+    """An SAE, and what was measured of it, of its twin (the same run without the penalty) and of other seeds.
+
+    Metrics are contents of a metrics.json.
+    """
+
+    name: str  # its folder within the run or repository, "layer_8"; "" if it is the only one
+    config: Mapping[str, Any]  # settings (`SelOrthoConfig.own_settings()`)
+    metrics: Mapping[str, Any]
+    pictures: Sequence[str] = ()  # paths within the run or repository
+    twin: Mapping[str, Any] | None = None
+    seeds: Sequence[Mapping[str, Any]] = ()
+    twin_seeds: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def layer(self) -> int | None:
+        return self.config.get("layer")
+
+    @property
+    def variant(self) -> str | None:
+        """What the name says beside the layer, such as "twin"."""
+        return self.name.removeprefix(f"layer_{self.layer}").strip("_") or None
+
+    def figure(self, key: str) -> float | None:
+        """Return a figure of the evaluation on held-out text, or else of the end of the training."""
+        figures = self.metrics.get("evaluation") or self.metrics.get("training") or {}
+        return figures.get(key)
+
+
+def beside_twins(saes: Sequence[SaeReport]) -> list[SaeReport]:
+    """Give each SAE the metrics of its twin, where that is among them."""
+    metrics = {sae.name: sae.metrics for sae in saes}
+    return [replace(sae, twin=metrics.get(f"{sae.name}{TWIN}", sae.twin)) for sae in saes]
+
+
+def without_twins(saes: Sequence[SaeReport]) -> list[SaeReport]:
+    """Return the SAEs that are not there for comparison with another; all of them where there are only twins."""
+    names = {sae.name for sae in saes}
+    return [sae for sae in saes if not (sae.name.endswith(TWIN) and sae.name.removesuffix(TWIN) in names)] or list(saes)
+
+
 class Row(NamedTuple):
     """Values of a metric as text, empty where there is none."""
 
+    key: str
     name: str
     value: str
     seeds: str  # mean and standard deviation over the seeds
@@ -83,109 +134,84 @@ class Row(NamedTuple):
     meaning: str
 
 
-class Measured(NamedTuple):
-    """The metrics of an SAE, and of whatever stands beside it."""
-
-    metrics: Mapping[str, Any]  # content of metrics.json
-    twin: Mapping[str, Any] | None = None  # the same run with ortho_coefficient = 0
-    seeds: Sequence[Mapping[str, Any]] = ()  # the same run with other seeds
-    twin_seeds: Sequence[Mapping[str, Any]] = ()  # their twins
-
-
-def evaluation_facts(beside: Measured) -> dict[str, Any]:
-    """The held-out evaluation, beside those of other seeds and of the twins trained without penalty."""
-    metrics = beside.metrics
-    measured, other = _evaluation(metrics), _evaluation(beside.twin or {})
-    counts = {
-        key: number(measured[key], "count")
-        for key in ("samples", "tokens", "ce_samples", "ce_tokens")
-        if key in measured
-    }
+def results_of(sae: SaeReport) -> dict[str, Any]:
+    """Collect what the template of a card is told of the evaluation and the training of an SAE."""
+    evaluation = _evaluation(sae.metrics)
+    training, start = (_known(sae.metrics.get(key) or {}) for key in ("training", "training_start"))
+    rows = {key: _row(metric, sae) for key, metric in _BY_KEY.items() if key in evaluation}
     return {
-        "rows": [_row(m, beside) for m in METRICS if m.key in measured],
-        "has_twin": any(m.key in other for m in METRICS),
-        **_seed_counts(beside),
-        "dead": _shown(_BY_KEY["dead_features"], measured) if measured.get("dead_features") else None,
-        **{key: counts.get(key) for key in ("samples", "tokens", "ce_samples", "ce_tokens")},
-        "last_steps": _last_steps(metrics),
-        "headline": {key: number(measured[key], kind) for key, kind in _HEADLINE.items() if key in measured},
+        "name": sae.name,
+        "config": sae.config,
+        "evaluation": evaluation,
+        "training": training,
+        "training_start": start,
+        "rows": list(rows.values()),
+        "compared": [rows[key] for key in _COMPARED if key in rows and rows[key].twin],
+        "dead": rows["dead_features"].value if evaluation.get("dead_features") else None,
+        "has_twin": any(row.twin for row in rows.values()),
+        # How many seeds the means are over, this SAE's included; 0 where there is only the one.
+        "seeds": 1 + len(sae.seeds) if sae.seeds else 0,
+        "twin_seeds": 1 + len(sae.twin_seeds) if sae.twin and sae.twin_seeds else 0,
+        "last_steps": [(_BY_KEY[key].name, _shown(_BY_KEY[key], training)) for key in _TRAINING if key in training],
+        "pictures": [
+            (Markdown(_CAPTIONS.get(match[2], code(match[2]))), Markdown(match[0]))
+            for match in map(_PICTURE.fullmatch, map(str, sae.pictures))
+            if match  # only plain relative paths are taken
+        ],
     }
 
 
-def penalty_facts(config: Mapping[str, Any], beside: Measured) -> dict[str, Any]:
-    """What the penalty acted on, and what it changed against the twin."""
-    metrics = beside.metrics
-    measured, other = _evaluation(metrics), _evaluation(beside.twin or {})
-    training, start = metrics.get("training") or {}, metrics.get("training_start") or {}
-    n = config.get("d_sae")
-    active = config.get("penalty") in ("selective", "full", "ortsae") and config.get("ortho_coefficient", 0) > 0
-    pairs = n * (n - 1) // 2 if n else None
-    share = config.get("pair_fraction")
-    squares = config.get("penalty_space", "activation")
-    return {
-        "kind": config["penalty"] if active else "none" if config.get("penalty") else None,
-        "pairs": number(pairs) if pairs else None,
-        "wanted": number(math.ceil(share * pairs)) if share and pairs else None,
-        "percent": number(100 * share, "exact") if share else None,
-        "min_support": number(config["min_support"]) if config.get("min_support") else None,
-        "space": "centred (Pearson) correlation" if config.get("correlation") == "pearson" else "cosine",
-        "squares": squares,
-        "companion": config.get("decoder_pairs", "alike") if config.get("decoder_ratio", 0) > 0 else None,
-        "companion_weight": number(config["decoder_ratio"], "exact") if config.get("decoder_ratio", 0) > 0 else None,
-        "selects": score_of_selection(squares, config.get("selection_space", "same")),
-        "churn": number(training["pair_churn"], "percent") if _known(training.get("pair_churn")) else None,
-        "before": number(start["top_correlation"]) if _known(start.get("top_correlation")) else None,
-        "after": number(training["top_correlation"]) if _known(training.get("top_correlation")) else None,
-        "unique": number(measured["unique_features"], "count") if "unique_features" in measured else None,
-        "d_sae": number(n) if n else None,
-        "rows": [_row(_BY_KEY[key], beside) for key in _COMPARED if key in measured and key in other],
-        **_seed_counts(beside),
-    }
+def summary_rows(saes: Sequence[SaeReport]) -> list[list[str]]:
+    """Put the SAEs of a run side by side, headings first; where there are several layers, their mean by variant too."""
+    metrics = [_BY_KEY[key] for key in _COLUMNS if any(sae.figure(key) is not None for sae in saes)]
+    rows = [["layer", "variant", *(_COLUMNS[metric.key] for metric in metrics)]]
+    for sae in saes:
+        layer = "-" if sae.layer is None else str(sae.layer)
+        rows.append([layer, sae.variant or "-", *(_mean_text(metric, [sae]) for metric in metrics)])
+    if len({sae.layer for sae in saes}) > 1:
+        for variant in dict.fromkeys(sae.variant for sae in saes):
+            same = [sae for sae in saes if sae.variant == variant]
+            rows.append(["mean", variant or "-", *(_mean_text(metric, same) for metric in metrics)])
+    return rows
 
 
-def picture_facts(pictures: Sequence[str]) -> list[tuple[str, str]]:
-    """Caption and path of each picture; only plain relative paths of PNG files are taken."""
-    found = []
-    for path in map(str, pictures):
-        match = _PICTURE.fullmatch(path)
-        if match:
-            found.append((_CAPTIONS.get(match[2], code(match[2])), path))
-    return found
+def _mean_text(metric: Metric, saes: Sequence[SaeReport]) -> str:
+    figures = [figure for sae in saes if (figure := sae.figure(metric.key)) is not None]
+    return number(statistics.fmean(figures), metric.kind) if len(figures) == len(saes) else "-"
 
 
-def _evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    found = metrics.get("evaluation") or {}
-    wrong = [key for key in _BY_KEY.keys() & found.keys() if not isinstance(found[key], int | float | None)]
-    if wrong:
-        raise TypeError(f"{min(wrong)} is {found[min(wrong)]!r:.50}")
-    return {key: value for key, value in found.items() if _known(value)}
+def _evaluation(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    figures = (metrics or {}).get("evaluation") or {}
+    for key in _BY_KEY.keys() & figures.keys():
+        if not isinstance(figures[key], int | float | None):
+            raise TypeError(f"{key} is {figures[key]!r:.50}")
+    return _known(figures)
 
 
-def _known(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _known(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in figures.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
-def _seed_counts(beside: Measured) -> dict[str, int]:
-    """How many seeds the means are over, this SAE's included; 0 where there is only the one."""
-    return {
-        "seeds": 1 + len(beside.seeds) if beside.seeds else 0,
-        "twin_seeds": 1 + len(beside.twin_seeds) if beside.twin and beside.twin_seeds else 0,
-    }
-
-
-def _row(metric: Metric, beside: Measured) -> Row:
-    own = _values(metric, beside.metrics, beside.seeds)
-    others = _values(metric, beside.twin, beside.twin_seeds)
+def _row(metric: Metric, sae: SaeReport) -> Row:
+    own = _values(metric, (sae.metrics, *sae.seeds))
+    others = _values(metric, (sae.twin, *sae.twin_seeds))
     after, before = statistics.fmean(own), statistics.fmean(others) if others else 0
-    change = f"{100 * (after / before - 1):+.1f}%" if before else ""
-    value, twin = (_shown(metric, _evaluation(metrics or {})) for metrics in (beside.metrics, beside.twin))
-    return Row(metric.name, value, _spread(metric, own), twin, _spread(metric, others), change, metric.meaning)
+    return Row(
+        key=metric.key,
+        name=metric.name,
+        value=_shown(metric, _evaluation(sae.metrics)),
+        seeds=_spread(metric, own),
+        twin=_shown(metric, _evaluation(sae.twin)),
+        twin_seeds=_spread(metric, others),
+        change=f"{100 * (after / before - 1):+.1f}%" if before else "",
+        meaning=metric.meaning,
+    )
 
 
-def _values(metric: Metric, first: Mapping[str, Any] | None, seeds: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The metric of an SAE and of the same with other seeds; none where the SAE itself has none."""
-    measured = [_evaluation(metrics or {}).get(metric.key) for metrics in (first, *seeds)]
-    return [] if measured[0] is None else [value for value in measured if value is not None]
+def _values(metric: Metric, measured: Sequence[Mapping[str, Any] | None]) -> list[float]:
+    """Return the metric of an SAE and of the same with other seeds; nothing where the SAE itself has none."""
+    values = [_evaluation(metrics).get(metric.key) for metrics in measured]
+    return [] if values[0] is None else [value for value in values if value is not None]
 
 
 def _spread(metric: Metric, values: Sequence[float]) -> str:
@@ -195,17 +221,10 @@ def _spread(metric: Metric, values: Sequence[float]) -> str:
     return f"{number(statistics.fmean(values), kind)} ± {number(statistics.stdev(values), kind)}"
 
 
-def _shown(metric: Metric, measured: Mapping[str, Any]) -> str:
-    """The value, for a number of features with its share of all features; empty if unknown."""
-    if metric.key not in measured:
+def _shown(metric: Metric, figures: Mapping[str, Any]) -> str:
+    """Return the value, for a number of features with its share of all features; "" if unknown."""
+    if metric.key not in figures:
         return ""
-    share = measured.get(metric.key.replace("_features", "_fraction"))
+    share = figures.get(metric.key.replace("_features", "_fraction"))
     suffix = f" ({number(share, 'percent')})" if metric.key.endswith("_features") and share is not None else ""
-    return number(measured[metric.key], metric.kind) + suffix
-
-
-def _last_steps(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Means over the last 100 training steps, which the paper reports."""
-    training = metrics.get("training") or {}
-    known = [_BY_KEY[key] for key in _TRAINING if _known(training.get(key))]
-    return [(metric.name, number(training[metric.key], metric.kind)) for metric in known]
+    return number(figures[metric.key], metric.kind) + suffix

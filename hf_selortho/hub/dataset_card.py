@@ -1,36 +1,21 @@
-"""Cards of datasets: shards of activations, and examples of features. Same rules as the model card's facts.
-
-Every foreign string is made safe; what is unknown is left out.
-"""
+"""Write the card of a dataset of cached activations: what its manifest says, in the layout of a Jinja template."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..data.cache_manifest import Manifest
-from .card_facts import EMBEDDED_MODEL, EMBEDDED_ORIGIN, hub_id, under_gemma_terms
-from .markdown import cell, code, literal, number, one_line
-from .model_card import wrong_facts
+from .markdown import Markdown, one_line, render
+from .model_card import hub_id, terms_of
 
-_FOLDER = Path(__file__).parent
+_TEMPLATE = Path(__file__).with_name("shards_card_template.md")
 # The Hub's words for how many rows a dataset has.
 _SIZES = (
-    (10**3, "n<1K"),
-    (10**4, "1K<n<10K"),
-    (10**5, "10K<n<100K"),
-    (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"),
-    (10**8, "10M<n<100M"),
-    (10**9, "100M<n<1B"),
-    (10**10, "1B<n<10B"),
-    (10**11, "10B<n<100B"),
-    (10**12, "100B<n<1T"),
-)
-_FACT_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+    "n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B",
+    "100B<n<1T", "n>1T",
+)  # fmt: skip
 
 
 def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: str | None = None) -> DatasetCard:
@@ -41,136 +26,26 @@ def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: 
         repo_id: where on the Hub it will be; the commands of the card read it from there, else from FOLDER.
         license: of the activations, in the Hub's spelling; only their publisher can grant one.
     """
-    counts, layers = manifest.counts, manifest.layers
-    data = _data(
-        f"Activations of {manifest.lm_name}",
-        ["activations", "sparse-autoencoder"],
-        counts.rows + manifest.held_out_rows,
-        [hub_id(manifest.dataset, manifest.dataset_revision)],
-        license,
+    source = hub_id(manifest.dataset, manifest.dataset_revision)
+    data = DatasetCardData(
+        pretty_name=one_line(f"Activations of {manifest.lm_name}"),
+        tags=["activations", "sparse-autoencoder", "hf_selortho"],
+        size_categories=[size_category(manifest.counts.rows + manifest.held_out_rows)],
+        source_datasets=[source] if source else None,
+        license=one_line(license) if license else None,
     )
-    rows = [
-        ("Language model", cell(manifest.lm_name) + _at(manifest.lm_revision)),
-        ("Layers", ", ".join(map(number, layers)) + ", the residual stream after each, counted from 0"),
-        ("Width", number(manifest.layer(layers[0]).d_in)),
-        ("Stored as", cell(manifest.stored_dtype) + f", computed in {cell(manifest.lm_dtype)}"),
-        ("Text", cell(manifest.dataset) + _at(manifest.dataset_revision)),
-        ("Split", cell(manifest.split) if manifest.split else None),
-        ("Tokens for training", f"{number(counts.rows, 'count')} of {number(counts.contexts, 'count')} contexts"),
-        ("Tokens held out", number(manifest.held_out_rows, "count")),
-        ("Contexts", f"up to {number(manifest.context_length)} tokens{_bos(manifest.prepend_bos)}"),
-        ("Special tokens left out", number(counts.dropped_special, "count")),
-        ("Sink tokens left out", number(counts.dropped_sinks, "count") + _limit(manifest.max_norm_ratio)),
-        (
-            "Ends of documents left out",
-            f"{number(counts.dropped_tails, 'count')}, shorter than {number(manifest.min_tokens)} tokens",
-        ),
-    ]
-    context = {
-        "lm": code(manifest.lm_name),
-        "text": code(manifest.dataset),
-        "rows": [(name, value) for name, value in rows if value],
-        "layers": " ".join(map(str, layers)),
-        "place": f"hub:{one_line(repo_id)}" if repo_id else "FOLDER",
-        "literal": literal(f"hub:{repo_id}" if repo_id else "FOLDER"),
+    values = {
+        "card_data": Markdown(data.to_yaml()),
+        "manifest": manifest,
+        "width": manifest.layer(manifest.layers[0]).d_in,
+        "place": f"hub:{repo_id}" if repo_id else "FOLDER",
         "published": repo_id is not None,
-        **_terms(manifest.lm_name, license),
+        "license": license,
+        "terms": terms_of(manifest.lm_name),
     }
-    return _render(data, "shards_card_template.md", context)
-
-
-def render_examples_card(
-    facts: Mapping[str, Any],
-    columns: Sequence[tuple[str, str, str]],
-    repo_id: str | None = None,
-    license: str | None = None,
-) -> DatasetCard:
-    """Card of a dataset of feature examples: what each feature of an SAE fires on.
-
-    Args:
-        facts: "sae" (name or id), "sae_revision", "lm_name", "dataset", "dataset_revision", "tokens" (looked at),
-            "features" (rows), "contexts_per_feature"; only "sae" and "features" are needed.
-        columns: name, type and meaning of each column.
-        repo_id, license: as in [`render_shards_card`].
-
-    Raises:
-        SelOrthoError: the facts are of other types.
-    """
-    try:
-        data = _data(
-            f"Features of {facts['sae']}",
-            ["sparse-autoencoder", "feature-examples", "interpretability"],
-            facts["features"],
-            [hub_id(facts.get("dataset"), facts.get("dataset_revision"))],
-            license,
-        )
-        rows = [
-            ("SAE", cell(facts["sae"]) + _at(facts.get("sae_revision"))),
-            ("Language model", cell(facts["lm_name"]) if facts.get("lm_name") else None),
-            ("Text", cell(facts["dataset"]) + _at(facts.get("dataset_revision")) if facts.get("dataset") else None),
-            ("Tokens looked at", number(facts["tokens"], "count") if facts.get("tokens") else None),
-            ("Features", number(facts["features"], "count")),
-            ("Contexts per feature", _at_most(facts.get("contexts_per_feature"))),
-        ]
-        context = {
-            "sae": code(facts["sae"]),
-            "rows": [(name, value) for name, value in rows if value],
-            "columns": [(cell(name), cell(kind), _in_cell(meaning)) for name, kind, meaning in columns],
-            "literal": literal(repo_id) if repo_id else None,
-            **_terms(str(facts.get("lm_name") or ""), license),
-        }
-    except _FACT_ERRORS as error:
-        raise wrong_facts(error, "the facts hold", "feature index", "them from the index") from error
-    return _render(data, "examples_card_template.md", context)
+    return DatasetCard(render(_TEMPLATE.read_text(encoding="utf-8"), values))
 
 
 def size_category(rows: int) -> str:
-    """The Hub's word for a number of rows."""
-    return next((name for limit, name in _SIZES if rows < limit), "n>1T")
-
-
-def _data(name: str, tags: list[str], rows: int, sources: Sequence[str | None], license: str | None) -> DatasetCardData:
-    known = [source for source in sources if source]
-    return DatasetCardData(
-        pretty_name=one_line(name),
-        tags=[*tags, "hf_selortho"],
-        size_categories=[size_category(rows)],
-        source_datasets=known or None,
-        license=one_line(license) if license else None,
-    )
-
-
-def _render(data: DatasetCardData, template: str, context: Mapping[str, Any]) -> DatasetCard:
-    text = (_FOLDER / template).read_text(encoding="utf-8")
-    card = DatasetCard.from_template(data, template_str=text, **context)
-    card.text = card.text.rstrip() + "\n"
-    return card
-
-
-def _terms(lm: str, license: str | None) -> dict[str, Any]:
-    return {
-        "license_name": code(license) if license else None,
-        "under_gemma_terms": under_gemma_terms(lm),
-        "embedded_origin": EMBEDDED_ORIGIN if lm == EMBEDDED_MODEL else None,
-    }
-
-
-def _in_cell(words: str) -> str:
-    """Words of our own, which a bare pipe would end."""
-    return one_line(words).replace("|", "\\|")
-
-
-def _at(revision: Any) -> str:
-    return f" at revision {cell(revision)}" if revision else ""
-
-
-def _at_most(count: Any) -> str | None:
-    return f"at most {number(count)}" if count else None
-
-
-def _bos(prepend_bos: bool) -> str:
-    return ", starting with BOS, whose activation is left out" if prepend_bos else ", without BOS"
-
-
-def _limit(ratio: Any) -> str:
-    return f", of a norm above {number(ratio, 'exact')} times the median" if ratio else ""
+    """Return the Hub's word for a number of rows: a step for every power of ten from a thousand on."""
+    return _SIZES[min(max(len(str(rows)) - 3, 0), len(_SIZES) - 1)]

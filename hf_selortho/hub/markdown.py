@@ -1,33 +1,73 @@
-"""Foreign text and numbers made safe and readable in a model card.
+"""Render cards from Jinja templates in which every foreign string is safe Markdown and every number readable.
 
-A dataset, model or run may be named anything. Whatever does not come from the template goes through here, so that it
-can neither end a YAML block, a table cell or a code fence, nor bring in HTML, links or pictures.
+A dataset, model or run may be named anything. What a template prints becomes a code span, so that it can neither end a
+YAML block, a table cell or a code fence, nor bring in HTML, links or pictures; filters give it other safe forms.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+
+from jinja2 import Environment, Undefined
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control characters, bidirectional marks, lone surrogates, line separators
 
 
+class Markdown(str):
+    """Text that is safe in a card as it is."""
+
+    def __html__(self) -> str:  # by which Jinja knows it
+        return self
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Render a template of a card; raises whatever Jinja or a value of another type than expected raises."""
+    text = _environment().from_string(template).render(values)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _environment() -> Environment:
+    """Jinja with autoescape for Markdown: the filters return Markdown, all else goes through [`_shown`]."""
+    environment = Environment(autoescape=True, finalize=_shown)
+    filters: dict[str, Callable[[Any], str]] = {
+        make.__name__: make for make in (code, cell, literal, number, duration, one_line, fence)
+    }
+    filters |= {kind: partial(number, kind=kind) for kind in ("percent", "count", "exact")}
+    filters["json"] = lambda value: mask_tokens(json.dumps(value, indent=2))
+    for name, make in filters.items():
+        environment.filters[name] = lambda value, make=make: Markdown(make(value))
+    return environment
+
+
+def _shown(value: Any) -> str:
+    if hasattr(value, "__html__"):
+        return value
+    if value is None or isinstance(value, Undefined):
+        return Markdown()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Markdown(number(value) if is_number else code(value))
+
+
 def mask_tokens(text: str) -> str:
-    """Text without access tokens of the Hub, which a command line may hold."""
+    """Replace access tokens of the Hub, which a command line may hold."""
     return _TOKEN.sub("hf_***", text)
 
 
 def one_line(value: Any) -> str:
-    """Text on one line: whitespace collapsed, invisible characters replaced by a space, access tokens masked."""
+    """Put text on one line: whitespace collapsed, invisible characters replaced by a space, access tokens masked."""
     text = "".join(" " if unicodedata.category(c) in _INVISIBLE else c for c in str(value))
     return mask_tokens(" ".join(text.split()))
 
 
 def code(value: Any) -> str:
-    """An inline code span, safe in paragraphs, headings and table cells."""
+    """Make an inline code span, safe in paragraphs and headings."""
     text = one_line(value)
     if not text:
         return "(empty)"
@@ -36,24 +76,24 @@ def code(value: Any) -> str:
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
-def fence(text: str) -> str:
-    """Backticks enough to fence a block of code that holds `text`."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-
-
 def cell(value: Any) -> str:
-    """An inline code span for a table cell, which a bare pipe would end even inside of code."""
+    """Make an inline code span for a table cell, which a bare pipe would end even inside of code."""
     return code(value).replace("|", "\\|")
 
 
-def literal(value: str) -> str:
-    """A Python string literal on one line of plain ASCII."""
+def fence(text: str) -> str:
+    """Return backticks enough to fence a block of code that holds `text`."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
+def literal(value: str | int) -> str:
+    """Write a value as a Python literal on one line of plain ASCII."""
     text = ascii(value)
     return f'"{text[1:-1]}"' if text[0] == "'" and '"' not in text else text
 
 
 def number(value: float | int, kind: str = "") -> str:
-    """A number for a reader.
+    """Write a number for a reader.
 
     `kind` is "" (four significant digits), "percent", "count" (whole, with separators),
     "exact" (a setting, as it was given).
@@ -71,7 +111,7 @@ def number(value: float | int, kind: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span in its two largest units."""
+    """Write a time span in its two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

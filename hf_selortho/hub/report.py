@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: metrics.json, run.json, pictures, the model card and a table on the screen."""
+"""Write what a run leaves for people to read: metrics.json, run.json, pictures, the model card, tables."""
 
 from __future__ import annotations
 
@@ -17,39 +17,14 @@ from ..evaluation.plots import (
 )
 from ..training.run_folder import CARD, METRICS, PICTURES, RUN
 from ..utils.files import write_json, write_text
-from .card_results import Measured
-from .model_card import render_card, render_model_card
-from .summary import SaeReport, beside_twins, summary_rows
-
-# Metric, its name on the screen, its format.
-_TABLE = [
-    ("fvu", "FVU (fraction of variance unexplained)", ".4f"),
-    ("mse", "MSE (squared error a token, raw)", ".4g"),
-    ("l0", "L0 (active features a token)", ".1f"),
-    ("l1", "L1 (sum of feature activations a token)", ".3f"),
-    ("top_correlation", "mean correlation of the selected pairs", ".4f"),
-    ("peak_correlation", "peak correlation", ".4f"),
-    ("mean_correlation", "mean correlation", ".4f"),
-    ("max_decoder_cosine", "mean maximum decoder cosine", ".4f"),
-    ("unique_features", "unique features in the selected pairs", ".0f"),
-    ("active_features", "active features", ".0f"),
-    ("dead_features", "dead features", ".0f"),
-    ("ce_clean", "LM cross-entropy, clean", ".4f"),
-    ("ce_reconstruction", "LM cross-entropy, reconstruction spliced in", ".4f"),
-    ("ce_zero_ablation", "LM cross-entropy, layer zero-ablated", ".4f"),
-    ("loss_recovered", "loss recovered", ".4f"),
-    ("probing_accuracy_k1", "probing, balanced accuracy of 1 feature", ".4f"),
-    ("probing_accuracy_k5", "probing, of 5 features", ".4f"),
-    ("probing_accuracy_all", "probing, of all features", ".4f"),
-    ("probing_accuracy_lm", "probing, of the activations themselves", ".4f"),
-    ("absorption_rate", "first-letter absorption, rate", ".4f"),
-    ("absorption_fraction", "first-letter absorption, fraction", ".4f"),
-    ("first_letter_f1", "F1 of first-letter features", ".4f"),
-]
+from .card_results import METRICS as EVALUATION_METRICS
+from .card_results import TASK_METRICS, SaeReport, beside_twins, summary_rows
+from .markdown import number
+from .model_card import SaeCard, render_model_card
 
 
 def summary_table(saes: Sequence[SaeReport]) -> str:
-    """[`summary_rows`] as aligned text."""
+    """Align [`summary_rows`] as text."""
     rows = summary_rows(saes)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -66,7 +41,7 @@ def write_summary(folder: Path, saes: Sequence[SaeReport], run: dict[str, Any]) 
     }
     write_json(folder / METRICS, content)
     write_json(folder / RUN, run)
-    write_text(folder / CARD, str(render_card(beside_twins(saes), run)))
+    write_text(folder / CARD, str(SaeCard(beside_twins(saes), run).render()))
 
 
 def write_report(
@@ -95,11 +70,11 @@ def write_report(
     card = render_model_card(config.own_settings(), metrics, run)
     write_text(folder / CARD, str(card))
     pictures = [path.relative_to(run_folder).as_posix() for path in drawn]
-    return SaeReport(name, config.own_settings(), Measured(metrics), pictures)
+    return SaeReport(name, config.own_settings(), metrics, pictures)
 
 
 def draw_pictures(folder: Path, log_rows: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[Path]:
-    """Training curves, and what the evaluation has arrays for."""
+    """Draw training curves, and what the evaluation has arrays for."""
     pictures = folder / PICTURES
     pictures.mkdir(exist_ok=True)
     drawn = []
@@ -115,18 +90,18 @@ def draw_pictures(folder: Path, log_rows: list[dict[str, Any]], arrays: dict[str
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """The evaluation as an aligned table; the training's own figures where there was no evaluation."""
+    """Align the evaluation as a table; the training's own figures where there was no evaluation."""
     measured = metrics["evaluation"]
     title = f"held-out evaluation, {measured['samples']} contexts, {measured['tokens']} tokens" if measured else ""
     if not measured:
         measured = {key: value for key, value in metrics["training"].items() if key != "l1"}  # the weighted loss term
         title = "training, mean of the last 100 steps (no evaluation on held-out text)"
-    rows = [(label, format(measured[key], spec)) for key, label, spec in _TABLE if measured.get(key) is not None]
-    width = max(len(label) for label, _ in rows)
-    lines = [f"  {label:<{width}}  {value:>12}" for label, value in rows]
-    for name, found in (measured.get("compared_with") or {}).items():
+    known = [metric for metric in (*EVALUATION_METRICS, *TASK_METRICS) if measured.get(metric.key) is not None]
+    width = max(len(metric.name) for metric in known)
+    lines = [f"  {metric.name:<{width}}  {number(measured[metric.key], metric.kind):>12}" for metric in known]
+    for name, other in (measured.get("compared_with") or {}).items():
         lines.append(
-            f"  decoder beside {name}: matched cosine {found['matched_cosine']:.4f}, shared features "
-            f"{found['shared_features']:.1%}"
+            f"  decoder beside {name}: matched cosine {other['matched_cosine']:.4f}, shared features "
+            f"{other['shared_features']:.1%}"
         )
     return "\n".join([title, *lines])

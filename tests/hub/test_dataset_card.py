@@ -14,8 +14,7 @@ from huggingface_hub import DatasetCard
 
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_manifest import Manifest, from_json
-from hf_selortho.errors import SelOrthoError
-from hf_selortho.hub.dataset_card import render_examples_card, render_shards_card, size_category
+from hf_selortho.hub.dataset_card import render_shards_card, size_category
 from tests.data.caches import content, summary
 from tests.loopback_hub import LoopbackHub
 
@@ -24,11 +23,6 @@ MANIFEST = from_json(Manifest, {**content(), "layers": [5, 12], "statistics": {"
     "shards": [{"number": 0, "rows": 9, "files": {
         f"{folder}/00000.safetensors": {"sha256": "0" * 64, "bytes": 99} for folder in ("tokens", "layer_5", "layer_12")
     }}]})  # fmt: skip
-FACTS = {
-    "sae": "org/gemma2b-l12", "sae_revision": "e" * 40, "lm_name": "google/gemma-2-2b", "dataset": "fancyzhx/ag_news",
-    "dataset_revision": "d" * 40, "tokens": 2_000_000, "features": 16_384, "contexts_per_feature": 40,
-}  # fmt: skip
-COLUMNS = [("feature", "int32", "its number"), ("frequency", "float32", "share of tokens on which it fires")]
 
 
 def hostile_manifest() -> Manifest:
@@ -45,11 +39,6 @@ CARDS = {
         replace(MANIFEST, dataset="/data/x.csv", dataset_revision=None, max_norm_ratio=None)
     ),
     "hostile shards": lambda: render_shards_card(hostile_manifest(), HOSTILE, HOSTILE),
-    "examples": lambda: render_examples_card(FACTS, COLUMNS, "org/features", "apache-2.0"),
-    "examples, little known": lambda: render_examples_card({"sae": "runs/x", "features": 9}, []),
-    "hostile examples": lambda: render_examples_card(
-        {**FACTS, "sae": HOSTILE, "lm_name": HOSTILE, "dataset": HOSTILE}, [(HOSTILE, HOSTILE, "x")], HOSTILE, HOSTILE
-    ),
 }
 
 
@@ -93,23 +82,11 @@ def test_what_the_card_of_shards_says() -> None:
     )
 
 
-def test_what_the_card_of_examples_says() -> None:
-    card = CARDS["examples"]()
-    assert "| `frequency` | `float32` | share of tokens on which it fires |" in card.text
-    assert 'load_dataset("org/features", split="train")' in card.text and card.data.size_categories == ["10K<n<100K"]
-    assert "## Columns" not in CARDS["examples, little known"]().text
-
-
 @pytest.mark.parametrize(
     ("rows", "word"), [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**9, "1B<n<10B"), (10**12, "n>1T")]
 )
 def test_size_categories(rows, word) -> None:
     assert size_category(rows) == word
-
-
-def test_what_no_feature_index_writes_is_refused() -> None:
-    with pytest.raises(SelOrthoError, match="what no feature index writes"):
-        render_examples_card({"sae": "x", "features": "many"}, [])
 
 
 def test_a_cache_has_a_card_and_its_folder_is_a_repository(tiny_lm_dir, sample_text_files, tmp_path) -> None:

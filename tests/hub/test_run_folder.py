@@ -11,12 +11,12 @@ from tests.finished_run import save_run
 
 def fvus(run) -> list:
     (sae,) = run.saes
-    twin = sae.measured.twin
+    twin = sae.twin
     return [
         sae.metrics["evaluation"]["fvu"],
         twin and twin["evaluation"]["fvu"],
-        [m["evaluation"]["fvu"] for m in sae.measured.seeds],
-        [m["evaluation"]["fvu"] for m in sae.measured.twin_seeds],
+        [m["evaluation"]["fvu"] for m in sae.seeds],
+        [m["evaluation"]["fvu"] for m in sae.twin_seeds],
     ]
 
 
@@ -25,7 +25,7 @@ def test_a_run_of_one_sae(tmp_path) -> None:
     (sae,) = run.saes
     assert (sae.name, sae.layer, sae.metrics["evaluation"]["fvu"]) == ("", 2, 0.1)
     assert sae.pictures == ["pictures/b.png", "pictures/a.png"]  # first what the training has drawn
-    assert run.place(sae) == tmp_path / "x" and run.run["arguments"]["seed"] == 0
+    assert run.seed == 0
     assert fvus(with_others(run, None, [])) == [0.1, None, [], []]
 
 
@@ -41,8 +41,8 @@ def test_a_run_of_several_saes_in_the_order_of_their_layers(tmp_path) -> None:
         save_run(tmp_path / f"layer_{layer}_twin", layer=layer, fvu=layer / 200, ortho_coefficient=0.0)
     saes = {sae.name: sae for sae in read_run(tmp_path).saes}
     assert list(saes) == ["layer_5", "layer_5_twin", "layer_12", "layer_12_twin"]
-    assert saes["layer_12"].measured.twin == saes["layer_12_twin"].metrics
-    assert saes["layer_12_twin"].measured.twin is None and saes["layer_12_twin"].variant == "twin"
+    assert saes["layer_12"].twin == saes["layer_12_twin"].metrics
+    assert saes["layer_12_twin"].twin is None and saes["layer_12_twin"].variant == "twin"
     assert saes["layer_5"].pictures[0] == "layer_5/pictures/b.png"
     with pytest.raises(SelOrthoError, match="has several SAEs"):
         with_others(read_run(tmp_path), tmp_path / "layer_5", [])

@@ -11,7 +11,7 @@ import pytest
 from hf_selortho import SelOrthoError
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import FILES
-from hf_selortho.hub.interop import write_saelens
+from hf_selortho.formats import write_saelens
 from hf_selortho.modeling_selortho import SelOrthoSAE
 from scripts import build_feature_index, train
 

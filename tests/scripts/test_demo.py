@@ -40,7 +40,7 @@ def run(tmp_path_factory) -> Path:
         [*command, "--output_dir", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "loss recovered" in result.stdout and "Next:" in result.stdout
+    assert "Loss recovered" in result.stdout and "Next:" in result.stdout
     return folder
 
 

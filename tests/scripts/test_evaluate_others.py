@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.hub.interop import load_sae, write_saelens
+from hf_selortho.formats import load_sae, write_saelens
 from scripts import evaluate_sae
 
 D_IN, D_SAE = 32, 64

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.data.contexts import Context, pad_batch
 from hf_selortho.data.pair_history import read_pair_history
-from hf_selortho.hub.interop import write_saelens
+from hf_selortho.formats import write_saelens
 from hf_selortho.language_models.capture import ActivationCapture
 from scripts import evaluate_sae, train
 

@@ -1,4 +1,4 @@
-"""From one format to another, as a folder that is written whole or not at all."""
+"""Convert an SAE from one format to another, as a folder that is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...errors import SelOrthoError
-from ...training.run_folder import METRICS, RUN, save_sae
-from ...utils.files import write_json
-from ...utils.hub import CONFIG, find_file, read_object
+from ..errors import SelOrthoError
+from ..training.run_folder import METRICS, RUN, save_sae
+from ..utils.files import write_json
+from ..utils.hub import CONFIG, find_file, read_object
 from .folders import check_target, whole_folder
-from .load import Loaded, read_sae
+from .load import read_sae
 from .saelens import FILES, write_saelens
 
 TARGETS = ("saelens", "selortho")
-_OWN_FILES = {CONFIG, "model.safetensors", RUN}
+_WRITTEN = FILES | {CONFIG, "model.safetensors", RUN, "sparsity.safetensors"}  # the last one by version 0.1.0
 
 
 def convert(
@@ -44,27 +44,23 @@ def convert(
     place = Path(source, lookup.get("subfolder") or "")
     if overwrite and place.is_dir() and target.is_dir() and os.path.samefile(place, target):
         raise SelOrthoError(f"{target} is the SAE to convert: choose another folder")
-    check_target(target, FILES | _OWN_FILES if overwrite else None)
+    replaceable = _WRITTEN if overwrite else None
+    check_target(target, replaceable)
     loaded = read_sae(source, format, lookup)
-    if to == "selortho":
-        return _write_own(loaded, source, target, overwrite, lookup)
-    with whole_folder(target, overwrite) as temporary:
-        files = write_saelens(loaded.sae, temporary, _metadata(source, lookup))
-    return [target / file.name for file in files]
-
-
-def _write_own(loaded: Loaded, source: str, target: Path, overwrite: bool, lookup: Mapping[str, Any]) -> list[Path]:
-    origin: dict[str, Any] = {"format": loaded.format, "name": source, "revision": loaded.revision}
-    origin |= {"subfolder": lookup.get("subfolder"), "metadata": dict(loaded.metadata)}
-    with whole_folder(target, overwrite) as temporary:
-        save_sae(loaded.sae, temporary)
-        write_json(temporary / RUN, {"converted_from": origin})
-        names = sorted(path.name for path in temporary.iterdir())
+    with whole_folder(target, replaceable) as folder:
+        if to == "saelens":
+            write_saelens(loaded.sae, folder, _measured_l0(source, lookup))
+        else:
+            save_sae(loaded.sae, folder)
+            origin: dict[str, Any] = {"format": loaded.format, "name": source, "revision": loaded.revision}
+            origin |= {"subfolder": lookup.get("subfolder"), "metadata": dict(loaded.metadata)}
+            write_json(folder / RUN, {"converted_from": origin})
+        names = sorted(path.name for path in folder.iterdir())
     return [target / name for name in names]
 
 
-def _metadata(source: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
-    """The measured L0, where the SAE has been evaluated at the end of its training."""
+def _measured_l0(source: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measured L0, where the SAE has been evaluated at the end of its training."""
     with suppress(SelOrthoError):  # it does without
         path = find_file(source, METRICS, lookup)
         evaluation = read_object(path).get("evaluation") if path else None

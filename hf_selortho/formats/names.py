@@ -1,4 +1,4 @@
-"""Which language model and layer: the names of TransformerLens, and those of the Hub."""
+"""Translate names of language models and hooks between TransformerLens and the Hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d{1,4
 
 
 def hub_name(model: Any) -> str | None:
-    """Id on the Hub of a model of TransformerLens; what looks like an id stays as it is."""
+    """Return the id on the Hub of a model of TransformerLens; what looks like an id stays as it is."""
     if not isinstance(model, str) or not model:
         return None
     if "/" in model:
@@ -43,7 +43,7 @@ def hub_name(model: Any) -> str | None:
 
 
 def lens_name(model: str) -> str:
-    """What TransformerLens calls a model of the Hub."""
+    """Return what TransformerLens calls a model of the Hub."""
     for name, origin in _ORIGINS.items():
         if origin == model:
             return name
@@ -53,12 +53,12 @@ def lens_name(model: str) -> str:
 
 
 def lens_hook(layer: int) -> str:
-    """The hook after a decoder layer."""
+    """Return the hook after a decoder layer."""
     return f"blocks.{layer}.hook_resid_post"
 
 
 def layer_of(hook: Any) -> int | None:
-    """The decoder layer after which a hook of TransformerLens, or a module of transformers, reads; None for others."""
+    """Return the decoder layer after which a hook of TransformerLens or a module of transformers reads, else None."""
     if not isinstance(hook, str):
         return None
     if found := _LENS_HOOK.fullmatch(hook):

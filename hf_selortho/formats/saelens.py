@@ -9,29 +9,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from ...errors import NonFiniteError, SelOrthoError
-from ...modeling_selortho import SelOrthoSAE
-from ...utils.files import jsonable
-from ...utils.hub import find_file, read_object, read_tensors
-from .folders import check_target, whole_folder
-from .places import hub_name, layer_of, lens_hook, lens_name
-from .plain import PlainSae, weight_shapes
+from ..errors import NonFiniteError, SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from ..utils.files import jsonable
+from ..utils.hub import read_object, read_tensors
+from .folders import whole_folder
+from .names import hub_name, layer_of, lens_hook, lens_name
+from .plain import PlainSae, checked_k, needed_files, weight_shapes
 
-CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-FILES = {CONFIG, WEIGHTS, SPARSITY}
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+FILES = {CONFIG, WEIGHTS}
 VERSION = "6.54.0"  # of SAELens, whose format this is
 _ARCHITECTURES = ("standard", "topk", "jumprelu")
 
 
-def write_saelens(
-    sae: SelOrthoSAE,
-    folder: Path,
-    metadata: Mapping[str, Any] | None = None,
-    frequency: Tensor | None = None,
-    overwrite: bool = False,
-) -> list[Path]:
+def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[Path]:
     """Write an SAE so that `sae_lens.SAE.load_from_disk` and `SAE.from_pretrained` load it, and compute the same.
 
     relu becomes "standard", topk "topk", batchtopk and jumprelu "jumprelu". The input normalisation is folded into the
@@ -41,17 +34,14 @@ def write_saelens(
         sae: the SAE.
         folder: new or empty.
         metadata: further entries for the metadata, such as "l0".
-        frequency: share of the tokens on which each feature fires (d_sae,), for sparsity.safetensors: its log10.
-        overwrite: replace an earlier export in the folder.
 
     Returns:
-        The files: weights, config and, with `frequency`, sparsity.
+        The files: weights and config.
 
     Raises:
-        SelOrthoError: there is no room, the folder cannot be written or holds something else, a weight is not finite,
-            or `frequency` is not one share for each feature. Nothing is left in the folder then, nothing in it changed.
+        SelOrthoError: there is no room, the folder cannot be written or holds something else, or a weight is not
+            finite. Nothing is left in the folder then, nothing in it changed.
     """
-    check_target(folder, FILES if overwrite else None)
     plain = PlainSae.of(sae)
     tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
     if plain.threshold is not None:
@@ -60,27 +50,10 @@ def write_saelens(
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{key} of this SAE holds NaN or infinity: export an earlier checkpoint of it")
     content = json.dumps(jsonable(_config(sae, plain, metadata or {})), indent=2) + "\n"
-    names = [WEIGHTS, CONFIG] if frequency is None else [WEIGHTS, CONFIG, SPARSITY]
-    with whole_folder(folder, overwrite) as temporary:
+    with whole_folder(folder) as temporary:
         save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary / WEIGHTS)
-        if frequency is not None:
-            save_file({"sparsity": _log_frequency(frequency, len(plain.b_enc))}, temporary / SPARSITY)
         (temporary / CONFIG).write_text(content, encoding="utf-8")
-    return [folder / name for name in names]
-
-
-def _log_frequency(frequency: Tensor, d_sae: int) -> Tensor:
-    """log10 of the shares (d_sae,), with 1e-10 for none.
-
-    Raises:
-        SelOrthoError: they are not one number in [0, 1] for each feature.
-    """
-    if tuple(frequency.shape) != (d_sae,) or not ((frequency >= 0) & (frequency <= 1)).all():
-        raise SelOrthoError(
-            f"frequency of shape {tuple(frequency.shape)}: expected a share of the tokens, from 0 to 1, for each of "
-            f"d_sae={d_sae} features"
-        )
-    return (frequency.detach().float() + 1e-10).log10().cpu().contiguous()
+    return [folder / name for name in (WEIGHTS, CONFIG)]
 
 
 def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,15 +87,12 @@ def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> d
 
 
 def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
-    """An SAE that SAELens has saved, of the kinds that are encoder, activation function and decoder.
+    """Read an SAE that SAELens has saved, of the kinds that are encoder, activation function and decoder.
 
     Raises:
         SelOrthoError: it is of another kind, its files are damaged, or do not fit one another.
     """
-    path = find_file(name, CONFIG, lookup)
-    weights = find_file(name, WEIGHTS, lookup)
-    if path is None or weights is None:
-        raise SelOrthoError(f"{name} lacks {CONFIG if path is None else WEIGHTS}: expected both, as SAELens saves them")
+    path, weights = needed_files(name, (CONFIG, WEIGHTS), lookup)
     content = read_object(path)
     metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else content  # before version 6 all was in one
@@ -140,7 +110,7 @@ def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
 
 
 def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
-    """Architecture and k.
+    """Return architecture and k.
 
     Raises:
         SelOrthoError: there is more to it than encoder, activation function and decoder.
@@ -164,29 +134,25 @@ def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
             )
     if content.get("finetuning_scaling_factor"):
         raise SelOrthoError(f"{path}: finetuning_scaling_factor is not read; save the SAE again with SAELens 6")
-    if kind == "topk" and (type(k) is not int or k < 1):
-        raise SelOrthoError(f"{path}: k={k!r:.50}, expected the number of active features per token")
-    return kind, k if kind == "topk" else None
+    return kind, checked_k(k, path) if kind == "topk" else None
 
 
 def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What we know of its training, in our terms; whatever is of another type than expected is left out."""
-    name, hook = metadata.get("model_name"), metadata.get("hook_name") or metadata.get("hook_point")
-    revision, dataset = metadata.get("hf_model_revision"), metadata.get("dataset_path")
-    original, module = metadata.get("hf_model_name"), metadata.get("hf_hook_name")
-    context, bos = metadata.get("context_size"), metadata.get("prepend_bos")
-    if isinstance(module, str):
-        module = module.removesuffix(".output")
-    layer = layer_of(hook if isinstance(hook, str) else module)
-    found = {
-        "lm_name": original if isinstance(original, str) else hub_name(name),
-        "lm_revision": revision if isinstance(revision, str) else None,
-        "layer": layer,
-        "hook_name": module if isinstance(module, str) else hook if isinstance(hook, str) else None,
-        "dataset": dataset if isinstance(dataset, str) else None,
+    """Tell what we know of its training, in our terms; whatever is of another type than expected is left out."""
+
+    def known(key: str, kind: type) -> Any:
+        return metadata[key] if type(metadata.get(key)) is kind else None
+
+    hook = known("hook_name", str) or known("hook_point", str)
+    module = (known("hf_hook_name", str) or "").removesuffix(".output")
+    context = known("context_size", int)
+    facts = {
+        "lm_name": known("hf_model_name", str) or hub_name(metadata.get("model_name")),
+        "lm_revision": known("hf_model_revision", str),
+        "layer": layer_of(hook or module),
+        "hook_name": module or hook,
+        "dataset": known("dataset_path", str),
+        "context_length": context if context and 2 <= context < 1 << 31 else None,
+        "prepend_bos": known("prepend_bos", bool),
     }
-    if type(context) is int and 2 <= context < 1 << 31:
-        found["context_length"] = context
-    if isinstance(bos, bool):
-        found["prepend_bos"] = bos
-    return found
+    return {key: value for key, value in facts.items() if value is not None}

@@ -1,30 +1,35 @@
-"""An SAE in whatever format it comes."""
+"""Load an SAE in whatever format it comes: a table of formats, each known by the name of its weights' file."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...configuration_selortho import SelOrthoConfig
-from ...errors import SelOrthoError
-from ...modeling_selortho import SelOrthoSAE
-from ...utils.hub import CONFIG, LOOKUP, at_one_commit, find_file, in_subfolder, read_object, within_reach
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from ..utils.hub import CONFIG, LOOKUP, at_one_commit, find_file, in_subfolder, listed, read_object, within_reach
 from . import gemma_scope, saelens, sparsify
-from .gemma_scope import read_gemma_scope
 from .plain import PlainSae
-from .saelens import read_saelens
-from .sparsify import read_sparsify
 
-_READERS: dict[str, tuple[str, Callable[[str, Mapping[str, Any]], PlainSae]]] = {
-    "saelens": (saelens.WEIGHTS, read_saelens),
-    "sparsify": (sparsify.WEIGHTS, read_sparsify),
-    "gemma_scope": (gemma_scope.WEIGHTS, read_gemma_scope),
+
+class Reader(NamedTuple):
+    """How a format is known, and read."""
+
+    file: str  # whose presence says that an SAE is in this format
+    read: Callable[[str, Mapping[str, Any]], PlainSae]  # of a name and where to look
+
+
+READERS = {
+    "saelens": Reader(saelens.WEIGHTS, saelens.read_saelens),
+    "sparsify": Reader(sparsify.WEIGHTS, sparsify.read_sparsify),
+    "gemma_scope": Reader(gemma_scope.WEIGHTS, gemma_scope.read_gemma_scope),
 }
-FORMATS = ("selortho", *_READERS)
+FORMATS = ("selortho", *READERS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ def load_sae(name: str | os.PathLike[str], format: str = "auto", **lookup: Any) 
 
     Args:
         name: the folder or repository.
-        format: "selortho", "saelens", "sparsify", "gemma_scope", or "auto": what its files are.
+        format: "selortho", "saelens" (standard, topk or jumprelu, of SAELens 6 or before), "sparsify" (topk),
+            "gemma_scope" (JumpReLU), or "auto": what its files are.
         lookup: revision, subfolder, token, cache_dir, local_files_only, ... as for `SelOrthoSAE.from_pretrained`.
 
     Raises:
@@ -54,23 +60,8 @@ def load_sae(name: str | os.PathLike[str], format: str = "auto", **lookup: Any) 
     return read_sae(name, format, lookup).sae
 
 
-def load_saelens(name: str | os.PathLike[str], **lookup: Any) -> SelOrthoSAE:
-    """[`load_sae`] of cfg.json and sae_weights.safetensors: standard, topk or jumprelu, of SAELens 6 or before."""
-    return load_sae(name, "saelens", **lookup)
-
-
-def load_sparsify(name: str | os.PathLike[str], **lookup: Any) -> SelOrthoSAE:
-    """[`load_sae`] of cfg.json and sae.safetensors, with the activation function topk."""
-    return load_sae(name, "sparsify", **lookup)
-
-
-def load_gemma_scope(name: str | os.PathLike[str], **lookup: Any) -> SelOrthoSAE:
-    """[`load_sae`] of params.npz, a JumpReLU SAE."""
-    return load_sae(name, "gemma_scope", **lookup)
-
-
 def read_sae(name: str | os.PathLike[str], format: str, lookup: Mapping[str, Any]) -> Loaded:
-    """What [`load_sae`] loads, and what is known of where it comes from; all files are of the same commit.
+    """Load an SAE with what is known of where it comes from; all files are of the same commit.
 
     Raises:
         SelOrthoError: as [`load_sae`].
@@ -87,18 +78,17 @@ def read_sae(name: str | os.PathLike[str], format: str, lookup: Mapping[str, Any
     if format == "auto":
         lookup = within_reach(name, lookup)
         format = format_of(name, lookup)
-    file = CONFIG if format == "selortho" else _READERS[format][0]
-    lookup = at_one_commit(name, lookup, file)
+    lookup = at_one_commit(name, lookup, CONFIG if format == "selortho" else READERS[format].file)
     revision = None if os.path.isdir(name) else lookup.get("revision")
     if format == "selortho":
         sae = SelOrthoSAE.from_pretrained(name, dtype=torch.float32, **lookup)
         return Loaded(sae.eval(), format, revision)
-    plain = _READERS[format][1](name, lookup)
+    plain = READERS[format].read(name, lookup)
     return Loaded(plain.to_model(name), format, revision, plain.metadata)
 
 
 def format_of(name: str, lookup: Mapping[str, Any]) -> str:
-    """The format of the SAE in a folder or repository, by the names of its files.
+    """Return the format of the SAE in a folder or repository, by the names of its files.
 
     A config.json may be that of another model, which some repositories have beside the files of an SAE.
 
@@ -108,10 +98,14 @@ def format_of(name: str, lookup: Mapping[str, Any]) -> str:
     config = find_file(name, CONFIG, lookup)
     if config and read_object(config).get("model_type", SelOrthoConfig.model_type) == SelOrthoConfig.model_type:
         return "selortho"
-    for format, (file, _) in _READERS.items():
-        if find_file(name, file, lookup):
+    for format, reader in READERS.items():
+        if find_file(name, reader.file, lookup):
             return format
     if config:
         return "selortho"  # it will say what the config is of
-    files = ", ".join(in_subfolder(file, lookup) for file in (CONFIG, *(file for file, _ in _READERS.values())))
-    raise SelOrthoError(f"cannot load the SAE {name!r}: expected one of {files}, with a subfolder where it has several")
+    place = os.path.join(name, lookup.get("subfolder") or "")
+    there = f"it holds {listed(os.listdir(place)) or 'nothing'}; " if os.path.isdir(place) else ""
+    files = ", ".join(in_subfolder(file, lookup) for file in (CONFIG, *(reader.file for reader in READERS.values())))
+    raise SelOrthoError(
+        f"cannot load the SAE {name!r}: {there}expected one of {files}, with a subfolder where it has several"
+    )

@@ -1,18 +1,18 @@
-"""Folders of a converted SAE: written whole, or not at all."""
+"""Write folders of converted SAEs whole, or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ...errors import SelOrthoError
-from ...utils.files import as_os_error, reason, sync
-from ...utils.hub import listed
+from ..errors import SelOrthoError
+from ..utils.files import as_os_error, reason, sync
+from ..utils.hub import listed
 
 
 def check_target(folder: Path, replaceable: set[str] | None = None) -> None:
@@ -43,36 +43,27 @@ def check_target(folder: Path, replaceable: set[str] | None = None) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `folder` to write to, which takes its place at the end; if anything fails, it is not there.
-
-    Args:
-        folder: new or empty, or with `overwrite` one that is replaced as a whole ([`check_target`] has been asked).
-        overwrite: whether what is there goes.
+def whole_folder(folder: Path, replaceable: set[str] | None = None) -> Iterator[Path]:
+    """Give a folder beside `folder` to write to, which takes its place at the end; if anything fails, it is not there.
 
     Raises:
-        SelOrthoError: there is no room, or the folder cannot be written.
+        SelOrthoError: as [`check_target`], or there is no room, or the folder cannot be written.
     """
+    check_target(folder, replaceable)
     place = Path(os.path.abspath(folder))
-    temporary, replaced = place.with_name(f".{place.name}.tmp"), place.with_name(f".{place.name}.replaced.tmp")
+    temporary = place.with_name(f".{place.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-        if overwrite and place.is_dir():
-            shutil.rmtree(replaced, ignore_errors=True)
-            place.rename(replaced)
-        temporary.replace(place)
+        if place.is_dir():
+            shutil.rmtree(place)
+        temporary.rename(place)
         sync(place.parent)
     except (OSError, SafetensorError) as error:
         said = reason(as_os_error(error))
         raise SelOrthoError(f"cannot write {folder}: {said}; make room, or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if overwrite and not place.exists():
-            with suppress(OSError):  # there may be nothing to bring back
-                replaced.rename(place)
-        if overwrite:
-            shutil.rmtree(replaced, ignore_errors=True)

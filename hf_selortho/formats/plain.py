@@ -1,18 +1,20 @@
-"""What all formats have in common: the tensors of an SAE of raw activations, and where it reads them."""
+"""The form between all formats: the tensors of an SAE of raw activations, and where it reads them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...configuration_selortho import SelOrthoConfig
-from ...errors import SelOrthoError
-from ...modeling_selortho import SelOrthoSAE
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+from ..modeling_selortho import SelOrthoSAE
+from ..utils.hub import find_file, listed
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class PlainSae:
     metadata: Mapping[str, Any] = field(default_factory=dict)  # all that its library says of it, as it is in the file
 
     def to_model(self, name: str) -> SelOrthoSAE:
-        """The SAE as ours, in float32; encode and decode compute the same, but for rounding.
+        """Make it an SAE of ours, in float32; encode and decode compute the same, but for rounding.
 
         Args:
             name: where it comes from, for messages.
@@ -74,7 +76,7 @@ class PlainSae:
     @staticmethod
     @torch.no_grad()
     def of(sae: SelOrthoSAE) -> PlainSae:
-        """Ours, with the input normalisation folded into the weights, in float32.
+        """Take one of ours, with the input normalisation folded into the weights, in float32.
 
         With m = input_mean and s = input_scale: W_enc / s, b_enc + b_dec W_enc, W_dec s and b_dec s + m, which is
         subtracted from the input first. So large means cancel before the product, and no digits are lost.
@@ -98,8 +100,23 @@ class PlainSae:
         )
 
 
+def needed_files(name: str, files: Sequence[str], lookup: Mapping[str, Any]) -> list[Path]:
+    """Find the files of an SAE; raise a SelOrthoError if one is missing."""
+    paths = {file: find_file(name, file, lookup) for file in files}
+    if missing := [file for file, path in paths.items() if path is None]:
+        raise SelOrthoError(f"{name} lacks {listed(missing)}: expected {' and '.join(files)} in the folder of an SAE")
+    return [path for path in paths.values() if path is not None]
+
+
+def checked_k(k: Any, name: str) -> int:
+    """Return the number of active features per token; raise a SelOrthoError if it is none."""
+    if type(k) is not int or k < 1:
+        raise SelOrthoError(f"{name}: k={k!r:.50}, expected the number of active features per token")
+    return k
+
+
 def weight_shapes(d_in: Any, d_sae: Any, threshold: bool, name: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a PlainSae by their usual names.
+    """Return the shapes of the tensors of a PlainSae by their usual names.
 
     Raises:
         SelOrthoError: a width is not a positive whole number.

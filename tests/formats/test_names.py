@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_selortho.hub.interop.places import hub_name, layer_of, lens_name
+from hf_selortho.formats.names import hub_name, layer_of, lens_name
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Convert SAEs between formats.
 
-python -m hf_selortho.hub.interop convert runs/demo demo-saelens --to saelens
-python -m hf_selortho.hub.interop convert google/gemma-scope-2b-pt-res scope --to selortho \
+python -m hf_selortho.formats convert runs/demo demo-saelens --to saelens
+python -m hf_selortho.formats convert google/gemma-scope-2b-pt-res scope --to selortho \
     --subfolder layer_20/width_16k/average_l0_71
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ...utils.command_line import run_script
+from ..utils.command_line import run_script
 from . import FORMATS
 from .convert import TARGETS, convert
 
@@ -25,7 +25,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read one format, write another, say how to load it."""
-    parser = _OneLineParser(prog="python -m hf_selortho.hub.interop", allow_abbrev=False)
+    parser = _OneLineParser(prog="python -m hf_selortho.formats", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     convert_parser = commands.add_parser(
         "convert", allow_abbrev=False, help="Read an SAE in one format and write it in another."
