@@ -12,7 +12,8 @@ import gradio as gr
 
 from hf_selortho import SelOrthoError
 from hf_selortho.features import TokenFeatures
-from hf_selortho.features.index import FeatureIndex, FeatureSummary
+from hf_selortho.features.index import FeatureIndex
+from hf_selortho.features.records import FeatureSummary
 from hf_selortho.features.sampling import Sampling
 
 from .address import Address
@@ -210,7 +211,7 @@ def _within(limit: int) -> int:
 
 
 def _summary(found: FeatureSummary) -> dict[str, Any]:
-    return dict(found._asdict())
+    return dict(vars(found))
 
 
 def _reading(reading: TokenFeatures, index: FeatureIndex | None, k: int) -> dict[str, Any]:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from hf_selortho.features.index import FeatureIndex, FeatureSummary
-from hf_selortho.features.records import FeatureContext, FeatureRecord, JointContext, Neighbour, TokenEffect
+from hf_selortho.features.index import FeatureIndex
+from hf_selortho.features.records import (
+    FeatureContext,
+    FeatureRecord,
+    FeatureSummary,
+    JointContext,
+    Neighbour,
+    TokenEffect,
+)
 from hf_selortho.features.render import (
     bar_html,
     escape,
