@@ -221,9 +221,9 @@ def _pair_fits(record: PairRecord) -> bool:
 
 
 def _context_fits(context: FeatureContext | JointContext, *activations: list[float]) -> bool:
-    tokens = context.tokens
-    return 0 <= context.peak < len(tokens) and all(
-        len(values) == len(tokens) and None not in values for values in (tokens, *activations)
+    parts: list[list[Any]] = [context.tokens, *activations]
+    return 0 <= context.peak < len(context.tokens) and all(
+        len(part) == len(context.tokens) and None not in part for part in parts
     )
 
 

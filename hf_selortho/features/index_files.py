@@ -79,7 +79,7 @@ def open_rows(name: str, file: str, lookup: Mapping[str, Any], schema: pa.Schema
         path = find_file(name, file, lookup)
         if path is None:
             raise SelOrthoError(f"the feature index of {name!r} lacks {file}: build it again, or load it once online")
-        return RowReader(functools.partial(path.open, "rb"), str(path), schema, rows)
+        return RowReader(functools.partial(pa.OSFile, str(path), "rb"), str(path), schema, rows)
     hub = HfFileSystem(token=lookup.get("token"))
     remote = f"{name}/{in_subfolder(file, lookup)}"
     opened = functools.partial(hub.open, remote, "rb", revision=lookup.get("revision"), cache_type="none")

@@ -170,7 +170,8 @@ def from_row(record: type[R], row: dict[str, Any]) -> R:
     for one in fields(record):  # type: ignore[arg-type]
         (part, *_) = get_args(hints[one.name]) or (None,)
         value = row[one.name]
-        values[one.name] = [part(**item) for item in value] if is_dataclass(part) else value
+        nested = isinstance(part, type) and is_dataclass(part)
+        values[one.name] = [part(**item) for item in value] if nested else value
     return record(**values)
 
 

@@ -145,10 +145,3 @@ def test_unknown_arguments(capsys) -> None:
     with pytest.raises(SystemExit):
         build_feature_index.main(["runs/x", "--nosuch", "3"])
     assert "unknown arguments: --nosuch 3" in capsys.readouterr().err
-
-
-def test_benchmark(run, capsys) -> None:
-    build_feature_index.main([str(run / "layer_1"), *SMALL, "--benchmark"])
-    said = capsys.readouterr().out
-    assert "ratio" in said and "a twin" in said and "harvest" in said
-    assert not (run / "layer_1" / "feature_index").exists()
