@@ -10,13 +10,13 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfFileSystem
+from huggingface_hub import HfFileSystem, constants
 
 from ..errors import SelOrthoError
 from ..utils.hub import LOOKUP_ERRORS, find_file, in_subfolder, one_line
 
 _CACHED_GROUPS = 16
-_HTTP_ERRORS = LOOKUP_ERRORS[2]
+_HTTP_ERRORS = LOOKUP_ERRORS[2]  # of the HTTP library; HfHubHTTPError is one of them
 
 
 class RowReader:
@@ -75,7 +75,7 @@ def open_rows(name: str, file: str, lookup: Mapping[str, Any], schema: pa.Schema
     Raises:
         SelOrthoError: as [`RowReader`], or the file is missing or is a link that leads out of the folder.
     """
-    if Path(name).is_dir() or lookup.get("local_files_only"):
+    if Path(name).is_dir() or lookup.get("local_files_only") or constants.HF_HUB_OFFLINE:
         path = find_file(name, file, lookup)
         if path is None:
             raise SelOrthoError(f"the feature index of {name!r} lacks {file}: build it again, or load it once online")

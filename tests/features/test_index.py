@@ -130,11 +130,6 @@ def test_an_index_is_replaced_whole_or_not_at_all(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [INDEX]
 
 
-def test_the_same_records_give_the_same_bytes(tmp_path) -> None:
-    one, two = write(tmp_path / "one"), write(tmp_path / "two")
-    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in FILES)
-
-
 def test_nothing_else_is_replaced(tmp_path) -> None:
     (tmp_path / INDEX).mkdir()
     (tmp_path / INDEX / "thesis.txt").write_text("mine")
