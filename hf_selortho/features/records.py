@@ -125,6 +125,15 @@ class PairSummary:
     fires_b: Count
     support: Count  # tokens on which both fire
 
+
+@dataclass(frozen=True)
+class PairRecord(PairSummary):
+    """All that an index knows of a pair of features."""
+
+    history_steps: list[Small] = field(default_factory=list)  # of the training, at which the selection was kept
+    history: list[Number | None] = field(default_factory=list)  # its score there; None: it was not among the selected
+    contexts: list[JointContext] = field(default_factory=list)
+
     @property
     def a_given_b(self) -> float | None:
         """P(a | b): share of the tokens with b on which a fires, too."""
@@ -134,15 +143,6 @@ class PairSummary:
     def b_given_a(self) -> float | None:
         """P(b | a)."""
         return self.support / self.fires_a if self.fires_a else None
-
-
-@dataclass(frozen=True)
-class PairRecord(PairSummary):
-    """All that an index knows of a pair of features."""
-
-    history_steps: list[Small] = field(default_factory=list)  # of the training, at which the selection was kept
-    history: list[Number | None] = field(default_factory=list)  # its score there; None: it was not among the selected
-    contexts: list[JointContext] = field(default_factory=list)
 
 
 def schema_of(record: type) -> pa.Schema:

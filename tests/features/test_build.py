@@ -205,14 +205,6 @@ def test_twin(index, whole, sources) -> None:
             assert row["twin_correlation"] == pytest.approx((a @ b / (a.norm() * b.norm())).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"activation": "topk", "k": 6}, {"activation": "jumprelu"}])
-def test_twins_of_other_activations(lm, sample_text_files, tmp_path, settings) -> None:
-    sources = make_sources(lm, sample_text_files.txt, twin=make_sae(lm, seed=1, **settings), twin_name="other")
-    write(sources, tmp_path / "feature_index", tokens=1000)
-    whole, index = read_everything(sources, 1000), FeatureIndex.open(tmp_path / "feature_index")
-    test_twin(index, whole, sources)
-
-
 def test_joint_contexts(index, whole) -> None:
     kinds = set()
     for row in index.pair_table.to_pylist():
