@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,8 +58,9 @@ class FeatureStatistics:
         self.sums += h.sum(1)
         self.squares += torch.linalg.vecdot(h, h)
         self.maxima = torch.maximum(self.maxima, batch.peaks.amax(1))
-        features, places = (h > 0).nonzero(as_tuple=True)
-        bins = bins_of(h[features, places])
+        entries = _true_places(h.flatten() > 0)
+        features, places = entries // h.shape[1], entries % h.shape[1]
+        bins = bins_of(h.flatten().index_select(0, entries))
         self.histogram.view(-1).index_add_(0, features * BINS + bins, torch.ones_like(bins))
         owners = self._features[:, None]
         self.top.add(batch, batch.peaks, batch.documents, owners, lambda owners, contexts: batch.h[owners, contexts])
@@ -78,6 +80,13 @@ class FeatureStatistics:
             return draws.where(batch.h[features, contexts] > 0, 0)
 
         self.sample.add(batch, best.view(-1, contexts), batch.numbers, self._features[:, None], draws_at)
+
+
+def _true_places(mask: Tensor) -> Tensor:
+    """Return the places of the entries (n,) that are true, (m,)."""
+    if mask.device.type == "cpu":  # half the time
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero()[:, 0]
 
 
 def uniform_draws(tokens: Tensor, features: Tensor, seed: int) -> Tensor:
