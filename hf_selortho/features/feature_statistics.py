@@ -63,7 +63,9 @@ class FeatureStatistics:
         bins = bins_of(h.flatten().index_select(0, entries))
         self.histogram.view(-1).index_add_(0, features * BINS + bins, torch.ones_like(bins))
         owners = self._features[:, None]
-        self.top.add(batch, batch.peaks, batch.documents, owners, lambda owners, contexts: batch.h[owners, contexts])
+        self.top.add(
+            batch, batch.peaks, batch.documents, owners, lambda owners, contexts: batch.h[owners, contexts].argmax(1)
+        )
         self._draw(batch, features, places)
 
     def _draw(self, batch: Batch, features: Tensor, places: Tensor) -> None:
@@ -72,14 +74,12 @@ class FeatureStatistics:
         positions = torch.arange(width, device=places.device)
         tokens = batch.numbers[:, None] * self._context_length + positions  # (b, t) in the whole text
         draws = uniform_draws(tokens.flatten()[places], features, self._seed)
-        best = draws.new_zeros(len(self._features) * contexts)
-        best.scatter_reduce_(0, features * contexts + places // width, draws, "amax")
-
-        def draws_at(features: Tensor, contexts: Tensor) -> Tensor:
-            draws = uniform_draws(tokens[contexts], features[:, None], self._seed)  # (m, t)
-            return draws.where(batch.h[features, contexts] > 0, 0)
-
-        self.sample.add(batch, best.view(-1, contexts), batch.numbers, self._features[:, None], draws_at)
+        cells = features * contexts + places // width
+        best = draws.new_zeros(len(self._features) * contexts).scatter_reduce_(0, cells, draws, "amax")
+        drawn = draws == best[cells]
+        at = torch.zeros_like(best, dtype=torch.int64).index_put_((cells[drawn],), places[drawn] % width)
+        keys, at = best.view(-1, contexts), at.view(-1, contexts)
+        self.sample.add(batch, keys, batch.numbers, self._features[:, None], lambda *cell: at[cell])
 
 
 def _true_places(mask: Tensor) -> Tensor:

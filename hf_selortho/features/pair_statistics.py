@@ -111,13 +111,13 @@ class PairStatistics:
 
         peaks_a, peaks_b = batch.peaks[self._a], batch.peaks[self._b]  # (pairs, b)
         kinds = {
-            "both": (self._sum(batch), lambda *at: a(*at) * b(*at)),
-            "a": (peaks_a.where(peaks_b == 0, 0), a),
-            "b": (peaks_b.where(peaks_a == 0, 0), b),
+            "both": (self._sum(batch), lambda *at: (a(*at) * b(*at)).argmax(1)),
+            "a": (peaks_a.where(peaks_b == 0, 0), lambda *at: a(*at).argmax(1)),
+            "b": (peaks_b.where(peaks_a == 0, 0), lambda *at: b(*at).argmax(1)),
         }
         features = torch.stack([self._a, self._b], dim=1)
-        for kind, (keys, values) in kinds.items():
-            self.contexts[kind].add(batch, keys, batch.documents, features, values)
+        for kind, (keys, peaks) in kinds.items():
+            self.contexts[kind].add(batch, keys, batch.documents, features, peaks)
 
     def _sum(self, batch: Batch) -> Tensor:
         """Add up products and supports; return the largest product in each context, (pairs, b)."""

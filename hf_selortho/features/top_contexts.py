@@ -78,7 +78,7 @@ class TopContexts:
         keys: Tensor,
         groups: Tensor,
         features: Tensor,
-        values: Callable[[Tensor, Tensor], Tensor],
+        peaks: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         """Keep those contexts of a batch that are among the best.
 
@@ -87,8 +87,8 @@ class TopContexts:
             keys: (n, b) of each context; those that are not positive are left out.
             groups: (b,) int64, not negative, of each context.
             features: (n, features) of each owner.
-            values: takes owners and contexts (m,) each and gives numbers (m, t), the largest of which marks the token
-                that a window is shown for.
+            peaks: takes owners and contexts (m,) each and gives the positions (m,) of the tokens that windows are
+                shown for.
         """
         owners, contexts = ((keys > 0) & (keys >= self.worst[:, None])).nonzero(as_tuple=True)
         if len(owners) == 0:
@@ -96,8 +96,7 @@ class TopContexts:
         keys = keys[owners, contexts].double()
         accepted, slots = self._enter(owners, keys, groups[contexts], batch.numbers[contexts])
         owners, contexts = owners[accepted], contexts[accepted]
-        peaks = values(owners, contexts).argmax(1)
-        self._store(owners, slots, batch, features[owners], contexts, peaks)
+        self._store(owners, slots, batch, features[owners], contexts, peaks(owners, contexts))
 
     def cpu(self) -> None:
         """Move everything to ordinary memory, for [`of`] to be fast."""
