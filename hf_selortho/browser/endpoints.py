@@ -140,7 +140,7 @@ class Endpoints:
         if by not in ("label", "token"):
             raise SelOrthoError(f"by={by!r:.50}: expected label, token or phrase")
         features = index.search_labels(query, most) if by == "label" else index.search_promoted(query, most)
-        return [feature._asdict() for feature in features]
+        return [vars(feature) for feature in features]
 
     def steer(
         self,

@@ -2,33 +2,83 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..data.contexts import Context, Cutter, held_out_contexts
+from ..data.pair_history import PairSnapshot
+from ..data.texts import Documents
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture
+from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import select_pairs
-from .correlation_sample import CorrelationSample
-from .feature_records import FeatureFacts, feature_records
+from ..utils.files import sha256_of
+from .feature_records import Gathered, feature_records, pair_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
 from .index_writer import IndexWriter
-from .keepers import WINDOW
-from .pair_records import pair_records
-from .pair_statistics import PairList, PairStatistics, pairs_of_training, rule_of_classes
-from .records import PAIR_CLASSES, PairRecord
-from .sources import IndexSettings, Sources
-from .text_pass import TextCounts, TextPass, taken
-from .token_effects import token_effects
-from .twin import TwinStatistics
+from .logit_lens import top_logits
+from .neighbours import CorrelationSample
+from .pair_statistics import PairList, PairStatistics, TwinStatistics, pairs_of_training, rule_of_classes
+from .records import PAIR_CLASSES
+from .text_pass import TextCounts, TextPass
+from .top_contexts import WINDOW, Batch
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = "model.safetensors"
 PREVIEW_SHARE, PREVIEW_TOKENS = 0.05, 20_000  # of the text, from which pairs are chosen where no training has done it
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """How much of what an index holds."""
+
+    tokens: int = 1_000_000  # of the text, beside BOS; fewer where there are not so many
+    max_pairs: int = 5000
+    top_contexts: int = 10  # of each feature
+    seed: int = 0  # of the contexts drawn at random
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 1), ("max_pairs", 0), ("top_contexts", 1)):
+            if getattr(self, name) < least:
+                raise SelOrthoError(f"{name} {getattr(self, name)}: expected at least {least}")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What an index is built from.
+
+    `history` is that of the SAE's training (`pair_history.read_pair_history`), empty where there is none. `labels`
+    stand in place of those made of tokens.
+    """
+
+    sae: SelOrthoSAE
+    capture: ActivationCapture  # the language model at the SAE's layer
+    documents: Documents
+    name: str  # of the SAE
+    weights_sha256: str
+    twin: SelOrthoSAE | None = None  # twin baseline: the same run without the penalty
+    twin_name: str = ""
+    twin_weights_sha256: str = ""
+    history: Sequence[PairSnapshot] = ()
+    labels: Mapping[int, str] | None = None
+    min_tokens: int = 8  # of a context
+    dataset_config: str | None = None  # as the text was opened with
+
+    def contexts(self) -> Iterator[Context]:
+        """Read the held-out contexts, from the start."""
+        config = self.sae.config
+        cutter = Cutter(self.capture.lm.tokenizer, config.context_length, config.prepend_bos, self.min_tokens)
+        return held_out_contexts(self.documents, cutter)
 
 
 @torch.inference_mode()
@@ -48,97 +98,88 @@ def build_feature_index(
     Raises:
         SelOrthoError: no text is held out, no token of it is read, or the twin does not fit the SAE.
     """
-    sae = sources.sae
-    pairs = chosen_pairs(sources, settings, progress)
-    found = gathered(sources, settings, pairs)
-    counts = gather(sources, settings, found, progress)
-    scale = sae.input_scale.to(sae.W_dec.device)
-    facts = FeatureFacts(
-        statistics=found.features,
-        tokens=counts.tokens,
-        sample=found.sample.active(),
+    sae, lm = sources.sae, sources.capture.lm
+    pairs = _choose_pairs(sources, settings, progress)
+    features = FeatureStatistics(
+        len(sae.b_enc), sae.config.context_length, settings.top_contexts, settings.seed, sae.device
+    )
+    pair_statistics, twin = PairStatistics(pairs, sae.device), _twin_statistics(sources, pairs)
+    sample = CorrelationSample(len(sae.b_enc))
+    text = TextPass(sae, sources.capture)
+    for batch in _with_bar(text.read(sources.contexts(), settings.tokens), "reading", settings.tokens, progress):
+        features.add(batch)
+        pair_statistics.add(batch)
+        sample.add(batch)
+        if twin is not None:
+            twin.add(batch)
+    _check_text(text.counts, settings)
+    gathered = Gathered(
+        features=features,
+        tokens=text.counts.tokens,
+        sample=sample.active(),
+        pairs=pair_statistics,
+        twin=twin,
         W_dec=sae.W_dec.float().cpu(),
-        effects=token_effects(sources.capture.lm, sae.W_dec.float() * scale, progress=progress),
-        tokenizer=sources.capture.lm.tokenizer,
+        logits=top_logits(lm, sae.W_dec.float() * sae.input_scale.to(sae.device), progress=progress),
+        tokenizer=lm.tokenizer,
         labels=sources.labels or {},
         min_support=sae.config.min_support,
     )
-    with tqdm(total=len(sae.b_enc), desc="features", unit="feature", disable=not progress) as bar:
-        writer.add_features(_counted(feature_records(facts), bar))
-    records = list(pair_records(pairs, found.pairs, facts, found.twin))
-    writer.add_pairs(records)
-    writer.facts = _facts(sources, settings, pairs, found, counts, records)
+    records = feature_records(gathered)
+    writer.add_features(tqdm(records, "features", len(sae.b_enc), unit="feature", disable=not progress))
+    classes: Counter[str] = Counter()
+    for record in pair_records(gathered, pairs):
+        writer.add_pairs([record])
+        classes[record.pair_class] += 1
+    writer.facts = {
+        **_facts(sources, settings, text.counts),
+        "correlation_sample_tokens": sample.tokens,
+        "features": {"never_fired": int((features.fires == 0).sum())},
+        "pairs": {
+            "source": pairs.source,
+            "step": pairs.step,
+            "selected": pairs.selected,
+            "kept": len(pairs),
+            "rule": rule_of_classes(sae.config.min_support),
+            "classes": {name: classes[name] for name in PAIR_CLASSES},
+        },
+        "twin": sources.twin and {"name": sources.twin_name, "weights_sha256": sources.twin_weights_sha256},
+    }
     return writer.facts
 
 
-@dataclass
-class Gathered:
-    """What grows while the text is read."""
+def weights_sha256(sae: SelOrthoSAE, folder: Path | None = None) -> str:
+    """Return a sha256 that names the weights of an SAE.
 
-    features: FeatureStatistics
-    pairs: PairStatistics
-    sample: CorrelationSample
-    twin: TwinStatistics | None = None
-
-
-def gathered(sources: Sources, settings: IndexSettings, pairs: PairList) -> Gathered:
-    """Nothing yet.
-
-    Raises:
-        SelOrthoError: the twin does not fit the SAE.
+    That of the bytes of its model.safetensors, as the Hub shows it, where the SAE comes from a folder that holds it;
+    else of name, dtype, shape and bytes of every tensor, by name.
     """
-    sae = sources.sae
-    device, d_sae = sae.device, len(sae.b_enc)
-    features = FeatureStatistics(d_sae, sae.config.context_length, settings.top_contexts, settings.seed, device)
-    twin = _twin_statistics(sources, pairs)
-    return Gathered(features, PairStatistics(pairs, device), CorrelationSample(d_sae), twin)
+    if folder is not None and (folder / WEIGHTS).is_file():
+        return sha256_of(folder / WEIGHTS)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-@torch.inference_mode()
-def gather(sources: Sources, settings: IndexSettings, found: Gathered, progress: bool = True) -> TextCounts:
-    """Read the text up to `settings.tokens` tokens, adding to what has been found."""
-    bos = sources.sae.config.prepend_bos
-    reader = TextPass(sources.sae, sources.capture)
-    with tqdm(total=settings.tokens, desc="reading", unit="token", unit_scale=True, disable=not progress) as bar:
-        for read in reader.read(taken(sources.contexts(), settings.tokens, bos), bar):
-            peaks = read.batch.h.amax(2)  # (d_sae, b)
-            found.features.add(read.batch, peaks)
-            found.sample.add(read.batch)
-            found.pairs.add(read.batch, peaks)
-            if found.twin is not None:
-                found.twin.add(read)
-    counts = reader.counts
-    if counts.tokens == 0:
-        raise SelOrthoError(
-            "no held-out token is left once special and sink tokens are dropped: give longer texts, or more of them"
-        )
-    if counts.tokens + counts.dropped_special + counts.dropped_sinks < settings.tokens:
-        logger.warning("the held-out text is exhausted: %d tokens, %d were asked for", counts.tokens, settings.tokens)
-    return counts
-
-
-@torch.inference_mode()
-def chosen_pairs(sources: Sources, settings: IndexSettings, progress: bool = True) -> PairList:
-    """The pairs that the index is about, see [`build_feature_index`]."""
-    d_sae = len(sources.sae.b_enc)
+def _choose_pairs(sources: Sources, settings: IndexSettings, progress: bool) -> PairList:
+    """Choose the pairs that the index is about, see [`build_feature_index`]."""
+    d_sae, config = len(sources.sae.b_enc), sources.sae.config
     if sources.history:
         return pairs_of_training(sources.history, d_sae, settings.max_pairs)
-    nothing = torch.zeros(0, dtype=torch.int64)
     if settings.max_pairs == 0 or d_sae < 2:
-        return PairList(nothing, nothing, "none")
-    config = sources.sae.config
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return PairList(nothing, nothing, "none", 0)
     tokens = min(settings.tokens, max(PREVIEW_TOKENS, int(PREVIEW_SHARE * settings.tokens)))
     sample = CorrelationSample(d_sae)
-    with tqdm(total=tokens, desc="choosing pairs", unit="token", unit_scale=True, disable=not progress) as bar:
-        contexts = taken(sources.contexts(), tokens, config.prepend_bos)
-        for read in TextPass(sources.sae, sources.capture).read(contexts, bar):
-            sample.add(read.batch)
+    batches = TextPass(sources.sae, sources.capture).read(sources.contexts(), tokens)
+    for batch in _with_bar(batches, "choosing pairs", tokens, progress):
+        sample.add(batch)
     chosen = select_pairs(sample.active(), config.pair_fraction, config.min_support)
     a, b = chosen.i[: settings.max_pairs], chosen.j[: settings.max_pairs]
     order = (a * d_sae + b).argsort()
-    return PairList(
-        a[order], b[order], "held_out" if len(a) else "none", len(chosen), None, [None] * len(a), (), [[]] * len(a)
-    )
+    return PairList(a[order], b[order], "held_out" if len(a) else "none", len(chosen))
 
 
 def _twin_statistics(sources: Sources, pairs: PairList) -> TwinStatistics | None:
@@ -150,37 +191,40 @@ def _twin_statistics(sources: Sources, pairs: PairList) -> TwinStatistics | None
             f"the twin {sources.twin_name} reads layer {other.layer} (d_in={other.d_in}), the SAE layer {mine.layer} "
             f"(d_in={mine.d_in}): name the SAE that was trained beside it without the penalty"
         )
-    return TwinStatistics(sources.sae, sources.twin, pairs)
+    return TwinStatistics(sources.sae, sources.twin, pairs) if len(pairs) else None
 
 
-def _counted(records: Iterable[Any], bar: tqdm) -> Iterator[Any]:
-    for record in records:
-        yield record
-        bar.update()
+def _with_bar(batches: Iterator[Batch], name: str, tokens: int, progress: bool) -> Iterator[Batch]:
+    with tqdm(total=tokens, desc=name, unit="token", unit_scale=True, disable=not progress) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.activations))
 
 
-def _facts(
-    sources: Sources,
-    settings: IndexSettings,
-    pairs: PairList,
-    found: Gathered,
-    counts: TextCounts,
-    records: Sequence[PairRecord],
-) -> dict[str, Any]:
-    sae, documents, lm = sources.sae, sources.documents, sources.capture.lm
-    classes = [record.pair_class for record in records]
+def _check_text(counts: TextCounts, settings: IndexSettings) -> None:
+    if counts.tokens == 0:
+        raise SelOrthoError(
+            "no held-out token is left once special and sink tokens are dropped: give longer texts, or more of them"
+        )
+    if counts.tokens + counts.dropped_special + counts.dropped_sinks < settings.tokens:
+        logger.warning("the held-out text is exhausted: %d tokens, %d were asked for", counts.tokens, settings.tokens)
+
+
+def _facts(sources: Sources, settings: IndexSettings, counts: TextCounts) -> dict[str, Any]:
+    """Return what the index was built from."""
+    sae, documents, capture = sources.sae, sources.documents, sources.capture
     return {
         "hf_selortho": __version__,
         "sae": {
             "d_sae": len(sae.b_enc),
             "d_in": sae.config.d_in,
-            "layer": sources.capture.layer,
-            "hook_name": sources.capture.sites[sources.capture.layer].module,
+            "layer": capture.layer,
+            "hook_name": capture.sites[capture.layer].module,
             "activation": sae.config.activation,
             "weights_sha256": sources.weights_sha256,
             "name": sources.name,
         },
-        "lm": {"name": lm.name, "revision": lm.revision},
+        "lm": {"name": capture.lm.name, "revision": capture.lm.revision},
         "text": {
             "dataset": documents.name,
             "config": sources.dataset_config,
@@ -199,17 +243,4 @@ def _facts(
             "max_pairs": settings.max_pairs,
             "seed": settings.seed,
         },
-        "correlation_sample_tokens": found.sample.tokens,
-        "features": {"never_fired": int((found.features.fires == 0).sum())},
-        "pairs": {
-            "source": pairs.source,
-            "step": pairs.step,
-            "selected": pairs.selected,
-            "kept": len(pairs),
-            "rule": rule_of_classes(sae.config.min_support),
-            "classes": {name: classes.count(name) for name in PAIR_CLASSES},
-        },
-        "twin": None
-        if sources.twin is None
-        else {"name": sources.twin_name, "weights_sha256": sources.twin_weights_sha256},
     }

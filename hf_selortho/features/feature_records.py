@@ -1,9 +1,10 @@
-"""From what a pass has gathered to the records of features."""
+"""Make the records of features and pairs from what a pass has gathered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,110 +13,145 @@ from transformers import PreTrainedTokenizerBase
 from ..data.contexts import spelling
 from ..sparse_ops import ActiveFeatures
 from .feature_statistics import BANDS, PER_BAND, FeatureStatistics, quantiles
-from .keepers import Window
 from .labels import label_of_tokens
-from .neighbours import nearest_features
-from .records import BINS, FeatureContext, FeatureRecord, TokenEffect
+from .logit_lens import TopLogits
+from .neighbours import cosines, nearest_features
+from .pair_statistics import PairList, PairStatistics, TwinStatistics, class_of, correlations
+from .records import PAIR_TABLE, FeatureContext, FeatureRecord, JointContext, PairRecord
+from .top_contexts import TopContexts
+
+_OF_TWIN = [name for name in PAIR_TABLE.names if name.startswith("twin_")]
 
 
-@dataclass
-class FeatureFacts:
+@dataclass(frozen=True)
+class Gathered:
     """All that the records are made of."""
 
-    statistics: FeatureStatistics
+    features: FeatureStatistics
     tokens: int  # read in all
     sample: ActiveFeatures  # for the correlations of neighbours
+    pairs: PairStatistics
+    twin: TwinStatistics | None
     W_dec: Tensor  # (d_sae, d_in), on the CPU
-    effects: list[tuple[list[TokenEffect], list[TokenEffect]]]  # promoted and suppressed tokens of each feature
+    logits: list[TopLogits]  # of each feature
     tokenizer: PreTrainedTokenizerBase
-    labels: Mapping[int, str]
+    labels: Mapping[int, str]  # given by hand
     min_support: int
-    _spellings: dict[int, str] = field(default_factory=dict)
 
-    def spell(self, token_ids: list[int]) -> list[str]:
-        """Tokens as text."""
-        for token_id in token_ids:
-            if token_id not in self._spellings:
-                self._spellings[token_id] = spelling(self.tokenizer, token_id)
-        return [self._spellings[token_id] for token_id in token_ids]
+    @functools.cached_property
+    def spell(self) -> Callable[[int], str]:
+        """Writes a token as text."""
+        return functools.cache(functools.partial(spelling, self.tokenizer))
 
 
-def feature_records(facts: FeatureFacts) -> Iterator[FeatureRecord]:
-    """A record of every feature, in order."""
-    statistics = facts.statistics
-    for kept in (statistics.top, statistics.top_windows, statistics.sample, statistics.sample_windows):
-        kept.cpu()
-    histogram = statistics.histogram.view(-1, BINS).cpu()
-    maxima, sums = statistics.maxima.tolist(), statistics.sums.tolist()
-    neighbours = nearest_features(facts.W_dec, facts.sample, facts.min_support)
-    for feature, (by_cosine, by_correlation) in enumerate(neighbours):
-        fires = int(histogram[feature].sum())
-        promoted, suppressed = facts.effects[feature]
-        contexts = _contexts(facts, feature, histogram[feature], maxima[feature])
-        label, source = _label(facts, feature, contexts)
+def feature_records(gathered: Gathered) -> Iterator[FeatureRecord]:
+    """Yield a record of every feature, in order."""
+    features = gathered.features
+    features.top.cpu()
+    features.sample.cpu()
+    histogram = features.histogram.cpu()
+    maxima, sums = features.maxima.tolist(), features.sums.tolist()
+    neighbours = nearest_features(gathered.W_dec, gathered.sample, gathered.min_support)
+    for number, (by_cosine, by_correlation) in enumerate(neighbours):
+        fires = int(histogram[number].sum())
+        share = functools.partial(quantiles, histogram=histogram[number], largest=maxima[number])
+        top = _contexts(gathered, number, features.top, "top", share)
+        sample = _banded(_contexts(gathered, number, features.sample, "sample", share))
+        label, source = _label(gathered, number, top)
         yield FeatureRecord(
-            feature=feature,
+            feature=number,
             label=label,
             label_source=source,
             fires=fires,
-            frequency=fires / facts.tokens,
-            max_activation=maxima[feature],
-            mean_activation=sums[feature] / fires if fires else 0.0,
-            histogram=histogram[feature].tolist(),
-            promoted=promoted,
-            suppressed=suppressed,
+            frequency=fires / gathered.tokens,
+            max_activation=maxima[number],
+            mean_activation=sums[number] / fires if fires else 0.0,
+            histogram=histogram[number].tolist(),
+            promoted=gathered.logits[number].positive,
+            suppressed=gathered.logits[number].negative,
             nearest_by_cosine=by_cosine,
             nearest_by_correlation=by_correlation,
-            contexts=contexts,
+            contexts=top + sorted(sample, key=lambda context: -context.activation),
         )
 
 
-def _label(facts: FeatureFacts, feature: int, contexts: list[FeatureContext]) -> tuple[str, str]:
-    if facts.labels.get(feature):
-        return facts.labels[feature], "file"
-    top = [context for context in contexts if context.kind == "top"]
+def _label(gathered: Gathered, feature: int, top: list[FeatureContext]) -> tuple[str, str]:
+    if gathered.labels.get(feature):
+        return gathered.labels[feature], "file"
     if not top:
         return "", "none"
     return label_of_tokens([c.tokens[c.peak] for c in top], [c.activation for c in top]), "tokens"
 
 
-def _contexts(facts: FeatureFacts, feature: int, histogram: Tensor, largest: float) -> list[FeatureContext]:
-    statistics = facts.statistics
-    top = statistics.top_windows.of(feature, statistics.top.ranked(feature))
-    drawn = statistics.sample_windows.of(feature, statistics.sample.ranked(feature))
-    windows = [*top, *drawn]
+def _contexts(
+    gathered: Gathered, feature: int, kept: TopContexts, kind: str, share: functools.partial[list[float]]
+) -> list[FeatureContext]:
+    windows = kept.of(feature)
     if not windows:
         return []
     activations = [window.activations[0][window.peak] for window in windows]
-    shares = quantiles(torch.tensor(activations), histogram, largest)
-    made = [
-        _context(facts, "top" if n < len(top) else "sample", windows[n], activations[n], shares[n])
-        for n in range(len(windows))
+    return [
+        FeatureContext(
+            kind=kind,
+            document_id=window.document_id,
+            start=window.start,
+            peak=window.peak,
+            activation=activation,
+            quantile=quantile,
+            tokens=[gathered.spell(token) for token in window.token_ids],
+            activations=window.activations[0],
+        )
+        for window, activation, quantile in zip(windows, activations, share(torch.tensor(activations)), strict=True)
     ]
-    samples = sorted(_banded(made[len(top) :]), key=lambda context: -context.activation)
-    return [*made[: len(top)], *samples]
-
-
-def _context(facts: FeatureFacts, kind: str, window: Window, activation: float, quantile: float) -> FeatureContext:
-    return FeatureContext(
-        kind=kind,
-        document_id=window.document_id,
-        start=window.start,
-        peak=window.peak,
-        activation=activation,
-        quantile=quantile,
-        tokens=facts.spell(window.token_ids),
-        activations=window.activations[0],
-    )
 
 
 def _banded(samples: list[FeatureContext]) -> list[FeatureContext]:
-    """The first few of each band of quantiles: of equal width, the lowest from 0."""
-    taken = [0] * BANDS
-    kept = []
+    """Return the first few of each band of quantiles: of equal width, the lowest from 0."""
+    bands: list[list[FeatureContext]] = [[] for _ in range(BANDS)]
     for sample in samples:
-        band = min(int(sample.quantile * BANDS), BANDS - 1)
-        if taken[band] < PER_BAND:
-            taken[band] += 1
-            kept.append(sample)
-    return kept
+        bands[min(int(sample.quantile * BANDS), BANDS - 1)].append(sample)
+    return [sample for band in bands for sample in band[:PER_BAND]]
+
+
+def pair_records(gathered: Gathered, pairs: PairList) -> Iterator[PairRecord]:
+    """Yield a record of every pair, in order."""
+    statistics, features = gathered.pairs, gathered.features
+    for kept in statistics.contexts.values():
+        kept.cpu()
+    fires, support = features.fires.tolist(), statistics.support.tolist()
+    squares = features.squares.cpu()
+    correlation = correlations(statistics.products.cpu(), squares[pairs.a], squares[pairs.b])
+    decoder_cosine = cosines(gathered.W_dec[pairs.a], gathered.W_dec[pairs.b]).tolist()
+    twin = gathered.twin.columns() if gathered.twin else {name: [None] * len(pairs) for name in _OF_TWIN}
+    for n, (a, b) in enumerate(zip(pairs.a.tolist(), pairs.b.tolist(), strict=True)):
+        yield PairRecord(
+            a=a,
+            b=b,
+            pair_class=class_of(fires[a], fires[b], support[n], decoder_cosine[n], gathered.min_support),
+            score=pairs.scores[n] if pairs.scores else None,
+            correlation=correlation[n],
+            decoder_cosine=decoder_cosine[n],
+            fires_a=fires[a],
+            fires_b=fires[b],
+            support=support[n],
+            history_steps=list(pairs.history_steps),
+            history=list(pairs.history[n]) if pairs.history else [],
+            contexts=_joint_contexts(gathered, n),
+            **{name: column[n] for name, column in twin.items()},
+        )
+
+
+def _joint_contexts(gathered: Gathered, pair: int) -> list[JointContext]:
+    return [
+        JointContext(
+            kind=kind,
+            document_id=window.document_id,
+            start=window.start,
+            peak=window.peak,
+            tokens=[gathered.spell(token) for token in window.token_ids],
+            activations_a=window.activations[0],
+            activations_b=window.activations[1],
+        )
+        for kind, kept in gathered.pairs.contexts.items()
+        for window in kept.of(pair)
+    ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..errors import SelOrthoError
 from ..utils.hub import LOOKUP, at_one_commit, find_file, one_line, read_object
-from .index_files import HubFile, LocalFile, RangedParquet
+from .index_files import RowReader, open_rows
 from .index_writer import (
     FACTS,
     FEATURE_SUMMARY,
@@ -31,23 +31,15 @@ from .records import (
     PAIR_TABLE,
     PAIRS,
     SCHEMA_VERSION,
+    FeatureContext,
     FeatureRecord,
+    FeatureSummary,
+    JointContext,
     PairRecord,
-    feature_record,
-    pair_record,
+    from_row,
 )
 
-
-class FeatureSummary(NamedTuple):
-    """The small columns of a feature."""
-
-    feature: int
-    label: str
-    label_source: str
-    fires: int
-    frequency: float
-    max_activation: float
-    mean_activation: float
+R = TypeVar("R")
 
 
 class FeatureIndex:
@@ -58,17 +50,13 @@ class FeatureIndex:
     """
 
     def __init__(
-        self, facts: Mapping[str, Any], features: RangedParquet, pairs: RangedParquet, tables: tuple[pa.Table, pa.Table]
+        self, facts: Mapping[str, Any], features: RowReader, pairs: RowReader, tables: tuple[pa.Table, pa.Table]
     ) -> None:
         self.facts = facts  # index.json
         self._features, self._pairs = features, pairs
         self._table, self.pair_table = tables  # the second one sorted by (a, b), columns as in records.PAIR_TABLE
-        self._pair_rows = {
-            (a, b): row
-            for row, (a, b) in enumerate(
-                zip(self.pair_table["a"].to_pylist(), self.pair_table["b"].to_pylist(), strict=True)
-            )
-        }
+        keys = zip(self.pair_table["a"].to_pylist(), self.pair_table["b"].to_pylist(), strict=True)
+        self._pair_rows = {pair: row for row, pair in enumerate(keys)}
         self._labels_lower = pc.utf8_lower(self._table["label"])
         self._firing: list[int] = self._table["feature"].filter(pc.greater(self._table["fires"], 0)).to_pylist()
 
@@ -99,18 +87,14 @@ class FeatureIndex:
             )
         facts = read_object(facts_file)
         _check_facts(str(facts_file), facts)
-        features, pairs = (
-            RangedParquet(_ranged(name, file, where), schema, facts["rows_in_group"], facts["row_groups"][file])
-            for file, schema in ((FEATURES_FILE, FEATURES), (PAIRS_FILE, PAIRS))
-        )
-        tables = (
-            _small_table(name, FEATURE_TABLE_FILE, where, FEATURE_SUMMARY),
-            _small_table(name, PAIR_TABLE_FILE, where, PAIR_TABLE),
-        )
-        for table, file in zip(tables, (features, pairs), strict=True):
-            if len(table) != len(file):
-                raise SelOrthoError(f"the feature index of {name!r} has files of several builds: build it again")
-        return cls(facts, features, pairs, tables)
+        rows = facts["rows_in_group"]
+        features = open_rows(name, FEATURES_FILE, where, FEATURES, rows)
+        pairs = open_rows(name, PAIRS_FILE, where, PAIRS, rows)
+        feature_table = _small_table(name, FEATURE_TABLE_FILE, where, FEATURE_SUMMARY)
+        pair_table = _small_table(name, PAIR_TABLE_FILE, where, PAIR_TABLE)
+        if (len(feature_table), len(pair_table)) != (len(features), len(pairs)):
+            raise SelOrthoError(f"the feature index of {name!r} has files of several builds: build it again")
+        return cls(facts, features, pairs, (feature_table, pair_table))
 
     def __len__(self) -> int:
         """Number of features, those that never fire included."""
@@ -128,14 +112,7 @@ class FeatureIndex:
             SelOrthoError: there is no such feature, or the record is damaged.
         """
         self._check(number)
-        try:
-            record = feature_record(self._features.row(number))
-            good = record.feature == number and len(record.histogram) == BINS and _whole(record)
-        except (TypeError, KeyError) as error:  # null where a value is due
-            raise self._damaged(f"feature {number}", one_line(error)) from error
-        if not good:
-            raise self._damaged(f"feature {number}", "its parts do not fit together")
-        return record
+        return _checked(FeatureRecord, self._features.row(number), {"feature": number}, _fits)
 
     def pair(self, a: int, b: int) -> PairRecord:
         """All about a pair, in either order.
@@ -151,14 +128,7 @@ class FeatureIndex:
                 f"features {a} and {b} are no pair of this index: it holds the {self.pairs} strongest of "
                 f"{self.facts.get('pairs', {}).get('selected', 'the')} selected pairs"
             )
-        try:
-            record = pair_record(self._pairs.row(row))
-            good = (record.a, record.b) == (min(a, b), max(a, b)) and _whole_pair(record)
-        except (TypeError, KeyError) as error:
-            raise self._damaged(f"pair {a}, {b}", one_line(error)) from error
-        if not good:
-            raise self._damaged(f"pair {a}, {b}", "its parts do not fit together")
-        return record
+        return _checked(PairRecord, self._pairs.row(row), {"a": min(a, b), "b": max(a, b)}, _pair_fits)
 
     def has_pair(self, a: int, b: int) -> bool:
         """Whether the index holds the pair, in either order."""
@@ -203,15 +173,11 @@ class FeatureIndex:
         if not wanted:
             return []
         column = self._table["promotes"].combine_chunks()
-        flat = pc.utf8_lower(pc.utf8_trim_whitespace(column.flatten()))
-        hits = pc.indices_nonzero(pc.equal(flat, wanted)).to_pylist()
-        parents, offsets = pc.list_parent_indices(column), column.offsets
-        ranks: dict[int, int] = {}
-        for hit in hits:
-            feature = parents[hit].as_py()
-            ranks.setdefault(feature, hit - offsets[feature].as_py())
-        order = sorted(ranks, key=lambda feature: (ranks[feature], feature))[:k]
-        return [self.summary(feature) for feature in order]
+        hits = pc.indices_nonzero(pc.equal(pc.utf8_lower(pc.utf8_trim_whitespace(column.flatten())), wanted))
+        features = pc.list_parent_indices(column).take(hits)
+        ranks = pc.subtract(hits.cast("int64"), column.offsets.take(features).cast("int64"))
+        first = dict(zip(reversed(features.to_pylist()), reversed(ranks.to_pylist()), strict=True))
+        return [self.summary(feature) for feature in sorted(first, key=lambda f: (first[f], f))[:k]]
 
     def _summaries(self, features: list[int], k: int) -> list[FeatureSummary]:
         frequency = self._table["frequency"]
@@ -222,22 +188,42 @@ class FeatureIndex:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self):
             raise SelOrthoError(f"feature {number}: expected a number from 0 to {len(self) - 1}")
 
-    def _damaged(self, what: str, why: str) -> SelOrthoError:
-        return SelOrthoError(f"{what} of the feature index is damaged ({why}): build it again")
+
+def _checked(kind: type[R], row: dict[str, Any], key: dict[str, int], fits: Callable[[R], bool]) -> R:
+    """Make a record of a row that strangers may have written.
+
+    Raises:
+        SelOrthoError: the row is another one than `key` says, or its parts do not fit together.
+    """
+    try:
+        record = from_row(kind, row)
+        damaged = not (all(row[name] == value for name, value in key.items()) and fits(record))
+    except (TypeError, KeyError):  # null where a value is due
+        damaged = True
+    if damaged:
+        which = ", ".join(map(str, key.values()))
+        raise SelOrthoError(f"record {which} of the feature index is damaged: build it again")
+    return record
 
 
-def _whole(record: FeatureRecord) -> bool:
-    """Whether the parts of a record fit together; strangers may have written it."""
-    return math.isfinite(record.max_activation) and all(
-        len(c.tokens) == len(c.activations) and 0 <= c.peak < len(c.tokens) and None not in (*c.tokens, *c.activations)
-        for c in record.contexts
+def _fits(record: FeatureRecord) -> bool:
+    return (
+        len(record.histogram) == BINS
+        and math.isfinite(record.max_activation)
+        and all(_context_fits(context, context.activations) for context in record.contexts)
     )
 
 
-def _whole_pair(record: PairRecord) -> bool:
-    contexts = record.contexts
+def _pair_fits(record: PairRecord) -> bool:
     return len(record.history) == len(record.history_steps) and all(
-        len(c.tokens) == len(c.activations_a) == len(c.activations_b) and 0 <= c.peak < len(c.tokens) for c in contexts
+        _context_fits(context, context.activations_a, context.activations_b) for context in record.contexts
+    )
+
+
+def _context_fits(context: FeatureContext | JointContext, *activations: list[float]) -> bool:
+    parts: list[list[Any]] = [context.tokens, *activations]
+    return 0 <= context.peak < len(context.tokens) and all(
+        len(part) == len(context.tokens) and None not in part for part in parts
     )
 
 
@@ -250,28 +236,12 @@ def _check_facts(path: str, facts: Mapping[str, Any]) -> None:
             f"{path} has schema_version {version}, this hf_selortho reads {SCHEMA_VERSION}: build the index again, or "
             "install the hf_selortho that wrote it"
         )
-    for part in ("sae", "lm", "text", "features", "pairs", "row_groups"):
+    for part in ("sae", "lm", "text", "features", "pairs"):
         if not isinstance(facts.get(part), dict):
             raise SelOrthoError(f"{path} lacks {part!r}: build the feature index again")
-    rows, bounds = facts.get("rows_in_group"), facts["row_groups"]
-    lists = [bounds.get(file) for file in (FEATURES_FILE, PAIRS_FILE)]
-    whole = all(isinstance(one, list) and all(type(place) is int for place in one) for one in lists)
-    if type(rows) is not int or not 0 < rows <= 1 << 16 or not whole:
-        raise SelOrthoError(f"{path} does not say where its records are: build the feature index again")
-
-
-def _ranged(name: str, file: str, where: Mapping[str, Any]) -> LocalFile | HubFile:
-    if os.path.isdir(name):
-        folder = Path(name)
-        return LocalFile(folder, "/".join(part for part in (where.get("subfolder"), file) if part))
-    if where.get("local_files_only"):
-        path = find_file(name, file, where)
-        if path is None:
-            raise SelOrthoError(
-                f"{file} of the feature index of {name!r} is not in the local cache: load it once online"
-            )
-        return LocalFile(path.parent, path.name)
-    return HubFile(name, file, where)
+    rows = facts.get("rows_in_group")
+    if type(rows) is not int or not 0 < rows <= 1 << 16:
+        raise SelOrthoError(f"{path} does not say how its rows are grouped: build the feature index again")
 
 
 def _small_table(name: str, file: str, where: Mapping[str, Any], schema: pa.Schema) -> pa.Table:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ FEATURES_FILE, FEATURE_TABLE_FILE = "features.parquet", "feature_table.parquet"
 PAIRS_FILE, PAIR_TABLE_FILE = "pairs.parquet", "pair_table.parquet"
 FILES = (FACTS, FEATURES_FILE, FEATURE_TABLE_FILE, PAIRS_FILE, PAIR_TABLE_FILE)
 ROWS_IN_GROUP = 64  # features or pairs read at once: some hundred kilobytes
-# The small columns of a feature, and the tokens that it promotes, for the search.
+# The small columns of a feature, and the tokens of its top positive logits, for the search.
 FEATURE_SUMMARY = pa.schema([*FEATURE_TABLE, ("promotes", pa.list_(pa.string()))])
 
 
@@ -37,20 +38,17 @@ class IndexWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.facts = folder, {}  # type: ignore[var-annotated]
+        self.folder = folder
+        self.facts: dict[str, Any] = {}
         self._temporary = folder.with_name(f".{folder.name}.tmp")
         check_index_folder(folder)
 
     def __enter__(self) -> IndexWriter:
-        try:
+        with self._writing():
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir(parents=True)
-            self._features = _TableFile(self._temporary / FEATURES_FILE, FEATURES)
-            self._pairs = _TableFile(self._temporary / PAIRS_FILE, PAIRS)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self._feature_rows: list[dict[str, Any]] = []
-        self._pair_rows: list[dict[str, Any]] = []
+            self._features = _RecordFile(self._temporary, FEATURES_FILE, FEATURES)
+            self._pairs = _RecordFile(self._temporary, PAIRS_FILE, PAIRS)
         return self
 
     def add_features(self, records: Iterable[FeatureRecord]) -> None:
@@ -60,12 +58,10 @@ class IndexWriter:
             SelOrthoError: there is no room.
         """
         for record in records:
-            assert record.feature == len(self._feature_rows), f"feature {record.feature} out of order"
-            row = as_row(record)
-            self._feature_rows.append(
-                {name: row[name] for name in FEATURE_TABLE.names} | {"promotes": [e.token for e in record.promoted]}
-            )
-            self._write(self._features, row)
+            assert record.feature == len(self._features.table_rows), f"feature {record.feature} out of order"
+            summary = {name: getattr(record, name) for name in FEATURE_TABLE.names}
+            with self._writing():
+                self._features.add(record, {**summary, "promotes": [effect.token for effect in record.promoted]})
 
     def add_pairs(self, records: Iterable[PairRecord]) -> None:
         """Append records, by rising (a, b).
@@ -74,32 +70,34 @@ class IndexWriter:
             SelOrthoError: there is no room.
         """
         for record in records:
-            row = as_row(record)
             assert record.a < record.b, f"pair {record.a}, {record.b}"
-            self._pair_rows.append({name: row[name] for name in PAIR_TABLE.names})
-            self._write(self._pairs, row)
+            with self._writing():
+                self._pairs.add(record, {name: getattr(record, name) for name in PAIR_TABLE.names})
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            self._features.close()
-            self._pairs.close()
-            if error is None:
-                self._finish()
-        except OSError as full:
-            raise self._cannot_write(full) from full
+            with self._writing():
+                self._features.close()
+                self._pairs.close()
+                if error is None:
+                    self._finish()
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _finish(self) -> None:
-        for name, rows, schema in (
-            (FEATURE_TABLE_FILE, self._feature_rows, FEATURE_SUMMARY),
-            (PAIR_TABLE_FILE, self._pair_rows, PAIR_TABLE),
+        for file, rows, schema in (
+            (FEATURE_TABLE_FILE, self._features.table_rows, FEATURE_SUMMARY),
+            (PAIR_TABLE_FILE, self._pairs.table_rows, PAIR_TABLE),
         ):
             table = pa.Table.from_pylist(rows, schema=schema)
-            pq.write_table(table, self._temporary / name, compression="zstd", store_schema=False)
-        bounds = {FEATURES_FILE: self._features.bounds, PAIRS_FILE: self._pairs.bounds}
-        groups = {"rows_in_group": ROWS_IN_GROUP, "row_groups": bounds}
-        facts = {"schema_version": SCHEMA_VERSION, "kind": INDEX, **self.facts, **groups}
+            pq.write_table(table, self._temporary / file, compression="zstd", store_schema=False)
+        facts = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": INDEX,
+            **self.facts,
+            "rows_in_group": ROWS_IN_GROUP,
+            "row_groups": {FEATURES_FILE: self._features.bounds, PAIRS_FILE: self._pairs.bounds},
+        }
         text = json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         (self._temporary / FACTS).write_text(text, encoding="utf-8")
         for path in self._temporary.iterdir():
@@ -111,31 +109,33 @@ class IndexWriter:
         self._temporary.rename(self.folder)
         shutil.rmtree(earlier, ignore_errors=True)
 
-    def _write(self, file: _TableFile, row: dict[str, Any]) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            file.add(row)
+            yield
         except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def _cannot_write(self, error: OSError) -> SelOrthoError:
-        return SelOrthoError(
-            f"cannot write the feature index {self.folder}: {reason(error)}; make room there or choose another --output"
-        )
+            raise SelOrthoError(
+                f"cannot write the feature index {self.folder}: {reason(error)}; make room there or choose another "
+                "--output"
+            ) from error
 
 
-class _TableFile:
-    """A parquet file that grows by row groups of [`ROWS_IN_GROUP`] rows."""
+class _RecordFile:
+    """A parquet file of records that grows by row groups of [`ROWS_IN_GROUP`] rows, and the rows of its table."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, folder: Path, file: str, schema: pa.Schema) -> None:
         # Without statistics and the Arrow schema, the footer of 65,536 features has 3 MB; it is read once.
         options = {"compression": "zstd", "write_statistics": False, "store_schema": False}
-        self._sink = pa.OSFile(str(path), "wb")
+        self._sink = pa.OSFile(str(folder / file), "wb")
         self._writer = pq.ParquetWriter(self._sink, schema, **options)
-        self._schema, self._rows = schema, []  # type: ignore[var-annotated]
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self.table_rows: list[dict[str, Any]] = []
         self.bounds: list[int] = [self._sink.tell()]  # of the row groups, in bytes
 
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
+    def add(self, record: FeatureRecord | PairRecord, table_row: dict[str, Any]) -> None:
+        self._rows.append(as_row(record))
+        self.table_rows.append(table_row)
         if len(self._rows) == ROWS_IN_GROUP:
             self._flush()
 
@@ -146,8 +146,8 @@ class _TableFile:
         self._sink.close()
 
     def _flush(self) -> None:
-        rows, self._rows = self._rows, []
-        self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema), row_group_size=ROWS_IN_GROUP)
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema), row_group_size=ROWS_IN_GROUP)
+        self._rows = []
         self.bounds.append(self._sink.tell())
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.pair_history import PairSnapshot
-from .keepers import Accepted, Batch, Keeper, Windows
+from ..modeling_selortho import SelOrthoSAE
+from .neighbours import cosines, nearest_directions
 from .records import JOINT_KINDS
+from .top_contexts import Batch, TopContexts
 
 JOINT_CONTEXTS = 4  # shown of each kind
 DUPLICATE_CO_FIRING, DUPLICATE_COSINE = 0.5, 0.5
@@ -25,18 +28,19 @@ class PairList:
     a: Tensor  # (m,) int64
     b: Tensor  # (m,) int64, larger than a
     source: str  # "training", "held_out" or "none"
-    selected: int = 0  # pairs that were selected, of which these are the strongest
+    selected: int  # pairs that were selected, of which these are the strongest
+    # Of a training only:
     step: int | None = None
-    scores: Sequence[float | None] = ()  # of each, at that step
+    scores: Sequence[float | None] | None = None  # of each, at that step
     history_steps: Sequence[int] = ()
-    history: Sequence[Sequence[float | None]] = ()  # of each, at these steps
+    history: Sequence[Sequence[float | None]] | None = None  # of each, at these steps
 
     def __len__(self) -> int:
         return len(self.a)
 
 
 def pairs_of_training(snapshots: Sequence[PairSnapshot], d_sae: int, limit: int) -> PairList:
-    """The strongest pairs of the last selection of a training, and how they came to be."""
+    """Return the strongest pairs of the last selection of a training, and how they came to be."""
     last = snapshots[-1]
     i, j = last.i[:limit].long(), last.j[:limit].long()  # they come by falling correlation
     keys, order = (i * d_sae + j).sort()
@@ -59,7 +63,7 @@ def pairs_of_training(snapshots: Sequence[PairSnapshot], d_sae: int, limit: int)
 
 
 def rule_of_classes(min_support: int) -> str:
-    """How a pair's class follows from its numbers, in words."""
+    """Say in words how a pair's class follows from its numbers."""
     return (
         f"unmeasured: either feature fires on fewer than {min_support} tokens of this text; "
         f"duplicate: P(a|b) and P(b|a) are both at least {DUPLICATE_CO_FIRING:g} and the decoder cosine is at least "
@@ -70,7 +74,7 @@ def rule_of_classes(min_support: int) -> str:
 
 
 def class_of(fires_a: int, fires_b: int, support: int, decoder_cosine: float, min_support: int) -> str:
-    """Class of a pair by [`rule_of_classes`]; both fire on `support` of the tokens that each fires on."""
+    """Return the class of a pair by [`rule_of_classes`]; both fire on `support` of the tokens that each fires on."""
     if min(fires_a, fires_b) < max(min_support, 1):
         return "unmeasured"
     least, most = support / max(fires_a, fires_b), support / min(fires_a, fires_b)
@@ -89,81 +93,98 @@ class PairStatistics:
     """
 
     def __init__(self, pairs: PairList, device: torch.device) -> None:
-        self.a, self.b = pairs.a.to(device), pairs.b.to(device)
+        self._a, self._b = pairs.a.to(device), pairs.b.to(device)
         self.products = torch.zeros(len(pairs), dtype=torch.float64, device=device)  # sum of h_a h_b
         self.support = torch.zeros(len(pairs), dtype=torch.int64, device=device)
-        self.keepers = {kind: Keeper(len(pairs), JOINT_CONTEXTS, torch.float32, device) for kind in JOINT_KINDS}
-        self.windows = {kind: Windows(len(pairs), JOINT_CONTEXTS, 2, device) for kind in JOINT_KINDS}
+        self.contexts = {kind: TopContexts(len(pairs), JOINT_CONTEXTS, 2, device) for kind in JOINT_KINDS}
 
-    def add(self, batch: Batch, peaks: Tensor) -> None:
-        """Take a batch, whose largest activations by context are `peaks` (d_sae, b)."""
-        if len(self.a) == 0:
+    def add(self, batch: Batch) -> None:
+        """Take a batch."""
+        if len(self._a) == 0:
             return
-        joint = self._sum(batch)  # (pairs, b)
-        of_a, of_b = peaks[self.a], peaks[self.b]
-        self._offer("both", batch, joint)
-        self._offer("a", batch, of_a.where(of_b == 0, 0))
-        self._offer("b", batch, of_b.where(of_a == 0, 0))
+
+        def a(pairs: Tensor, contexts: Tensor) -> Tensor:  # (m, t)
+            return batch.h[self._a[pairs], contexts]
+
+        def b(pairs: Tensor, contexts: Tensor) -> Tensor:
+            return batch.h[self._b[pairs], contexts]
+
+        peaks_a, peaks_b = batch.peaks[self._a], batch.peaks[self._b]  # (pairs, b)
+        kinds = {
+            "both": (self._sum(batch), lambda *at: (a(*at) * b(*at)).argmax(1)),
+            "a": (peaks_a.where(peaks_b == 0, 0), lambda *at: a(*at).argmax(1)),
+            "b": (peaks_b.where(peaks_a == 0, 0), lambda *at: b(*at).argmax(1)),
+        }
+        features = torch.stack([self._a, self._b], dim=1)
+        for kind, (keys, peaks) in kinds.items():
+            self.contexts[kind].add(batch, keys, batch.documents, features, peaks)
 
     def _sum(self, batch: Batch) -> Tensor:
-        """Add up products and supports; the largest product in each context, (pairs, b)."""
+        """Add up products and supports; return the largest product in each context, (pairs, b)."""
         h, shape = batch.flat, batch.h.shape[1:]
-        peaks = h.new_empty(len(self.a), shape[0])
-        rows = max(1, _CHUNK // h.shape[1])
-        for start in range(0, len(self.a), rows):
-            chunk = slice(start, start + rows)
-            product = h[self.a[chunk]] * h[self.b[chunk]]  # (pairs, b * t)
+        peaks = h.new_empty(len(self._a), shape[0])
+        for chunk in _chunks(len(self._a), h.shape[1]):
+            product = h[self._a[chunk]] * h[self._b[chunk]]  # (pairs, b * t)
             self.products[chunk] += product.sum(1)
             torch.amax(product.unflatten(1, shape), dim=2, out=peaks[chunk])
             self.support[chunk] += product.sign_().sum(1).long()
         return peaks
 
-    def _offer(self, kind: str, batch: Batch, keys: Tensor) -> None:
-        keeper = self.keepers[kind]
-        pairs, contexts = ((keys > 0) & (keys >= keeper.worst[:, None])).nonzero(as_tuple=True)
-        accepted = keeper.offer(pairs, keys[pairs, contexts], batch.documents[contexts], batch.numbers[contexts])
-        contexts = contexts[accepted.candidates]
-        self.windows[kind].store(
-            accepted, batch, self._features(accepted), contexts, self._peaks(kind, batch, accepted, contexts)
-        )
 
-    def _features(self, accepted: Accepted) -> Tensor:
-        return torch.stack([self.a[accepted.owners], self.b[accepted.owners]], dim=1)
+class TwinStatistics:
+    """Streaming correlations of pairs of the twin's features, those nearest by decoder cosine to the SAE's pairs.
 
-    def _peaks(self, kind: str, batch: Batch, accepted: Accepted, contexts: Tensor) -> Tensor:
-        """Positions of the tokens that the contexts were kept for."""
-        a, b = (batch.h[features, contexts] for features in self._features(accepted).T)  # (m, t) each
-        return {"both": a * b, "a": a, "b": b}[kind].argmax(1)
-
-
-class ProductSums:
-    """Streaming sums of products of pairs of the twin's features, without contexts.
+    The twin baseline is the same run without the penalty.
 
     Args:
-        a, b: (m,) rows of the twin's activations. features: rows that there are. device: where they are.
+        sae: the SAE. twin: its twin. pairs: of the SAE, at least one.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, features: int, device: torch.device) -> None:
-        self.a, self.b = a.to(device), b.to(device)
-        self.products = torch.zeros(len(a), dtype=torch.float64, device=device)
-        self.squares = torch.zeros(features, dtype=torch.float64, device=device)
+    def __init__(self, sae: SelOrthoSAE, twin: SelOrthoSAE, pairs: PairList) -> None:
+        self._twin = twin
+        W_dec = twin.W_dec.cpu()
+        features, rows = torch.cat([pairs.a, pairs.b]).unique(return_inverse=True)
+        nearest, match = nearest_directions(sae.W_dec.cpu()[features], W_dec)
+        self.a, self.b = nearest[rows].view(2, -1)  # (pairs,) features of the twin
+        self.match_a, self.match_b = match[rows].view(2, -1)
+        self.decoder_cosine = cosines(W_dec[self.a], W_dec[self.b])
+        features, rows = torch.cat([self.a, self.b]).unique(return_inverse=True)
+        self._features = features.to(sae.device)  # of which something is summed
+        self._a, self._b = rows.view(2, -1).to(sae.device)  # among these
+        self._products = torch.zeros(len(pairs), dtype=torch.float64, device=sae.device)
+        self._squares = torch.zeros(len(features), dtype=torch.float64, device=sae.device)
 
-    def add(self, h: Tensor) -> None:
-        """Take activations (features, tokens)."""
-        self.squares += torch.linalg.vecdot(h, h)
-        rows = max(1, _CHUNK // h.shape[1])
-        for start in range(0, len(self.a), rows):
-            chunk = slice(start, start + rows)
-            self.products[chunk] += torch.linalg.vecdot(h[self.a[chunk]], h[self.b[chunk]])
+    def add(self, batch: Batch) -> None:
+        """Take a batch."""
+        h = self._twin.encode(batch.activations)[:, self._features].float().T.contiguous()  # (features, tokens)
+        self._squares += torch.linalg.vecdot(h, h)
+        for chunk in _chunks(len(self._a), h.shape[1]):
+            self._products[chunk] += torch.linalg.vecdot(h[self._a[chunk]], h[self._b[chunk]])
 
-    def correlations(self) -> list[float | None]:
-        """Uncentred correlation of each pair; None where a feature never fires, 1 for a feature with itself."""
-        found = correlations(self.products, self.squares[self.a], self.squares[self.b])
-        return [1.0 if same else value for same, value in zip((self.a == self.b).tolist(), found, strict=True)]
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the columns of the pair table that are about the twin, one entry a pair.
+
+        Where both features of a pair correspond to the same one of the twin, their correlation is 1.
+        """
+        found = correlations(self._products, self._squares[self._a], self._squares[self._b])
+        same = (self.a == self.b).tolist()
+        return {
+            "twin_a": self.a.tolist(),
+            "twin_b": self.b.tolist(),
+            "twin_match_a": self.match_a.tolist(),
+            "twin_match_b": self.match_b.tolist(),
+            "twin_correlation": [1.0 if one else value for one, value in zip(same, found, strict=True)],
+            "twin_decoder_cosine": self.decoder_cosine.tolist(),
+        }
 
 
 def correlations(products: Tensor, squares_a: Tensor, squares_b: Tensor) -> list[float | None]:
-    """Eq. 4 from sums over tokens: `sum h_a h_b / sqrt(sum h_a^2 sum h_b^2)`; None where it is not defined."""
+    """Compute eq. 4 from sums over tokens: `sum h_a h_b / sqrt(sum h_a^2 sum h_b^2)`; None where it is not defined."""
     defined = (squares_a > 0) & (squares_b > 0)
     values = (products / (squares_a.sqrt() * squares_b.sqrt())).clamp(-1, 1)
     return [value if known else None for value, known in zip(values.tolist(), defined.tolist(), strict=True)]
+
+
+def _chunks(pairs: int, tokens: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // tokens)
+    return (slice(start, start + step) for start in range(0, pairs, step))

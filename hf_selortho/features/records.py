@@ -1,9 +1,10 @@
-"""What is known of a feature and of a pair of features: the rows of a feature index."""
+"""Records of a feature and of a pair of features, which are the rows of a feature index, and their parquet schemas."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+import types
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
@@ -14,9 +15,17 @@ BINS = BINS_PER_DOUBLING * (LAST_DOUBLING - FIRST_DOUBLING)
 JOINT_KINDS = ("both", "a", "b")  # of a pair: both fire, only a, only b
 PAIR_CLASSES = ("duplicate", "nested", "co-occurring", "unmeasured")
 
+# The types of the parquet columns; a dataclass of them is a row, within another one a struct.
+Small: TypeAlias = Annotated[int, pa.int32()]
+Count: TypeAlias = Annotated[int, pa.int64()]
+Number: TypeAlias = Annotated[float, pa.float32()]
+Text: TypeAlias = Annotated[str, pa.string()]
+
+R = TypeVar("R")
+
 
 def bin_edges() -> list[float]:
-    """Activations that bound the bins of every histogram, BINS + 1 rising numbers."""
+    """Return the activations that bound the bins of every histogram, BINS + 1 rising numbers."""
     return [2.0 ** (FIRST_DOUBLING + number / BINS_PER_DOUBLING) for number in range(BINS + 1)]
 
 
@@ -24,49 +33,57 @@ def bin_edges() -> list[float]:
 class TokenEffect:
     """The logit of a token, less the vocabulary's mean, if the residual stream were a feature's direction alone."""
 
-    token_id: int
-    token: str
-    logit: float
+    token_id: Small
+    token: Text
+    logit: Number
 
 
 @dataclass(frozen=True)
 class Neighbour:
     """A feature near another one."""
 
-    feature: int
-    cosine: float  # of the decoder directions
-    correlation: float  # uncentred, eq. 4, on the sampled tokens of the index
-    support: int  # of these, tokens on which both fire
+    feature: Small
+    cosine: Number  # of the decoder directions
+    correlation: Number  # uncentred, eq. 4, on the sampled tokens of the index
+    support: Count  # of these, tokens on which both fire
 
 
 @dataclass(frozen=True)
 class FeatureContext:
     """A piece of text around a token on which a feature fires."""
 
-    kind: str  # "top": one of its strongest contexts; "sample": drawn from all tokens on which it fires
-    document_id: int
-    start: int  # place of the first token shown in its context, BOS being 0
-    peak: int  # the token that the context is shown for, counted from the first one shown
-    activation: float  # of the feature on it
-    quantile: float  # share of the tokens on which the feature fires at most as strongly, in (0, 1]
-    tokens: list[str]
-    activations: list[float]  # of the feature, one a token
+    kind: Text  # "top": one of its strongest contexts; "sample": drawn from all tokens on which it fires
+    document_id: Count
+    start: Small  # place of the first token shown in its context, BOS being 0
+    peak: Small  # the token that the context is shown for, counted from the first one shown
+    activation: Number  # of the feature on it
+    quantile: Number  # share of the tokens on which the feature fires at most as strongly, in (0, 1]
+    tokens: list[Text]
+    activations: list[Number]  # of the feature, one a token
 
 
 @dataclass(frozen=True)
-class FeatureRecord:
+class FeatureSummary:
+    """The small columns of a feature, which the feature table holds."""
+
+    feature: Small
+    label: Text  # data of others: escape it wherever it is shown
+    label_source: Text  # "tokens": from its strongest tokens; "file": given by hand; "none": it never fired
+    fires: Count  # tokens on which it fires
+    frequency: Number  # the share of all tokens
+    max_activation: Number  # 0 if it never fires
+    mean_activation: Number  # over the tokens on which it fires; 0 if there is none
+
+
+@dataclass(frozen=True)
+class FeatureRecord(FeatureSummary):
     """All that an index knows of a feature."""
 
-    feature: int
-    label: str  # data of others: escape it wherever it is shown
-    label_source: str  # "tokens": from its strongest tokens; "file": given by hand; "none": it never fired
-    fires: int  # tokens on which it fires
-    frequency: float  # the share of all tokens
-    max_activation: float  # 0 if it never fires
-    mean_activation: float  # over the tokens on which it fires; 0 if there is none
-    histogram: list[int]  # tokens by activation, BINS counts between `bin_edges`; the outer ones take what lies beyond
-    promoted: list[TokenEffect]  # largest logits first
-    suppressed: list[TokenEffect]  # smallest logits first
+    histogram: list[
+        Count
+    ]  # tokens by activation, BINS counts between `bin_edges`; the outer ones take what lies beyond
+    promoted: list[TokenEffect]  # top positive logits, the largest first
+    suppressed: list[TokenEffect]  # top negative logits, the smallest first
     nearest_by_cosine: list[Neighbour]
     nearest_by_correlation: list[Neighbour]
     contexts: list[FeatureContext]  # "top" ones by falling activation, then samples by falling activation
@@ -76,38 +93,45 @@ class FeatureRecord:
 class JointContext:
     """A piece of text on which two features fire, or one of them alone."""
 
-    kind: str  # "both", "a" or "b"
-    document_id: int
-    start: int
-    peak: int
-    tokens: list[str]
-    activations_a: list[float]
-    activations_b: list[float]
+    kind: Text  # "both", "a" or "b"
+    document_id: Count
+    start: Small
+    peak: Small
+    tokens: list[Text]
+    activations_a: list[Number]
+    activations_b: list[Number]
 
 
 @dataclass(frozen=True)
-class PairRecord:
-    """All that an index knows of a pair of features, a < b. Correlations are uncentred (eq. 4); None: not defined."""
+class PairSummary:
+    """The small columns of a pair of features, a < b, which the pair table holds.
 
-    a: int
-    b: int
-    pair_class: str  # one of PAIR_CLASSES, by the rule in the index's facts
-    score: (
-        float | None
-    )  # of the last selection of the training, by which the pair was chosen; None: not from a training
-    correlation: float | None  # on the text of the index
-    twin_a: int | None  # the feature of the twin whose decoder direction is nearest to that of a
-    twin_b: int | None
-    twin_match_a: float | None  # the cosine of the two
-    twin_match_b: float | None
-    twin_correlation: float | None  # of twin_a and twin_b on the same text; 1 if they are the same feature
-    decoder_cosine: float
-    twin_decoder_cosine: float | None
-    fires_a: int
-    fires_b: int
-    support: int  # tokens on which both fire
-    history_steps: list[int] = field(default_factory=list)  # steps of the training at which the selection was kept
-    history: list[float | None] = field(default_factory=list)  # its score there; None: it was not among the selected
+    Correlations are uncentred (eq. 4); None where they are not defined.
+    """
+
+    a: Small
+    b: Small
+    pair_class: Text  # one of PAIR_CLASSES, by the rule in the index's facts
+    score: Number | None  # by which the training's last selection chose the pair; None: not from a training
+    correlation: Number | None  # on the text of the index
+    twin_a: Small | None  # the feature of the twin whose decoder direction is nearest to that of a
+    twin_b: Small | None
+    twin_match_a: Number | None  # the cosine of the two
+    twin_match_b: Number | None
+    twin_correlation: Number | None  # of twin_a and twin_b on the same text; 1 if they are the same feature
+    decoder_cosine: Number
+    twin_decoder_cosine: Number | None
+    fires_a: Count
+    fires_b: Count
+    support: Count  # tokens on which both fire
+
+
+@dataclass(frozen=True)
+class PairRecord(PairSummary):
+    """All that an index knows of a pair of features."""
+
+    history_steps: list[Small] = field(default_factory=list)  # of the training, at which the selection was kept
+    history: list[Number | None] = field(default_factory=list)  # its score there; None: it was not among the selected
     contexts: list[JointContext] = field(default_factory=list)
 
     @property
@@ -121,115 +145,46 @@ class PairRecord:
         return self.support / self.fires_a if self.fires_a else None
 
 
-_NESTED = ("promoted", "suppressed", "nearest_by_cosine", "nearest_by_correlation", "contexts")
-_EFFECTS = pa.list_(pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("logit", pa.float32())]))
-_NEIGHBOURS = pa.list_(
-    pa.struct(
-        [("feature", pa.int32()), ("cosine", pa.float32()), ("correlation", pa.float32()), ("support", pa.int64())]
-    )
-)
-_PLACE = [("document_id", pa.int64()), ("start", pa.int32()), ("peak", pa.int32())]
-_FEATURE_CONTEXTS = pa.list_(
-    pa.struct(
-        [
-            ("kind", pa.string()),
-            *_PLACE,
-            ("activation", pa.float32()),
-            ("quantile", pa.float32()),
-            ("tokens", pa.list_(pa.string())),
-            ("activations", pa.list_(pa.float32())),
-        ]
-    )
-)
-_JOINT_CONTEXTS = pa.list_(
-    pa.struct(
-        [
-            ("kind", pa.string()),
-            *_PLACE,
-            ("tokens", pa.list_(pa.string())),
-            ("activations_a", pa.list_(pa.float32())),
-            ("activations_b", pa.list_(pa.float32())),
-        ]
-    )
-)
-
-# The small columns, which the tables hold alone and the files of whole records begin with.
-FEATURE_TABLE = pa.schema(
-    [
-        ("feature", pa.int32()),
-        ("label", pa.string()),
-        ("label_source", pa.string()),
-        ("fires", pa.int64()),
-        ("frequency", pa.float32()),
-        ("max_activation", pa.float32()),
-        ("mean_activation", pa.float32()),
-    ]
-)
-FEATURES = pa.schema(
-    [
-        *FEATURE_TABLE,
-        ("histogram", pa.list_(pa.int64())),
-        ("promoted", _EFFECTS),
-        ("suppressed", _EFFECTS),
-        ("nearest_by_cosine", _NEIGHBOURS),
-        ("nearest_by_correlation", _NEIGHBOURS),
-        ("contexts", _FEATURE_CONTEXTS),
-    ]
-)
-PAIR_TABLE = pa.schema(
-    [
-        ("a", pa.int32()),
-        ("b", pa.int32()),
-        ("pair_class", pa.string()),
-        ("score", pa.float32()),
-        ("correlation", pa.float32()),
-        ("twin_a", pa.int32()),
-        ("twin_b", pa.int32()),
-        ("twin_match_a", pa.float32()),
-        ("twin_match_b", pa.float32()),
-        ("twin_correlation", pa.float32()),
-        ("decoder_cosine", pa.float32()),
-        ("twin_decoder_cosine", pa.float32()),
-        ("fires_a", pa.int64()),
-        ("fires_b", pa.int64()),
-        ("support", pa.int64()),
-    ]
-)
-PAIRS = pa.schema(
-    [
-        *PAIR_TABLE,
-        ("history_steps", pa.list_(pa.int32())),
-        ("history", pa.list_(pa.float32())),
-        ("contexts", _JOINT_CONTEXTS),
-    ]
-)
+def schema_of(record: type) -> pa.Schema:
+    """Return the parquet schema of a record, a column for each field in order."""
+    return pa.schema([(name, _arrow(hint)) for name, hint in get_type_hints(record, include_extras=True).items()])
 
 
-def as_row(record: FeatureRecord | PairRecord) -> dict[str, Any]:
-    """A record as a row of its file, of plain lists and dictionaries."""
-    nested = {name: [vars(part) for part in getattr(record, name)] for name in _NESTED if hasattr(record, name)}
-    return {**vars(record), **nested}
+def as_row(record: Any) -> dict[str, Any]:
+    """Return a record as a row of plain lists and dictionaries."""
+    return {
+        name: [vars(part) for part in value] if isinstance(value, list) and value and is_dataclass(value[0]) else value
+        for name, value in vars(record).items()
+    }
 
 
-def feature_record(row: dict[str, Any]) -> FeatureRecord:
-    """A row of `features.parquet` as a record."""
-    return FeatureRecord(
-        **{name: row[name] for name in _plain(FeatureRecord)},
-        promoted=[TokenEffect(**effect) for effect in row["promoted"]],
-        suppressed=[TokenEffect(**effect) for effect in row["suppressed"]],
-        nearest_by_cosine=[Neighbour(**one) for one in row["nearest_by_cosine"]],
-        nearest_by_correlation=[Neighbour(**one) for one in row["nearest_by_correlation"]],
-        contexts=[FeatureContext(**context) for context in row["contexts"]],
-    )
+def from_row(record: type[R], row: dict[str, Any]) -> R:
+    """Make a record of a row as pyarrow reads it.
+
+    Raises:
+        TypeError: null where a list or struct is due.
+        KeyError: a field is missing.
+    """
+    hints = get_type_hints(record)
+    values = {}
+    for one in fields(record):  # type: ignore[arg-type]
+        (part, *_) = get_args(hints[one.name]) or (None,)
+        value = row[one.name]
+        nested = isinstance(part, type) and is_dataclass(part)
+        values[one.name] = [part(**item) for item in value] if nested else value
+    return record(**values)
 
 
-def pair_record(row: dict[str, Any]) -> PairRecord:
-    """A row of `pairs.parquet` as a record."""
-    return PairRecord(
-        **{name: row[name] for name in _plain(PairRecord)},
-        contexts=[JointContext(**context) for context in row["contexts"]],
-    )
+def _arrow(hint: Any) -> pa.DataType:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return arguments[1]
+    if origin in (Union, types.UnionType):  # with None: every column may hold nulls
+        return _arrow(arguments[0])
+    if origin is list:
+        return pa.list_(_arrow(arguments[0]))
+    return pa.struct(list(schema_of(hint)))
 
 
-def _plain(record: type) -> list[str]:
-    return [f.name for f in fields(record) if f.name not in _NESTED]
+FEATURE_TABLE, FEATURES = schema_of(FeatureSummary), schema_of(FeatureRecord)
+PAIR_TABLE, PAIRS = schema_of(PairSummary), schema_of(PairRecord)

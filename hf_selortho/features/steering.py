@@ -11,9 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..data.contexts import Cutter, spelling
+from ..data.contexts import spelling
 from ..errors import SelOrthoError
-from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel
 from ..modeling_selortho import SelOrthoSAE
 from .sampling import Sampling, choose, end_ids
@@ -97,12 +96,9 @@ class Steering:
     """
 
     def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
-        self.sae = sae
-        self.lm = FeatureCapture(sae, lm, token).lm
-        config = sae.config
-        assert config.layer is not None  # FeatureCapture has checked it
-        self._capture = ActivationCapture(self.lm, config.layer, config.max_norm)
-        self._cutter = Cutter(self.lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
+        reader = FeatureCapture(sae, lm, token)
+        self.sae, self.lm = sae, reader.lm
+        self._capture, self._cutter = reader.activations, reader.cutter
         self._end_ids = end_ids(self.lm)
         takes = inspect.signature(self.lm.model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20 has the latter

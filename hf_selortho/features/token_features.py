@@ -97,8 +97,8 @@ class FeatureCapture:
                 f"take the language model of its training{f', {config.lm_name}' if config.lm_name else ''}"
             )
         self.sae, self.lm = sae, lm
-        self._capture = ActivationCapture(lm, config.layer, config.max_norm)
-        self._cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
+        self.activations = ActivationCapture(lm, config.layer, config.max_norm)
+        self.cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
 
     @torch.inference_mode()
     def capture(self, texts: Sequence[str]) -> list[TokenFeatures]:
@@ -107,12 +107,12 @@ class FeatureCapture:
         Raises:
             SelOrthoError: a text holds no token.
         """
-        contexts = self._cutter.cut(list(enumerate(texts)))
+        contexts = self.cutter.cut(list(enumerate(texts)))
         empty = set(range(len(texts))) - {context.document_id for context in contexts}
         if empty:
             raise SelOrthoError(f"text {min(empty)} of {len(texts)} holds no token: {texts[min(empty)][:80]!r}")
         read: dict[int, tuple[Tensor, Tensor]] = {}
-        for numbers in length_batches(contexts, self._capture.batch_tokens):
+        for numbers in length_batches(contexts, self.activations.batch_tokens):
             read.update(zip(numbers, self._read([contexts[number] for number in numbers]), strict=True))
         parts: list[list[tuple[Context, Tensor, Tensor]]] = [[] for _ in texts]
         for number, context in enumerate(contexts):
@@ -122,8 +122,8 @@ class FeatureCapture:
     def _read(self, contexts: Sequence[Context]) -> list[tuple[Tensor, Tensor]]:
         """Of each context which tokens (t,) the SAE was trained on, and the feature activations (t, d_sae)."""
         input_ids, mask = pad_batch(contexts, self.lm.tokenizer.pad_token_id or 0)
-        hidden = self._capture.hidden_states(input_ids, mask)[self._capture.layer]  # (b, t, d_in)
-        kept = self._capture.keep_mask(input_ids, mask, hidden).cpu()
+        hidden = self.activations.hidden_states(input_ids, mask)[self.activations.layer]  # (b, t, d_in)
+        kept = self.activations.keep_mask(input_ids, mask, hidden).cpu()
         feature_acts = self.sae.encode(hidden.to(self.sae.device)).float().cpu()
         return [
             (kept[row, : len(c.input_ids)], feature_acts[row, : len(c.input_ids)]) for row, c in enumerate(contexts)

@@ -8,18 +8,17 @@ import math
 import pytest
 import torch
 
-from hf_selortho import SelOrthoError
+from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.data.pair_history import PairSnapshot
-from hf_selortho.features import build
-from hf_selortho.features.build import build_feature_index
-from hf_selortho.features.correlation_sample import CorrelationSample
-from hf_selortho.features.feature_statistics import FeatureStatistics, bins_of
+from hf_selortho.features.build import IndexSettings, build_feature_index
+from hf_selortho.features.feature_statistics import FeatureStatistics, bins_of, uniform_draws
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import FILES, IndexWriter
-from hf_selortho.features.keepers import AFTER, BEFORE
+from hf_selortho.features.neighbours import CorrelationSample
 from hf_selortho.features.pair_statistics import class_of
 from hf_selortho.features.records import BINS, bin_edges
-from hf_selortho.features.sources import IndexSettings
+from hf_selortho.features.text_pass import TextPass
+from hf_selortho.features.top_contexts import AFTER, BEFORE
 from hf_selortho.pair_selection import select_pairs
 from tests.features.index_sources import CONTEXT_LENGTH, make_sae, make_sources, read_everything
 
@@ -140,15 +139,6 @@ def test_samples_span_the_distribution(index, whole) -> None:
     assert {0, 1, 2, 3, 4} <= set(spread)
 
 
-def test_another_seed_draws_other_samples(sources, index, tmp_path) -> None:
-    write(sources, tmp_path / "feature_index", seed=1)
-    other = FeatureIndex.open(tmp_path / "feature_index")
-    record, twin = (max((one.feature(n) for n in range(D_SAE)), key=lambda r: r.fires) for one in (index, other))
-    assert record.feature == twin.feature and record.histogram == twin.histogram
-    drawn, again = ([c for c in one.contexts if c.kind == "sample"] for one in (record, twin))
-    assert drawn != again
-
-
 def test_neighbours(index, whole, sources) -> None:
     tokens, W_dec = whole.tokens, sources.sae.W_dec.detach()
     norms = tokens.norm(dim=0)
@@ -215,14 +205,6 @@ def test_twin(index, whole, sources) -> None:
             assert row["twin_correlation"] == pytest.approx((a @ b / (a.norm() * b.norm())).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"activation": "topk", "k": 6}, {"activation": "jumprelu"}])
-def test_twins_of_other_activations(lm, sample_text_files, tmp_path, settings) -> None:
-    sources = make_sources(lm, sample_text_files.txt, twin=make_sae(lm, seed=1, **settings), twin_name="other")
-    write(sources, tmp_path / "feature_index", tokens=1000)
-    whole, index = read_everything(sources, 1000), FeatureIndex.open(tmp_path / "feature_index")
-    test_twin(index, whole, sources)
-
-
 def test_joint_contexts(index, whole) -> None:
     kinds = set()
     for row in index.pair_table.to_pylist():
@@ -268,19 +250,28 @@ def test_pairs_of_a_training(lm, sample_text_files, tmp_path) -> None:
         check_pair(row, whole.tokens)
 
 
-def test_no_pairs(lm, sample_text_files, tmp_path) -> None:
-    facts = write(make_sources(lm, sample_text_files.txt), tmp_path / "feature_index", tokens=500, max_pairs=0)
-    assert facts["pairs"]["source"] == "none" and facts["pairs"]["kept"] == 0
-    assert FeatureIndex.open(tmp_path / "feature_index").pairs == 0
-
-
-def test_the_same_command_gives_the_same_bytes(sources, index, tmp_path) -> None:
-    write(sources, tmp_path / "feature_index")
-    first, second = index.facts, FeatureIndex.open(tmp_path / "feature_index").facts
-    assert first == second
-    write(sources, tmp_path / "again")
+def test_the_same_sources_give_the_same_bytes_and_another_seed_other_samples(sources, index, tmp_path) -> None:
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        write(sources, tmp_path / name, seed=seed)
     for name in FILES:
-        assert (tmp_path / "feature_index" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    number = max(range(D_SAE), key=lambda n: index.feature(n).fires)
+    record, other = index.feature(number), FeatureIndex.open(tmp_path / "other").feature(number)
+    assert record.histogram == other.histogram
+    drawn, again = ([c for c in one.contexts if c.kind == "sample"] for one in (record, other))
+    assert drawn != again
+
+
+def test_an_index_may_hold_no_pairs_and_labels_given_by_hand(sources, index, tmp_path) -> None:
+    labelled = dataclasses.replace(sources, labels={3: "bridges & rivers", 5: "silent"})
+    facts = write(labelled, tmp_path / "index", tokens=500, max_pairs=0)
+    other = FeatureIndex.open(tmp_path / "index")
+    assert facts["pairs"]["source"] == "none" and other.pairs == 0
+    assert (other.feature(3).label, other.feature(3).label_source) == ("bridges & rivers", "file")
+    assert other.feature(5).label_source == "file"
+    assert (index.feature(5).label, index.feature(5).label_source) == ("", "none")
+    named = [index.feature(n) for n in range(D_SAE) if index.feature(n).fires]
+    assert all(record.label and record.label_source == "tokens" and len(record.label) <= 40 for record in named)
 
 
 def test_sinks_are_not_read(lm, sample_text_files, tmp_path) -> None:
@@ -295,57 +286,40 @@ def test_sinks_are_not_read(lm, sample_text_files, tmp_path) -> None:
     test_windows_show_the_text_and_nothing_on_bos(index, whole, lm)
 
 
-def test_large_saes_are_read_in_parts(sources, index, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("hf_selortho.features.text_pass._LARGEST_BATCH", {"cpu": 40 * D_SAE})
-    write(sources, tmp_path / "feature_index")
-    other = FeatureIndex.open(tmp_path / "feature_index")
-    assert other.facts == index.facts
+def test_large_saes_are_read_in_parts(sources, index, whole) -> None:
+    statistics = FeatureStatistics(D_SAE, CONTEXT_LENGTH, 10, 0, torch.device("cpu"))
+    batches = 0
+    for batch in TextPass(sources.sae, sources.capture, largest_batch=40 * D_SAE).read(whole.contexts, TOKENS):
+        statistics.add(batch)
+        batches += 1
+        assert len(batch.activations) <= 40 + CONTEXT_LENGTH
+    assert batches > TOKENS // (40 + CONTEXT_LENGTH)
     for number in range(D_SAE):
-        mine, theirs = (dataclasses.asdict(one.feature(number)) for one in (index, other))
-        assert mine["fires"] == theirs["fires"] and len(mine["contexts"]) == len(theirs["contexts"])
+        record = index.feature(number)
+        assert statistics.histogram[number].tolist() == record.histogram
+        top = [c.start + c.peak for c in record.contexts if c.kind == "top"]
+        assert [window.start + window.peak for window in statistics.top.of(number)] == top
 
 
-def test_labels(sources, index, tmp_path) -> None:
-    labelled = dataclasses.replace(sources, labels={3: "bridges & rivers", 5: "silent"})
-    write(labelled, tmp_path / "feature_index", tokens=500)
-    other = FeatureIndex.open(tmp_path / "feature_index")
-    assert (other.feature(3).label, other.feature(3).label_source) == ("bridges & rivers", "file")
-    assert other.feature(5).label_source == "file"
-    assert (index.feature(5).label, index.feature(5).label_source) == ("", "none")
-    named = [index.feature(n) for n in range(D_SAE) if index.feature(n).fires]
-    assert all(record.label and record.label_source == "tokens" and len(record.label) <= 40 for record in named)
-    for record in named:
-        top = [c for c in record.contexts if c.kind == "top"]
-        assert record.label.split(", ")[0].strip("␣") in "".join(c.tokens[c.peak] for c in top) or "," in record.label
+@pytest.mark.parametrize(
+    ("fraction", "settings", "twin", "message"),
+    [
+        (0.0, {}, {}, "no held-out context"),
+        (0.5, {"max_norm": 1e-6}, {}, "no held-out token"),
+        (0.5, {}, {"layer": 1}, "twin other reads layer 1"),
+    ],
+)
+def test_sources_that_give_no_index(lm, sample_text_files, tmp_path, fraction, settings, twin, message) -> None:
+    sae, other = make_sae(lm, **settings), make_sae(lm, **twin)
+    sources = make_sources(lm, sample_text_files.txt, sae, fraction, twin=other, twin_name="other")
+    with pytest.raises(SelOrthoError, match=message):
+        write(sources, tmp_path / "feature_index", tokens=300)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_end_of_the_text_is_said(lm, sample_text_files, tmp_path, caplog) -> None:
     facts = write(make_sources(lm, sample_text_files.txt), tmp_path / "feature_index", tokens=10**6)
     assert f"exhausted: {facts['text']['tokens']} tokens" in caplog.text
-
-
-def test_no_held_out_text(lm, sample_text_files, tmp_path) -> None:
-    sources = make_sources(lm, sample_text_files.txt, fraction=0.0)
-    with pytest.raises(SelOrthoError, match="no held-out context"):
-        write(sources, tmp_path / "feature_index")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_text_of_sinks(lm, sample_text_files, tmp_path) -> None:
-    sources = make_sources(lm, sample_text_files.txt, make_sae(lm, max_norm=1e-6))
-    with pytest.raises(SelOrthoError, match="no held-out token"):
-        write(sources, tmp_path / "feature_index", tokens=300)
-
-
-def test_a_twin_of_another_layer(lm, sample_text_files, tmp_path) -> None:
-    sources = make_sources(lm, sample_text_files.txt, twin=make_sae(lm, layer=1), twin_name="other")
-    with pytest.raises(SelOrthoError, match="twin other reads layer 1"):
-        write(sources, tmp_path / "feature_index", tokens=300)
-
-
-def test_settings_that_make_no_sense() -> None:
-    with pytest.raises(SelOrthoError, match="tokens 0: expected at least 1"):
-        IndexSettings(tokens=0)
 
 
 @pytest.mark.parametrize(
@@ -366,49 +340,35 @@ def test_classes(fires_a, fires_b, support, cosine, expected) -> None:
     assert class_of(fires_b, fires_a, support, cosine, 4) == expected
 
 
-def test_the_correlation_sample_is_thinned_out(sources, whole, monkeypatch) -> None:
+def test_the_correlation_sample_is_thinned_out(sources, whole) -> None:
     sample = CorrelationSample(D_SAE, limit=3000)
-    for read in build.TextPass(sources.sae, sources.capture).read(whole.contexts):
-        sample.add(read.batch)
-    active = sample.active()
-    assert sample.entries == len(active.cols) <= 3000 and sample.stride > 1
-    assert sample.tokens == active.tokens == -(-len(whole.tokens) // sample.stride)
+    for batch in TextPass(sources.sae, sources.capture).read(whole.contexts, TOKENS):
+        sample.add(batch)
+    active, stride = sample.active(), math.ceil(len(whole.tokens) / sample.tokens)
+    assert len(active.cols) <= 3000 and stride > 1 and sample.tokens == active.tokens
     rows = {tuple(round(v, 3) for v in row) for row in whole.tokens.tolist()}
     near = sum(tuple(round(v, 3) for v in row) in rows for row in active.to_dense().tolist())
     assert near > 0.9 * active.tokens  # but for rounding
 
 
 def test_draws_are_even_and_independent() -> None:
-    statistics = FeatureStatistics(40, 128, 1, 0, torch.device("cpu"))
-    tokens = torch.arange(5000)
-    drawn = torch.stack(
-        [statistics.priorities(tokens, torch.full_like(tokens, feature), tokens) for feature in range(40)]
-    )
-    shares = drawn.double() / 2**62
-    assert shares.min() >= 0 and shares.max() <= 1
+    tokens, features = torch.arange(5000), torch.arange(40)[:, None]
+    draws = uniform_draws(tokens, features, 0)  # (features, tokens)
+    assert draws.min() > 0 and draws.max() <= 1
     for quarter in range(4):
-        inside = ((shares >= quarter / 4) & (shares < (quarter + 1) / 4)).double().mean(1)
+        inside = ((draws > quarter / 4) & (draws <= (quarter + 1) / 4)).double().mean(1)
         torch.testing.assert_close(inside, torch.full_like(inside, 0.25), atol=0.03, rtol=0)
-    correlations = torch.corrcoef(shares) - torch.eye(40)
-    assert correlations.abs().max() < 0.08
-    after = torch.corrcoef(torch.stack([shares[:, :-1].flatten(), shares[:, 1:].flatten()]))[0, 1]
-    assert abs(after) < 0.02
-    other = FeatureStatistics(40, 128, 1, 1, torch.device("cpu")).priorities(tokens, tokens * 0, tokens)
-    assert torch.corrcoef(torch.stack([other / 2**62, drawn[0] / 2**62]))[0, 1].abs() < 0.05
-
-
-def test_bins_are_those_of_the_edges() -> None:
-    edges = torch.tensor(bin_edges())
-    values = torch.cat([edges, torch.rand(1000).exp() * 1e-3, torch.logspace(-30, 30, 1000, base=2.0)])
-    values = torch.cat([values, values.nextafter(torch.tensor(0.0)), values.nextafter(torch.tensor(torch.inf))])
-    torch.testing.assert_close(bins_of(values), torch.bucketize(values, edges[1:-1], right=True))
-    assert bins_of(torch.tensor([1e-40, 1e38])).tolist() == [0, BINS - 1]
+    assert (torch.corrcoef(draws) - torch.eye(40)).abs().max() < 0.08
+    assert torch.corrcoef(torch.stack([draws[:, :-1].flatten(), draws[:, 1:].flatten()]))[0, 1].abs() < 0.02
+    other = uniform_draws(tokens, features, 1)
+    assert torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1].abs() < 0.02
 
 
 @pytest.mark.slow
 def test_the_real_model(embedded_lm, sample_text_files, tmp_path) -> None:
-    torch.manual_seed(0)
-    sae = make_sae_of(embedded_lm)
+    named = {"lm_name": embedded_lm.name, "lm_revision": embedded_lm.revision, "layer": 8, "context_length": 64}
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=embedded_lm.d_model, d_sae=256, **named)).eval()
+    sae.set_input_statistics(torch.zeros(embedded_lm.d_model), 2000.0)
     sources = make_sources(embedded_lm, sample_text_files.txt, sae)
     write(sources, tmp_path / "feature_index", tokens=2000)
     index, whole = FeatureIndex.open(tmp_path / "feature_index"), read_everything(sources, 2000)
@@ -418,12 +378,3 @@ def test_the_real_model(embedded_lm, sample_text_files, tmp_path) -> None:
         # in bfloat16 what is read depends a little on the batch
         assert record.fires == pytest.approx(int((tokens[:, number] > 0).sum()), abs=0.02 * len(tokens))
         assert len(record.promoted) == len(record.suppressed) == 10
-
-
-def make_sae_of(lm):
-    from hf_selortho import SelOrthoConfig, SelOrthoSAE
-
-    named = {"lm_name": lm.name, "lm_revision": lm.revision, "layer": 8, "context_length": 64}
-    sae = SelOrthoSAE(SelOrthoConfig(d_in=lm.d_model, d_sae=256, **named)).eval()
-    sae.set_input_statistics(torch.zeros(lm.d_model), 2000.0)
-    return sae

@@ -85,13 +85,7 @@ def test_without_steers_it_is_what_the_language_model_writes(steering) -> None:
     assert generation.feature_acts.shape == (len(generation), 0)
 
 
-def test_a_factor_of_one_changes_nothing(steering) -> None:
-    plain = steering.generate(PROMPT, sampling=Sampling(temperature=1.0, seed=3))
-    steered = steering.generate(PROMPT, [Steer(f, "scale", 1) for f in range(5)], Sampling(temperature=1.0, seed=3))
-    assert steered.token_ids == plain.token_ids
-
-
-@pytest.mark.parametrize("mode, value", [("clamp", 30.0), ("scale", 0.0), ("scale", -20.0), ("scale", 15.0)])
+@pytest.mark.parametrize("mode, value", [("clamp", 30.0), ("scale", -20.0)])
 def test_token_by_token_as_without_a_cache(steering, mode: str, value: float) -> None:
     steers = [Steer(live_feature(steering), mode, value), Steer(3, "clamp", 2.0)]
     generation = steering.generate(PROMPT, steers)
@@ -99,12 +93,6 @@ def test_token_by_token_as_without_a_cache(steering, mode: str, value: float) ->
     start = generation.prompt_tokens
     assert logits[start - 1 : -1].argmax(1).tolist() == generation.token_ids[start:]
     assert generation.ended or len(generation) == start + 40
-
-
-def test_it_changes_what_is_written(steering) -> None:
-    plain = steering.generate(PROMPT)
-    steered = steering.generate(PROMPT, [Steer(live_feature(steering), "clamp", 100.0)])
-    assert steered.text != plain.text
 
 
 def residuals(steering: Steering, steers: list[Steer], prompt: str = PROMPT) -> tuple[Tensor, Tensor, Generation]:
@@ -141,17 +129,6 @@ def test_the_residual_stream_moves_as_the_reconstruction_does(tiny_lm, activatio
     assert not generation.feature_acts[0].any() and len(generation.feature_acts) == len(generation)
 
 
-def test_features_add_up(tiny_lm) -> None:
-    steering = make_steering(tiny_lm("llama"))
-    steers = [Steer(live_feature(steering), "clamp", 4.0), Steer(5, "clamp", 2.0)]
-    first = slice(0, len(prompt_ids(steering)))  # where the text is the same
-    moves = [
-        after[first] - before[first]
-        for before, after, _ in map(residuals, 3 * [steering], [*([s] for s in steers), steers])
-    ]
-    torch.testing.assert_close(moves[0] + moves[1], moves[2], atol=1e-4, rtol=1e-4)
-
-
 def test_a_factor_of_one_leaves_every_bit(tiny_lm) -> None:
     lm = tiny_lm("gemma2")
     coarse = replace(lm, model=copy.deepcopy(lm.model).bfloat16())
@@ -171,7 +148,8 @@ def test_sinks_and_special_tokens_are_left_alone(tiny_lm) -> None:
     assert not generation.feature_acts[same].any()
 
 
-def test_a_seed_names_a_text(steering) -> None:
+def test_a_seed_names_a_text(tiny_lm) -> None:
+    steering = make_steering(tiny_lm("gpt2"))
     steers = [Steer(live_feature(steering), "scale", 2.0)]
     state = torch.get_rng_state()
     texts = [steering.generate(PROMPT, steers, Sampling(temperature=1.0, seed=seed)).token_ids for seed in (1, 1, 2)]

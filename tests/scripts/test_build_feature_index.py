@@ -10,7 +10,6 @@ import pytest
 
 from hf_selortho import SelOrthoError
 from hf_selortho.features.index import FeatureIndex
-from hf_selortho.features.index_writer import FILES
 from hf_selortho.formats import write_saelens
 from hf_selortho.modeling_selortho import SelOrthoSAE
 from scripts import build_feature_index, train
@@ -55,15 +54,6 @@ def test_every_sae_of_a_run(run, capsys) -> None:
         assert facts["text"]["held_out_fraction"] == 0.3 and facts["text"]["tokens"] >= 1400
     pair = FeatureIndex.open(run / "layer_1").pair_table.to_pylist()[0]
     assert pair["score"] is not None and pair["twin_a"] is not None
-
-
-def test_one_sae_of_a_run_and_the_same_bytes(run, tmp_path) -> None:
-    build_feature_index.main([str(run / "layer_2"), *SMALL])
-    build_feature_index.main([str(run / "layer_2"), *SMALL, "--output", str(tmp_path / "index")])
-    for file in FILES:
-        assert (run / "layer_2" / "feature_index" / file).read_bytes() == (tmp_path / "index" / file).read_bytes()
-    assert FeatureIndex.open(run / "layer_2").facts["twin"]["name"] == "small/layer_2_twin"
-    assert not (run / "layer_1" / "feature_index").exists()
 
 
 def test_an_index_is_replaced_only_when_told(run, tmp_path) -> None:
@@ -122,9 +112,7 @@ def test_labels(run, tmp_path) -> None:
     ("argv", "message"),
     [
         (["--output", "x"], "--output: .* has several SAEs, layer_1, layer_1_twin, layer_2"),
-        (["--labels", "x.json"], "--labels: .* name the folder of one"),
         (["--tokens", "0"], "tokens 0: expected at least 1"),
-        (["--max_pairs", "-1"], "max_pairs -1"),
         (["--subfolder", "layer_9"], "layer_9"),
         (["--subfolder", "layer_1", "--dataset", "nothing.csv"], "nothing.csv"),
         (["--subfolder", "layer_1", "--held_out_fraction", "0"], "held-out fraction 0"),
@@ -145,10 +133,3 @@ def test_unknown_arguments(capsys) -> None:
     with pytest.raises(SystemExit):
         build_feature_index.main(["runs/x", "--nosuch", "3"])
     assert "unknown arguments: --nosuch 3" in capsys.readouterr().err
-
-
-def test_benchmark(run, capsys) -> None:
-    build_feature_index.main([str(run / "layer_1"), *SMALL, "--benchmark"])
-    said = capsys.readouterr().out
-    assert "ratio" in said and "a twin" in said and "harvest" in said
-    assert not (run / "layer_1" / "feature_index").exists()

@@ -1,10 +1,10 @@
-"""Which tokens a direction of the residual stream makes the language model expect: its direct effect on the logits."""
+"""Logit lens: which tokens a direction of the residual stream makes the language model expect."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,24 +17,24 @@ from ..errors import SelOrthoError
 from ..language_models.loading import LanguageModel
 from .records import TokenEffect
 
-_CHUNK_BYTES = 48 * 2**20  # of embeddings, and of logits, held in float32 at once
+_CHUNK_BYTES = 48 * 2**20
 _PLACEHOLDER = re.compile(
     r"[<\[]\|?(unused|reserved|extra|pad(ding)?)([ _-]?(special_)?(token|id))?[ _-]?\d+\|?[>\]]", re.IGNORECASE
 )
 
 
-class _Extremes(NamedTuple):
-    """The largest of some values and where they are, (n, k) each, the largest first."""
+class TopLogits(NamedTuple):
+    """The tokens whose logits a direction raises and lowers most; both empty where the direction is zero."""
 
-    values: Tensor
-    token_ids: Tensor
+    positive: list[TokenEffect]  # the largest logit first
+    negative: list[TokenEffect]  # the smallest logit first
 
 
 @torch.inference_mode()
-def token_effects(
-    lm: LanguageModel, directions: Tensor, k: int = 10, progress: bool = True
-) -> list[tuple[list[TokenEffect], list[TokenEffect]]]:
-    """The tokens whose logits each direction raises most, and those whose logits it lowers most.
+def top_logits(
+    lm: LanguageModel, directions: Tensor, k: int = 10, progress: bool = True, chunk_bytes: int = _CHUNK_BYTES
+) -> list[TopLogits]:
+    """Find the tokens whose logits each direction raises most, and those whose logits it lowers most.
 
     The direction is read as if it were the whole residual stream ("logit lens"; nostalgebraist 2020):
 
@@ -58,37 +58,77 @@ def token_effects(
         directions: (n, d_model), in the space of the raw activations, as the decoder rows of an SAE are.
         k: tokens at each end; a smaller vocabulary gives fewer.
         progress: show a bar.
-
-    Returns:
-        For each direction the raised tokens, the largest logit first, and the lowered ones, the smallest first. Both
-        are empty where the direction is zero.
+        chunk_bytes: of embeddings, and of logits, held in float32 at once.
 
     Raises:
-        SelOrthoError: directions of another width or not finite, k below 1, or a language model without one final norm
-            or without an unembedding.
+        SelOrthoError: directions of another width or not finite, or a language model without one final norm or without
+            an unembedding.
     """
-    _check(lm, directions, k)
+    _check(lm, directions)
     unembedding = _unembedding(lm)
     token_ids = written_tokens(lm.tokenizer, len(unembedding)).to(unembedding.device)
-    x = _normalised(lm, directions)  # (n, d_model)
-    raised, lowered, mean = _extremes(x, unembedding, token_ids, min(k, len(token_ids)), progress)
-    spellings: dict[int, str] = {}
+    x = _normalised(lm, directions).to(unembedding.device)  # (n, d_model)
+    lens = _Lens(x, min(k, len(token_ids)))
+    with tqdm(total=len(token_ids), desc="logit lens", unit="token", disable=not progress) as bar:
+        for ids in token_ids.split(max(chunk_bytes // (4 * lm.d_model), 1)):
+            lens.add(unembedding[ids].float(), ids, chunk_bytes)
+            bar.update(len(ids))
+    mean = lens.mean.tolist()
+    spell = functools.cache(functools.partial(spelling, lm.tokenizer))
 
-    def listed(row: int, extremes: _Extremes, sign: float) -> list[TokenEffect]:
-        if not directions[row].any():
-            return []
-        effects = []
-        for token_id, value in zip(extremes.token_ids[row].tolist(), extremes.values[row].tolist(), strict=True):
-            if token_id not in spellings:
-                spellings[token_id] = spelling(lm.tokenizer, token_id)
-            effects.append(TokenEffect(token_id, spellings[token_id], sign * value - mean[row]))
-        return effects
+    def effects(best: _Best, row: int, sign: int) -> list[TokenEffect]:
+        ids, values = best.token_ids[row].tolist(), best.values[row].tolist()
+        return [TokenEffect(one, spell(one), sign * value - mean[row]) for one, value in zip(ids, values, strict=True)]
 
-    return [(listed(row, raised, 1.0), listed(row, lowered, -1.0)) for row in range(len(directions))]
+    return [
+        TopLogits(effects(lens.largest, row, 1), effects(lens.smallest, row, -1)) if some else TopLogits([], [])
+        for row, some in enumerate(directions.any(1).tolist())
+    ]
+
+
+class _Best(NamedTuple):
+    """The k largest of some values so far and the tokens that they belong to, (n, k) each, the largest first."""
+
+    values: Tensor
+    token_ids: Tensor
+
+    def keep_largest(self, rows: slice, values: Tensor, ids: Tensor) -> None:
+        """Let the largest of `values` (rows, tokens) take their place."""
+        k = self.values.shape[1]
+        fresh, places = values.topk(min(k, values.shape[1]), dim=1)
+        self.values[rows], order = torch.cat([self.values[rows], fresh], 1).topk(k, dim=1)
+        self.token_ids[rows] = torch.cat([self.token_ids[rows], ids[places]], 1).gather(1, order)
+
+
+class _Lens:
+    """The extreme logits of normalised directions x (n, d_model), gathered a few tokens of the vocabulary at a time."""
+
+    def __init__(self, x: Tensor, k: int) -> None:
+        self._x, self._tokens = x, 0
+        self._total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)  # of the embeddings
+        self.largest, self.smallest = (
+            _Best(x.new_full((len(x), k), -torch.inf), torch.zeros((len(x), k), dtype=torch.int64, device=x.device))
+            for _ in range(2)
+        )  # the second one of the logits' negatives
+
+    def add(self, embeddings: Tensor, ids: Tensor, chunk_bytes: int) -> None:
+        """Take tokens with their embeddings (tokens, d_model)."""
+        self._tokens += len(ids)
+        self._total += embeddings.sum(0, dtype=torch.float64)
+        step = max(chunk_bytes // (4 * len(ids)), 1)
+        for rows in (slice(start, start + step) for start in range(0, len(self._x), step)):
+            logits = self._x[rows] @ embeddings.T  # (rows, tokens)
+            self.largest.keep_largest(rows, logits, ids)
+            self.smallest.keep_largest(rows, logits.neg_(), ids)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the logits over all tokens, (n,)."""
+        return self._x.double() @ (self._total / self._tokens)
 
 
 def find_final_norm(lm: LanguageModel) -> nn.Module:
-    """The norm between the last decoder layer and the unembedding, such as "model.norm" or "transformer.ln_f".
+    """Find the norm between the last decoder layer and the unembedding, such as "model.norm" or "transformer.ln_f".
 
     It is the one that stands beside the list of decoder layers and after it.
 
@@ -109,14 +149,13 @@ def find_final_norm(lm: LanguageModel) -> nn.Module:
 
 
 def written_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
-    """Which of the first `vocabulary` token ids a text may consist of, (tokens,) int64, rising.
+    """Return which of the first `vocabulary` token ids a text may consist of, (tokens,) int64, rising.
 
     All but special tokens, `<unused0>` and other placeholders, and ids that the tokenizer does not know.
     """
     special = set(tokenizer.all_special_ids)
     special |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    count = min(vocabulary, len(tokenizer))
-    names = tokenizer.convert_ids_to_tokens(list(range(count)))
+    names = tokenizer.convert_ids_to_tokens(list(range(min(vocabulary, len(tokenizer)))))
     kept = [
         token_id
         for token_id, name in enumerate(names)
@@ -125,7 +164,7 @@ def written_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tenso
     return torch.tensor(kept, dtype=torch.int64)
 
 
-def _check(lm: LanguageModel, directions: Tensor, k: int) -> None:
+def _check(lm: LanguageModel, directions: Tensor) -> None:
     if directions.ndim != 2 or directions.shape[1] != lm.d_model:
         raise SelOrthoError(
             f'directions of shape {tuple(directions.shape)}: expected (n, {lm.d_model}), the width of "{lm.name}"'
@@ -136,12 +175,10 @@ def _check(lm: LanguageModel, directions: Tensor, k: int) -> None:
             f"{len(rows)} directions hold NaN or infinity, the first is number {rows[0]}: expected finite numbers; "
             "check the weights of the SAE"
         )
-    if k < 1:
-        raise SelOrthoError(f"k={k}: expected at least 1 token")
 
 
 def _unembedding(lm: LanguageModel) -> Tensor:
-    """(vocabulary, d_model)."""
+    """Return the unembedding, (vocabulary, d_model)."""
     head = lm.model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != lm.d_model:
@@ -153,45 +190,9 @@ def _unembedding(lm: LanguageModel) -> Tensor:
 
 
 def _normalised(lm: LanguageModel, directions: Tensor) -> Tensor:
-    """norm(d) - norm(0), (n, d_model) in float32; the difference is free of the norm's bias."""
+    """Return norm(d) - norm(0), (n, d_model) in float32; the difference is free of the norm's bias."""
     norm = copy.deepcopy(find_final_norm(lm)).float()
     device = next(norm.parameters()).device
     d = directions.to(device, torch.float32)
     d = nn.functional.normalize(d, dim=1) * lm.d_model**0.5  # so long that the norm's epsilon does not matter
     return norm(d) - norm(torch.zeros_like(d[:1]))
-
-
-def _extremes(
-    x: Tensor, unembedding: Tensor, token_ids: Tensor, k: int, progress: bool
-) -> tuple[_Extremes, _Extremes, list[float]]:
-    """Of the logits x @ unembedding[token_ids].T the k largest, the k largest of their negatives, and the mean (n,)."""
-    n, d_model = x.shape
-    x = x.to(unembedding.device)
-    best = [_Extremes(x.new_full((n, k), -torch.inf), token_ids.new_zeros((n, k))) for _ in range(2)]
-    total = torch.zeros(d_model, dtype=torch.float64, device=x.device)
-    with tqdm(total=len(token_ids), desc="token effects", unit="token", disable=not progress) as bar:
-        for ids in token_ids.split(max(_CHUNK_BYTES // (4 * d_model), 1)):
-            weights = unembedding[ids].float()  # (tokens, d_model)
-            total += weights.sum(0, dtype=torch.float64)
-            for rows in _row_chunks(n, len(ids)):
-                logits = x[rows] @ weights.T  # (rows, tokens)
-                for extremes in best:
-                    _keep_largest(extremes, rows, logits, ids)
-                    logits.neg_()
-            bar.update(len(ids))
-    mean = x.double() @ (total / len(token_ids))
-    return best[0], best[1], mean.tolist()
-
-
-def _row_chunks(n: int, tokens: int) -> Iterator[slice]:
-    step = max(_CHUNK_BYTES // (4 * tokens), 1)
-    return (slice(start, start + step) for start in range(0, n, step))
-
-
-def _keep_largest(best: _Extremes, rows: slice, logits: Tensor, ids: Tensor) -> None:
-    """Let the largest of `logits` (rows, tokens) take their place among the best ones so far."""
-    k = best.values.shape[1]
-    fresh, places = logits.topk(min(k, logits.shape[1]), dim=1)
-    values, order = torch.cat([best.values[rows], fresh], 1).topk(k, dim=1)
-    best.values[rows] = values
-    best.token_ids[rows] = torch.cat([best.token_ids[rows], ids[places]], 1).gather(1, order)
