@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_selortho import SelOrthoError
 from hf_selortho.data.contexts import Cutter, held_out_contexts
 from hf_selortho.data.texts import open_documents
-from hf_selortho.evaluation.evaluator import evaluate_sae
+from hf_selortho.evaluation.evaluator import evaluate_saes
 from hf_selortho.evaluation.stability import stability
 from hf_selortho.evaluation.tasks import prepare_tasks
 from hf_selortho.hub.interop import load_sae
@@ -87,8 +87,8 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     capture = capture_of(config, lm, arguments)
     cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, least_tokens(config, arguments))
     contexts = held_out_contexts(documents, cutter, arguments.eval_samples)
-    evaluation = evaluate_sae(
-        sae, capture, list(contexts), batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
+    (evaluation,) = evaluate_saes(
+        [sae], capture, list(contexts), batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
     )
     metrics: dict[str, Any] = dict(evaluation.metrics)
     cutting = {

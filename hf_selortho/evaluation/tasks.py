@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ from .absorption import absorption
 from .first_letter import FirstLetterTask, first_letter_task
 from .labelled_text import labelled_documents
 from .probing import LabelledTexts, dense_probing, read_labelled_texts, sparse_probing
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ def prepare_tasks(
     capture: ActivationCapture,
     source: TextSource,
     label_column: str | None,
-    cutting: dict[str, Any],
-    sizes: dict[str, Any],
+    cutting: Mapping[str, Any],
+    sizes: Mapping[str, Any],
 ) -> Tasks:
     """Read the labelled texts and the words with a language model at one layer.
 
@@ -57,26 +55,14 @@ def prepare_tasks(
     if label_column is None or not texts:
         facts["no_probing"] = "the texts have no labels" if label_column is None else "left out by the plan"
     else:
-        documents, labels = labelled_documents(source, label_column, texts)
-        probing = read_labelled_texts(capture, documents, labels, **cutting)
+        probing = read_labelled_texts(capture, *labelled_documents(source, label_column, texts), **cutting)
         facts |= dense_probing(probing) | {"probing_texts": len(probing), "probing_classes": len(probing.classes)}
     if not words:
         facts["no_first_letter"] = "left out by the plan"
     else:
-        first_letter = _first_letter_or_none(capture, words, facts)
+        try:
+            first_letter = first_letter_task(capture, words=words)
+            facts |= first_letter.facts
+        except SelOrthoError as error:  # the tokenizer has no words for it
+            facts["no_first_letter"] = str(error)
     return Tasks(probing, first_letter, facts)
-
-
-def _first_letter_or_none(capture: ActivationCapture, words: int, facts: dict[str, Any]) -> FirstLetterTask | None:
-    """The task; None, and the reason among the facts, where the tokenizer has no words for it."""
-    try:
-        task = first_letter_task(capture, words=words)
-    except SelOrthoError as error:
-        facts["no_first_letter"] = str(error)
-        return None
-    facts |= {
-        "spelling_accuracy": task.spelling_accuracy, "first_letter_probe_f1": task.mean_probe_f1,
-        "first_letter_words": len(task.words), "first_letter_caution": task.words_of_caution,
-        "first_letter_left_out": list(task.left_out),
-    }  # fmt: skip
-    return task

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..errors import SelOrthoError
-from ..evaluation.functional import batch_correlation_summary, max_decoder_cosine
+from ..evaluation.metrics import correlation_summary, max_decoder_cosine
 from .world_sampling import SyntheticWorld, derived_seed
 from .worlds import library
 
@@ -94,7 +94,7 @@ def score_sae(
         "true_l0": theirs.true_l0,
         "dead_features": float(theirs.dead_latents),
         "shrinkage": theirs.shrinkage,
-        "top_correlation": batch_correlation_summary(sae.encode(activations), min_support=4).top,
+        "top_correlation": correlation_summary(sae.encode(activations), min_support=4).top,
         "max_decoder_cosine": float(max_decoder_cosine(sae.W_dec).mean()),
         **direction_scores(matches, world),
     }
