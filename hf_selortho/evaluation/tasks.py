@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.texts import TextSource
+from torch import Tensor
+
+from ..data.contexts import Cutter, held_out_contexts
+from ..data.texts import TextSource, open_documents
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
 from .absorption import absorption
+from .evaluator import evaluate_saes
 from .first_letter import FirstLetterTask, first_letter_task
 from .labelled_text import labelled_documents
 from .probing import LabelledTexts, dense_probing, read_labelled_texts, sparse_probing
+from .stability import stability
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,3 +74,44 @@ def prepare_tasks(
         except SelOrthoError as error:  # the tokenizer has no words for it
             facts["no_first_letter"] = str(error)
     return Tasks(probing, first_letter, facts)
+
+
+def evaluate_on_text(
+    sae: SelOrthoSAE,
+    capture: ActivationCapture,
+    source: TextSource,
+    label_column: str | None,
+    cutting: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    *,
+    others: Mapping[str, Tensor],
+    samples: int = 1000,
+    ce_samples: int = 64,
+    batch_size: int = 4096,
+) -> dict[str, Any]:
+    """Measure an SAE on held-out text, on the tasks, and beside other SAEs: what docs/metrics.md calls "evaluation".
+
+    Args:
+        sae, capture: the SAE and the language model at its layer.
+        source: the text, of which the held-out documents are read.
+        label_column, cutting, sizes: as in [`prepare_tasks`].
+        others: decoder directions (n, d_in) of other SAEs, by name.
+        samples, ce_samples: contexts, and those of them on which the cross-entropies are measured.
+        batch_size: tokens of the batches that correlations are measured on.
+
+    Raises:
+        SelOrthoError: too little text or too few labels, or an SAE of another width.
+    """
+    contexts = list(held_out_contexts(open_documents(source), Cutter(capture.lm.tokenizer, **cutting), samples))
+    (evaluation,) = evaluate_saes([sae], capture, contexts, batch_size=batch_size, ce_samples=ce_samples)
+    figures: dict[str, Any] = dict(evaluation.metrics)
+    tasks = prepare_tasks(
+        capture, source, label_column, cutting, sizes or {"probing_texts": 0, "first_letter_words": 0}
+    )
+    figures |= {key: value for key, value in tasks.facts.items() if not key.startswith("no_")} | tasks.measure(sae)
+    if sizes["first_letter_words"] and tasks.first_letter is None:
+        logger.warning("no first-letter task: %s", tasks.facts["no_first_letter"])
+    if others:
+        W_dec = sae.W_dec.detach().float().cpu()
+        figures["compared_with"] = {name: stability(W_dec, other) for name, other in others.items()}
+    return figures
