@@ -80,7 +80,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     held = {name: data for name, data in contents(wheel).items() if ".dist-info/" not in name}
     files = [path for kind in ("*.py", "*.json", "*.md", "*.txt") for path in (ROOT / PACKAGE).rglob(kind)]
     expected = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
-    for pattern in (r"presets/[\w-]+\.json", r"evaluation/modules/\w+/README\.md", r"hub/\w+_card_template\.md"):
+    for pattern in (r"presets/[\w-]+\.json", r"evaluation/sae_metrics/README\.md", r"hub/\w+_card_template\.md"):
         assert any(re.fullmatch(f"hf_selortho/{pattern}", name) for name in expected), pattern
     expected[TEMPLATE] = (ROOT / "model_card_template.md").read_bytes()
     assert held.keys() == expected.keys()
