@@ -32,8 +32,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE
@@ -56,6 +54,7 @@ from hf_selortho.features.records import (
 )
 from hf_selortho.hub.model_card import render_model_card
 from scripts import cache_activations
+from tests.goldens.trainings import write_inputs
 
 ROOT = Path(__file__).parents[1]
 SECONDS, GIGABYTE = 5, 1 << 30  # that one input may take; that a process may take on top
@@ -272,18 +271,14 @@ class Target:
 
 def targets() -> dict[str, Target]:
     """Write real files of each kind into the working directory."""
-    words = "the market reported a new engine in the city near an old river".split()
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<bos>", *words]))}
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words, k=20)) + f" {number}" for number in range(40)]
-    _write_texts(texts)
-    _write_language_model(vocabulary)
+    written = write_inputs(Path())["dataset"].read_text().splitlines()[:40]
+    _write_texts([json.loads(line)["text"] for line in written])
     cache_activations.main(
         "--model lm --lm_dtype float32 --dataset texts/a.jsonl --layers 0 1 --context_length 32 --stored_dtype float32 "
         "--shard_tokens 300 --held_out_fraction 0.2 --eval_samples 5 --output_dir acts --cpu".split()
     )
     torch.manual_seed(0)
-    sae = SelOrthoSAE(SelOrthoConfig(d_in=8, d_sae=24, activation="batchtopk", k=3, lm_name="org/lm", layer=1))
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=16, d_sae=24, activation="batchtopk", k=3, lm_name="org/lm", layer=1))
     sae.save_pretrained("sae")
     sae.save_pretrained("parts", max_shard_size="1KB")
     _write_pairs(Path("sae"))
@@ -355,18 +350,6 @@ def _write_texts(texts: list[str]) -> None:
     Path("texts/a.csv").write_text("text,label\n" + "".join(f'"{text}",1\n' for text in texts))
     Path("texts/a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t1\n" for text in texts))
     Path("texts/a.txt").write_text("\n\n".join(texts))
-
-
-def _write_language_model(vocabulary: dict[str, int]) -> None:
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
-    fast.save_pretrained("lm")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=len(vocabulary), **sizes, **heads)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained("lm")
 
 
 def _card_facts(config: SelOrthoConfig) -> dict[str, Any]:

@@ -166,13 +166,10 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) ->
 def _mark_tail(axes: Axes, counts: np.ndarray, edges: np.ndarray, threshold: float) -> None:
     """Colour the pairs of |correlation| above the threshold, splitting the bin it falls into."""
     label = f"selected: |c| ≥ {threshold:.2f}" if edges[0] < 0 else f"selected: c ≥ {threshold:.2f}"
-    for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
-        if right > threshold:
-            start = max(left, threshold)
-            axes.bar(start, count, right - start, align="edge", color=VERMILION, label=label)
-            label = ""  # one entry in the legend
-        if left < -threshold:
-            axes.bar(left, count, min(right, -threshold) - left, align="edge", color=VERMILION)
+    left, right = np.maximum(edges[:-1], threshold), np.minimum(edges[1:], -threshold)
+    above, below = left < edges[1:], edges[:-1] < right
+    axes.bar(left[above], counts[above], (edges[1:] - left)[above], align="edge", color=VERMILION, label=label)
+    axes.bar(edges[:-1][below], counts[below], (right - edges[:-1])[below], align="edge", color=VERMILION)
     for position in (threshold, -threshold) if edges[0] < 0 else (threshold,):
         axes.axvline(position, color=GREY, linewidth=1, linestyle="--")
 
