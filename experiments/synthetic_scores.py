@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from experiments.synthetic_data import SyntheticData, TokenStream, derived_seed, sae_lens
-from hf_selortho.evaluation.functional import batch_correlation_summary, max_decoder_cosine
+from hf_selortho.evaluation.metrics import correlation_summary, max_decoder_cosine
 
 EVALUATION_SEED = derived_seed("evaluation", 0)  # of the tokens that SAEs are scored on, which no training draws
 MATCHED, RECOVERED = 0.5, 0.8  # cosines from which an SAE's feature stands for a true one, and has found it
@@ -75,7 +75,7 @@ def score_sae(
         "true_l0": theirs.true_l0,
         "dead_features": float(theirs.dead_latents),
         "shrinkage": theirs.shrinkage,
-        "top_correlation": batch_correlation_summary(sae.encode(activations), min_support=4).top,
+        "top_correlation": correlation_summary(sae.encode(activations), min_support=4).top,
         "max_decoder_cosine": float(max_decoder_cosine(sae.W_dec).mean()),
         **direction_scores(matches, data),
     }

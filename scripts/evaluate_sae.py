@@ -7,7 +7,6 @@ python scripts/evaluate_sae.py runs/demo --label_column label --first_letter_wor
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from hf_selortho import SelOrthoError
-from hf_selortho.data.contexts import Cutter, held_out_contexts
-from hf_selortho.data.texts import open_documents
-from hf_selortho.evaluation.evaluator import evaluate_sae
-from hf_selortho.evaluation.stability import stability
-from hf_selortho.evaluation.tasks import prepare_tasks
+from hf_selortho.evaluation.tasks import evaluate_on_text
 from hf_selortho.formats import load_sae
 from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
 from hf_selortho.hub.report import metrics_table
 from hf_selortho.training.arguments import OneLineParser, argument
 from hf_selortho.utils.command_line import run_script
 from hf_selortho.utils.files import write_json
-
-logger = logging.getLogger("hf_selortho.evaluate")
 
 
 @dataclass
@@ -80,30 +73,26 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     sae: Any = load_sae(name, **arguments.lookup)
     sae = sae.to(arguments.device)
     config = sae.config
-    others = [load_other(other, sae) for other in arguments.compare_with]
+    others = {other: load_other(other, sae) for other in arguments.compare_with}
     source = text_source(config, arguments)
-    documents = open_documents(source)
-    lm = load_lm_of(config, arguments)
-    capture = capture_of(config, lm, arguments)
-    cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, least_tokens(config, arguments))
-    contexts = held_out_contexts(documents, cutter, arguments.eval_samples)
-    evaluation = evaluate_sae(
-        sae, capture, list(contexts), batch_size=arguments.batch_size, ce_samples=arguments.eval_ce_samples
-    )
-    metrics: dict[str, Any] = dict(evaluation.metrics)
+    capture = capture_of(config, load_lm_of(config, arguments), arguments)
     cutting = {
         "context_length": config.context_length,
         "prepend_bos": config.prepend_bos,
         "min_tokens": least_tokens(config, arguments),
     }
-    sizes = {"probing_texts": arguments.probing_texts, "first_letter_words": arguments.first_letter_words}
-    tasks = prepare_tasks(capture, source, arguments.label_column, cutting, sizes)
-    metrics |= {key: value for key, value in tasks.facts.items() if not key.startswith("no_")} | tasks.measure(sae)
-    if arguments.first_letter_words and tasks.first_letter is None:
-        logger.warning("no first-letter task: %s", tasks.facts["no_first_letter"])
-    for other, W_dec in zip(arguments.compare_with, others, strict=True):
-        metrics.setdefault("compared_with", {})[other] = stability(sae.W_dec.detach().float().cpu(), W_dec)
-    return metrics
+    return evaluate_on_text(
+        sae,
+        capture,
+        source,
+        arguments.label_column,
+        cutting,
+        {"probing_texts": arguments.probing_texts, "first_letter_words": arguments.first_letter_words},
+        others=others,
+        samples=arguments.eval_samples,
+        ce_samples=arguments.eval_ce_samples,
+        batch_size=arguments.batch_size,
+    )
 
 
 def load_other(name: str, sae: Any) -> Tensor:

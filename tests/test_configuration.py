@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_selortho import ConfigError, SelOrthoConfig
+from hf_selortho.configuration_selortho import CONFIG_VERSION
 
 
 def test_defaults_are_the_papers_where_it_says() -> None:
@@ -97,6 +98,8 @@ def test_settings_of_earlier_versions_are_read() -> None:
 def test_a_config_of_a_newer_version_is_refused(tmp_path) -> None:
     SelOrthoConfig(d_in=8, d_sae=16).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "config_version": 99}))
+    content = json.loads(path.read_text())
+    assert content["config_version"] == CONFIG_VERSION
+    path.write_text(json.dumps({**content, "config_version": 99}))
     with pytest.raises(ConfigError, match="saved by a newer hf_selortho .*pip install -U"):
         SelOrthoConfig.from_pretrained(tmp_path)

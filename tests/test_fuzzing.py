@@ -1,14 +1,12 @@
 """Whatever a file holds, it is read or refused in the words of the package: no other error, crash, hang or memory.
 
 Real files of every kind that the package reads are mutated and read again in processes of their own. The random
-numbers of an input come from its kind, the seed and its number alone; a failing one is shown again by
-
-    python tests/test_fuzzing.py --target manifest --seed 3 --first 1234 --count 1
+numbers of an input come from its kind, the seed and its number alone; in an empty folder, input 1234 of seed 3 is read
+again by `python .../tests/test_fuzzing.py 3 manifest:1234:1`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import faulthandler
 import gzip
@@ -22,25 +20,21 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import combinations
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE, select_pairs
+from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.cache_manifest import HELD_OUT, TRAIN
@@ -60,6 +54,7 @@ from hf_selortho.features.records import (
 )
 from hf_selortho.hub.model_card import render_model_card
 from scripts import cache_activations
+from tests.goldens.trainings import write_inputs
 
 ROOT = Path(__file__).parents[1]
 SECONDS, GIGABYTE = 5, 1 << 30  # that one input may take; that a process may take on top
@@ -175,53 +170,6 @@ def test_any_value_in_any_field_is_kept_or_refused(name, value) -> None:
         assert SelOrthoConfig.from_pretrained(folder).own_settings() == config.own_settings()
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    tokens=st.integers(1, 20),
-    features=st.integers(2, 12),
-    fraction=st.floats(0.001, 1.0),
-    min_support=st.integers(1, 6),
-    correlation=st.sampled_from(["cosine", "pearson"]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_selected_pairs_are_the_largest_of_all(tokens, features, fraction, min_support, correlation, seed) -> None:
-    """Real numbers of many sizes, some features rare, silent or the same: numpy looks at every pair, in float64."""
-    rng = np.random.default_rng(seed)
-    dense = np.maximum(rng.normal(size=(tokens, features)), 0) * 10.0 ** rng.integers(-3, 4, features)
-    dense *= rng.random((tokens, features)) < rng.choice([0.1, 0.5, 1.0], features)
-    dense[:, rng.random(features) < 0.15] = 0
-    dense[:, rng.integers(features)] = dense[:, rng.integers(features)]
-    h = torch.tensor(dense, dtype=torch.float32)
-    exact = h.double().numpy()
-    support = (exact != 0).sum(0)
-    columns = exact - exact.mean(0) if correlation == "pearson" else exact
-    norms = np.linalg.norm(columns, axis=0)
-    constant = np.ptp(exact, axis=0) == 0 if correlation == "pearson" else norms == 0
-    scores = {
-        (i, j): columns[:, i] @ columns[:, j] / (norms[i] * norms[j])
-        for i, j in combinations(range(features), 2)
-        if min(support[i], support[j]) >= min_support and not (constant[i] or constant[j])
-    }
-    pairs = select_pairs(h, fraction, min_support, correlation)
-    selected = list(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
-    wanted = -int(-fraction * (features * (features - 1) // 2) // 1)
-    assert len(selected) == len(set(selected)) == min(wanted, len(scores))
-    assert set(selected) <= scores.keys()
-    np.testing.assert_allclose(pairs.correlation.numpy(), [scores[pair] for pair in selected], atol=2e-4)
-    least = min((abs(scores[pair]) for pair in selected), default=1.0)
-    assert all(abs(score) <= least + 2e-4 for pair, score in scores.items() if pair not in set(selected))
-
-
-@settings(max_examples=30, deadline=None)
-@given(value=st.sampled_from([float("nan"), float("inf"), float("-inf")]), place=st.integers(0, 59))
-def test_what_is_not_finite_is_refused_wherever_it_is(value, place) -> None:
-    h = torch.rand(10, 6)
-    h.view(-1)[place] = value
-    for correlation in ("cosine", "pearson"):
-        with pytest.raises(SelOrthoError, match=f"feature {place % 6}|NaN|infinity"):
-            select_pairs(h, 0.5, 1, correlation)
-
-
 # ----------------------------------------------------------------------------------------------------- mutations
 
 _NUMBERS = [0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan")]
@@ -323,18 +271,14 @@ class Target:
 
 def targets() -> dict[str, Target]:
     """Write real files of each kind into the working directory."""
-    words = "the market reported a new engine in the city near an old river".split()
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<bos>", *words]))}
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words, k=20)) + f" {number}" for number in range(40)]
-    _write_texts(texts)
-    _write_language_model(vocabulary)
+    written = write_inputs(Path())["dataset"].read_text().splitlines()[:40]
+    _write_texts([json.loads(line)["text"] for line in written])
     cache_activations.main(
         "--model lm --lm_dtype float32 --dataset texts/a.jsonl --layers 0 1 --context_length 32 --stored_dtype float32 "
         "--shard_tokens 300 --held_out_fraction 0.2 --eval_samples 5 --output_dir acts --cpu".split()
     )
     torch.manual_seed(0)
-    sae = SelOrthoSAE(SelOrthoConfig(d_in=8, d_sae=24, activation="batchtopk", k=3, lm_name="org/lm", layer=1))
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=16, d_sae=24, activation="batchtopk", k=3, lm_name="org/lm", layer=1))
     sae.save_pretrained("sae")
     sae.save_pretrained("parts", max_shard_size="1KB")
     _write_pairs(Path("sae"))
@@ -406,18 +350,6 @@ def _write_texts(texts: list[str]) -> None:
     Path("texts/a.csv").write_text("text,label\n" + "".join(f'"{text}",1\n' for text in texts))
     Path("texts/a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t1\n" for text in texts))
     Path("texts/a.txt").write_text("\n\n".join(texts))
-
-
-def _write_language_model(vocabulary: dict[str, int]) -> None:
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
-    fast.save_pretrained("lm")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=len(vocabulary), **sizes, **heads)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained("lm")
 
 
 def _card_facts(config: SelOrthoConfig) -> dict[str, Any]:
@@ -509,29 +441,12 @@ def _use_texts(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ processes
 
 
-@dataclass
-class Report:
-    """What became of the inputs of one or several processes."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)  # "manifest read", "manifest refused"
-    failures: list[str] = field(default_factory=list)
-    peak_bytes: int = 0  # more than before the first input
-
-
-def inputs(jobs: list[dict[str, Any]], seed: int, made: dict[str, Target]) -> Iterator[tuple[str, int, Path, bytes]]:
-    for job in jobs:
-        files = made[job["target"]].files
-        originals = {path: path.read_bytes() for path in files}
-        for number in range(job["first"], job["first"] + job["count"]):
-            rng = random.Random(f"{job['target']} {seed} {number}")
-            path = rng.choice(files)
-            path.write_bytes(mutated(rng, originals[path], path.suffix))
-            yield job["target"], number, path, originals[path]
-
-
-def work(order: dict[str, Any]) -> None:
-    """In a process of its own: read the mutated files, and leave report.json in the working directory."""
+def work(seed: int, jobs: list[str]) -> None:
+    """In a process of its own: read mutated files, `kind:first:count`; write report.json to the working directory."""
     import resource  # Windows has none
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     faulthandler.enable()
     logging.disable(logging.CRITICAL)
@@ -543,29 +458,30 @@ def work(order: dict[str, Any]) -> None:
     for target in made.values():
         for path in target.files:
             target.use(path)
-    before, report = _peak_bytes(), Report()
+    before, outcomes, failures = peak(), Counter[str](), list[str]()
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (space + 8 * GIGABYTE, space + 8 * GIGABYTE))  # a stop before the machine's
-    with open("now", "w", buffering=1) as now:
-        for name, number, path, original in inputs(order["jobs"], order["seed"], made):
-            now.seek(0)
-            now.write(f"{name} {number} \n")
+    for name, numbers in ((job.split(":")[0], map(int, job.split(":")[1:])) for job in jobs):
+        first, count = numbers
+        originals = {path: path.read_bytes() for path in made[name].files}
+        for number in range(first, first + count):
+            sys.stderr.write(f"{name}:{number}\n")  # where it ended, if it ends here
+            rng = random.Random(f"{name} {seed} {number}")
+            path = rng.choice(made[name].files)
+            path.write_bytes(mutated(rng, originals[path], path.suffix))
             faulthandler.dump_traceback_later(SECONDS, exit=True)
-            fault = _fault(made[name], path)
+            outcome = _outcome(made[name], path)
             faulthandler.cancel_dump_traceback_later()
-            path.write_bytes(original)
-            report.outcomes[f"{name} {'refused' if fault == 'refused' else 'read'}"] += 1
-            report.peak_bytes = _peak_bytes() - before
-            if fault not in ("", "refused"):
-                report.failures.append(f"{name} {number}: {fault}")
-            if report.peak_bytes > GIGABYTE:
-                report.failures.append(f"{name} {number}: it takes {report.peak_bytes:,} bytes")
-                break
-    Path("report.json").write_text(json.dumps(vars(report)))
+            path.write_bytes(originals[path])
+            if peak() - before > GIGABYTE:
+                sys.exit(f"it takes {peak() - before:,} bytes")
+            outcomes[f"{name} {outcome}"] += 1
+            failures += [] if outcome in ("read", "refused") else [f"{name}:{number} of seed {seed}: {outcome}"]
+    Path("report.json").write_text(json.dumps([outcomes, failures]))
 
 
-def _fault(target: Target, path: Path) -> str:
-    """What happened; nothing if the file could be read, "refused" if the package said itself why not."""
+def _outcome(target: Target, path: Path) -> str:
+    """What happened: "read", "refused" if the package said itself why not, or a fault."""
     try:
         target.use(path)
     except SelOrthoError as error:
@@ -573,95 +489,47 @@ def _fault(target: Target, path: Path) -> str:
     except BaseException as error:  # noqa: BLE001  whatever it is, it is the finding
         places = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-3:]]
         return f"{type(error).__name__}: {str(error)[:200]!a} in {' '.join(places)}"
-    return ""
-
-
-def _peak_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def campaign(jobs: list[dict[str, Any]], seed: int, workers: int) -> Report:
-    """Share the jobs out among processes and gather what they found."""
-    total = Report()
-    with tempfile.TemporaryDirectory() as place:
-        running = []
-        for worker in range(workers):
-            folder = Path(place, str(worker))
-            folder.mkdir()
-            shares = [{**job, "first": job["first"] + worker * job["count"] // workers} for job in jobs]
-            for share, job in zip(shares, jobs, strict=True):
-                share["count"] = job["first"] + (worker + 1) * job["count"] // workers - share["first"]
-            order = json.dumps({"jobs": shares, "seed": seed})
-            running.append((folder, _start(order, folder)))
-        for folder, process in running:
-            said = process.communicate()[1]
-            if process.returncode == 0:
-                found = json.loads((folder / "report.json").read_text())
-                total.outcomes.update(found["outcomes"])
-                total.failures += found["failures"]
-                total.peak_bytes = max(total.peak_bytes, found["peak_bytes"])
-            else:
-                now = (folder / "now").read_text().split("\n")[0] if (folder / "now").exists() else "at the start"
-                total.failures.append(f"{now}: the process ended with {process.returncode}\n{said[-3000:]}")
-    return total
-
-
-def _start(order: str, folder: Path) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        **{"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
-        **{"ARROW_DEFAULT_MEMORY_POOL": "system", "HF_DEACTIVATE_ASYNC_LOAD": "1"},  # memory and threads as they come
-        **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    }
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), "--work", order],
-        **{"cwd": folder, "env": environment, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE},
-    )
-
-
-def _assert_all_are_read_or_refused(counts: dict[str, int], seed: int) -> None:
-    jobs = [{"target": name, "first": 0, "count": count} for name, count in counts.items()]
-    report = campaign(jobs, seed, workers=2)
-    again = "python tests/test_fuzzing.py --target <kind> --count 1 " + f"--seed {seed} --first <number>"
-    assert not report.failures, f"{len(report.failures)} failures; to see one again: {again}\n" + "\n".join(
-        report.failures[:20]
-    )
-    assert sum(report.outcomes.values()) == sum(counts.values())
-    for name in counts:  # mutations that are all refused, or none, try nothing
-        assert report.outcomes[f"{name} read"] and report.outcomes[f"{name} refused"], report.outcomes
+    return "read"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and measures a process as Linux does")
-def test_two_thousand_damaged_files_are_read_or_refused() -> None:
-    _assert_all_are_read_or_refused({name: count // 5 for name, count in COUNTS.items()}, seed=1)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits and measures a process as Linux does")
-def test_ten_thousand_damaged_files_are_read_or_refused() -> None:
-    _assert_all_are_read_or_refused(COUNTS, seed=2)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=COUNTS, default="manifest")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.work:
-        work(json.loads(arguments.work))
-        return
-    job = {"target": arguments.target, "first": arguments.first, "count": arguments.count}
-    report = campaign([job], arguments.seed, arguments.workers)
-    lines = [*report.failures, *(f"{count:6} {kind}" for kind, count in sorted(report.outcomes.items()))]
-    sys.stdout.write("\n".join([*lines, f"{report.peak_bytes / 1e6:.0f} MB more than at the start"]) + "\n")
-    sys.exit(bool(report.failures))
+@pytest.mark.parametrize(
+    ("seed", "share"),
+    [
+        pytest.param(1, 5, id="two thousand"),
+        pytest.param(2, 1, id="ten thousand", marks=pytest.mark.slow),
+    ],
+)
+def test_damaged_files_are_read_or_refused(seed: int, share: int, tmp_path: Path) -> None:
+    halves = {name: count // share // 2 for name, count in COUNTS.items()}
+    folders = [tmp_path / "first", tmp_path / "second"]
+    running = []
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        environment = {
+            **os.environ,
+            **{"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+            **{
+                "ARROW_DEFAULT_MEMORY_POOL": "system",
+                "HF_DEACTIVATE_ASYNC_LOAD": "1",
+            },  # memory and threads as they come
+            **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        }
+        jobs = [f"{name}:{number * half}:{half}" for name, half in halves.items()]
+        with open(folder / "errors", "w") as errors:
+            command = [sys.executable, str(Path(__file__).resolve()), str(seed), *jobs]
+            output = {"stdout": subprocess.DEVNULL, "stderr": errors}
+            running.append(subprocess.Popen(command, cwd=folder, env=environment, **output))
+    outcomes: Counter[str] = Counter()
+    for folder, process in zip(folders, running, strict=True):
+        assert process.wait() == 0, (folder / "errors").read_text(errors="replace")[-3000:]
+        found, failures = json.loads((folder / "report.json").read_text())
+        assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:20])
+        outcomes.update(found)
+    assert sum(outcomes.values()) == 2 * sum(halves.values())
+    for name in COUNTS:  # mutations that are all refused, or none, try nothing
+        assert outcomes[f"{name} read"] and outcomes[f"{name} refused"], outcomes
 
 
 if __name__ == "__main__":
-    main()
+    work(int(sys.argv[1]), sys.argv[2:])

@@ -83,7 +83,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
     for pattern in (
         r"presets/[\w-]+\.json",
-        r"evaluation/modules/\w+/README\.md",
+        r"evaluation/sae_metrics/README\.md",
         r"browser/templates/\w+\.html",
         r"hub/\w+_card_template\.md",
     ):

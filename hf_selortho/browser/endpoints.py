@@ -136,7 +136,7 @@ class Endpoints:
         index, most = self._views.index(sae), _within(limit)
         if by == "phrase":
             strongest = self._live.capture(query, sae).strongest(most)
-            return [{**index.summary(feature)._asdict(), "activation": value} for feature, value in strongest]
+            return [{**vars(index.summary(feature)), "activation": value} for feature, value in strongest]
         if by not in ("label", "token"):
             raise SelOrthoError(f"by={by!r:.50}: expected label, token or phrase")
         features = index.search_labels(query, most) if by == "label" else index.search_promoted(query, most)

@@ -1,5 +1,7 @@
-"""Held-out evaluation of a trained SAE: pure functions, `evaluate` metrics, the evaluator and its pictures."""
+"""Held-out evaluation of trained SAEs: metrics, also for `evaluate.load`; the evaluator; tasks; pictures."""
 
-from .module_folders import METRIC_MODULES, metric_path
+from pathlib import Path
 
-__all__ = ["METRIC_MODULES", "metric_path"]
+SAE_METRICS = str(Path(__file__).with_name("sae_metrics"))  # evaluate.load(SAE_METRICS, "reconstruction")
+
+__all__ = ["SAE_METRICS"]

@@ -17,16 +17,18 @@ kept of it are the definitions of full absorption and of the fraction, and their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import f1_score
 from torch import Tensor
 
 from ..modeling_selortho import SelOrthoSAE
 
-MIN_SPELLING_ACCURACY = 0.5  # below either of these two, `words_of_caution` says so
+MIN_SPELLING_ACCURACY = 0.5  # below either of these two, `facts` has a caution
 MIN_PROBE_F1 = 0.5
 MIN_F1_GAIN = 0.03  # of another main feature: tau of the paper
 MAX_MAIN_FEATURES = 5
@@ -36,6 +38,7 @@ MIN_SHARE = 0.4  # of the letter that absorbing features contribute
 MAX_ABSORBING = 3  # features that make up for the main ones, absorption fraction
 _CANDIDATES = 64  # features of the highest correlation with a letter, among which its main features are looked for
 _BATCH_WORDS = 512
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,22 @@ class FirstLetterTask:
         return float(np.nanmean(self.probe_f1))
 
     @property
-    def words_of_caution(self) -> str | None:
-        """One sentence where figures of this task mean little, as the language model cannot spell; else None."""
-        if self.spelling_accuracy >= MIN_SPELLING_ACCURACY and self.mean_probe_f1 >= MIN_PROBE_F1:
-            return None
-        return (
-            f"The language model names the first letter of {self.spelling_accuracy:.0%} of the words and its probes "
-            f"have a mean F1 of {self.mean_probe_f1:.2f}, where {MIN_SPELLING_ACCURACY:.0%} and {MIN_PROBE_F1} are "
-            "needed for first-letter absorption to mean much."
-        )
+    def facts(self) -> dict[str, Any]:
+        """What the language model reaches, and one sentence where figures of this task mean little, else None."""
+        caution = None
+        if self.spelling_accuracy < MIN_SPELLING_ACCURACY or self.mean_probe_f1 < MIN_PROBE_F1:
+            caution = (
+                f"The language model names the first letter of {self.spelling_accuracy:.0%} of the words and its "
+                f"probes have a mean F1 of {self.mean_probe_f1:.2f}, where {MIN_SPELLING_ACCURACY:.0%} and "
+                f"{MIN_PROBE_F1} are needed for first-letter absorption to mean much."
+            )
+        return {
+            "spelling_accuracy": self.spelling_accuracy,
+            "first_letter_probe_f1": self.mean_probe_f1,
+            "first_letter_words": len(self.words),
+            "first_letter_caution": caution,
+            "first_letter_left_out": list(self.left_out),
+        }
 
 
 @dataclass(frozen=True)
@@ -84,17 +94,6 @@ class MainFeatures:
     def predict(self, h: Tensor) -> Tensor:
         """Which words begin with the letter, by feature activations (words, d_sae): (words,) bool."""
         return (h[:, self.features] >= self.thresholds).any(1)
-
-
-@dataclass(frozen=True)
-class _Words:
-    """Test words of one letter for which the probe is right."""
-
-    h: Tensor  # (words, d_sae) feature activations
-    letter: Tensor  # (words,) how much of the letter they have: p . (a - a'), in the units of the activations
-    parts: Tensor  # (words, d_sae) what each feature contributes to it
-    cosines: Tensor  # (d_sae,) of the decoder directions with the probe
-    main: Tensor  # (m,) int64, main features
 
 
 @torch.inference_mode()
@@ -121,47 +120,26 @@ def absorption(sae: SelOrthoSAE, task: FirstLetterTask) -> dict[str, float]:
     """
     h = torch.cat([sae.encode(part.to(sae.device)).float().cpu() for part in task.activations.split(_BATCH_WORDS)])
     fires = (h > 0).any(0)
-    h, directions = h[:, fires], decoder_directions(sae)[fires]  # (words, firing), (firing, d_in)
-    h_train, h_test = h[task.train], h[~task.train]
-    scores = (task.activations.double() @ task.probes.double().T + task.biases.double()).T  # (26, words)
+    # what a feature activation of 1 adds to the reconstruction of a raw activation
+    directions = (sae.W_dec.float() * sae.input_scale).cpu()[fires]  # (firing, d_in)
+    h = h[:, fires]  # (words, firing)
+    scores = task.activations.double() @ task.probes.double().T + task.biases.double()  # (words, 26)
     rates, fractions, f1s, splits, count = [], [], [], [], 0
     for letter in task.letters.unique().tolist():
         truth = task.letters == letter
-        main = main_features(h_train, truth[task.train])
-        f1s.append(f1_score(main.predict(h_test), truth[~task.train]))
+        main = main_features(h[task.train], truth[task.train])
+        f1s.append(float(f1_score(truth[~task.train], main.predict(h[~task.train]), zero_division=0)))
         splits.append(len(main.features))
-        rows = truth & ~task.train & (scores[letter] > 0)
-        if not rows.any() or len(main.features) == 0:
-            continue
-        words = _words(task, h, directions, letter, rows, main.features)
-        rates.append(float(_fully_absorbed(words).double().mean()))
-        fractions.append(float(_absorbed_fraction(words).mean()))
-        count += int(rows.sum())
-    found = {"first_letter_f1": _mean(f1s), "split_features": _mean(splits)}
+        known = truth & ~task.train & (scores[:, letter] > 0)
+        if known.any() and splits[-1]:
+            full, fraction = _absorbed(task, letter, h, directions, known, main.features)
+            rates.append(full.double().mean().item())
+            fractions.append(fraction.mean().item())
+            count += len(full)
+    figures = {"first_letter_f1": fmean(f1s), "split_features": fmean(splits)}
     if rates:
-        found |= {"absorption_rate": _mean(rates), "absorption_fraction": _mean(fractions)}
-    return found | {"absorption_letters": float(len(rates)), "absorption_words": float(count)}
-
-
-def f1_score(predicted: Tensor, truth: Tensor) -> float:
-    """F1 of yes-or-no predictions (n,) bool; 0 where nothing is right."""
-    right = int((predicted & truth).sum())
-    return 2 * right / max(int(predicted.sum() + truth.sum()), 1)
-
-
-@torch.no_grad()
-def decoder_directions(sae: SelOrthoSAE) -> Tensor:
-    """What a feature activation of 1 adds to the reconstruction of a raw activation: (d_sae, d_in) float32, CPU.
-
-    They are the rows of `W_dec` times one number, which `decode` itself tells.
-    """
-    W_dec = sae.W_dec.float().cpu()
-    longest = int(W_dec.norm(dim=1).argmax())
-    once = torch.zeros(1, len(W_dec), device=sae.device)
-    once[0, longest] = 1e6  # so large that the mean which `decode` adds does not cost the difference its digits
-    added = (sae.decode(once) - sae.decode(torch.zeros_like(once)))[0].double().cpu() / 1e6
-    row = W_dec[longest].double()
-    return W_dec * float(added @ row / (row @ row).clamp_min(torch.finfo(torch.float64).tiny))
+        figures |= {"absorption_rate": fmean(rates), "absorption_fraction": fmean(fractions)}
+    return figures | {"absorption_letters": float(len(rates)), "absorption_words": float(count)}
 
 
 def main_features(h: Tensor, truth: Tensor) -> MainFeatures:
@@ -208,40 +186,34 @@ def _most_correlated(h: Tensor, truth: Tensor) -> Tensor:
     return top.indices[top.values > 0]
 
 
-def _words(task: FirstLetterTask, h: Tensor, directions: Tensor, letter: int, rows: Tensor, main: Tensor) -> _Words:
+def _absorbed(
+    task: FirstLetterTask, letter: int, h: Tensor, directions: Tensor, rows: Tensor, main: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which of the words `rows` of a letter are fully absorbed, (words,) bool, and the part of each that is, (words,).
+
+    Args:
+        h: feature activations of all words (all, d_sae). directions: of the decoder (d_sae, d_in).
+        rows: (all,) bool. main: main features of the letter (m,).
+    """
     others = task.train & (task.letters != letter)
     probe = task.probes[letter]
     gains = directions @ probe  # (d_sae,)
-    return _Words(
-        h=h[rows],
-        letter=((task.activations[rows] - task.activations[others].mean(0)).double() @ probe.double()).float(),
-        parts=(h[rows] - h[others].mean(0)) * gains,
-        cosines=gains / directions.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny),
-        main=main,
-    )
+    cosines = gains / directions.norm(dim=1).clamp_min(_TINY)
+    # how much of the letter each word has, and what each feature contributes to it
+    has = ((task.activations[rows] - task.activations[others].mean(0)).double() @ probe.double()).float()  # (words,)
+    parts = (h[rows] - h[others].mean(0)) * gains  # (words, d_sae)
+    fires = h[rows] > 0
 
+    top = parts.where(fires, -torch.inf).max(1)
+    enough = (has > 0) & (top.values >= MIN_SHARE * has)
+    full = enough & ~fires[:, main].any(1) & (cosines[top.indices] >= FULL_COSINE)
 
-def _fully_absorbed(words: _Words) -> Tensor:
-    """(words,) bool."""
-    silent = (words.h[:, words.main] <= 0).all(1)
-    top = words.parts.where(words.h > 0, -torch.inf).max(1)
-    contributes = (words.letter > 0) & (top.values >= MIN_SHARE * words.letter)
-    return silent & contributes & (words.cosines[top.indices] >= FULL_COSINE)
-
-
-def _absorbed_fraction(words: _Words) -> Tensor:
-    """(words,) float32 in [0, 1]."""
-    by_main = words.parts[:, words.main].sum(1)
-    absorbs = (words.h > 0) & (words.cosines >= PARTIAL_COSINE)
-    absorbs[:, words.main] = False
-    most = min(MAX_ABSORBING, words.h.shape[1])
-    by_others = words.parts.where(absorbs, 0).clamp_min(0).topk(most, dim=1).values.sum(1)
-    missing = (words.letter - by_main).clamp_min(0)
+    by_main = parts[:, main].sum(1)
+    absorbs = fires & (cosines >= PARTIAL_COSINE)
+    absorbs[:, main] = False
+    by_others = parts.where(absorbs, 0).clamp_min(0).topk(min(MAX_ABSORBING, len(gains)), dim=1).values.sum(1)
+    missing = (has - by_main).clamp_min(0)
     made_up = torch.minimum(by_others, missing)
-    fraction = made_up / (made_up + by_main.clamp_min(0)).clamp_min(torch.finfo(torch.float32).tiny)
-    counts = (words.letter > 0) & (missing > 0) & (by_others >= MIN_SHARE * words.letter)
-    return torch.where(counts, fraction, 0)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    fraction = made_up / (made_up + by_main.clamp_min(0)).clamp_min(_TINY)
+    counts = (has > 0) & (missing > 0) & (by_others >= MIN_SHARE * has)
+    return full, torch.where(counts, fraction, 0)

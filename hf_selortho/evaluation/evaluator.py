@@ -1,4 +1,4 @@
-"""Measures a trained SAE on held-out text: on the activations themselves and inside the language model."""
+"""Measures trained SAEs on held-out text: on the activations themselves and inside the language model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from tqdm.auto import tqdm
 
 from ..data.contexts import Context, pad_batch
 from ..errors import SelOrthoError
-from ..language_models.capture import ActivationCapture, length_batches, only
+from ..language_models.capture import ActivationCapture, length_batches
 from ..modeling_selortho import SelOrthoSAE
-from .functional import batch_correlation_summary, correlation_histogram, cross_entropy, max_decoder_cosine
-from .metrics import CorrelationMetric, LossRecoveredMetric, ReconstructionMetric, SparsityMetric
+from .metrics import (
+    Correlations,
+    Figures,
+    LossRecovered,
+    Reconstruction,
+    Sparsity,
+    correlation_histogram,
+    cross_entropy,
+    max_decoder_cosine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,37 +38,10 @@ _LOGITS_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_sae` found. Figures that the data do not define (e.g. no eligible pair) are absent."""
+    """What `evaluate_saes` found. Figures that the data do not define (e.g. no eligible pair) are absent."""
 
-    metrics: dict[str, float | int]
+    metrics: Figures
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # for the pictures, see `plots`
-
-
-def evaluate_sae(
-    sae: SelOrthoSAE,
-    capture: ActivationCapture,
-    contexts: Sequence[Context],
-    *,
-    batch_size: int = 4096,
-    ce_samples: int = 64,
-    progress: bool = True,
-    seed: int = 0,
-) -> Evaluation:
-    """Evaluate `sae` on the language model's activations for held-out `contexts`.
-
-    Correlations are measured on batches of `batch_size` tokens with the pair settings of the SAE's config and
-    averaged. The cross-entropies are measured on `ce_samples` of the contexts (0: not at all), next to the true
-    tokens: with the activations untouched, with the SAE's reconstruction in their place, and with zeros. Only the
-    positions that an SAE is trained on are replaced: BOS, padding and sinks keep their activations. The same contexts
-    and seed give the same figures.
-
-    Raises:
-        SelOrthoError: no contexts, no tokens left to measure, or an SAE of another width than the language model.
-    """
-    (evaluation,) = evaluate_saes(
-        [sae], capture, contexts, batch_size=batch_size, ce_samples=ce_samples, progress=progress, seed=seed
-    )
-    return evaluation
 
 
 def evaluate_saes(
@@ -74,18 +55,26 @@ def evaluate_saes(
     progress: bool = True,
     seed: int = 0,
 ) -> list[Evaluation]:
-    """[`evaluate_sae`] of several SAEs, of one or several layers, in one pass over the text.
+    """Evaluate SAEs, of one or several layers, in one pass over held-out text.
+
+    Correlations are measured on batches of tokens with the pair settings of each SAE's config and averaged. The
+    cross-entropies are measured with the activations untouched, with the SAE's reconstruction in their place, and with
+    zeros. Only the positions that an SAE is trained on are replaced: BOS, padding and sinks keep their activations. The
+    same contexts and seed give the same figures.
 
     Args:
         saes: each with its `layer` in its config, where `capture` reads several.
         capture: the language model at all of these layers; None: no cross-entropies, and `batches` are needed.
         contexts: held-out text.
         batches: activations by layer, (B, d_in) each, where they need not be computed again.
-        batch_size, ce_samples, progress, seed: as above.
+        batch_size: tokens of a batch.
+        ce_samples: contexts that the cross-entropies are measured on; 0: not at all.
+        progress: whether to show bars.
+        seed: of the order of the contexts and of the tokens.
+
+    Raises:
+        SelOrthoError: no contexts, no tokens left to measure, or an SAE of another width than the language model.
     """
-    if capture is not None:
-        for sae in saes:
-            _check_fit(sae, capture)
     if not contexts:
         raise SelOrthoError("no held-out contexts to evaluate on: use more text or a larger held-out fraction")
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -94,15 +83,16 @@ def evaluate_saes(
         if batches is None:
             assert capture is not None
             batches = _token_batches(capture, shuffled, batch_size, seed, progress)
-        found = _measure_features(saes, batches, batch_size)
-        for sae, (metrics, arrays) in zip(saes, found, strict=True):
-            arrays["max_decoder_cosine"] = max_decoder_cosine(sae.W_dec).cpu().numpy()
-            metrics["max_decoder_cosine"] = float(arrays["max_decoder_cosine"].mean())
+        running = [_FeatureMetrics(sae, batch_size) for sae in saes]
+        for batch in batches:
+            for metrics in running:
+                metrics.add(batch)
+        evaluations = [metrics.result(len(contexts)) for metrics in running]
         if capture is not None:
             losses = _measure_cross_entropy(saes, capture, shuffled[:ce_samples], progress)
-            for (metrics, _), loss in zip(found, losses, strict=True):
-                metrics |= loss
-    return [Evaluation({"samples": len(contexts)} | _defined(metrics), arrays) for metrics, arrays in found]
+            for evaluation, loss in zip(evaluations, losses, strict=True):
+                evaluation.metrics.update(loss)
+    return [Evaluation(_defined(evaluation.metrics), evaluation.arrays) for evaluation in evaluations]
 
 
 def next_token_losses(capture: ActivationCapture, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -116,16 +106,6 @@ def next_token_losses(capture: ActivationCapture, input_ids: Tensor, attention_m
     row, column = attention_mask[:, 1:].bool().nonzero(as_tuple=True)  # token column + 1 is predicted at column
     index = row * input_ids.shape[1] + column
     return cross_entropy(logits.flatten(0, 1), input_ids[row, column + 1], index)
-
-
-def _check_fit(sae: SelOrthoSAE, capture: ActivationCapture) -> None:
-    width, lm = sae.config.d_in, capture.lm
-    if width != lm.d_model:
-        trained_on = f", trained on {sae.config.lm_name}" if sae.config.lm_name else ""
-        raise SelOrthoError(
-            f"the SAE has d_in={width}{trained_on}, but the activations of {lm.name} are {lm.d_model} wide: "
-            "evaluate it on the language model it was trained on"
-        )
 
 
 def _token_batches(
@@ -165,64 +145,62 @@ def _groups(contexts: Sequence[Context], tokens: int) -> Iterator[list[Context]]
 
 
 class _FeatureMetrics:
-    """Running metrics of one SAE."""
+    """Running metrics of one SAE, and the correlation histogram of the first batch."""
 
     def __init__(self, sae: SelOrthoSAE, batch_size: int) -> None:
         self.sae = sae
-        self.pairs = {name: getattr(sae.config, name) for name in ("pair_fraction", "min_support", "correlation")}
-        self.reconstruction, self.sparsity = ReconstructionMetric(), SparsityMetric()
-        self.correlation = CorrelationMetric(batch_size=batch_size, **self.pairs)
+        self.reconstruction, self.sparsity = Reconstruction(), Sparsity()
+        config = sae.config
+        self.correlations = Correlations(batch_size, config.pair_fraction, config.min_support, config.correlation)
         self.arrays: dict[str, np.ndarray] = {}
 
     def add(self, batch: Mapping[int, Tensor]) -> None:
-        layer = self.sae.config.layer
-        found = only(batch) if layer is None or layer not in batch else batch[layer]
-        x = found.to(self.sae.device).float()  # (B, d_in)
+        x = batch[_layer_of(self.sae, tuple(batch))].to(self.sae.device).float()  # (B, d_in)
         h = self.sae.encode(x)  # (B, d_sae)
-        self.reconstruction.add_batch(predictions=self.sae.decode(h), references=x)
-        self.sparsity.add_batch(predictions=h)
-        self.correlation.add_batch(predictions=h)
-        if not self.arrays:
-            self.arrays = _correlation_arrays(h, **self.pairs)
+        self.reconstruction += Reconstruction.of(x, self.sae.decode(h))
+        self.sparsity += Sparsity.of(h)
+        self.correlations += h
+        if not self.arrays and len(h):
+            config = self.sae.config
+            histogram = correlation_histogram(h, min_support=config.min_support, correlation=config.correlation)
+            self.arrays["correlation_counts"] = histogram.counts.numpy()
+            self.arrays["correlation_edges"] = histogram.edges.numpy()
+            self.arrays["correlation_features"] = np.array([histogram.features, histogram.eligible_features])
 
-    def result(self) -> tuple[dict[str, float | int], dict[str, np.ndarray]]:
-        if len(self.sparsity) == 0:
+    def result(self, samples: int) -> Evaluation:
+        """The figures of everything added, of so many contexts."""
+        tokens = self.sparsity.tokens
+        if tokens == 0:
             raise SelOrthoError("no held-out token is left once special and sink tokens are dropped: use longer texts")
-        self.arrays["feature_density"] = self.sparsity.density().cpu().numpy()
-        metrics = {"tokens": len(self.sparsity)} | self.reconstruction.compute()
-        return metrics | self.sparsity.compute() | self.correlation.compute(), self.arrays
+        metrics = {"samples": samples, "tokens": tokens} | self.reconstruction.figures() | self.sparsity.figures()
+        metrics |= self.correlations.figures()
+        cosines = max_decoder_cosine(self.sae.W_dec).cpu().numpy()
+        metrics["max_decoder_cosine"] = float(cosines.mean())
+        arrays = self.arrays | {
+            "correlation_threshold": np.array(self.correlations.summaries[0].threshold),
+            "feature_density": self.sparsity.density.cpu().numpy(),
+            "max_decoder_cosine": cosines,
+        }
+        return Evaluation(metrics, arrays)
 
 
-def _measure_features(
-    saes: Sequence[SelOrthoSAE], batches: Iterable[Mapping[int, Tensor]], batch_size: int
-) -> list[tuple[dict[str, float | int], dict[str, np.ndarray]]]:
-    running = [_FeatureMetrics(sae, batch_size) for sae in saes]
-    for batch in batches:
-        for metrics in running:
-            metrics.add(batch)
-    return [metrics.result() for metrics in running]
-
-
-def _correlation_arrays(h: Tensor, pair_fraction: float, min_support: int, correlation: str) -> dict[str, np.ndarray]:
-    """What the correlation histogram shows, of one batch."""
-    histogram = correlation_histogram(h, min_support=min_support, correlation=correlation)
-    summary = batch_correlation_summary(h, pair_fraction, min_support, correlation)
-    return {
-        "correlation_counts": histogram.counts.numpy(),
-        "correlation_edges": histogram.edges.numpy(),
-        "correlation_threshold": np.array(summary.threshold),
-        "correlation_features": np.array([histogram.features, histogram.eligible_features]),
-    }
+def _layer_of(sae: SelOrthoSAE, layers: Sequence[int]) -> int:
+    """Which of the layers the SAE reads; the only one where its config says none of them."""
+    wanted = sae.config.layer
+    if wanted is not None and wanted in layers:
+        return wanted
+    (layer,) = layers
+    return layer
 
 
 def _measure_cross_entropy(
     saes: Sequence[SelOrthoSAE], capture: ActivationCapture, contexts: Sequence[Context], progress: bool
-) -> list[dict[str, float | int]]:
+) -> list[Figures]:
     contexts = [c for c in contexts if len(c.input_ids) > 1]
     if not contexts:
         return [{} for _ in saes]
-    metrics = [LossRecoveredMetric() for _ in saes]
-    places = [capture.at(sae.config.layer if sae.config.layer in capture.layers else capture.layer) for sae in saes]
+    totals = [LossRecovered() for _ in saes]
+    sites = [capture.at(_layer_of(sae, capture.layers)) for sae in saes]
     lm = capture.lm.model
     batch_tokens = _LOGITS_BYTES // (lm.config.get_text_config().vocab_size * lm.dtype.itemsize)
     pad_id = capture.lm.tokenizer.pad_token_id or 0
@@ -231,13 +209,13 @@ def _measure_cross_entropy(
             tokens = pad_batch([contexts[number] for number in numbers], pad_id)
             clean = next_token_losses(capture, *tokens)
             ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
-            for sae, place, metric in zip(saes, places, metrics, strict=True):
-                if place.layer not in ablated:
-                    ablated[place.layer] = _spliced_losses(place, *tokens, torch.zeros_like)
-                spliced = _spliced_losses(place, *tokens, _reconstruction_of(sae))
-                metric.add_batch(references=clean, predictions=spliced, ablations=ablated[place.layer])
+            for number, (sae, site) in enumerate(zip(saes, sites, strict=True)):
+                if site.layer not in ablated:
+                    ablated[site.layer] = _spliced_losses(site, *tokens, torch.zeros_like)
+                spliced = _spliced_losses(site, *tokens, _reconstruction_of(sae))
+                totals[number] += LossRecovered.of(clean, spliced, ablated[site.layer])
             bar.update(len(numbers))
-    return [{"ce_samples": len(contexts)} | metric.compute() for metric in metrics]
+    return [{"ce_samples": len(contexts)} | total.figures() for total in totals]
 
 
 def _reconstruction_of(sae: SelOrthoSAE) -> Callable[[Tensor], Tensor]:
@@ -257,7 +235,7 @@ def _spliced_losses(
         return next_token_losses(capture, input_ids, attention_mask)
 
 
-def _defined(metrics: dict[str, float | int]) -> dict[str, float | int]:
+def _defined(metrics: Figures) -> Figures:
     """Without NaN and infinity, which JSON does not have."""
     undefined = [name for name, value in metrics.items() if not math.isfinite(value)]
     if undefined:

@@ -6,7 +6,6 @@ SAEs against it.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import math
@@ -20,13 +19,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.contexts import Context
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
-from .absorption import FirstLetterTask, f1_score
+from .absorption import FirstLetterTask
+from .probing import split_by_class
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def first_letter_task(
     prompt = _solved(examples[:activation_examples])
     found, activations, left_out = _enough(*_read(capture, prompt, _draw_words(vocabulary, words, rng)), min_words)
     letters = torch.tensor([word.letter for word in found])
-    train = _split(letters, seed)
+    train = split_by_class(letters, lambda size: min(round(TRAIN_SHARE * size), size - 1), seed)  # one is left to test
     probes, biases = fit_probes(activations[train], letters[train])
     tested = [word for word, trained in zip(found, train.tolist(), strict=True) if not trained]
     asked = rng.sample(tested, min(SPELLED_WORDS, len(tested)))
@@ -141,9 +142,9 @@ def fit_probes(activations: Tensor, letters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _probe_f1(activations: Tensor, letters: Tensor, probes: Tensor, biases: Tensor) -> list[float]:
-    yes = activations.double() @ probes.double().T + biases.double() > 0  # (words, 26)
+    said = activations.double() @ probes.double().T + biases.double() > 0  # (words, 26)
     return [
-        f1_score(yes[:, letter], letters == letter) if bias > -math.inf else math.nan
+        float(f1_score(letters == letter, said[:, letter], zero_division=0)) if bias > -math.inf else math.nan
         for letter, bias in enumerate(biases.tolist())
     ]
 
@@ -182,24 +183,19 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def _read(capture: ActivationCapture, prompt: str, words: Sequence[_Word]) -> tuple[list[_Word], Tensor]:
     """The words that are single tokens after the prompt and no sinks, and their activations (words, d_in) float32."""
-    layer = capture.layer  # a single one
     tokenizer = capture.lm.tokenizer
     start = _prompt_ids(tokenizer, prompt)
-    expected = [[*start, word.token_id] for word in words]
-    single = [
-        number
+    contexts = [  # what follows a word cannot change its activation, so the contexts end there
+        Context(number, [*start, word.token_id])
         for number, word in enumerate(words)
-        if _prompt_ids(tokenizer, f"{prompt} {word.text}") == expected[number]
+        if _prompt_ids(tokenizer, f"{prompt} {word.text}") == [*start, word.token_id]
     ]
-    parts, places = [], []
-    # what follows a word cannot change its activation, so the contexts end there
-    for captured in capture.capture_batches([Context(number, expected[number]) for number in single]):
+    activations, found = [torch.zeros(0, capture.lm.d_model)], []
+    for captured in capture.capture_batches(contexts):
         at_word = captured[captured.origins.positions == len(start)]
-        parts.append(at_word.by_layer[layer].float().cpu())
-        places += at_word.origins.document_ids.tolist()
-    if not places:
-        return [], torch.zeros(0, capture.lm.d_model)
-    return [words[place] for place in places], torch.cat(parts)
+        activations.append(at_word.by_layer[capture.layer].float().cpu())
+        found += [words[number] for number in at_word.origins.document_ids.tolist()]
+    return found, torch.cat(activations)
 
 
 def _enough(words: list[_Word], activations: Tensor, min_words: int) -> tuple[list[_Word], Tensor, tuple[str, ...]]:
@@ -217,31 +213,18 @@ def _enough(words: list[_Word], activations: Tensor, min_words: int) -> tuple[li
     return [words[row] for row in kept], activations[kept], left_out
 
 
-def _split(letters: Tensor, seed: int) -> Tensor:
-    """Which words are train words (words,) bool: the same share of each letter, one word left for the test at least."""
-    generator = torch.Generator().manual_seed(seed)
-    train = torch.zeros(len(letters), dtype=torch.bool)
-    for letter in letters.unique():
-        rows = (letters == letter).nonzero()[:, 0]
-        size = min(round(TRAIN_SHARE * len(rows)), len(rows) - 1)
-        train[rows[torch.randperm(len(rows), generator=generator)[:size]]] = True
-    return train
-
-
 @torch.inference_mode()
 def _spelling_accuracy(capture: ActivationCapture, prompt: str, words: Sequence[_Word]) -> float:
     """Share of the words after whose question the language model's likeliest next token is their first letter."""
     tokenizer, model = capture.lm.tokenizer, capture.lm.model
-    # the logits of one position instead of all, from the models that can
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    rows = [(word, _prompt_ids(tokenizer, prompt + QUESTION.format(word=word.text))) for word in words]
+    asked = [(word, _prompt_ids(tokenizer, prompt + QUESTION.format(word=word.text))) for word in words]
     right = 0
-    for length, same in itertools.groupby(sorted(rows, key=lambda row: len(row[1])), key=lambda row: len(row[1])):
-        alike = list(same)  # all of the words, unless the tokenizer is an odd one
-        size = max(capture.batch_tokens // length, 1)
+    # all questions have one length, unless the tokenizer is an odd one
+    for length, same in itertools.groupby(sorted(asked, key=lambda row: len(row[1])), key=lambda row: len(row[1])):
+        alike, size = list(same), max(capture.batch_tokens // length, 1)
         for batch in (alike[start : start + size] for start in range(0, len(alike), size)):
             input_ids = torch.tensor([ids for _, ids in batch], device=capture.device)
-            likeliest = model(input_ids=input_ids, use_cache=False, **options).logits[:, -1].argmax(-1).tolist()
-            said = [str(tokenizer.decode([token_id])).strip().upper() for token_id in likeliest]
+            logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]  # (words, vocabulary)
+            said = [str(tokenizer.decode([token_id])).strip().upper() for token_id in logits.argmax(-1).tolist()]
             right += sum(answer == LETTERS[word.letter] for answer, (word, _) in zip(said, batch, strict=True))
     return right / max(len(words), 1)

@@ -1,214 +1,362 @@
-"""The figures of `functional` as metrics of the `evaluate` library: defined here, so nothing is downloaded.
+"""Figures of merit of a sparse autoencoder as pure functions of tensors, and sums of them that add up over batches.
 
-Each is used like any other metric, `metric.compute(predictions=..., references=...)`, or batch by batch with
-`add_batch` and then `compute()`, alone or inside `evaluate.combine`. Inputs are tensors, arrays or lists; leading axes
-are flattened to tokens. They keep running sums instead of tables (see `streaming`), so memory does not grow with the
-number of tokens.
+Shapes: `B` tokens, `d_in` width of the language model, `n = d_sae` features, `V` vocabulary. Activations are raw
+activations of the language model (not normalised) unless said otherwise. Sums over tokens are accumulated in float64.
+
+Reconstruction, sparsity and the cross-entropies are sums: `total += Sparsity.of(h)` for every batch, from
+`total = Sparsity()` on, then `total.figures()`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TypeVar
 
 import torch
-from datasets import Sequence, Value
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SelOrthoError
-from .functional import (
-    CorrelationSummary,
-    batch_correlation_summary,
-    cross_entropy,
-    loss_recovered,
-)
-from .streaming import StreamingMetric
+from ..pair_selection import feature_norms, select_pairs
+
+Figures = dict[str, float | int]
 
 ACTIVE_THRESHOLD = 1e-6  # a feature is active if its mean activation is above this (the paper)
+# The float32 copy of a chunk of logits has to stay in the cache: above 16 MiB the log-softmax gets 5 times slower.
+_CHUNK_BYTES_CPU = 8 * 2**20
+_CHUNK_BYTES_GPU = 256 * 2**20
+_GRAM_BLOCK = 512
 
-_VECTORS = Sequence(Value("float32"))
-_SCALARS = Value("float32")
+
+_S = TypeVar("_S", bound="_Sums")
 
 
-class ReconstructionMetric(StreamingMetric):
-    """Reconstruction error: predictions are reconstructions (tokens, d_in), references the raw activations.
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over tokens; without arguments, over none."""
 
-    `mse`: mean squared L2 norm of the error. `fvu`: sum |x - x_hat|^2 / sum |x - mean|^2, the mean being that of all
-    tokens added. `explained_variance`: 1 - fvu. Sums of squares are merged around running means (Chan et al. 1983), so
-    that a mean activation much larger than the spread, as in Gemma, costs no digits.
+    tokens: int = 0
+
+    def __add__(self: _S, other: _S) -> _S:
+        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Reconstruction(_Sums):
+    """Reconstruction error.
+
+    `mse` is the mean over tokens of the squared L2 norm of the error (first term of the paper's eq. 7); `fvu`, the
+    fraction of variance unexplained, is sum |x - x_hat|^2 / sum |x - mean|^2 with the mean of all tokens: 0 is perfect,
+    1 no better than the mean, NaN where the tokens do not vary. Sums of squares are merged around running means (Chan
+    et al. 1983), so that a mean much larger than the spread, as in Gemma, costs no digits.
     """
 
-    inputs = {"predictions": _VECTORS, "references": _VECTORS}
-    description_text = "Reconstruction error of a sparse autoencoder: mse, fvu, explained_variance."
+    squared_error: float = 0.0
+    scatter: float = 0.0  # sum |x - mean|^2
+    mean: Tensor | float = 0.0  # (d_in,) float64
 
-    def reset(self) -> None:
-        self._squared_error = 0.0
-        self._scatter = 0.0  # sum |x - mean|^2
-        self._mean: Tensor | None = None  # (d_in,) float64
-
-    def _update(self, **batch: Tensor) -> None:
-        x_hat, x = batch["predictions"].double(), batch["references"].double()
-        if x_hat.shape != x.shape:
+    @classmethod
+    def of(cls, x: Tensor, x_hat: Tensor) -> Reconstruction:
+        """Measure raw activations and their reconstructions, both (..., d_in)."""
+        if x.shape != x_hat.shape:
             raise SelOrthoError(
-                f"predictions have shape {tuple(x_hat.shape)}, references {tuple(x.shape)}: they must be equal"
+                f"reconstructions of shape {tuple(x_hat.shape)} of activations of shape {tuple(x.shape)}: expected "
+                "equal shapes"
             )
-        self._squared_error += (x_hat - x).square().sum().item()
+        x, x_hat = x.double().flatten(0, -2), x_hat.double().flatten(0, -2)  # (B, d_in)
         mean = x.mean(0)
-        self._scatter += (x - mean).square().sum().item()
-        if self._mean is None:
-            self._mean = mean
-            return
-        share = len(x) / (self.tokens + len(x))
-        shift = mean - self._mean
-        self._scatter += shift.square().sum().item() * self.tokens * share
-        self._mean = self._mean + shift * share
+        return cls(len(x), (x_hat - x).square().sum().item(), (x - mean).square().sum().item(), mean)
 
-    def _result(self) -> dict[str, float | int]:
-        fvu = self._squared_error / self._scatter if self._scatter > 0 else math.nan
-        return {"mse": self._squared_error / self.tokens, "fvu": fvu, "explained_variance": 1 - fvu}
+    def __add__(self, other: Reconstruction) -> Reconstruction:
+        tokens = self.tokens + other.tokens
+        share = other.tokens / tokens
+        shift = torch.as_tensor(other.mean - self.mean)
+        return Reconstruction(
+            tokens,
+            self.squared_error + other.squared_error,
+            self.scatter + other.scatter + shift.square().sum().item() * self.tokens * share,
+            self.mean + shift * share,
+        )
+
+    def figures(self) -> Figures:
+        """Return mse, fvu and explained_variance."""
+        fvu = self.squared_error / self.scatter if self.scatter > 0 else math.nan
+        return {"mse": self.squared_error / self.tokens, "fvu": fvu, "explained_variance": 1 - fvu}
 
 
-class SparsityMetric(StreamingMetric):
-    """Sparsity and use of the dictionary: predictions are feature activations (tokens, d_sae).
+@dataclass(frozen=True)
+class Sparsity(_Sums):
+    """Sparsity and use of the dictionary.
 
-    `l0`: features that fire per token. `l1`: L1 norm per token. `active_features`: features of mean activation above
-    1e-6 (the paper); `dead_features`: features that never fired; both also as fractions of d_sae.
+    `l0`: features that fire (h > 0) per token. `l1`: L1 norm per token. `active_features`: features of mean activation
+    above 1e-6; `dead_features`: features that never fired; both also as fractions of d_sae.
     """
 
-    inputs = {"predictions": _VECTORS}
-    description_text = "Sparsity of feature activations: l0, l1, active and dead features."
+    fired: Tensor | int = 0  # (n,) int64, tokens on which each feature fired
+    total: Tensor | float = 0.0  # (n,) float64, sum of its activations
 
-    def reset(self) -> None:
-        self._fired: Tensor | None = None  # (d_sae,) int64
-        self._total: Tensor | None = None  # (d_sae,) float64
+    @classmethod
+    def of(cls, h: Tensor) -> Sparsity:
+        """Measure feature activations (..., n)."""
+        h = h.flatten(0, -2)
+        return cls(len(h), (h > 0).sum(0), h.abs().sum(0, dtype=torch.float64))
 
-    def _update(self, **batch: Tensor) -> None:
-        h = batch["predictions"]
-        fired, total = (h > 0).sum(0), h.abs().sum(0, dtype=torch.float64)
-        self._fired = fired if self._fired is None else self._fired + fired
-        self._total = total if self._total is None else self._total + total
-
+    @property
     def density(self) -> Tensor:
-        """Share of the tokens added so far on which each feature fired: (d_sae,) float64."""
-        assert self._fired is not None
-        return self._fired.double() / self.tokens
+        """Share of the tokens on which each feature fired: (n,) float64."""
+        return torch.as_tensor(self.fired).double() / self.tokens
 
-    def _result(self) -> dict[str, float | int]:
-        assert self._fired is not None and self._total is not None
-        n = len(self._fired)
-        active = int((self._total / self.tokens > ACTIVE_THRESHOLD).sum())
-        dead = int((self._fired == 0).sum())
+    def figures(self) -> Figures:
+        """Return l0, l1, active_features, active_fraction, dead_features and dead_fraction."""
+        fired, total = torch.as_tensor(self.fired), torch.as_tensor(self.total)
+        active, dead = int((total / self.tokens > ACTIVE_THRESHOLD).sum()), int((fired == 0).sum())
         return {
-            "l0": self._fired.sum().item() / self.tokens,
-            "l1": self._total.sum().item() / self.tokens,
+            "l0": fired.sum().item() / self.tokens,
+            "l1": total.sum().item() / self.tokens,
             "active_features": active,
-            "active_fraction": active / n,
+            "active_fraction": active / len(fired),
             "dead_features": dead,
-            "dead_fraction": dead / n,
+            "dead_fraction": dead / len(fired),
         }
 
 
-class CorrelationMetric(StreamingMetric):
-    """Correlations between features: predictions are feature activations (tokens, d_sae).
+@dataclass(frozen=True)
+class CrossEntropy(_Sums):
+    """Cross-entropy of a language model in nats a token, and perplexity."""
 
-    Correlation is a property of a batch. Tokens are collected into batches of exactly `batch_size`, whatever the sizes
-    they arrive in, each batch is measured by itself, and the figures of the batches are averaged with equal weight. A
-    last, shorter batch counts only if there is no other. Holds at most one batch of activations at a time.
+    nll: float = 0.0
 
-    `peak_correlation`, `mean_correlation`, `top_correlation` (mean over the selected pairs), `selected_pairs`,
-    `unique_features`.
-    """
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> CrossEntropy:
+        """Measure next-token logits (B, V) and the true next ids (B,)."""
+        return cls(len(targets), cross_entropy(logits, targets).sum(dtype=torch.float64).item())
 
-    inputs = {"predictions": _VECTORS}
-    description_text = "Correlations between the features of a sparse autoencoder, per batch of tokens."
-
-    def __init__(
-        self,
-        batch_size: int = 4096,
-        pair_fraction: float = 1e-3,
-        min_support: int = 4,
-        correlation: str = "cosine",
-        **kwargs: Any,
-    ) -> None:
-        self.batch_size = batch_size
-        self.settings = {"pair_fraction": pair_fraction, "min_support": min_support, "correlation": correlation}
-        super().__init__(**kwargs)
-
-    def reset(self) -> None:
-        self._waiting: list[Tensor] = []
-        self._summaries: list[CorrelationSummary] = []
-
-    def _update(self, **batch: Tensor) -> None:
-        self._waiting.append(batch["predictions"])
-        while sum(map(len, self._waiting)) >= self.batch_size:
-            tokens = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-            self._measure(tokens[: self.batch_size])
-            rest = tokens[self.batch_size :]
-            self._waiting = [rest] if len(rest) else []
-
-    def _measure(self, h: Tensor) -> None:
-        self._summaries.append(batch_correlation_summary(h, **self.settings))  # type: ignore[arg-type]
-
-    def _result(self) -> dict[str, float | int]:
-        if not self._summaries:
-            self._measure(torch.cat(self._waiting))
-        mean = {f.name: _mean([getattr(s, f.name) for s in self._summaries]) for f in fields(CorrelationSummary)}
-        return {
-            "peak_correlation": mean["peak"],
-            "mean_correlation": mean["mean"],
-            "top_correlation": mean["top"],
-            "selected_pairs": mean["selected_pairs"],
-            "unique_features": mean["unique_features"],
-        }
-
-
-class CrossEntropyMetric(StreamingMetric):
-    """Cross-entropy in nats: predictions are next-token logits (tokens, vocabulary), references the true next ids."""
-
-    inputs = {"predictions": _VECTORS, "references": Value("int64")}
-    description_text = "Cross-entropy of a language model in nats a token, and perplexity."
-
-    def reset(self) -> None:
-        self._sum = 0.0
-
-    def _update(self, **batch: Tensor) -> None:
-        self._sum += cross_entropy(batch["predictions"], batch["references"].long()).sum(dtype=torch.float64).item()
-
-    def _result(self) -> dict[str, float | int]:
-        mean = self._sum / self.tokens
+    def figures(self) -> Figures:
+        """Return cross_entropy, perplexity and tokens."""
+        mean = self.nll / self.tokens
         return {"cross_entropy": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "tokens": self.tokens}
 
 
-class LossRecoveredMetric(StreamingMetric):
+@dataclass(frozen=True)
+class LossRecovered(_Sums):
     """How much of the language model's cross-entropy the reconstruction preserves.
 
-    Inputs are negative log-likelihoods (tokens,) of the same tokens: `references` of the untouched model,
-    `predictions` with the reconstruction spliced in, `ablations` with the layer's output set to zero. `loss_recovered`
-    is (ablation - reconstruction) / (ablation - clean) of the means.
+    `loss_recovered` is (ablation - reconstruction) / (ablation - clean) of the means: 1 means that the language model
+    predicts as well with the reconstruction as with the true activations, 0 as badly as with the layer's output set to
+    zero; it may leave [0, 1]. NaN where ablation does not change the loss at all.
     """
 
-    inputs = {"predictions": _SCALARS, "references": _SCALARS, "ablations": _SCALARS}
-    description_text = "Share of the damage of zero ablation that the reconstruction undoes, in cross-entropy."
+    clean: float = 0.0
+    reconstruction: float = 0.0
+    ablation: float = 0.0
 
-    def reset(self) -> None:
-        self._sums = dict.fromkeys(self.inputs, 0.0)
+    @classmethod
+    def of(cls, clean: Tensor, reconstruction: Tensor, ablation: Tensor) -> LossRecovered:
+        """Measure negative log-likelihoods of the same tokens, (B,) each: of the untouched model, and of the model
+        with the reconstruction or zeros in place of the activations."""
+        return cls(len(clean), *(nll.sum(dtype=torch.float64).item() for nll in (clean, reconstruction, ablation)))
 
-    def _update(self, **batch: Tensor) -> None:
-        for name, values in batch.items():
-            self._sums[name] += values.sum(dtype=torch.float64).item()
-
-    def _result(self) -> dict[str, float | int]:
-        clean, spliced, ablated = (self._sums[k] / self.tokens for k in ("references", "predictions", "ablations"))
+    def figures(self) -> Figures:
+        """Return ce_clean, ce_reconstruction, ce_zero_ablation, loss_recovered and ce_tokens."""
+        clean, spliced, ablated = (nll / self.tokens for nll in (self.clean, self.reconstruction, self.ablation))
+        damage = ablated - clean
         return {
             "ce_clean": clean,
             "ce_reconstruction": spliced,
             "ce_zero_ablation": ablated,
-            "loss_recovered": loss_recovered(clean, spliced, ablated),
+            "loss_recovered": math.nan if damage == 0 else (ablated - spliced) / damage,
             "ce_tokens": self.tokens,
         }
 
 
-def _mean(values: list[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return sum(known) / len(known) if known else math.nan
+@dataclass(frozen=True)
+class CorrelationSummary:
+    """Correlations of the features of one batch. A figure that the batch does not define (no eligible pair) is NaN."""
+
+    peak: float  # largest |c| over the eligible pairs
+    mean: float  # mean |c| over the eligible pairs
+    top: float  # mean |c| over the selected pairs, the top `pair_fraction` of all pairs
+    threshold: float  # smallest |c| among the selected pairs
+    selected_pairs: int
+    unique_features: int  # features that occur in at least one selected pair
+    eligible_features: int  # features that fired on at least `min_support` tokens of the batch
+
+
+@dataclass(frozen=True)
+class CorrelationHistogram:
+    """How the correlations of the eligible pairs of one batch are distributed."""
+
+    counts: Tensor  # (bins,) int64, pairs in each bin
+    edges: Tensor  # (bins + 1,) float64
+    features: int  # eligible features that were looked at
+    eligible_features: int  # eligible features in the batch; larger than `features` when they were sampled
+
+
+def correlation_summary(
+    h: Tensor, pair_fraction: float = 1e-3, min_support: int = 1, correlation: str = "cosine"
+) -> CorrelationSummary:
+    """Correlations (eq. 4) between the features of one batch `h` (B, n), over its eligible pairs.
+
+    Pairs are unordered, i < j, and eligible if both features fired on at least `min_support` tokens. The selected pairs
+    are exactly those that the penalty would pick.
+    """
+    pairs = select_pairs(h, pair_fraction=pair_fraction, min_support=min_support, correlation=correlation)
+    unit = _unit_columns(h, min_support, correlation)
+    magnitude = pairs.correlation.double().abs()  # falling
+    defined = magnitude.numel() > 0
+    return CorrelationSummary(
+        peak=magnitude[0].item() if defined else math.nan,
+        mean=_mean_magnitude(unit),
+        top=magnitude.mean().item() if defined else math.nan,
+        threshold=magnitude[-1].item() if defined else math.nan,
+        selected_pairs=magnitude.numel(),
+        unique_features=torch.cat([pairs.i, pairs.j]).unique().numel(),
+        eligible_features=unit.shape[1],
+    )
+
+
+class Correlations:
+    """Correlations between features, over batches.
+
+    They are a property of a batch: each batch of exactly `batch_size` tokens is measured by itself, whatever the sizes
+    that tokens arrive in, and the figures of the batches are averaged with equal weight, over those that define them. A
+    last, shorter batch counts only if there is no other. Holds at most one batch of activations at a time.
+    """
+
+    def __init__(
+        self, batch_size: int = 4096, pair_fraction: float = 1e-3, min_support: int = 4, correlation: str = "cosine"
+    ) -> None:
+        self.tokens = 0
+        self.summaries: list[CorrelationSummary] = []  # one a batch
+        self._batch_size = batch_size
+        self._summary = partial(
+            correlation_summary, pair_fraction=pair_fraction, min_support=min_support, correlation=correlation
+        )
+        self._waiting: list[Tensor] = []
+
+    def __iadd__(self, h: Tensor) -> Correlations:
+        self.tokens += len(h)
+        self._waiting.append(h)
+        if sum(map(len, self._waiting)) >= self._batch_size:
+            batches = torch.cat(self._waiting).split(self._batch_size)
+            self.summaries += [self._summary(batch) for batch in batches if len(batch) == self._batch_size]
+            self._waiting = [batch for batch in batches if len(batch) < self._batch_size]
+        return self
+
+    def figures(self) -> Figures:
+        """Return peak_correlation, mean_correlation, top_correlation, selected_pairs and unique_features."""
+        if not self.summaries:
+            self.summaries = [self._summary(torch.cat(self._waiting))]
+
+        def mean(name: str) -> float:
+            known = [value for summary in self.summaries if not math.isnan(value := getattr(summary, name))]
+            return sum(known) / len(known) if known else math.nan
+
+        return {
+            "peak_correlation": mean("peak"),
+            "mean_correlation": mean("mean"),
+            "top_correlation": mean("top"),
+            "selected_pairs": mean("selected_pairs"),
+            "unique_features": mean("unique_features"),
+        }
+
+
+def correlation_histogram(
+    h: Tensor,
+    bins: int = 100,
+    min_support: int = 1,
+    correlation: str = "cosine",
+    max_features: int = 8192,
+    seed: int = 0,
+) -> CorrelationHistogram:
+    """Counts of the eligible pairs of the batch `h` (B, n) by correlation.
+
+    The range is [0, 1] for cosines of non-negative activations, else [-1, 1]. The Gram matrix is walked in blocks of
+    rows. Above `max_features` eligible features a random sample of them is used (n^2 / 2 pairs would take minutes),
+    which the result tells.
+    """
+    unit = _unit_columns(h, min_support, correlation)
+    eligible = unit.shape[1]
+    if eligible > max_features:
+        order = torch.randperm(eligible, generator=torch.Generator().manual_seed(seed))[:max_features]
+        unit = unit[:, order.sort().values.to(unit.device)]
+    low = 0.0 if _non_negative(unit) else -1.0
+    counts = torch.zeros(bins, dtype=torch.int64)
+    for block in _upper_gram_blocks(unit):
+        # The bins are filled by index: rounding in float32 may push a correlation of 1 just above it.
+        index = ((block.double() - low) / (1.0 - low) * bins).long().clamp_(0, bins - 1)
+        counts += torch.bincount(index.flatten(), minlength=bins).cpu()
+    edges = torch.linspace(low, 1.0, bins + 1, dtype=torch.float64)
+    return CorrelationHistogram(counts, edges, features=unit.shape[1], eligible_features=eligible)
+
+
+def max_decoder_cosine(W_dec: Tensor, block: int = 1024) -> Tensor:
+    """Largest cosine of each feature's decoder direction with any other's: (n, d_in) -> (n,) float32.
+
+    The signed maximum: opposite directions are no duplicates, since activations are not negative. A zero row has
+    cosine 0. Computed in blocks of rows, never (n, n).
+    """
+    n = W_dec.shape[0]
+    if n < 2:
+        raise SelOrthoError(f"a decoder of {n} feature has no pairs to compare, at least 2 are needed")
+    rows = nn.functional.normalize(W_dec.float(), dim=-1)
+    maxima = []
+    for start in range(0, n, block):
+        cosine = rows[start : start + block] @ rows.T  # (block, n)
+        own = torch.arange(cosine.shape[0], device=cosine.device)
+        cosine[own, start + own] = -torch.inf
+        maxima.append(cosine.amax(-1))
+    return torch.cat(maxima)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, index: Tensor | None = None, chunk_bytes: int | None = None
+) -> Tensor:
+    """Negative log-likelihood in nats of each target: logits (N, V) of any float type, targets (B,) -> (B,) float32.
+
+    `index` (B,) names the row of `logits` that predicts each target; by default they are the rows in order. Rows are
+    widened to float32 a chunk at a time: with Gemma's 262,144 entries a token takes 1 MiB, a batch of 4096 4 GiB.
+    """
+    if index is None:
+        index = torch.arange(logits.shape[0], device=logits.device)
+    if chunk_bytes is None:
+        chunk_bytes = _CHUNK_BYTES_CPU if logits.device.type == "cpu" else _CHUNK_BYTES_GPU
+    rows = max(1, chunk_bytes // (4 * logits.shape[-1]))
+    chunks = zip(index.split(rows), targets.split(rows), strict=True)
+    return torch.cat([nn.functional.cross_entropy(logits[i].float(), y, reduction="none") for i, y in chunks])
+
+
+def _unit_columns(h: Tensor, min_support: int, correlation: str) -> Tensor:
+    """The eligible columns of `h` (B, n) at L2 norm 1, centred first for "pearson": (B, eligible) float32."""
+    norms = feature_norms(h, correlation)
+    eligible = norms.eligible(min_support)
+    columns = h[:, eligible].float()
+    if norms.mean is not None:
+        columns = columns - norms.mean[eligible]
+    return columns / norms.squares[eligible].sqrt()
+
+
+def _non_negative(unit: Tensor) -> bool:
+    return bool((unit >= 0).all())
+
+
+def _mean_magnitude(unit: Tensor) -> float:
+    n = unit.shape[1]
+    if n < 2:
+        return math.nan
+    if _non_negative(unit):
+        # No Gram matrix needed: with no negative term, the sum over all i, j of <u_i, u_j> is |sum_i u_i|^2.
+        total = unit.double().sum(1).square().sum() - unit.double().square().sum()
+        return max(total.item(), 0.0) / (n * (n - 1))
+    return sum(block.abs().sum(dtype=torch.float64).item() for block in _upper_gram_blocks(unit)) / (n * (n - 1) / 2)
+
+
+def _upper_gram_blocks(unit: Tensor) -> Iterator[Tensor]:
+    """The strictly upper triangle of `unit.T @ unit`, one flat tensor for each block of rows."""
+    n = unit.shape[1]
+    for start in range(0, n, _GRAM_BLOCK):
+        gram = unit[:, start : start + _GRAM_BLOCK].T @ unit[:, start:]  # (block, n - start)
+        upper = torch.ones_like(gram, dtype=torch.bool).triu(1)
+        yield gram[upper]

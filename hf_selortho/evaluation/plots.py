@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def plot_training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathL
     """
     panels = [p for p in _PANELS if any(len(_series(rows, key)[0]) for key in p.series)]
     if not panels:
-        raise SelOrthoError("no training curves to draw: the rows hold none of " + ", ".join(_known_keys()))
+        raise SelOrthoError("no training curves to draw: the rows hold none of the figures of metrics.jsonl")
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     with rc_context(STYLE):
@@ -66,13 +67,13 @@ def plot_training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathL
 def plot_correlation_histogram(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
     """Draw how the correlations of the feature pairs are distributed, the selected tail marked.
 
-    `arrays` are those of `evaluate_sae`: `correlation_counts`, `correlation_edges`, `correlation_threshold`.
+    `arrays` are those of `evaluate_saes`: `correlation_counts`, `correlation_edges`, `correlation_threshold` and
+    `correlation_features`.
     """
     counts, edges = arrays["correlation_counts"], arrays["correlation_edges"]
     threshold = float(arrays["correlation_threshold"])
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.9), layout="constrained")
-        axes = figure.add_subplot()
+    features, eligible = arrays["correlation_features"]
+    with _picture(path, "Correlations between features") as axes:
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, label="pairs of features")
         if math.isfinite(threshold):
             _mark_tail(axes, counts, edges, threshold)
@@ -83,9 +84,10 @@ def plot_correlation_histogram(arrays: Mapping[str, np.ndarray], path: str | os.
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("correlation of two features over one batch of held-out tokens")
         axes.set_ylabel("pairs (log scale)")
-        axes.set_title("Correlations between features" + _sampled(arrays))
+        if features < eligible:
+            axes.set_title(f"{axes.get_title(loc='left')} (a sample of {features:,} of {eligible:,})")
         axes.legend(loc="upper right")
-        return save_picture(figure, path)
+    return Path(path)
 
 
 def plot_feature_density(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
@@ -93,41 +95,48 @@ def plot_feature_density(arrays: Mapping[str, np.ndarray], path: str | os.PathLi
     density = arrays["feature_density"]
     alive = density[density > 0]  # a logarithmic axis has no zero: the others are named in the title
     dead = len(density) - len(alive)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        axes = figure.add_subplot()
+    with _picture(path, "How often features fire" + f" ({dead:,} of {len(density):,} never did)" * (dead > 0)) as axes:
         if len(alive):
             low = math.floor(math.log10(alive.min()) - 1e-9)
-            bins = np.logspace(low, 0, max(60, 10 * -low) + 1).tolist()
-            axes.hist(alive, bins=bins, color=BLUE)
             median = float(np.median(alive))
-            axes.axvline(median, color=VERMILION, linewidth=1.8, linestyle="--", label=f"median {_share(median)}")
-            axes.set_xlim(bins[0], 1)
+            _draw_histogram(
+                axes, alive, np.logspace(low, 0, max(60, 10 * -low) + 1), median, f"median {_share(median)}"
+            )
             axes.legend(loc="upper left")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: _share(value))
         axes.set_xlabel("share of held-out tokens on which the feature fires (log scale)")
-        axes.set_ylabel("features")
-        axes.set_title("How often features fire" + f" ({dead:,} of {len(density):,} never did)" * (dead > 0))
-        return save_picture(figure, path)
+    return Path(path)
 
 
 def plot_decoder_cosine(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Path:
     """Draw every feature's largest decoder cosine with another feature (`arrays["max_decoder_cosine"]`)."""
     cosine = arrays["max_decoder_cosine"]
-    mean = float(cosine.mean())
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        low = min(0.0, math.floor(float(cosine.min()) * 10) / 10)
-        axes.hist(cosine, bins=np.linspace(low, 1, 61).tolist(), color=BLUE)
-        axes.axvline(mean, color=VERMILION, linewidth=1.8, linestyle="--", label=f"mean {mean:.2f}")
-        axes.set_xlim(low, 1)
-        axes.set_xlabel("cosine with the most similar other decoder direction (1: a duplicate)")
-        axes.set_ylabel("features")
-        axes.set_title("Nearest neighbours among the decoder directions")
+    mean, low = float(cosine.mean()), min(0.0, math.floor(float(cosine.min()) * 10) / 10)
+    with _picture(path, "Nearest neighbours among the decoder directions") as axes:
+        _draw_histogram(axes, cosine, np.linspace(low, 1, 61), mean, f"mean {mean:.2f}")
         axes.legend(loc="upper right")
-        return save_picture(figure, path)
+        axes.set_xlabel("cosine with the most similar other decoder direction (1: a duplicate)")
+    return Path(path)
+
+
+@contextmanager
+def _picture(path: str | os.PathLike[str], title: str) -> Iterator[Axes]:
+    """One pair of axes, saved at the end."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.7), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        yield axes
+        save_picture(figure, path)
+
+
+def _draw_histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, middle: float, label: str) -> None:
+    """How many features have which value, and a line at the middle one."""
+    axes.hist(values, bins=bins.tolist(), color=BLUE)
+    axes.axvline(middle, color=VERMILION, linewidth=1.8, linestyle="--", label=label)
+    axes.set_xlim(bins[0], bins[-1])
+    axes.set_ylabel("features")
 
 
 def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -157,13 +166,10 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) ->
 def _mark_tail(axes: Axes, counts: np.ndarray, edges: np.ndarray, threshold: float) -> None:
     """Colour the pairs of |correlation| above the threshold, splitting the bin it falls into."""
     label = f"selected: |c| ≥ {threshold:.2f}" if edges[0] < 0 else f"selected: c ≥ {threshold:.2f}"
-    for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
-        if right > threshold:
-            start = max(left, threshold)
-            axes.bar(start, count, right - start, align="edge", color=VERMILION, label=label)
-            label = ""  # one entry in the legend
-        if left < -threshold:
-            axes.bar(left, count, min(right, -threshold) - left, align="edge", color=VERMILION)
+    left, right = np.maximum(edges[:-1], threshold), np.minimum(edges[1:], -threshold)
+    above, below = left < edges[1:], edges[:-1] < right
+    axes.bar(left[above], counts[above], (edges[1:] - left)[above], align="edge", color=VERMILION, label=label)
+    axes.bar(edges[:-1][below], counts[below], (right - edges[:-1])[below], align="edge", color=VERMILION)
     for position in (threshold, -threshold) if edges[0] < 0 else (threshold,):
         axes.axvline(position, color=GREY, linewidth=1, linestyle="--")
 
@@ -173,10 +179,6 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
     found = [(row["step"], row[key]) for row in rows if "step" in row and isinstance(row.get(key), int | float)]
     points = np.array([p for p in found if math.isfinite(p[1])], dtype=float).reshape(-1, 2)
     return points[:, 0], points[:, 1]
-
-
-def _known_keys() -> list[str]:
-    return [key for panel in _PANELS for key in panel.series]
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -189,8 +191,3 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def _share(value: float) -> str:
     return f"{value * 100:.2g}%" if value < 0.0995 else f"{value * 100:.0f}%"
-
-
-def _sampled(arrays: Mapping[str, np.ndarray]) -> str:
-    features, eligible = arrays.get("correlation_features", (0, 0))
-    return f" (a sample of {features:,} of {eligible:,})" if features < eligible else ""

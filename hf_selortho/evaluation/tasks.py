@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.texts import TextSource
+from torch import Tensor
+
+from ..data.contexts import Cutter, held_out_contexts
+from ..data.texts import TextSource, open_documents
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
 from .absorption import absorption
+from .evaluator import evaluate_saes
 from .first_letter import FirstLetterTask, first_letter_task
 from .labelled_text import labelled_documents
 from .probing import LabelledTexts, dense_probing, read_labelled_texts, sparse_probing
+from .stability import stability
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +46,8 @@ def prepare_tasks(
     capture: ActivationCapture,
     source: TextSource,
     label_column: str | None,
-    cutting: dict[str, Any],
-    sizes: dict[str, Any],
+    cutting: Mapping[str, Any],
+    sizes: Mapping[str, Any],
 ) -> Tasks:
     """Read the labelled texts and the words with a language model at one layer.
 
@@ -57,26 +63,55 @@ def prepare_tasks(
     if label_column is None or not texts:
         facts["no_probing"] = "the texts have no labels" if label_column is None else "left out by the plan"
     else:
-        documents, labels = labelled_documents(source, label_column, texts)
-        probing = read_labelled_texts(capture, documents, labels, **cutting)
+        probing = read_labelled_texts(capture, *labelled_documents(source, label_column, texts), **cutting)
         facts |= dense_probing(probing) | {"probing_texts": len(probing), "probing_classes": len(probing.classes)}
     if not words:
         facts["no_first_letter"] = "left out by the plan"
     else:
-        first_letter = _first_letter_or_none(capture, words, facts)
+        try:
+            first_letter = first_letter_task(capture, words=words)
+            facts |= first_letter.facts
+        except SelOrthoError as error:  # the tokenizer has no words for it
+            facts["no_first_letter"] = str(error)
     return Tasks(probing, first_letter, facts)
 
 
-def _first_letter_or_none(capture: ActivationCapture, words: int, facts: dict[str, Any]) -> FirstLetterTask | None:
-    """The task; None, and the reason among the facts, where the tokenizer has no words for it."""
-    try:
-        task = first_letter_task(capture, words=words)
-    except SelOrthoError as error:
-        facts["no_first_letter"] = str(error)
-        return None
-    facts |= {
-        "spelling_accuracy": task.spelling_accuracy, "first_letter_probe_f1": task.mean_probe_f1,
-        "first_letter_words": len(task.words), "first_letter_caution": task.words_of_caution,
-        "first_letter_left_out": list(task.left_out),
-    }  # fmt: skip
-    return task
+def evaluate_on_text(
+    sae: SelOrthoSAE,
+    capture: ActivationCapture,
+    source: TextSource,
+    label_column: str | None,
+    cutting: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    *,
+    others: Mapping[str, Tensor],
+    samples: int = 1000,
+    ce_samples: int = 64,
+    batch_size: int = 4096,
+) -> dict[str, Any]:
+    """Measure an SAE on held-out text, on the tasks, and beside other SAEs: what docs/metrics.md calls "evaluation".
+
+    Args:
+        sae, capture: the SAE and the language model at its layer.
+        source: the text, of which the held-out documents are read.
+        label_column, cutting, sizes: as in [`prepare_tasks`].
+        others: decoder directions (n, d_in) of other SAEs, by name.
+        samples, ce_samples: contexts, and those of them on which the cross-entropies are measured.
+        batch_size: tokens of the batches that correlations are measured on.
+
+    Raises:
+        SelOrthoError: too little text or too few labels, or an SAE of another width.
+    """
+    contexts = list(held_out_contexts(open_documents(source), Cutter(capture.lm.tokenizer, **cutting), samples))
+    (evaluation,) = evaluate_saes([sae], capture, contexts, batch_size=batch_size, ce_samples=ce_samples)
+    figures: dict[str, Any] = dict(evaluation.metrics)
+    tasks = prepare_tasks(
+        capture, source, label_column, cutting, sizes or {"probing_texts": 0, "first_letter_words": 0}
+    )
+    figures |= {key: value for key, value in tasks.facts.items() if not key.startswith("no_")} | tasks.measure(sae)
+    if sizes["first_letter_words"] and tasks.first_letter is None:
+        logger.warning("no first-letter task: %s", tasks.facts["no_first_letter"])
+    if others:
+        W_dec = sae.W_dec.detach().float().cpu()
+        figures["compared_with"] = {name: stability(W_dec, other) for name, other in others.items()}
+    return figures

@@ -13,8 +13,8 @@ import torch
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
 from hf_selortho.data.contexts import Context, pad_batch
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.evaluation import functional
-from hf_selortho.evaluation.evaluator import evaluate_sae, next_token_losses
+from hf_selortho.evaluation.evaluator import Evaluation, _token_batches, evaluate_saes, next_token_losses
+from hf_selortho.evaluation.metrics import Reconstruction, Sparsity, correlation_summary, max_decoder_cosine
 from hf_selortho.language_models.capture import ActivationCapture, only
 
 LAYER = 1
@@ -36,6 +36,11 @@ def identity_sae(width: int, **settings) -> SelOrthoSAE:
         sae.b_enc.zero_()
         sae.b_dec.zero_()
     return sae
+
+
+def evaluate_sae(sae: SelOrthoSAE, capture: ActivationCapture, contexts: list[Context], **settings) -> Evaluation:
+    (evaluation,) = evaluate_saes([sae], capture, contexts, progress=False, **settings)
+    return evaluation
 
 
 def zero_sae(width: int) -> SelOrthoSAE:
@@ -60,7 +65,7 @@ def test_losses_are_those_of_transformers(arch, tiny_lm, contexts):
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3", "llama", "gpt2"])
 def test_perfect_reconstruction_loses_nothing(arch, tiny_lm, contexts):
     lm = tiny_lm(arch)
-    metrics = evaluate_sae(identity_sae(32), ActivationCapture(lm, LAYER), contexts, progress=False).metrics
+    metrics = evaluate_sae(identity_sae(32), ActivationCapture(lm, LAYER), contexts).metrics
     assert metrics["fvu"] == pytest.approx(0, abs=1e-9) and metrics["explained_variance"] == pytest.approx(1)
     assert metrics["ce_reconstruction"] == pytest.approx(metrics["ce_clean"], rel=1e-4)
     assert metrics["ce_zero_ablation"] != pytest.approx(metrics["ce_clean"], rel=1e-3)
@@ -68,14 +73,17 @@ def test_perfect_reconstruction_loses_nothing(arch, tiny_lm, contexts):
     assert metrics["l0"] == pytest.approx(32) and metrics["dead_features"] == 0
 
 
-def test_reconstruction_of_zero_is_zero_ablation(tiny_lm, contexts):
+def test_reconstruction_of_zero_is_zero_ablation_and_the_model_stays_as_it_was(tiny_lm, contexts):
     capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
-    metrics = evaluate_sae(zero_sae(32), capture, contexts, progress=False).metrics
+    input_ids, mask = pad_batch(contexts[:2], 0)
+    before = next_token_losses(capture, input_ids, mask)
+    metrics = evaluate_sae(zero_sae(32), capture, contexts).metrics
+    assert torch.equal(next_token_losses(capture, input_ids, mask), before)
     assert metrics["ce_reconstruction"] == metrics["ce_zero_ablation"]
     assert metrics["loss_recovered"] == 0
     x = capture.capture_all(contexts).by_layer[LAYER]
-    assert metrics["fvu"] == pytest.approx(functional.fvu(x, torch.zeros_like(x)).item(), rel=1e-6)
-    assert metrics["mse"] == pytest.approx(x.square().sum(1).mean().item(), rel=1e-6)
+    expected = Reconstruction.of(x, torch.zeros_like(x)).figures()
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_bos_and_sinks_keep_their_activations(tiny_lm, contexts, caplog):
@@ -84,14 +92,14 @@ def test_bos_and_sinks_keep_their_activations(tiny_lm, contexts, caplog):
     lm = tiny_lm("gemma3")
     short = [Context(c.document_id, c.input_ids[:2]) for c in contexts]
     with caplog.at_level(logging.WARNING):
-        metrics = evaluate_sae(zero_sae(32), ActivationCapture(lm, LAYER), short, progress=False).metrics
+        metrics = evaluate_sae(zero_sae(32), ActivationCapture(lm, LAYER), short).metrics
     assert metrics["ce_clean"] == metrics["ce_reconstruction"] == metrics["ce_zero_ablation"]
     assert "loss_recovered" not in metrics and "loss_recovered" in caplog.text
     assert metrics["ce_tokens"] == metrics["ce_samples"] == len(short)
 
     norms = ActivationCapture(lm, LAYER).capture_all(contexts).by_layer[LAYER].norm(dim=1)
     strict, loose = (ActivationCapture(lm, LAYER, max_norm=norms.quantile(q).item()) for q in (0.1, 0.9))
-    few, most = (evaluate_sae(zero_sae(32), c, contexts, progress=False).metrics for c in (strict, loose))
+    few, most = (evaluate_sae(zero_sae(32), c, contexts).metrics for c in (strict, loose))
     assert few["tokens"] < most["tokens"]
     assert few["ce_zero_ablation"] != most["ce_zero_ablation"]
 
@@ -101,25 +109,24 @@ def test_figures_are_those_of_all_tokens_at_once(tiny_lm, contexts):
     sae = SelOrthoSAE(SelOrthoConfig(d_in=32, d_sae=48, min_support=2, pair_fraction=0.01)).eval()
     sae.b_enc.data -= 0.5
     capture = ActivationCapture(tiny_lm("llama"), LAYER)
-    evaluation = evaluate_sae(sae, capture, contexts, batch_size=10_000, ce_samples=0, progress=False)  # a single batch
+    evaluation = evaluate_sae(sae, capture, contexts, batch_size=10_000, ce_samples=0)  # a single batch
     metrics, arrays = evaluation.metrics, evaluation.arrays
     with torch.no_grad():
         x = capture.capture_all(contexts).by_layer[LAYER]
         h = sae.encode(x)
-        summary = functional.batch_correlation_summary(h, 0.01, 2)
-        expected = {
+        summary = correlation_summary(h, 0.01, 2)
+        expected = Reconstruction.of(x, sae.decode(h)).figures() | Sparsity.of(h).figures()
+        expected |= {
             "samples": len(contexts),
             "tokens": len(x),
-            "fvu": functional.fvu(x, sae.decode(h)).item(),
-            "l0": functional.l0(h).item(),
-            "l1": functional.l1(h).item(),
             "peak_correlation": summary.peak,
             "mean_correlation": summary.mean,
             "top_correlation": summary.top,
             "selected_pairs": summary.selected_pairs,
             "unique_features": summary.unique_features,
-            "max_decoder_cosine": functional.max_decoder_cosine(sae.W_dec).mean().item(),
+            "max_decoder_cosine": max_decoder_cosine(sae.W_dec).mean().item(),
         }
+    assert metrics.keys() == expected.keys()
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert np.allclose(arrays["feature_density"], (h > 0).double().mean(0).numpy(), atol=1e-9)
     assert arrays["max_decoder_cosine"].shape == (48,)
@@ -129,9 +136,7 @@ def test_figures_are_those_of_all_tokens_at_once(tiny_lm, contexts):
 
 def test_every_token_is_measured_once_whatever_the_batch_size(tiny_lm, contexts):
     sae, capture = identity_sae(32), ActivationCapture(tiny_lm("gemma3"), LAYER)
-    results = [
-        evaluate_sae(sae, capture, contexts, batch_size=size, ce_samples=0, progress=False) for size in (37, 500, 10**6)
-    ]
+    results = [evaluate_sae(sae, capture, contexts, batch_size=size, ce_samples=0) for size in (37, 500, 10**6)]
     for result in results:
         assert result.metrics["tokens"] == sum(len(c.input_ids) - 1 for c in contexts)
         assert result.metrics["l1"] == pytest.approx(results[0].metrics["l1"], rel=1e-5)
@@ -140,8 +145,6 @@ def test_every_token_is_measured_once_whatever_the_batch_size(tiny_lm, contexts)
 
 def test_batches_mix_documents(tiny_lm, contexts):
     """100 consecutive tokens would come from three or four documents."""
-    from hf_selortho.evaluation.evaluator import _token_batches
-
     capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
     batches = [only(b) for b in _token_batches(capture, contexts, 100, seed=0, progress=False)]
     everything = capture.capture_all(contexts)
@@ -151,36 +154,17 @@ def test_batches_mix_documents(tiny_lm, contexts):
     assert len(everything.origins.document_ids[nearest].unique()) > 20
 
 
-def test_same_figures_again_and_json(tiny_lm, contexts):
+def test_the_same_contexts_and_seed_give_the_same_figures_as_json(tiny_lm, contexts):
     sae, capture = identity_sae(32), ActivationCapture(tiny_lm("gemma3"), LAYER)
-    first, second = (
-        evaluate_sae(sae, capture, contexts, batch_size=200, ce_samples=5, progress=False).metrics for _ in range(2)
-    )
-    assert first == second
-    assert first["ce_samples"] == 5
-    assert json.loads(json.dumps(first, allow_nan=False)) == first
-    assert set(first) == {
-        "samples", "tokens", "mse", "fvu", "explained_variance", "l0", "l1", "active_features", "active_fraction",
-        "dead_features", "dead_fraction", "peak_correlation", "mean_correlation", "top_correlation", "selected_pairs",
-        "unique_features", "max_decoder_cosine", "ce_samples", "ce_tokens", "ce_clean", "ce_reconstruction",
-        "ce_zero_ablation", "loss_recovered",
-    }  # fmt: skip
-
-
-def test_the_model_is_left_as_it_was(tiny_lm, contexts):
-    capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
-    input_ids, mask = pad_batch(contexts[:2], 0)
-    with torch.inference_mode():
-        before = capture.lm.model(input_ids=input_ids, attention_mask=mask).logits
-        evaluate_sae(zero_sae(32), capture, contexts[:4], progress=False)
-        assert torch.equal(capture.lm.model(input_ids=input_ids, attention_mask=mask).logits, before)
+    first, second = (evaluate_sae(sae, capture, contexts, batch_size=200, ce_samples=5).metrics for _ in range(2))
+    assert json.loads(json.dumps(first, allow_nan=False)) == first == second and first["ce_samples"] == 5
 
 
 def test_without_correlations_to_speak_of(tiny_lm, contexts):
     """An SAE whose features never fire has no eligible pair: the figures are left out, not NaN."""
     sae = identity_sae(32)
     sae.b_enc.data -= 1e6
-    evaluation = evaluate_sae(sae, ActivationCapture(tiny_lm("gemma3"), LAYER), contexts, ce_samples=0, progress=False)
+    evaluation = evaluate_sae(sae, ActivationCapture(tiny_lm("gemma3"), LAYER), contexts, ce_samples=0)
     assert evaluation.metrics["dead_fraction"] == 1 and evaluation.metrics["selected_pairs"] == 0
     assert "peak_correlation" not in evaluation.metrics
     assert all(math.isfinite(value) for value in evaluation.metrics.values())
@@ -188,12 +172,12 @@ def test_without_correlations_to_speak_of(tiny_lm, contexts):
 
 def test_errors(tiny_lm, contexts):
     capture = ActivationCapture(tiny_lm("gemma3"), LAYER)
-    with pytest.raises(SelOrthoError, match=r"d_in=33, trained on google/gemma-2-2b, .* are 32 wide"):
+    with pytest.raises(SelOrthoError, match=r"32\): this SAE reads activations of width d_in=33 \(google/gemma-2-2b"):
         evaluate_sae(identity_sae(33, lm_name="google/gemma-2-2b"), capture, contexts)
     with pytest.raises(SelOrthoError, match="no held-out contexts"):
         evaluate_sae(identity_sae(32), capture, [])
     with pytest.raises(SelOrthoError, match="no held-out token is left"):
-        evaluate_sae(identity_sae(32), capture, [Context(0, [capture.lm.tokenizer.bos_token_id])], progress=False)
+        evaluate_sae(identity_sae(32), capture, [Context(0, [capture.lm.tokenizer.bos_token_id])])
 
 
 @pytest.mark.slow
@@ -208,5 +192,5 @@ def test_cross_entropy_of_the_real_gemma_in_chunks_is_the_plain_one(embedded_lm,
         logits = embedded_lm.model(input_ids=input_ids, attention_mask=mask).logits.float()
     plain = -logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0][mask[:, 1:].bool()]
     assert torch.allclose(losses, plain, atol=1e-4)
-    metrics = evaluate_sae(identity_sae(640), capture, contexts, progress=False).metrics
+    metrics = evaluate_sae(identity_sae(640), capture, contexts).metrics
     assert metrics["loss_recovered"] > 0.99 and metrics["ce_zero_ablation"] > metrics["ce_clean"] + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -55,34 +56,27 @@ def test_class_labels_have_names(tmp_path, sample_documents):
     assert labels == ["_ World Sports _".split()[sample_documents.index(text) % 4] for text in texts]
 
 
-def test_documents_without_a_text_or_a_label_are_left_out(tmp_path):
-    rows = [{"text": "one", "kind": "a"}, {"text": "two", "kind": None}, {"text": " ", "kind": "b"}]
-    assert labelled_documents(_jsonl(tmp_path / "a.jsonl", rows), "kind", limit=9) == (["one"], ["a"])
-
-
-def test_booleans_and_numbers_below_zero_are_labels(tmp_path):
+def test_booleans_and_numbers_below_zero_are_labels_and_missing_ones_are_not(tmp_path):
     rows = [{"text": f"text {n}", "good": n % 2 == 0, "score": -(n % 3)} for n in range(12)]
+    rows += [{"text": "none", "good": None, "score": None}, {"text": " ", "good": True, "score": 1}]
     source = _jsonl(tmp_path / "a.jsonl", rows)
     assert Counter(labelled_documents(source, "good", limit=99)[1]) == {True: 6, False: 6}
     assert Counter(labelled_documents(source, "score", limit=99)[1]) == {0: 4, -1: 4, -2: 4}
 
 
-def test_errors(tmp_path, sample_text_files):
+@pytest.mark.parametrize(
+    ("settings", "column", "message"),
+    [
+        ({}, "label", r'no column "label" of labels: choose one of: kind \(\w*string\), share'),
+        ({}, "text", 'no column "text" of labels'),
+        ({}, "share", 'column "share" .* holds float64, no labels: expected integers'),
+        ({"held_out_fraction": 0.0}, "kind", "none of the 0 held-out documents .*held_out_fraction 0.0"),
+        ({"streaming": True}, "kind", "is streamed.*streaming=False"),
+        ({"dataset": "python-docs"}, "label", "none beside the text"),
+    ],
+)
+def test_what_has_no_labels_is_refused(settings, column, message, tmp_path):
     rows = [{"text": f"text {n}", "kind": None if n else "a", "share": 0.5} for n in range(8)]
     source = _jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(SelOrthoError, match=r'no column "label" of labels: choose one of: kind \(\w*string\), share'):
-        labelled_documents(source, "label", limit=9)
-    with pytest.raises(SelOrthoError, match='no column "text" of labels'):
-        labelled_documents(source, "text", limit=9)
-    with pytest.raises(SelOrthoError, match='column "share" .* holds float64, no labels: expected integers'):
-        labelled_documents(source, "share", limit=9)
-    with pytest.raises(SelOrthoError, match="none of the 0 held-out documents .*held_out_fraction 0.0"):
-        labelled_documents(TextSource(dataset=source.dataset, held_out_fraction=0.0), "kind", limit=9)
-    with pytest.raises(SelOrthoError, match="limit is 0"):
-        labelled_documents(source, "kind", limit=0)
-    with pytest.raises(SelOrthoError, match="is streamed.*streaming=False"):
-        labelled_documents(TextSource(dataset=str(sample_text_files.csv), streaming=True), "label", limit=9)
-    with pytest.raises(SelOrthoError, match='"python-docs" has no labels'):
-        labelled_documents(TextSource(dataset="python-docs"), "label", limit=9)
-    with pytest.raises(SelOrthoError, match="none beside the text"):
-        labelled_documents(TextSource(dataset=str(sample_text_files.txt)), "label", limit=9)
+    with pytest.raises(SelOrthoError, match=message):
+        labelled_documents(dataclasses.replace(source, **settings), column, limit=9)

@@ -33,7 +33,7 @@ def run_one_process(folder: Path) -> dict[str, Any]:
 
 def run_two_processes(folder: Path) -> dict[str, Any]:
     arguments = trainings.command_line(folder / "run", trainings.write_inputs(folder), trainings.TWO_PROCESSES)
-    trainings.finish_training(trainings.start_training(ROOT, folder / "run", arguments, processes=2), folder / "run")
+    trainings.train_in_processes(ROOT, arguments, processes=2)
     return {"two-processes": trainings.read_numbers(folder / "run")}
 
 

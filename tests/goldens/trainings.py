@@ -17,14 +17,7 @@ import numpy
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 TRAIN = Path(__file__).with_name("train_without_report.py")
 STEPS = 20
@@ -92,33 +85,20 @@ TWO_PROCESSES = {
 
 
 def write_inputs(folder: Path) -> dict[str, Any]:
-    """Write a language model, 16 wide, and a text; returns the arguments that name them."""
+    """Write a language model, 16 wide, and a text; returns the arguments that name them.
+
+    The weights come from a generator of numpy whose numbers never change.
+    """
     words = [f"word{number}" for number in range(120)]
     config = Gemma3TextConfig(
         vocab_size=len(words) + 4, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, max_position_embeddings=64,
         layer_types=["sliding_attention", "full_attention"], pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
-    return _write_inputs(folder, Gemma3ForCausalLM(config), words, 160)
-
-
-def write_larger_inputs(folder: Path) -> dict[str, Any]:
-    """[`write_inputs`] with a language model of width 256 and more text."""
-    words = [f"word{number}" for number in range(2000)]
-    config = LlamaConfig(
-        vocab_size=len(words) + 4, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    return _write_inputs(folder, LlamaForCausalLM(config), words, 1500)
-
-
-def _write_inputs(folder: Path, model: PreTrainedModel, words: list[str], documents: int) -> dict[str, Any]:
-    """The weights come from a generator of numpy whose numbers never change."""
-    numbers = numpy.random.RandomState(0)
+    model, numbers = Gemma3ForCausalLM(config), numpy.random.RandomState(0)
     with torch.no_grad():
-        for name, weights in sorted(model.named_parameters()):
-            drawn = torch.from_numpy(0.3 * numbers.standard_normal(tuple(weights.shape))).float()
-            weights.copy_(1 + drawn if "norm" in name and isinstance(model, LlamaForCausalLM) else drawn)
+        for _, weights in sorted(model.named_parameters()):
+            weights.copy_(torch.from_numpy(0.3 * numbers.standard_normal(tuple(weights.shape))).float())
     model.save_pretrained(folder / "lm")
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     vocabulary = {word: number for number, word in enumerate([*special, *words])}
@@ -131,7 +111,7 @@ def _write_inputs(folder: Path, model: PreTrainedModel, words: list[str], docume
     order = random.Random(0)
     texts = [
         " ".join(words[int(len(words) * order.random() ** 2)] for _ in range(12 + int(20 * order.random())))
-        for _ in range(documents)
+        for _ in range(160)
     ]
     text = folder / "texts.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in texts), encoding="utf-8")
@@ -154,35 +134,28 @@ def command_line(output: Path, *settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def start_training(
-    checkout: Path, output: Path, arguments: list[str], processes: int = 1, python: str = sys.executable
-) -> subprocess.Popen:
-    """Start `scripts/train.py` of a checkout, with its own package, in processes of its own."""
+def train_in_processes(checkout: Path, arguments: list[str], processes: int) -> None:
+    """Run `scripts/train.py` of a checkout in processes of its own; what it said is in the error if it failed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [python, *(launcher if processes > 1 else []), str(TRAIN), *arguments]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "PYTEST_"))}
     own = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with output.with_name(f"{output.name}.log").open("w") as log:
-        return subprocess.Popen(command, cwd=checkout, env={**kept, **own}, stdout=log, stderr=subprocess.STDOUT)
-
-
-def finish_training(training: subprocess.Popen, output: Path) -> None:
-    """Wait for [`start_training`]; what it said is in the error if it failed."""
-    if training.wait(timeout=600) != 0:
-        said = output.with_name(f"{output.name}.log").read_text(errors="replace")
-        raise RuntimeError(f"scripts/train.py ended with {training.returncode}:\n{said[-4000:]}")
-
-
-def sae_folders(output: Path) -> dict[str, Path]:
-    """Folder of every SAE of a run by its variant; "base" for the settings of the command line."""
-    several = sorted(path.parent for path in output.glob("layer_*/model.safetensors"))
-    base = f"layer_{LAYER}"
-    return {path.name.removeprefix(f"{base}_").replace(base, "base"): path for path in several} or {"base": output}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(TRAIN), *arguments],
+        **{"cwd": checkout, "env": {**kept, **own}, "capture_output": True, "text": True, "timeout": 600},
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"scripts/train.py ended with {done.returncode}:\n{done.stderr[-4000:]}")
 
 
 def read_numbers(output: Path) -> dict[str, Any]:
-    """Figures of some steps, norms of the weights and last pairs of every SAE of a run."""
-    return {name: _numbers(folder) for name, folder in sae_folders(output).items()}
+    """Figures of some steps, norms of the weights and last pairs of every SAE of a run by its variant.
+
+    "base" is the SAE with the settings of the command line.
+    """
+    several = sorted(path.parent for path in output.glob("layer_*/model.safetensors"))
+    base = f"layer_{LAYER}"
+    folders = {path.name.removeprefix(f"{base}_").replace(base, "base"): path for path in several} or {"base": output}
+    return {name: _numbers(folder) for name, folder in folders.items()}
 
 
 def _numbers(folder: Path) -> dict[str, Any]:
