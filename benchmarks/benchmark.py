@@ -33,10 +33,10 @@ from benchmarks.report import plot_times, report
 from benchmarks.steps import TrainingSteps, rows_of, run_rounds
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.language_models.loading import load_language_model
-from hf_selortho.training.arguments import OneLineParser, Range, argument, check_values
 from hf_selortho.utils.command_line import run_script, use_all_cores
 from hf_selortho.utils.environment import hardware, library_versions
 from hf_selortho.utils.files import write_json, write_text
+from hf_selortho.utils.options import OneLineParser, Range, argument, check_values
 
 SYNTHETIC_BATCHES = 8
 _DEFAULTS = SelOrthoConfig(d_in=1, d_sae=1)

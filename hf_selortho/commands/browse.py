@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..utils.command_line import OneLineArgumentParser
+from ..utils.options import OneLineParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the SAE and serve its page until it is stopped."""
     from ..browser.app import add_options, default_of, launch  # Gradio may be missing: one line says so
 
-    parser = OneLineArgumentParser(allow_abbrev=False)
+    parser = OneLineParser()
     parser.add_argument(
         "sae",
         nargs="?",

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,16 +24,15 @@ from tqdm.auto import tqdm
 from ..data.cache_folder import CacheFolder, check_disk
 from ..data.cache_manifest import CacheSettings, Manifest
 from ..data.cache_report import report_table
-from ..data.cache_writer import CacheWriter, disk_bytes, forecast, tokenizer_hash
+from ..data.cache_writer import CacheWriter, disk_bytes, forecast
 from ..data.contexts import Context, ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
-from ..data.texts import Documents, TextSource, open_documents
+from ..data.texts import open_documents
 from ..errors import SelOrthoError
 from ..hub.dataset_card import render_shards_card
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import check_context_length, load_language_model
 from ..process_group import ProcessGroup, leave_process_group
-from ..training.arguments import TextArguments
-from ..training.cache_arguments import CacheArguments, parse_cache_arguments
+from ..training.cache_arguments import cache_settings, parse_cache_arguments
 from ..utils.command_line import check_launcher, on_cpu, selortho, use_all_cores
 from ..utils.environment import library_versions
 from ..utils.files import FolderLock
@@ -113,35 +111,6 @@ def begin(
             "system that all machines share"
         )
     return begun
-
-
-def cache_settings(
-    capture: ActivationCapture, documents: Documents, text: TextArguments, arguments: CacheArguments, processes: int
-) -> CacheSettings:
-    """Put together everything that decides what the shards hold."""
-    lm = capture.lm
-    return CacheSettings(
-        **{f.name: getattr(text, f.name) for f in fields(TextSource)} | {"dataset_revision": documents.revision},
-        text_fingerprint=documents.fingerprint,
-        text_rows=documents.count,
-        seed=arguments.seed,
-        lm_name=lm.name,
-        lm_revision=lm.revision,
-        lm_dtype=str(lm.model.dtype).removeprefix("torch."),
-        lm_batch_tokens=capture.batch_tokens,
-        lm_device=capture.device.type,
-        tokenizer_sha256=tokenizer_hash(lm.tokenizer),
-        context_length=arguments.context_length,
-        prepend_bos=arguments.prepend_bos,
-        min_tokens=text.min_tokens,
-        layers=capture.layers,
-        stored_dtype=arguments.stored_dtype,
-        max_norm_ratio=arguments.max_norm_ratio,
-        max_tokens=arguments.max_tokens,
-        held_out_contexts=arguments.eval_samples,
-        shard_tokens=arguments.shard_tokens,
-        processes=processes,
-    )
 
 
 def training_tokens(estimate: float | None, max_tokens: int | None) -> float:

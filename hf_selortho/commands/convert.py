@@ -1,44 +1,33 @@
 """Convert SAEs between formats.
 
-python -m hf_selortho.formats convert runs/demo demo-saelens --to saelens
-python -m hf_selortho.formats convert google/gemma-scope-2b-pt-res scope --to selortho \
+selortho convert runs/demo demo-saelens --to saelens
+selortho convert google/gemma-scope-2b-pt-res scope --to selortho \
     --subfolder layer_20/width_16k/average_l0_71
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ..utils.command_line import run_script
-from . import FORMATS
-from .convert import TARGETS, convert
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
+from ..formats import FORMATS
+from ..formats.convert import TARGETS, convert
+from ..utils.options import OneLineParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read one format, write another, say how to load it."""
-    parser = _OneLineParser(prog="python -m hf_selortho.formats", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    convert_parser = commands.add_parser(
-        "convert", allow_abbrev=False, help="Read an SAE in one format and write it in another."
-    )
-    convert_parser.add_argument("source", metavar="SRC", help="Folder or Hub id of the SAE (access token: HF_TOKEN).")
-    convert_parser.add_argument("target", metavar="DST", help="Folder to write: new or empty.")
-    convert_parser.add_argument("--to", required=True, choices=TARGETS, help="Format to write.")
-    convert_parser.add_argument(
+    parser = OneLineParser()
+    parser.add_argument("source", metavar="SRC", help="Folder or Hub id of the SAE (access token: HF_TOKEN).")
+    parser.add_argument("target", metavar="DST", help="Folder to write: new or empty.")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="Format to write.")
+    parser.add_argument(
         "--from", dest="format", default="auto", choices=("auto", *FORMATS), help="Format of SRC; auto: by its files."
     )
-    convert_parser.add_argument("--revision", help="Branch, tag or commit of the SAE.")
-    convert_parser.add_argument("--subfolder", help="Folder of the SAE within its repository.")
-    convert_parser.add_argument("--overwrite", action="store_true", help="Replace a converted SAE that is in DST.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the SAE.")
+    parser.add_argument("--subfolder", help="Folder of the SAE within its repository.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a converted SAE that is in DST.")
     arguments = parser.parse_args(argv)
     lookup = {key: getattr(arguments, key) for key in ("revision", "subfolder") if getattr(arguments, key)}
     files = convert(
@@ -52,7 +41,3 @@ def _snippet(target: str, to: str) -> str:
     if to == "saelens":
         return f"sae_lens.SAE.load_from_disk({target!r})"
     return f"hf_selortho.SelOrthoSAE.from_pretrained({target!r})"
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,8 +1,8 @@
 """Evaluate a trained SAE, of ours or of SAELens, sparsify or Gemma Scope, on held-out text of its dataset or another.
 
-python scripts/evaluate_sae.py runs/demo
-python scripts/evaluate_sae.py org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
-python scripts/evaluate_sae.py runs/demo --label_column label --first_letter_words 2000 --compare_with runs/demo-seed1
+selortho evaluate runs/demo
+selortho evaluate org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
+selortho evaluate runs/demo --label_column label --first_letter_words 2000 --compare_with runs/demo-seed1
 """
 
 from __future__ import annotations
@@ -11,67 +11,53 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from hf_selortho import SelOrthoError
-from hf_selortho.evaluation.tasks import evaluate_on_text
-from hf_selortho.formats import load_sae
-from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
-from hf_selortho.hub.report import metrics_table
-from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.utils.command_line import run_script
-from hf_selortho.utils.files import write_json
+from .. import SelOrthoError
+from ..evaluation.tasks import evaluate_on_text
+from ..hub.report import metrics_table
+from ..utils.files import write_json
+from ..utils.options import Count, CountOrZero, Range, argument, check_values, parse_options
+from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
 
 
 @dataclass
 class EvaluateArguments(ReadingArguments):
     """What to evaluate, and on what; whatever is not given is taken from the SAE's config."""
 
-    batch_size: int = argument(4096, "Tokens of the batches that correlations are measured on.")
-    eval_samples: int = argument(1000, "Held-out contexts.")
-    eval_ce_samples: int = argument(64, "Of these, contexts on which the language model's own loss is measured.")
+    batch_size: Count = argument(4096, "Tokens of the batches that correlations are measured on.")
+    eval_samples: Count = argument(1000, "Held-out contexts.")
+    eval_ce_samples: CountOrZero = argument(
+        64, "Of these, contexts on which the language model's own loss is measured."
+    )
     label_column: str | None = argument(None, "Column of labels of the dataset: probe the features for them.")
-    probing_texts: int = argument(1000, "Labelled held-out texts that are probed, half of them for the test.")
-    first_letter_words: int = argument(0, "Words of the first-letter task, which measures absorption; 0: do not.")
+    probing_texts: Annotated[int, Range(lambda v: v >= 8, "at least 8")] = argument(
+        1000, "Labelled held-out texts that are probed, half of them for the test."
+    )
+    first_letter_words: CountOrZero = argument(
+        0, "Words of the first-letter task, which measures absorption; 0: do not."
+    )
     compare_with: list[str] = argument([], "SAEs of other seeds or methods: how alike their decoder directions are.")
     output: str | None = argument(None, "JSON file to write the metrics to.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load an SAE and the language model it reads, measure, print a table."""
-    groups: list[Any] = [EvaluateArguments]
-    parser = OneLineParser(groups, allow_abbrev=False)
-    parser.add_argument("sae", help="Folder or Hub id of the SAE.")
-    arguments, rest, unknown = parser.parse_args_into_dataclasses(
-        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    check(arguments)
+    arguments, rest = parse_options(EvaluateArguments, argv, sae="Folder or Hub id of the SAE.")
+    check_values(arguments)
+    if arguments.output and not Path(arguments.output).parent.is_dir():
+        raise SelOrthoError(f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}")
     metrics = evaluate(rest.sae, arguments)
     sys.stdout.write(metrics_table({"evaluation": metrics}) + "\n")
     if arguments.output:
         write_json(Path(arguments.output), {"schema_version": 1, "sae": rest.sae, "evaluation": metrics})
 
 
-_LEAST = {"eval_samples": 1, "eval_ce_samples": 0, "batch_size": 1, "probing_texts": 8, "first_letter_words": 0}
-
-
-def check(arguments: EvaluateArguments) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    for name, least in _LEAST.items():
-        if getattr(arguments, name) < least:
-            raise SelOrthoError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
-    if arguments.output and not Path(arguments.output).parent.is_dir():
-        raise SelOrthoError(f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}")
-
-
 def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     """Metrics of the SAE by name."""
-    sae: Any = load_sae(name, **arguments.lookup)
-    sae = sae.to(arguments.device)
+    sae = load(name, arguments.lookup, arguments.device)
     config = sae.config
     others = {other: load_other(other, sae) for other in arguments.compare_with}
     source = text_source(config, arguments)
@@ -101,15 +87,10 @@ def load_other(name: str, sae: Any) -> Tensor:
     Raises:
         SelOrthoError: it cannot be loaded, or reads activations of another width.
     """
-    other: Any = load_sae(name)
+    other = load(name, {}, "cpu")
     if other.config.d_in != sae.config.d_in:
         raise SelOrthoError(
             f"--compare_with {name}: it has d_in={other.config.d_in}, the SAE d_in={sae.config.d_in}; expected one of "
             "the same language model and layer"
         )
-    W_dec: Tensor = other.W_dec.detach().float().cpu()
-    return W_dec
-
-
-if __name__ == "__main__":
-    run_script(main)
+    return other.W_dec.detach().float()

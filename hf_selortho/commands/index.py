@@ -1,7 +1,7 @@
 """Build the feature index of an SAE, which the Space shows: what each feature and each pair does on held-out text.
 
-python scripts/build_feature_index.py runs/demo --tokens 2_000_000
-python scripts/build_feature_index.py org/gemma2b-l12 --output index/feature_index --dataset path/to/texts.jsonl
+selortho index runs/demo --tokens 2_000_000
+selortho index org/gemma2b-l12 --output index/feature_index --dataset path/to/texts.jsonl
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.data.pair_history import read_pair_history
-from hf_selortho.data.texts import open_documents
-from hf_selortho.features.build import IndexSettings, Sources, build_feature_index, weights_sha256
-from hf_selortho.features.index_writer import FACTS, INDEX, IndexWriter, check_index_folder
-from hf_selortho.features.labels import read_labels
-from hf_selortho.formats import load_sae
-from hf_selortho.hub.reading import ReadingArguments, capture_of, least_tokens, load_lm_of, text_source
-from hf_selortho.hub.run_folder import holds_sae, read_run, shown_name, twin_beside
-from hf_selortho.language_models.loading import LanguageModel
-from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.utils.command_line import run_script
+from .. import SelOrthoError
+from ..data.pair_history import read_pair_history
+from ..data.texts import open_documents
+from ..features.build import IndexSettings, Sources, build_feature_index, weights_sha256
+from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folder
+from ..features.labels import read_labels
+from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
+from ..language_models.loading import LanguageModel
+from ..utils.options import argument, parse_options
+from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
 
 
 @dataclass
@@ -55,14 +53,9 @@ class Target:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of every SAE of a run, or of the one that is named."""
-    groups: list[Any] = [IndexArguments]
-    parser = OneLineParser(groups, allow_abbrev=False)
-    parser.add_argument("sae", help="Folder of an SAE or of a run of several, or Hub id of an SAE.")
-    arguments, rest, unknown = parser.parse_args_into_dataclasses(
-        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True
+    arguments, rest = parse_options(
+        IndexArguments, argv, sae="Folder of an SAE or of a run of several, or Hub id of an SAE."
     )
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
     for output, facts in build_indexes(rest.sae, arguments):
         sys.stdout.write(f"{output}: {in_words(facts)}\n")
 
@@ -148,12 +141,6 @@ def open_sources(
     )
 
 
-def load(name: str, lookup: Mapping[str, str], device: str) -> SelOrthoSAE:
-    """Load an SAE of any format, ready to encode."""
-    sae: Any = load_sae(name, **lookup)
-    return sae.to(device).eval()
-
-
 def in_words(facts: Mapping[str, Any]) -> str:
     """Say in a line what has been built."""
     text, pairs, features = facts["text"], facts["pairs"], facts["features"]
@@ -162,7 +149,3 @@ def in_words(facts: Mapping[str, Any]) -> str:
         f"{facts['sae']['d_sae']:,} features, {features['never_fired']:,} of which never fired; {pairs['kept']:,} pairs"
         f"{f' ({classes})' if classes else ''}; from {text['tokens']:,} tokens of {text['documents']:,} documents"
     )
-
-
-if __name__ == "__main__":
-    run_script(main)

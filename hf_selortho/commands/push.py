@@ -1,7 +1,7 @@
 """Publish the SAEs of a run on the Hugging Face Hub: weights, model card, metrics, pictures, an export for SAELens.
 
-python scripts/push_to_hub.py runs/demo --repo_id org/gemma-3-270m-l8 --dry_run
-python scripts/push_to_hub.py runs/layers --repo_id org/gemma2b --private --license gemma
+selortho push runs/demo --repo_id org/gemma-3-270m-l8 --dry_run
+selortho push runs/layers --repo_id org/gemma2b --private --license gemma
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hf_selortho.hub.publication import Publication, publish_run
-from hf_selortho.hub.push import push_folder
-from hf_selortho.hub.repository import check_repo_id
-from hf_selortho.hub.run_folder import read_run, with_others
-from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.utils.command_line import run_script
+from ..errors import SelOrthoError
+from ..hub.publication import Publication, publish_run
+from ..hub.push import push_folder
+from ..hub.repository import check_repo_id
+from ..hub.run_folder import read_run, with_others
+from ..utils.options import argument, parse_options
 
-logger = logging.getLogger("hf_selortho.push_to_hub")
+logger = logging.getLogger("hf_selortho.push")
 
 
 @dataclass
@@ -46,16 +45,9 @@ class PushArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the run, assemble what is published, send it."""
-    groups: list[Any] = [PushArguments]
-    parser = OneLineParser(groups, allow_abbrev=False)
-    parser.add_argument("run", help="Folder of the run.")
-    arguments, rest, unknown = parser.parse_args_into_dataclasses(
-        list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    arguments, rest = parse_options(PushArguments, argv, run="Folder of the run.")
     if not arguments.repo_id:
-        parser.error("--repo_id is missing: the repository to publish in, owner/name")
+        raise SelOrthoError("--repo_id is missing: the repository to publish in, owner/name")
     check_repo_id(arguments.repo_id)
     twin = Path(arguments.twin) if arguments.twin else None
     run = with_others(read_run(Path(rest.run)), twin, [Path(folder) for folder in arguments.seeds])
@@ -96,7 +88,3 @@ def push(publication: Publication, arguments: PushArguments) -> None:
         extra = "" if "." in folders else f", subfolder={folders[0]!r}"
         revision = f", revision={arguments.revision!r}" if arguments.revision else ""
         sys.stdout.write(f"load it with: SelOrthoSAE.from_pretrained({arguments.repo_id!r}{extra}{revision})\n")
-
-
-if __name__ == "__main__":
-    run_script(main)

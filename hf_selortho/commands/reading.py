@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.texts import TextSource
 from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
+from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, load_language_model
-from ..training.arguments import argument
+from ..modeling_selortho import SelOrthoSAE
+from ..utils.options import argument
 
 
 @dataclass
@@ -46,6 +49,12 @@ class ReadingArguments:
     def lookup(self) -> dict[str, str]:
         """Where in a repository the SAE is."""
         return {key: getattr(self, key) for key in ("revision", "subfolder") if getattr(self, key)}
+
+
+def load(name: str, lookup: Mapping[str, str], device: str) -> SelOrthoSAE:
+    """Load an SAE of any format, ready to encode."""
+    sae: Any = load_sae(name, **lookup)
+    return sae.to(device).eval()
 
 
 def text_source(config: SelOrthoConfig, arguments: ReadingArguments) -> TextSource:

@@ -1,7 +1,7 @@
 """Put up a Space that shows the features of an SAE: the feature browser with pinned requirements and settings.
 
-python scripts/deploy_space.py --space org/gemma2b-features --sae org/gemma2b-l12 --dry_run
-python scripts/deploy_space.py --space org/gemma2b-features --sae org/gemma2b/layer_12 --twin org/gemma2b/layer_12_twin
+selortho space --space org/gemma2b-features --sae org/gemma2b-l12 --dry_run
+selortho space --space org/gemma2b-features --sae org/gemma2b/layer_12 --twin org/gemma2b/layer_12_twin
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 
-from hf_selortho.errors import SelOrthoError
-from hf_selortho.hub.publication import Publication
-from hf_selortho.hub.repository import check_repo_id
-from hf_selortho.hub.space import advice, assemble_space, check_wheel_url, deploy_space, pin_sae
-from hf_selortho.training.arguments import OneLineParser, argument
-from hf_selortho.utils.command_line import run_script
+from ..errors import SelOrthoError
+from ..hub.publication import Publication
+from ..hub.repository import check_repo_id
+from ..hub.space import advice, assemble_space, check_wheel_url, deploy_space, pin_sae
+from ..utils.options import argument, parse_options
 
-logger = logging.getLogger("hf_selortho.deploy_space")
+logger = logging.getLogger("hf_selortho.space")
 
 MADE = ("requirements.txt", "settings.json", "README.md")  # for this Space; all else is the app's
 
@@ -48,12 +46,10 @@ class SpaceArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Look at the SAE, put the Space together, send it."""
-    groups: list[Any] = [SpaceArguments]
-    parser = OneLineParser(groups, allow_abbrev=False)
-    (arguments,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
+    arguments, _ = parse_options(SpaceArguments, argv)
     for name in ("space", "sae"):
         if not getattr(arguments, name):
-            parser.error(f"--{name} is missing")
+            raise SelOrthoError(f"--{name} is missing: expected owner/name of the Hub")
     check_repo_id(arguments.space)
     if arguments.wheel_url and arguments.from_index:
         raise SelOrthoError("--wheel_url and --from_index both say where hf_selortho comes from: choose one")
@@ -95,7 +91,3 @@ def deploy(publication: Publication, arguments: SpaceArguments) -> None:
     sys.stdout.write(f"{pushed}\n")
     if not arguments.create_pr:
         sys.stdout.write(f"the page, once it is built: {constants.ENDPOINT}/spaces/{arguments.space}\n")
-
-
-if __name__ == "__main__":
-    run_script(main)

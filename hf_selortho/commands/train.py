@@ -22,7 +22,7 @@ from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
 from ..hub.card_results import SaeReport
 from ..hub.push import push_run
-from ..hub.report import metrics_table, summary_table, write_report, write_summary
+from ..hub.report import metrics_table, report_run, summary_table
 from ..hub.repository import Repository, check_repo_id
 from ..hub.run_folder import read_run, with_others
 from ..process_group import leave_process_group
@@ -30,7 +30,6 @@ from ..training.arguments import HubArguments, parse_arguments
 from ..training.dry_run import dry_run
 from ..training.run import TrainingRun, make_accelerator
 from ..training.run_folder import save_sae
-from ..training.sae_trainer import LAST_STEPS
 from ..utils.command_line import check_launcher, launch_command, say, selortho
 from ..utils.environment import hardware, library_versions
 from ..utils.files import FolderLock
@@ -55,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with ExitStack() as stack:
         if is_main:
-            check_publishing(arguments.hub)
+            if arguments.hub.push_to_hub:  # to fail early
+                check_repo_id(str(arguments.hub.hub_model_id))
+                Repository(str(arguments.hub.hub_model_id), "model", arguments.hub.hub_revision, None).check_account()
             stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
         accelerator.wait_for_everyone()
         run = TrainingRun(arguments, accelerator)
@@ -91,7 +92,7 @@ def save_and_report(run: TrainingRun, command: str, started: float) -> None:
         "wall_seconds": round(time.time() - started, 1),
         "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
     }
-    reports = write_reports(run, evaluations, info)
+    reports = report_run(run, evaluations, info)
     sys.stdout.write(closing_words(run.output, reports, info))
 
 
@@ -110,53 +111,6 @@ def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
         batch_size=batch_size,
         ce_samples=run.arguments.evaluation.eval_ce_samples,
     )
-
-
-def write_reports(
-    run: TrainingRun, evaluations: list[Evaluation] | list[None], info: dict[str, Any]
-) -> list[SaeReport]:
-    """Write the report of each SAE, and of all of them together where there are several.
-
-    Args:
-        info: what run.json says besides the arguments.
-    """
-    reports = []
-    for variant, trainer, evaluation in zip(run.variants, run.trainers, evaluations, strict=True):
-        assert trainer.log is not None
-        metrics = {
-            "schema_version": 1,
-            "evaluation": evaluation.metrics if evaluation else {},
-            "training": {
-                **trainer.log.mean_of_last(LAST_STEPS),
-                "steps": trainer.state.step,
-                "tokens": trainer.state.tokens,
-            },
-            "training_start": trainer.log.mean_of_first(LAST_STEPS),
-            "data": {**run.totals, "held_out_fraction": run.arguments.data.held_out_fraction},
-        }
-        arguments = {**variant.arguments.flat(), "output_dir": str(run.output / variant.name)}
-        arrays = evaluation.arrays if evaluation else {}
-        reports.append(
-            write_report(
-                run.output,
-                variant.name,
-                trainer.sae.config,
-                metrics,
-                {**info, "arguments": arguments},
-                trainer.log.rows,
-                arrays,
-            )
-        )
-    if run.variants[0].name:
-        write_summary(run.output, reports, {**info, "arguments": run.arguments.flat()})
-    return reports
-
-
-def check_publishing(hub: HubArguments) -> None:
-    """Raise a SelOrthoError if what comes of the training could not be published."""
-    if hub.push_to_hub:
-        check_repo_id(str(hub.hub_model_id))
-        Repository(str(hub.hub_model_id), "model", hub.hub_revision, None).check_account()
 
 
 def publish(output: Path, hub: HubArguments) -> None:
@@ -190,7 +144,6 @@ def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, An
     return (
         f"\n{table}\n\n{output}/ holds {holds}, with metrics, pictures and card (README.md); "
         f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
-        f'  python -c "from hf_selortho import SelOrthoSAE; print(SelOrthoSAE.from_pretrained({folder!r}).config)"\n'
         f"  {selortho()} evaluate {shlex.quote(folder)}\n"
         f"  {selortho()} index {shlex.quote(str(output))}\n"
         f"  {selortho()} browse {shlex.quote(str(output))}\n{'' if several else twin}"

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from ..configuration_selortho import SelOrthoConfig
+from ..evaluation.evaluator import Evaluation
 from ..evaluation.plots import (
     plot_correlation_histogram,
     plot_decoder_cosine,
     plot_feature_density,
     plot_training_curves,
 )
+from ..training.run import TrainingRun
 from ..training.run_folder import CARD, METRICS, PICTURES, RUN
+from ..training.sae_trainer import LAST_STEPS
 from ..utils.files import write_json, write_text
 from .card_results import METRICS as EVALUATION_METRICS
 from .card_results import TASK_METRICS, SaeReport, beside_twins, summary_rows
@@ -31,6 +34,44 @@ def summary_table(saes: Sequence[SaeReport]) -> str:
     measured = saes[0].metrics["evaluation"]
     title = f"held-out evaluation, {measured['samples']} contexts" if measured else "training, mean of its last steps"
     return "\n".join([title, *lines])
+
+
+def report_run(run: TrainingRun, evaluations: list[Evaluation] | list[None], info: dict[str, Any]) -> list[SaeReport]:
+    """Write the report of each SAE, and of all of them together where there are several.
+
+    Args:
+        info: what run.json says besides the arguments.
+    """
+    reports = []
+    for variant, trainer, evaluation in zip(run.variants, run.trainers, evaluations, strict=True):
+        assert trainer.log is not None
+        metrics = {
+            "schema_version": 1,
+            "evaluation": evaluation.metrics if evaluation else {},
+            "training": {
+                **trainer.log.mean_of_last(LAST_STEPS),
+                "steps": trainer.state.step,
+                "tokens": trainer.state.tokens,
+            },
+            "training_start": trainer.log.mean_of_first(LAST_STEPS),
+            "data": {**run.totals, "held_out_fraction": run.arguments.data.held_out_fraction},
+        }
+        arguments = {**variant.arguments.flat(), "output_dir": str(run.output / variant.name)}
+        arrays = evaluation.arrays if evaluation else {}
+        reports.append(
+            write_report(
+                run.output,
+                variant.name,
+                trainer.sae.config,
+                metrics,
+                {**info, "arguments": arguments},
+                trainer.log.rows,
+                arrays,
+            )
+        )
+    if run.variants[0].name:
+        write_summary(run.output, reports, {**info, "arguments": run.arguments.flat()})
+    return reports
 
 
 def write_summary(folder: Path, saes: Sequence[SaeReport], run: dict[str, Any]) -> None:

@@ -9,14 +9,26 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
-
-from transformers import HfArgumentParser
+from typing import Annotated, Any, get_args, get_type_hints
 
 from ..configuration_selortho import SelOrthoConfig
 from ..data.texts import TextSource
 from ..errors import SelOrthoError
-from ..utils.command_line import OneLineArgumentParser
+from ..utils.options import (
+    Above0,
+    Above1,
+    AtLeast1,
+    Count,
+    CountOrZero,
+    NotNegative,
+    OneLineParser,
+    Positive,
+    Seed,
+    Share,
+    argument,
+    check_values,
+    one_of,
+)
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
@@ -40,36 +52,6 @@ SAEArguments = make_dataclass(
 SETTING_NAMES = {f.name for f in dataclasses.fields(SAEArguments)} - {
     "layer", "context_length", "prepend_bos", "max_norm_ratio"
 }  # fmt: skip
-
-
-class Range(NamedTuple):
-    """What the value of an argument may be; part of its annotation, `Annotated[int, Range(...)]`."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-def one_of(*values: str) -> Range:
-    """Return the range of these values."""
-    return Range(lambda v: v in values, f"{', '.join(values[:-1])} or {values[-1]}")
-
-
-Count = Annotated[int, Range(lambda v: v >= 1, "at least 1")]
-CountOrZero = Annotated[int, Range(lambda v: v >= 0, "at least 0")]
-NotNegative = Annotated[float, Range(lambda v: v >= 0, "at least 0")]
-Above0 = Annotated[float, Range(lambda v: v > 0, "a number above 0")]
-Positive = Annotated[float, Range(lambda v: 0 < v < math.inf, "a finite number above 0")]
-Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295")]
-Above1 = Annotated[float, Range(lambda v: v > 1, "a number above 1")]
-AtLeast1 = Annotated[float, Range(lambda v: 1 <= v < math.inf, "a finite number of at least 1")]
-Share = Annotated[float, Range(lambda v: 0 <= v < 1, "a number in [0, 1)")]
-
-
-def argument(default: Any, description: str) -> Any:
-    """Make a dataclass field with a default and the text that `--help` shows."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": description})
-    return field(default=default, metadata={"help": description})
 
 
 @dataclass
@@ -99,7 +81,7 @@ class DataArguments(TextArguments):
     """The text, and the buffer of its activations."""
 
     activations: str | None = argument(
-        None, "Train on cached activations: a folder of scripts/cache_activations.py, or hub:owner/name@revision."
+        None, "Train on cached activations: a folder of `selortho cache`, or hub:owner/name@revision."
     )
     buffer_contexts: Count = argument(2048, "Contexts whose activations the buffer holds, over all processes.")
     refresh_every: Count = argument(24, "Batches between two refreshes of the buffer.")
@@ -179,7 +161,7 @@ class EvaluationArguments:
 class HubArguments:
     """Publishing at the end of the run, with the access token of `hf auth login` or HF_TOKEN."""
 
-    push_to_hub: bool = argument(False, "Publish the SAEs at the end of the run, as scripts/push_to_hub.py does.")
+    push_to_hub: bool = argument(False, "Publish the SAEs at the end of the run, as `selortho push` does.")
     hub_model_id: str | None = argument(None, "Repository to publish in, owner/name; needed with --push_to_hub.")
     hub_private: bool = argument(False, "Make a new repository private.")
     hub_revision: str | None = argument(None, "Branch to push to; it is created if there is none.")
@@ -203,10 +185,6 @@ class TrainingArguments:
         """Return every argument by name, in the order of the help text, but for those of publishing."""
         groups = (self.model, self.sae, self.data, self.run, self.evaluation)
         return {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
-
-
-class OneLineParser(OneLineArgumentParser, HfArgumentParser):
-    """A parser of dataclasses whose errors are one line."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
@@ -286,17 +264,6 @@ def read_named(kind: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]
     if not isinstance(content, dict):
         raise SelOrthoError(f"{path} holds a {type(content).__name__}: expected an object")
     return path, content
-
-
-def check_values(*groups: Any) -> None:
-    """Raise a SelOrthoError unless each value of the groups of arguments is in its range; None always is."""
-    for group in groups:
-        for name, hint in get_type_hints(type(group), include_extras=True).items():
-            value = getattr(group, name)
-            for part in (hint, *get_args(hint)):  # of X | None
-                for allowed in getattr(part, "__metadata__", ()):
-                    if value is not None and not allowed.holds(value):
-                        raise SelOrthoError(f"--{name} {value}: expected {allowed.words}")
 
 
 def _check(arguments: TrainingArguments) -> None:

@@ -1,25 +1,17 @@
-"""Arguments of scripts/cache_activations.py; a preset of a training sets the language model, the text and the layer."""
+"""Arguments of `selortho cache`; a preset of a training sets the language model, the text and the layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from ..data.cache_manifest import STORED_DTYPES
+from ..data.cache_manifest import STORED_DTYPES, CacheSettings
+from ..data.cache_writer import tokenizer_hash
+from ..data.texts import Documents, TextSource
 from ..errors import SelOrthoError
-from .arguments import (
-    Above1,
-    Count,
-    CountOrZero,
-    ModelArguments,
-    Range,
-    Seed,
-    TextArguments,
-    argument,
-    check_values,
-    one_of,
-    parse_groups,
-)
+from ..language_models.capture import ActivationCapture
+from ..utils.options import Above1, Count, CountOrZero, Range, Seed, argument, check_values, one_of
+from .arguments import ModelArguments, TextArguments, parse_groups
 
 
 @dataclass
@@ -64,7 +56,7 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
         layers = {"layers": preset["layer"]} if "layer" in preset else {}
         return {key: value for key, value in {**preset, **layers}.items() if key in known}
 
-    words = "Language model, text and layer of a preset of scripts/train.py."
+    words = "Language model, text and layer of a preset of a training."
     model, text, arguments, _ = parse_groups(argv, groups, words, adapt)
     if model.model is None:
         raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo")
@@ -74,3 +66,32 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
         arguments.max_norm_ratio = None
     check_values(model, text, arguments)
     return model, text, arguments
+
+
+def cache_settings(
+    capture: ActivationCapture, documents: Documents, text: TextArguments, arguments: CacheArguments, processes: int
+) -> CacheSettings:
+    """Put together everything that decides what the shards hold."""
+    lm = capture.lm
+    return CacheSettings(
+        **{f.name: getattr(text, f.name) for f in fields(TextSource)} | {"dataset_revision": documents.revision},
+        text_fingerprint=documents.fingerprint,
+        text_rows=documents.count,
+        seed=arguments.seed,
+        lm_name=lm.name,
+        lm_revision=lm.revision,
+        lm_dtype=str(lm.model.dtype).removeprefix("torch."),
+        lm_batch_tokens=capture.batch_tokens,
+        lm_device=capture.device.type,
+        tokenizer_sha256=tokenizer_hash(lm.tokenizer),
+        context_length=arguments.context_length,
+        prepend_bos=arguments.prepend_bos,
+        min_tokens=text.min_tokens,
+        layers=capture.layers,
+        stored_dtype=arguments.stored_dtype,
+        max_norm_ratio=arguments.max_norm_ratio,
+        max_tokens=arguments.max_tokens,
+        held_out_contexts=arguments.eval_samples,
+        shard_tokens=arguments.shard_tokens,
+        processes=processes,
+    )

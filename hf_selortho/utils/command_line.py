@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import logging
 import os
@@ -13,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -29,16 +27,6 @@ _SECRETS = (
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
-
-
-class OneLineArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage text of all arguments."""
-
-    def __init__(self, *groups: Any, **options: Any) -> None:
-        super().__init__(*groups, **{"prog": os.path.basename(sys.argv[0]), **options})
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
 
 def run_script(main: Callable[[], None]) -> None:

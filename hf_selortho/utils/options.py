@@ -1,0 +1,83 @@
+"""Options of a command line as fields of dataclasses: descriptions, ranges of values, errors in one line."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
+
+from transformers import HfArgumentParser
+
+from ..errors import SelOrthoError
+
+
+class Range(NamedTuple):
+    """What the value of an argument may be; part of its annotation, `Annotated[int, Range(...)]`."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def one_of(*values: str) -> Range:
+    """Return the range of these values."""
+    return Range(lambda v: v in values, f"{', '.join(values[:-1])} or {values[-1]}")
+
+
+Count = Annotated[int, Range(lambda v: v >= 1, "at least 1")]
+CountOrZero = Annotated[int, Range(lambda v: v >= 0, "at least 0")]
+NotNegative = Annotated[float, Range(lambda v: v >= 0, "at least 0")]
+Above0 = Annotated[float, Range(lambda v: v > 0, "a number above 0")]
+Positive = Annotated[float, Range(lambda v: 0 < v < math.inf, "a finite number above 0")]
+Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295")]
+Above1 = Annotated[float, Range(lambda v: v > 1, "a number above 1")]
+AtLeast1 = Annotated[float, Range(lambda v: 1 <= v < math.inf, "a finite number of at least 1")]
+Share = Annotated[float, Range(lambda v: 0 <= v < 1, "a number in [0, 1)")]
+
+
+def argument(default: Any, description: str) -> Any:
+    """Make a dataclass field with a default and the text that `--help` shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": description})
+    return field(default=default, metadata={"help": description})
+
+
+class OneLineParser(HfArgumentParser):
+    """A parser of dataclasses whose errors are one line, without the usage text of a hundred options."""
+
+    def __init__(self, groups: Sequence[Any] = (), **options: Any) -> None:
+        super().__init__(groups, **{"prog": os.path.basename(sys.argv[0]), "allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
+
+
+def parse_options(group: Any, argv: Sequence[str] | None, **positional: str) -> tuple[Any, Any]:
+    """Parse a command line into a dataclass and a namespace of positional arguments; unknown ones exit with code 2.
+
+    Args:
+        group: the dataclass.
+        argv: the arguments; None for those of the command line.
+        positional: help text of each positional argument by name.
+    """
+    parser = OneLineParser([group])
+    for name, description in positional.items():
+        parser.add_argument(name, help=description)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options, *rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return options, rest[0] if rest else None
+
+
+def check_values(*groups: Any) -> None:
+    """Raise a SelOrthoError unless each value of the groups of arguments is in its range; None always is."""
+    for group in groups:
+        for name, hint in get_type_hints(type(group), include_extras=True).items():
+            value = getattr(group, name)
+            for part in (hint, *get_args(hint)):  # of X | None
+                for allowed in getattr(part, "__metadata__", ()):
+                    if value is not None and not allowed.holds(value):
+                        raise SelOrthoError(f"--{name} {value}: expected {allowed.words}")
