@@ -20,6 +20,7 @@ from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folde
 from ..features.labels import read_labels
 from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from ..language_models.loading import LanguageModel
+from ..utils.hub import listed
 from ..utils.options import argument, parse_options
 from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
 
@@ -53,9 +54,7 @@ class Target:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of every SAE of a run, or of the one that is named."""
-    arguments, rest = parse_options(
-        IndexArguments, argv, sae="Folder of an SAE or of a run of several, or Hub id of an SAE."
-    )
+    arguments, rest = parse_options(IndexArguments, argv, sae="Folder of an SAE or of a run, or Hub id of an SAE.")
     for output, facts in build_indexes(rest.sae, arguments):
         sys.stdout.write(f"{output}: {in_words(facts)}\n")
 
@@ -88,9 +87,8 @@ def find_targets(name: str, arguments: IndexArguments) -> list[Target]:
         own = holds_sae(place) or any(place.glob("layer_*"))  # else of another library
         folders = [place / sae.name for sae in read_run(place).saes] if own else [place]
         given = [option for option in ("output", "twin", "labels") if getattr(arguments, option)]
-        if len(folders) > 1 and given:
-            names = ", ".join(folder.name for folder in folders)
-            raise SelOrthoError(f"--{given[0]}: {place} has several SAEs, {names}; name the folder of one")
+        if given and len(folders) > 1:
+            raise SelOrthoError(f"--{given[0]}: {place} has several SAEs ({listed(f.name for f in folders)}): name one")
         targets = [_local_target(folder, arguments) for folder in folders]
     elif arguments.output:
         targets = [Target(name, name, None, Path(arguments.output), arguments.twin)]

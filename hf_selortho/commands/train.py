@@ -136,13 +136,13 @@ def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, An
     folder = str(output / reports[0].name)
     minutes, seconds = divmod(round(run_info["wall_seconds"]), 60)
     table = summary_table(reports) if several else metrics_table(reports[0].metrics)
-    holds = f"{len(reports)} SAEs, each in a folder of its own" if several else "the SAE"
     twin = (
         f"  {run_info['command']} --ortho_coefficient 0 --output_dir {shlex.quote(folder + '-twin')}\n"
         "The last one trains its twin baseline, the same run without the penalty; "
     )
     return (
-        f"\n{table}\n\n{output}/ holds {holds}, with metrics, pictures and card (README.md); "
+        f"\n{table}\n\n{output}/ holds {'a folder for each SAE' if several else 'the SAE'}, with metrics, pictures and "
+        "card (README.md); "
         f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
         f"  {selortho()} evaluate {shlex.quote(folder)}\n"
         f"  {selortho()} index {shlex.quote(str(output))}\n"
