@@ -73,13 +73,14 @@ def _in_one_line(cls: Any) -> Any:
     assign, validate = cls.__setattr__, cls.validate
 
     def assign_checked(self: Any, name: str, value: Any) -> None:
-        if type(value) is int and float in types.get(name, ()) and abs(value) < 2**63:
-            value = float(value)
+        given = value
+        if type(value) is int and float in types.get(name, ()):
+            value = float(value) if abs(value) < 2**63 else math.inf
         try:
             assign(self, name, value)
         except StrictDataclassFieldValidationError as error:
             expected = str(error.__cause__) if type(error.__cause__) is ValueError else _in_words(types[name])
-            raise ConfigError(f"{name}={reprlib.repr(value)}: expected {expected}") from error
+            raise ConfigError(f"{name}={reprlib.repr(given)}: expected {expected}") from error
 
     def validate_all(self: Any) -> None:
         try:

@@ -39,6 +39,7 @@ ALLOWED = {
     "formats": BELOW | {"training"},
     "hub": BELOW | {"training", "evaluation", "features", "formats"},
     "browser": BELOW | {"training", "evaluation", "features", "hub", "formats"},
+    "__main__": {"commands"},
     "commands": BELOW | {"training", "evaluation", "features", "hub", "browser", "formats"},
 }
 # What a repository of the Hub carries so that `trust_remote_code=True` works without the package.

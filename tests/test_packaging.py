@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -89,6 +92,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     ):
         assert any(re.fullmatch(f"hf_selortho/{pattern}", name) for name in expected), pattern
     expected[TEMPLATE] = (ROOT / "model_card_template.md").read_bytes()
+    app = [path for path in (ROOT / "spaces_app").iterdir() if path.is_file()]
+    expected |= {f"{PACKAGE}/spaces_app/{path.name}": path.read_bytes() for path in app}
     assert held.keys() == expected.keys()
     assert held == expected
 
@@ -115,6 +120,46 @@ def test_installed_wheel_finds_its_presets_and_its_template(wheel: Path, tmp_pat
     presets = {path.stem for path in (ROOT / PACKAGE / "presets").glob("*.json")}
     assert set(found.split()) == presets
     assert {"demo", "gemma2-2b-l5", "gemma2-2b-l12", "gemma2-2b-l19", "gemma2-2b-l12-paper"} <= presets
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_trains_indexes_publishes_and_browses_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+
+    def selortho(*arguments: str) -> str:
+        return run(sys.executable, site / "bin" / "selortho", *arguments, cwd=elsewhere, PYTHONPATH=str(site))
+
+    small = ("--buffer_contexts", "96", "--refresh_every", "2", "--eval_samples", "20", "--eval_ce_samples", "2")
+    said = selortho("train", "--preset", "demo", "--max_steps", "5", *small)
+    assert "Next:" in said and (elsewhere / "runs/demo/model.safetensors").is_file()
+    assert "never fired" in selortho("index", "runs/demo", "--tokens", "2000")
+    listed = selortho("push", "runs/demo", "--repo_id", "org/sae", "--dry_run")
+    assert "configuration_selortho.py" in listed and "## Limits and hazards" in listed
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, site / "bin" / "selortho", "browse", "runs/demo", "--lm", "none", "--port", port]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    with subprocess.Popen(command, cwd=elsewhere, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            page = first_answer(f"http://127.0.0.1:{port}/", server)
+        finally:
+            server.terminate()
+    assert "gradio" in page
+
+
+def first_answer(address: str, server: subprocess.Popen[str]) -> str:
+    """The first answer of a server that is starting."""
+    for _ in range(240):
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                return answer.read().decode()
+        except OSError:
+            assert server.poll() is None, server.stderr.read()
+            time.sleep(0.5)
+    raise AssertionError(f"{address} does not answer")
 
 
 def test_version_is_the_same_everywhere() -> None:

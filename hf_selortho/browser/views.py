@@ -90,8 +90,7 @@ class Views:
         entry = self.entry(sae)
         if entry.index is None:
             raise SelOrthoError(
-                f"{entry.title} has no feature index, so only live text is shown: build one with "
-                "scripts/build_feature_index.py"
+                f"{entry.title} has no feature index, so only live text is shown: build one with selortho index"
             )
         return entry.index
 

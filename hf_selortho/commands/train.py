@@ -1,8 +1,7 @@
 """Train a selective-orthogonality SAE on the activations of a language model, evaluate it and write its card.
 
-accelerate launch scripts/train.py --preset demo
-accelerate launch scripts/train.py --activations acts --layers 3 8 13 --twin --output_dir runs/layers
-accelerate launch scripts/train.py --model google/gemma-3-1b-pt --layer 13 --dataset texts.jsonl --output_dir runs/mine
+selortho train --preset demo
+selortho train --model google/gemma-3-1b-pt --layer 13 --dataset texts.jsonl --output_dir runs/mine
 torchrun --nproc_per_node 2 scripts/train.py --preset demo --cpu
 """
 

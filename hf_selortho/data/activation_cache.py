@@ -67,7 +67,7 @@ class ActivationCache:
         self.revision: str | None = match["revision"] if match else None
         self._offline = match is not None and resolve_commit("dataset", match["name"], self.revision, token) is None
         if match is None and not (self._folder / MANIFEST).is_file():
-            state, remedy = "", "write one with scripts/cache_activations.py; hub:owner/name reads one from the Hub"
+            state, remedy = "", "write one with selortho cache; hub:owner/name reads one from the Hub"
             if (self._folder / WORK).exists():
                 state, remedy = "finished ", "run the same command once more"
             raise CacheError(f"{self._folder} holds no {state}cache of activations: {remedy}")

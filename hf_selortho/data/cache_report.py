@@ -30,7 +30,7 @@ _SHOWN = 5  # positions of sinks
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and, if asked for, draw the picture."""
     parser = argparse.ArgumentParser(description="Show norms, sinks and means of cached activations.")
-    parser.add_argument("folder", help="Folder of scripts/cache_activations.py, or hub:owner/name@revision.")
+    parser.add_argument("folder", help="Folder of selortho cache, or hub:owner/name@revision.")
     parser.add_argument("--output", type=Path, help="PNG file to draw the norms and the positions of the sinks into.")
     arguments = parser.parse_args(argv)
     if arguments.output is not None and arguments.output.suffix.lower() != ".png":

@@ -83,7 +83,7 @@ class FeatureIndex:
         if facts_file is None:
             raise SelOrthoError(
                 f"{name!r} has no feature index ({where['subfolder']}/{FACTS}): build it with "
-                "scripts/build_feature_index.py, and publish it with push_to_hub.py --include_index"
+                "selortho index, and publish it with selortho push --include_index"
             )
         facts = read_object(facts_file)
         _check_facts(str(facts_file), facts)
@@ -230,7 +230,7 @@ def _context_fits(context: FeatureContext | JointContext, *activations: list[flo
 def _check_facts(path: str, facts: Mapping[str, Any]) -> None:
     version = facts.get("schema_version")
     if facts.get("kind") != INDEX or not isinstance(version, int):
-        raise SelOrthoError(f"{path} is not that of a feature index: build it with scripts/build_feature_index.py")
+        raise SelOrthoError(f"{path} is not that of a feature index: build it with selortho index")
     if version != SCHEMA_VERSION:
         raise SelOrthoError(
             f"{path} has schema_version {version}, this hf_selortho reads {SCHEMA_VERSION}: build the index again, or "

@@ -48,7 +48,7 @@ METRICS = (
            "Cross-entropy with the reconstruction in place of the activations"),
     Metric("ce_zero_ablation", "CE, zeroed", "", "Cross-entropy with zeros in place of the activations"),
 )  # fmt: skip
-# What `scripts/evaluate_sae.py` measures on request.
+# What `selortho evaluate` measures on request.
 TASK_METRICS = (
     Metric("probing_accuracy_k1", "Probing, balanced accuracy of 1 feature"),
     Metric("probing_accuracy_k5", "Probing, of 5 features"),

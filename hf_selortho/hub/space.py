@@ -55,7 +55,7 @@ def pin_sae(name: str, token: str | None = None) -> PinnedSae:
     """
     if os.path.isdir(name):
         raise SelOrthoError(
-            f"{name} is a folder of this machine, which a Space cannot read: publish it with scripts/push_to_hub.py, "
+            f"{name} is a folder of this machine, which a Space cannot read: publish it with selortho push, "
             "then name its repository"
         )
     place = RepoRef.parse(name, local=False)
@@ -137,7 +137,7 @@ def advice(saes: Mapping[str, PinnedSae], token: str | None = None) -> Iterator[
         if not sae.has_index:
             yield (
                 f"{sae.place} has no {INDEX}/, so the page will have live text only, and nothing about a feature or a "
-                "pair: build it with scripts/build_feature_index.py, publish it with push_to_hub.py --include_index, "
+                "pair: build it with selortho index, publish it with selortho push --include_index, "
                 "and deploy again"
             )
     hub_models = {str(sae.language_model) for sae in saes.values() if sae.language_model}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
+from hf_selortho.commands.convert import main
 from hf_selortho.formats import load_sae, write_saelens
-from hf_selortho.formats.__main__ import main
 from hf_selortho.formats.convert import convert
 from hf_selortho.utils.command_line import run_script
 
@@ -32,14 +32,14 @@ def refusal(capsys, *arguments: object) -> str:
     """The one line that the command ends with."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        run_script(lambda: main(["convert", *map(str, arguments)]))
+        run_script(lambda: main([*map(str, arguments)]))
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1, said
     return said
 
 
 def test_files_are_named_and_the_source_is_recorded(own, tmp_path, capsys) -> None:
-    main(["convert", str(own), str(tmp_path / "lens"), "--to", "saelens"])
+    main([str(own), str(tmp_path / "lens"), "--to", "saelens"])
     said = capsys.readouterr().out
     assert said == (
         f"wrote cfg.json, sae_weights.safetensors to {tmp_path}/lens; load it with: "
@@ -66,11 +66,11 @@ def test_the_measured_l0_goes_along(own, tmp_path) -> None:
 
 def test_a_conversion_is_replaced_on_request_and_nothing_else(own, tmp_path, capsys) -> None:
     target = tmp_path / "there"
-    main(["convert", str(own), str(target), "--to", "saelens"])
+    main([str(own), str(target), "--to", "saelens"])
     before = contents(target)
     assert "is not empty" in refusal(capsys, own, target, "--to", "selortho")
     assert contents(target) == before
-    main(["convert", str(own), str(target), "--to", "selortho", "--overwrite"])
+    main([str(own), str(target), "--to", "selortho", "--overwrite"])
     assert sorted(contents(target)) == ["config.json", "model.safetensors", "run.json"]
     (target / "metrics.jsonl").touch()  # a run
     before = contents(target)

@@ -289,7 +289,7 @@ def test_a_training_that_cannot_be_published_is_not_lost(hub, client, training, 
         client.run(f"import os\nos.environ['HF_TOKEN'] = {hub.token!r}")
     last = done.err.strip().splitlines()[-1]
     assert done.code == 2 and "may not write to org/refused" in last
-    assert f"python scripts/push_to_hub.py {tmp_path / 'run'} --repo_id org/refused" in last
+    assert f"selortho push {tmp_path / 'run'} --repo_id org/refused" in last
     assert SelOrthoSAE.from_pretrained(tmp_path / "run").config.d_sae == 64
 
 

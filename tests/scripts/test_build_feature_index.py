@@ -111,7 +111,10 @@ def test_labels(run, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--output", "x"], "--output: .* has several SAEs, layer_1, layer_1_twin, layer_2"),
+        (
+            ["--output", "x"],
+            r"--output: .* has several SAEs \(layer_1, layer_1_twin, layer_2, .*\): name one",
+        ),
         (["--tokens", "0"], "tokens 0: expected at least 1"),
         (["--subfolder", "layer_9"], "layer_9"),
         (["--subfolder", "layer_1", "--dataset", "nothing.csv"], "nothing.csv"),

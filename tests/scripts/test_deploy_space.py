@@ -213,7 +213,7 @@ def test_a_proposal_changes_nothing(hub, client, sae) -> None:
         (["--space", "acme/x", "--sae", "acme/sae/layer_3"], "holds no layer_3/config.json"),
         (["--space", "acme/x", "--sae", "acme/llama"], "this is no SAE"),
         (["--space", "acme/x", "--sae", "acme/half"], "has an SAE's config without its weights (model.safetensors)"),
-        (["--space", "acme/x", "--sae", str(APP)], "publish it with scripts/push_to_hub.py"),
+        (["--space", "acme/x", "--sae", str(APP)], "publish it with selortho push"),
         (["--space", "acme/x", "--sae", "not a name"], "expected owner/name[@revision][/subfolder]"),
         (["--space", "acme/x", "--sae", "acme/sae", "--wheel_url", "x.whl"], "--wheel_url: expected https://"),
         (["--space", "acme/x", "--sae", "acme/sae", "--wheel_url", WHEEL, "--from_index"], "choose one"),
