@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PUBLISHED = Path(__file__).parent / "data" / "published_0_1_0" / "batchtopk"
 SHOWN = {
     "train_on_a_tensor": r"FVU 0\.0\d+, L0 [34]\.\d",
     "penalty_in_another_trainer": r"150 loss 0\.\d+, top correlations 0\.[67]\d+",
+    "feature_index": r"32 features, 20 pairs\n\nfeature \d+ \('.*\) fires on [\d.]+% of the tokens\n  top positive",
     "selection_score": r"correlation: .* \(2, 3\) at 1\.00\ncorrelation times cosine: .* \(0, 1\) at 0\.9",
 }
 
@@ -25,6 +27,9 @@ def test_every_example_is_run_here() -> None:
 def test_example(name, tmp_path) -> None:
     script = EXAMPLES / f"{name}.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 40
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    arguments = [PUBLISHED] if name == "feature_index" else []
+    done = subprocess.run(
+        [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(SHOWN[name], done.stdout), done.stdout
