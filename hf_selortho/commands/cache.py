@@ -25,11 +25,12 @@ from ..data.cache_folder import CacheFolder, check_disk
 from ..data.cache_manifest import CacheSettings, Manifest
 from ..data.cache_report import report_table
 from ..data.cache_writer import CacheWriter, disk_bytes, forecast
-from ..data.contexts import Context, ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
+from ..data.contexts import ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
 from ..hub.dataset_card import render_shards_card
 from ..language_models.capture import ActivationCapture
+from ..language_models.contexts import Context
 from ..language_models.loading import check_context_length, load_language_model
 from ..process_group import ProcessGroup, leave_process_group
 from ..training.cache_arguments import cache_settings, parse_cache_arguments

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ORIGIN_NAMES, TokenOrigins
+from ..language_models.contexts import Context
 from ..utils.files import target_outside
 from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
 from .cache_manifest import HELD_OUT, MANIFEST, TRAIN, WORK, CacheError, ShardEntry, parse_manifest, shard_path
-from .contexts import Context
 
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 

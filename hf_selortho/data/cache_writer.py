@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, CapturedActivations, TokenOrigins, within_norms
+from ..language_models.contexts import Context
 from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..utils.memory import available_memory, peak_memory
 from .cache_folder import CacheFolder
@@ -37,7 +38,7 @@ from .cache_manifest import (
     from_json,
     shard_path,
 )
-from .contexts import Context, ContextStream, count_tokens, take_tokens
+from .contexts import ContextStream, count_tokens, take_tokens
 
 PROBE_SECONDS = 10.0  # of a dry run
 _PROBED = 2048  # tokens at once

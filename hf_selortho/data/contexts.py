@@ -6,25 +6,17 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
+from ..language_models.contexts import Context
 from .texts import Documents
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_DOCUMENTS = 64  # tokenised at once: enough for the tokenizer's threads, little to repeat after a resume
-
-
-class Context(NamedTuple):
-    """One input of the language model; never tokens of two documents."""
-
-    document_id: int
-    input_ids: list[int]  # BOS first if asked for, at most context_length long
 
 
 class Cutter:
@@ -217,14 +209,6 @@ def estimate_tokens(documents: Documents, cutter: Cutter, sample: int = 1000) ->
     if len(texts) <= sample:
         return float(tokens)
     return tokens / sample * documents.count * (1 - documents.held_out_fraction)
-
-
-def pad_batch(contexts: Iterable[Context], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make one batch of contexts, padded on the right: input_ids and attention_mask (1 on tokens), (b, t) int64."""
-    rows = [torch.tensor(context.input_ids, dtype=torch.int64) for context in contexts]
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (b, t)
-    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (b, t)
-    return input_ids, attention_mask
 
 
 def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.contexts import Context, pad_batch
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, length_batches
+from ..language_models.contexts import Context, pad_batch
 from ..modeling_selortho import SelOrthoSAE
 from .metrics import (
     Correlations,

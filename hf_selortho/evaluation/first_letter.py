@@ -23,9 +23,9 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.contexts import Context
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
+from ..language_models.contexts import Context
 from .absorption import FirstLetterTask
 from .probing import split_by_class
 

@@ -24,9 +24,10 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from ..data.contexts import Context, Cutter
+from ..data.contexts import Cutter
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
+from ..language_models.contexts import Context
 from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,12 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..data.contexts import Context, Cutter, held_out_contexts
+from ..data.contexts import Cutter, held_out_contexts
 from ..data.pair_history import PairSnapshot
 from ..data.texts import Documents
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
+from ..language_models.contexts import Context
 from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import select_pairs
 from ..utils.files import sha256_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.contexts import Context, pad_batch
 from ..language_models.capture import ActivationCapture, CapturedActivations
+from ..language_models.contexts import Context, pad_batch
 from ..modeling_selortho import SelOrthoSAE
 from .top_contexts import Batch
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..configuration_selortho import SelOrthoConfig
-from ..data.contexts import Context, Cutter, pad_batch, spelling
+from ..data.contexts import Cutter, spelling
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, length_batches
+from ..language_models.contexts import Context, pad_batch
 from ..language_models.loading import LanguageModel, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 

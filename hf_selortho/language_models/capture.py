@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..data.contexts import Context, pad_batch
 from ..errors import NonFiniteError, SelOrthoError
 from ..utils.hub import listed
+from .contexts import Context, pad_batch
 from .loading import LanguageModel
 from .sites import decoder_layer_output
 

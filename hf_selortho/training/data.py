@@ -13,10 +13,11 @@ from torch import Tensor
 from ..data.activation_cache import ActivationCache
 from ..data.buffer import ActivationBuffer, ActivationStatistics
 from ..data.cache_batches import CachedBatches, held_out_batches
-from ..data.contexts import Context, ContextStream, Cutter, held_out_contexts
+from ..data.contexts import ContextStream, Cutter, held_out_contexts
 from ..data.texts import TextSource, open_documents
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
+from ..language_models.contexts import Context
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
 from .arguments import DataArguments, TrainingArguments
 from .non_finite import NonFinitePolicy

@@ -4,55 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
-import torch
-
-from ..configuration_selortho import SelOrthoConfig
-from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..penalties import full_penalty_bytes
 from ..process_group import ProcessGroup
-from ..utils.memory import available_memory, free_disk, memory_now, peak_memory, start_peak
+from ..utils.memory import available_memory, check_fits, free_disk, gigabytes, memory_now, peak_memory, start_peak
 from .data import LiveData, TrainingData
+from .run import REMEDY, TRAINING_BYTES, TrainingRun
 from .trainer import Trainer
-
-if TYPE_CHECKING:
-    from .run import TrainingRun
 
 PROBE_SECONDS = 20.0  # of training steps
 _PROBE_BATCHES = 2  # that the buffer holds in small
-_TRAINING_BYTES = 16  # a parameter, its gradient and Adam's two moments, in float32
-_CHECKPOINT_BYTES = 12  # the same without the gradient
+_CHECKPOINT_BYTES = 12  # a parameter and Adam's two moments, in float32
 _REPORT_BYTES = 2_000_000  # metrics, pictures and card of an SAE
-_REMEDY = "lower --buffer_contexts, --d_sae, --batch_size or the number of SAEs"
-
-
-def check_fits(kind: str, parts: Mapping[str, int], available: int | None, remedy: str = _REMEDY) -> None:
-    """Raise a SelOrthoError that names the parts, in bytes, if they need more than is available of a kind."""
-    needed = sum(parts.values())
-    if available is not None and needed > available:
-        listed = ", ".join(f"{part} {_gigabytes(size)}" for part, size in parts.items())
-        raise SelOrthoError(
-            f"this run cannot fit: it needs {_gigabytes(needed)} of {kind} ({listed}), {_gigabytes(available)} are "
-            f"available; {remedy}"
-        )
-
-
-def check_memory(data: TrainingData, configs: Sequence[SelOrthoConfig], batch: int, device: torch.device) -> None:
-    """Refuse, before anything large is allocated, a run whose activations, SAEs and matrices alone cannot fit."""
-    weights = sum(2 * (config.d_in or 0) * (config.d_sae or 0) for config in configs)
-    held = {"activations held": data.source.memory_bytes()}
-    needed = {"SAE weights, gradients, Adam": _TRAINING_BYTES * weights}
-    if full := [full_penalty_bytes(config.d_sae or 0, batch) for config in configs if config.penalty == "full"]:
-        needed["d_sae x d_sae matrices of --penalty full"] = max(full)
-    if data.source_device.type == device.type:
-        needed |= held
-    else:
-        check_fits("the machine's memory", held, available_memory(data.source_device), "lower --buffer_contexts")
-    check_fits("memory", needed, available_memory(device))
 
 
 def dry_run(run: TrainingRun) -> str:
@@ -69,7 +34,7 @@ def dry_run(run: TrainingRun) -> str:
 
     live, on_device = isinstance(data, LiveData), data.source_device.type == device.type
     parameters = sum(parameter.numel() for sae in saes for parameter in sae.parameters())
-    training = _TRAINING_BYTES * parameters
+    training = TRAINING_BYTES * parameters
     checkpoint = _CHECKPOINT_BYTES * parameters if arguments.checkpoint_every else 0
     small = data.source.memory_bytes() if on_device else 0
     memory = {
@@ -90,13 +55,13 @@ def dry_run(run: TrainingRun) -> str:
         "filling the buffer": filling if live else 0.0,
         f"training, from {steps} steps": step_seconds * arguments.max_steps,
     }
-    check_fits("memory", memory, None if available is None else available + loaded)
+    check_fits("memory", memory, None if available is None else available + loaded, REMEDY)
     check_fits("disk", disk, free_disk(run.output), "use another --output_dir, or fewer --keep_checkpoints")
     tokens = arguments.max_steps * arguments.batch_size * arguments.gradient_accumulation_steps
     return (
         f"{len(saes)} SAE{'s' if len(saes) > 1 else ''} with {parameters:,} parameters, trained on {tokens:,} tokens\n"
-        + _table("memory of a process", memory, _gigabytes)
-        + _table("disk", disk, _gigabytes)
+        + _table("memory of a process", memory, gigabytes)
+        + _table("disk", disk, gigabytes)
         + _table("time, without the evaluation", seconds, lambda value: str(timedelta(seconds=round(value))))
     )
 
@@ -127,7 +92,3 @@ def _probe(run: TrainingRun, data: TrainingData) -> tuple[list[SelOrthoSAE], flo
 def _table(title: str, parts: Mapping[str, float], words: Callable[[float], str]) -> str:
     rows = [*parts.items(), ("in all", sum(parts.values()))]
     return f"\n{title}\n" + "".join(f"  {part:<40}{words(value):>14}\n" for part, value in rows)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"

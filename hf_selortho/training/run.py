@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, set_seed
 
@@ -14,11 +16,12 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.pair_history import PairHistory
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
+from ..penalties import full_penalty_bytes
 from ..utils.command_line import on_cpu, use_all_cores
+from ..utils.memory import available_memory, check_fits
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
 from .data import CachedData, LiveData, TrainingData, open_store
-from .dry_run import check_memory
 from .non_finite import NonFinitePolicy
 from .run_folder import TRACKERS, MetricsLog, prepare_output_folder, replaces_run
 from .sae_trainer import SAETrainer
@@ -27,6 +30,9 @@ from .trainer import Trainer
 from .variants import all_settings, make_variants
 
 logger = logging.getLogger(__name__)
+
+TRAINING_BYTES = 16  # a parameter, its gradient and Adam's two moments, in float32
+REMEDY = "lower --buffer_contexts, --d_sae, --batch_size or the number of SAEs"
 
 
 class TrainingRun:
@@ -125,6 +131,20 @@ class TrainingRun:
                 history = PairHistory(folder, sae.config, run.max_steps, resume_at=self.resume_at)
             trainers.append(SAETrainer(self.accelerator, sae, run, log, variant.name, policy, history))
         return trainers
+
+
+def check_memory(data: TrainingData, configs: Sequence[SelOrthoConfig], batch: int, device: torch.device) -> None:
+    """Refuse, before anything large is allocated, a run whose activations, SAEs and matrices alone cannot fit."""
+    weights = sum(2 * (config.d_in or 0) * (config.d_sae or 0) for config in configs)
+    held = {"activations held": data.source.memory_bytes()}
+    needed = {"SAE weights, gradients, Adam": TRAINING_BYTES * weights}
+    if full := [full_penalty_bytes(config.d_sae or 0, batch) for config in configs if config.penalty == "full"]:
+        needed["d_sae x d_sae matrices of --penalty full"] = max(full)
+    if data.source_device.type == device.type:
+        needed |= held
+    else:
+        check_fits("the machine's memory", held, available_memory(data.source_device), "lower --buffer_contexts")
+    check_fits("memory", needed, available_memory(device), REMEDY)
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:

@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
+
+from ..errors import SelOrthoError
 
 
 def start_peak(device: torch.device) -> None:
@@ -80,3 +83,19 @@ def free_disk(folder: Path) -> int:
 def local_processes() -> int:
     """Count the processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_fits(kind: str, parts: Mapping[str, int], available: int | None, remedy: str) -> None:
+    """Raise a SelOrthoError that names the parts, in bytes, if they need more than is available of a kind."""
+    needed = sum(parts.values())
+    if available is not None and needed > available:
+        listed = ", ".join(f"{part} {gigabytes(size)}" for part, size in parts.items())
+        raise SelOrthoError(
+            f"this run cannot fit: it needs {gigabytes(needed)} of {kind} ({listed}), {gigabytes(available)} are "
+            f"available; {remedy}"
+        )
+
+
+def gigabytes(size: float) -> str:
+    """Write a number of bytes."""
+    return f"{size / 1e9:.2f} GB"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_selortho.data.contexts import Context, ContextStream, Cutter, held_out_contexts, pad_batch
+from hf_selortho.data.contexts import ContextStream, Cutter, held_out_contexts
+from hf_selortho.language_models.contexts import Context, pad_batch
 from hf_selortho.data.texts import Documents, TextSource, open_documents
 from hf_selortho.errors import SelOrthoError
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.data.contexts import Context
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation.absorption import FirstLetterTask, absorption, main_features
 from hf_selortho.evaluation.first_letter import first_letter_task, fit_probes, vocabulary_words
 from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.contexts import Context
 
 LETTERS, EACH, TRAIN = 3, 40, 30  # words 0 to 29 of a letter are train words, 30 to 39 test words
 WORDS = LETTERS * EACH

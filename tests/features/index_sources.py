@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.data.contexts import Context, Cutter, held_out_contexts, pad_batch
+from hf_selortho.data.contexts import Cutter, held_out_contexts
 from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.build import Sources
 from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.contexts import Context, pad_batch
 
 CONTEXT_LENGTH = 24
 

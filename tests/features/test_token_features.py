@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.data.contexts import Context, pad_batch
 from hf_selortho.features import FeatureCapture, inspect
 from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.contexts import Context, pad_batch
 
 TEXT = "The minister built two bridges near the coast. A company sold a cheap phone in 12 cases."
 

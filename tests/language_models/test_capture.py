@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_selortho import SelOrthoError
-from hf_selortho.data.contexts import Context, pad_batch
 from hf_selortho.language_models.capture import ActivationCapture, NonFiniteActivationsError, length_batches
+from hf_selortho.language_models.contexts import Context, pad_batch
 from hf_selortho.language_models.sites import HookSite, decoder_layer_output
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]

@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 from hf_selortho import SelOrthoSAE
-from hf_selortho.data.contexts import Context
 from hf_selortho.hub.card_results import METRICS
 from hf_selortho.hub.markdown import number
 from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.contexts import Context
 from hf_selortho.language_models.embedded import embedded_model_dir
 from hf_selortho.language_models.loading import load_language_model
 from tests.bare_environment import make_bare_environment

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
-from hf_selortho.data.contexts import Context, pad_batch
 from hf_selortho.data.pair_history import read_pair_history
 from hf_selortho.formats import write_saelens
 from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.language_models.contexts import Context, pad_batch
 from scripts import evaluate_sae, train
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_pairs_are_selected_at_every_interval(arguments, tmp_path) -> None:
 
 
 def test_the_full_penalty_is_refused_where_its_matrices_do_not_fit(arguments, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("hf_selortho.training.dry_run.available_memory", lambda device: 500_000)
+    monkeypatch.setattr("hf_selortho.training.run.available_memory", lambda device: 500_000)
     train.main(arguments(penalty="full", eval_samples=0, max_steps=1))
     with pytest.raises(SelOrthoError, match="d_sae matrices of --penalty full 0.01 GB.*lower --buffer"):
         train.main(arguments(penalty="full", d_sae=1000, output_dir=tmp_path / "other"))
