@@ -63,7 +63,7 @@ def test_both_commands(module, tmp_path) -> None:
     assert done.returncode == 0 and "google/gemma-2-2b" in done.stdout and (tmp_path / "norms.png").is_file()
     done = subprocess.run([*command, "nowhere"], **options)
     [line] = done.stderr.splitlines()
-    assert done.returncode == 2 and "nowhere" in line and "cache_activations.py" in line
+    assert done.returncode == 2 and "nowhere" in line and "selortho cache" in line
 
 
 def test_what_the_user_can_mend(tmp_path) -> None:
