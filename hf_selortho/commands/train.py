@@ -8,6 +8,7 @@ torchrun --nproc_per_node 2 scripts/train.py --preset demo --cpu
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import time
@@ -133,16 +134,15 @@ def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, An
     """Say last what the metrics are, and what to type next."""
     several = bool(reports[0].name)
     folder = str(output / reports[0].name)
-    minutes, seconds = divmod(round(run_info["wall_seconds"]), 60)
     table = summary_table(reports) if several else metrics_table(reports[0].metrics)
+    again = re.sub("^selortho ", f"{selortho()} ", run_info["command"])
     twin = (
-        f"  {run_info['command']} --ortho_coefficient 0 --output_dir {shlex.quote(folder + '-twin')}\n"
+        f"  {again} --ortho_coefficient 0 --output_dir {shlex.quote(folder + '-twin')}\n"
         "The last one trains its twin baseline, the same run without the penalty; "
     )
     return (
         f"\n{table}\n\n{output}/ holds {'a folder for each SAE' if several else 'the SAE'}, with metrics, pictures and "
-        "card (README.md); "
-        f"{minutes} min {seconds} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
+        f"card (README.md); {run_info['wall_seconds']:.0f} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
         f"  {selortho()} evaluate {shlex.quote(folder)}\n"
         f"  {selortho()} index {shlex.quote(str(output))}\n"
         f"  {selortho()} browse {shlex.quote(str(output))}\n{'' if several else twin}"
