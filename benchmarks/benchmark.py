@@ -36,7 +36,7 @@ from hf_selortho.language_models.loading import load_language_model
 from hf_selortho.utils.command_line import run_script, use_all_cores
 from hf_selortho.utils.environment import hardware, library_versions
 from hf_selortho.utils.files import write_json, write_text
-from hf_selortho.utils.options import OneLineParser, Range, argument, check_values
+from hf_selortho.utils.options import Range, argument, check_values, parse_options
 
 SYNTHETIC_BATCHES = 8
 _DEFAULTS = SelOrthoConfig(d_in=1, d_sae=1)
@@ -73,9 +73,7 @@ class BenchmarkArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the three files, print the report."""
-    groups: list[Any] = [BenchmarkArguments]
-    parser = OneLineParser(groups, allow_abbrev=False)
-    (arguments,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
+    arguments, _ = parse_options(BenchmarkArguments, argv)
     check(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     if device.type == "cpu":

@@ -6,7 +6,6 @@ seed; intervals are Student's t over the seeds, 95%.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from hf_selortho.errors import SelOrthoError
+from experiments.records import read_record
 
 TWIN = "none"  # variant without a penalty; twins of another L1 or k are called "none-..."
 RECIPES = {"topk": "TopK", "relu": "ReLU + L1"}  # sweeps that compare penalties at one layer
-SCHEMA_VERSION = 1
 LEVEL = 0.05  # of the intervals and sign tests
 
 EQUAL_L0 = [
@@ -80,24 +78,6 @@ class Study:
 
 STABILITY = ["max_cosine", "matched_cosine", "shared_features", "distinct_directions_per_feature"]
 TIMED = ["seconds_per_step", "memory_bytes"]
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read one record.
-
-    Raises:
-        SelOrthoError: it is damaged, or of another schema version.
-    """
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = record.get("schema_version")
-    except (OSError, ValueError, AttributeError) as error:
-        raise SelOrthoError(f"{path} is missing or damaged ({error}): remove it and run the plan again") from error
-    if version != SCHEMA_VERSION:
-        raise SelOrthoError(
-            f"{path} has schema_version {version}, expected {SCHEMA_VERSION}: remove it and run the plan again"
-        )
-    return record
 
 
 def sae_table(records: list[dict[str, Any]]) -> pd.DataFrame:

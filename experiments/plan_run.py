@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from experiments.records import Records
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.training.run_folder import RUN
 from hf_selortho.utils.command_line import own_cores
-from hf_selortho.utils.options import OneLineParser, argument
+from hf_selortho.utils.options import argument, parse_options
 
 
 @dataclass
@@ -91,8 +90,7 @@ def parse_run(argv: Sequence[str] | None = None) -> PlanRun:
         SelOrthoError: an argument is not allowed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups: list[Any] = [PlanArguments]
-    (arguments,) = OneLineParser(groups, allow_abbrev=False).parse_args_into_dataclasses(argv)
+    arguments, _ = parse_options(PlanArguments, argv)
     jobs = arguments.jobs if arguments.jobs is not None else max(1, torch.cuda.device_count())
     if jobs < 1:
         raise SelOrthoError(f"--jobs {jobs}: expected at least 1")

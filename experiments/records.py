@@ -20,6 +20,24 @@ _SPREADS = ("peak_correlation", "top_correlation", "mean_correlation", "pair_chu
 _PATHS = ("output_dir", "activations", "variants", "ortho_reference", "dataset", "resume_from_checkpoint")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one record.
+
+    Raises:
+        SelOrthoError: it is damaged, or of another schema version.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = record.get("schema_version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise SelOrthoError(f"{path} is missing or damaged ({error}): remove it and run the plan again") from error
+    if version != SCHEMA_VERSION:
+        raise SelOrthoError(
+            f"{path} has schema_version {version}, expected {SCHEMA_VERSION}: remove it and run the plan again"
+        )
+    return record
+
+
 class Records:
     """The records of one plan in a folder."""
 
@@ -40,17 +58,7 @@ class Records:
         Raises:
             SelOrthoError: it is missing or damaged, or of another version.
         """
-        path = self.path(name)
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            version = content.get("schema_version")
-        except (OSError, ValueError, AttributeError) as error:
-            raise SelOrthoError(f"{path} is missing or damaged ({error}): remove it and run the plan again") from error
-        if version != SCHEMA_VERSION:
-            raise SelOrthoError(
-                f"{path} has schema_version {version}, expected {SCHEMA_VERSION}: remove it and run the plan again"
-            )
-        return content
+        return read_record(self.path(name))
 
     def refuse_other(self, name: str, facts: Iterable[tuple[str, Any, Any]]) -> None:
         """Refuse a record that is of something else than the plan.

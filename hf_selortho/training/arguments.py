@@ -216,7 +216,7 @@ def parse_groups(
     Unknown arguments, and values of another type, exit with code 2, those of the preset too; `adapt` makes arguments
     of its content.
     """
-    parser = OneLineParser(groups, allow_abbrev=False)
+    parser = OneLineParser(groups)
     parser.add_argument("--preset", help=preset_help)
     name, options = parser.parse_known_args(argv)[0].preset, list[str]()
     for key, value in (adapt(load_preset(name)) if name else {}).items():
@@ -226,10 +226,7 @@ def parse_groups(
             parser.set_defaults(**{key: None})
         else:
             options += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    *parsed, unknown = parser.parse_args_into_dataclasses([*options, *argv], return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    return parsed
+    return parser.parse_all([*options, *argv])
 
 
 def list_presets() -> list[str]:

@@ -50,6 +50,18 @@ class OneLineParser(HfArgumentParser):
     def __init__(self, groups: Sequence[Any] = (), **options: Any) -> None:
         super().__init__(groups, **{"prog": os.path.basename(sys.argv[0]), "allow_abbrev": False, **options})
 
+    def parse_all(self, argv: Sequence[str] | None) -> list[Any]:
+        """Parse into the dataclasses, then a namespace of the other arguments, if any; unknown ones exit with code 2.
+
+        Args:
+            argv: the arguments; None for those of the command line.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        *parsed, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
@@ -65,10 +77,7 @@ def parse_options(group: Any, argv: Sequence[str] | None, **positional: str) -> 
     parser = OneLineParser([group])
     for name, description in positional.items():
         parser.add_argument(name, help=description)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    options, *rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    options, *rest = parser.parse_all(argv)
     return options, rest[0] if rest else None
 
 
