@@ -37,7 +37,7 @@ from ..training.cache_arguments import cache_settings, parse_cache_arguments
 from ..utils.command_line import check_launcher, on_cpu, selortho, use_all_cores
 from ..utils.environment import library_versions
 from ..utils.files import FolderLock
-from ..utils.memory import peak_memory
+from ..utils.memory import gigabytes, peak_memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,7 +131,7 @@ def closing_words(folder: Path, manifest: Manifest, speed: float, memory: int) -
     return (
         f"\n{report_table(manifest)}\n{folder}/ holds {len(manifest.shards)} shards of {manifest.rows:,} tokens and "
         f"{manifest.held_out_rows:,} held-out ones\n"
-        f"{speed:,.0f} tokens/s; peak memory {memory / 1e9:.2f} GB\n\nNext:\n"
+        f"{speed:,.0f} tokens/s; peak memory {gigabytes(memory)}\n\nNext:\n"
         f"  {selortho()} train --activations {name} --layers {layers} --twin --output_dir runs/sae\n"
         f"  python -m hf_selortho.data.cache_report {name} --output norms.png\n"
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..utils.files import LOCK, is_full, reason, replace_file, sync
-from ..utils.memory import existing_folder, free_disk
+from ..utils.memory import existing_folder, free_disk, gigabytes
 from .cache_manifest import FORMAT, FORMAT_VERSION, MANIFEST, WORK, CacheSettings, Manifest
 
 _SETTINGS = "settings.json"
@@ -121,8 +121,8 @@ def check_disk(folder: Path, needed: float) -> None:
     present = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
     if needed - present > (free := free_disk(folder)):
         raise SelOrthoError(
-            f"the activations need about {needed / 1e9:.2f} GB of disk, but {existing_folder(folder)} has "
-            f"{free / 1e9:.2f} GB free: use --max_tokens, fewer --layers or another --output_dir"
+            f"the activations need about {gigabytes(needed)} of disk, but {existing_folder(folder)} has "
+            f"{gigabytes(free)} free: use --max_tokens, fewer --layers or another --output_dir"
         )
 
 

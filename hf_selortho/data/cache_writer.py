@@ -23,7 +23,7 @@ from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, CapturedActivations, TokenOrigins, within_norms
 from ..language_models.contexts import Context
 from ..process_group import SINGLE_PROCESS, ProcessGroup
-from ..utils.memory import available_memory, peak_memory
+from ..utils.memory import available_memory, gigabytes, peak_memory
 from .cache_folder import CacheFolder
 from .cache_manifest import (
     HELD_OUT,
@@ -254,13 +254,13 @@ def forecast(capture: ActivationCapture, stream: ContextStream, settings: CacheS
     available, peak = available_memory(torch.device("cpu")), peak_memory(capture.device)
     if available is not None and shards > available:
         raise SelOrthoError(
-            f"each process needs {shards / 1e9:.2f} GB of memory for its shards, {available / 1e9:.2f} GB are "
+            f"each process needs {gigabytes(shards)} of memory for its shards, {gigabytes(available)} are "
             "available: lower --shard_tokens or read fewer --layers"
         )
     return (
         f"{tokens:,.0f} tokens at {speed:,.0f} tokens/s: {timedelta(seconds=round(tokens / speed))}\n"
-        f"peak memory of a process {peak / 1e9:.2f} GB and {shards / 1e9:.2f} GB of shards; "
-        f"disk {disk_bytes(capture, settings, tokens) / 1e9:.2f} GB\n"
+        f"peak memory of a process {gigabytes(peak)} and {gigabytes(shards)} of shards; "
+        f"disk {gigabytes(disk_bytes(capture, settings, tokens))}\n"
     )
 
 

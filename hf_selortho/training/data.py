@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.activation_cache import ActivationCache
-from ..data.buffer import ActivationBuffer, ActivationStatistics
+from ..data.buffer import ActivationBuffer
 from ..data.cache_batches import CachedBatches, held_out_batches
 from ..data.contexts import ContextStream, Cutter, held_out_contexts
 from ..data.texts import TextSource, open_documents
@@ -27,7 +27,7 @@ class LiveData:
     """Batches and held-out contexts from a frozen language model that reads the texts while the SAEs train.
 
     Attributes:
-        source: batches to train on; it takes no memory until [`statistics`] fills it.
+        source: batches to train on; it takes no memory until its `statistics` are asked for.
         source_device: holds the activations of the source.
         held_out: contexts to evaluate on, in the main process; empty if nothing is evaluated.
         identity: what, besides the provenance, has to be the same for the same activations.
@@ -73,10 +73,6 @@ class LiveData:
             max_norm_ratio=sae.max_norm_ratio,
             seed=run.seed * processes + rank,
         )
-
-    def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
-        """Fill the buffer; returns mean, scale and sink threshold of each layer."""
-        return self.source.statistics(progress)
 
     def provenance(self, layer: int) -> dict[str, Any]:
         """Return the fields of an SAE's configuration that say where its activations come from."""
@@ -128,9 +124,6 @@ class CachedData:
             rank=self.accelerator.process_index,
             processes=processes,
         )
-
-    def statistics(self, progress: bool) -> dict[int, ActivationStatistics]:
-        return self.source.statistics(progress)
 
     def provenance(self, layer: int) -> dict[str, Any]:
         manifest, data = self.store.manifest, self.arguments.data

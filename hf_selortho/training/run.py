@@ -108,7 +108,7 @@ class TrainingRun:
 
     def new_saes(self) -> list[SelOrthoSAE]:
         """Fill the source of batches, and make SAEs that all start from the same random numbers."""
-        statistics = self.data.statistics(progress=self.accelerator.is_main_process)
+        statistics = self.data.source.statistics(progress=self.accelerator.is_main_process)
         saes = []
         for variant, config in zip(self.variants, self.configs, strict=True):
             set_seed(self.arguments.run.seed)
