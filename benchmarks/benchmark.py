@@ -33,8 +33,8 @@ from benchmarks.report import plot_times, report
 from benchmarks.steps import TrainingSteps, rows_of, run_rounds
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.language_models.loading import load_language_model
-from hf_selortho.utils.command_line import run_script, use_all_cores
-from hf_selortho.utils.environment import hardware, library_versions
+from hf_selortho.utils.command_line import run_script
+from hf_selortho.utils.environment import hardware, library_versions, use_all_cores
 from hf_selortho.utils.files import write_json, write_text
 from hf_selortho.utils.options import Range, argument, check_values, parse_options
 

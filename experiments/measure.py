@@ -32,7 +32,8 @@ from hf_selortho.evaluation.tasks import Tasks, prepare_tasks
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.loading import load_language_model
 from hf_selortho.modeling_selortho import SelOrthoSAE
-from hf_selortho.utils.command_line import run_script, use_all_cores
+from hf_selortho.utils.command_line import run_script
+from hf_selortho.utils.environment import use_all_cores
 
 # Correlations of all SAEs are measured on the same pairs, whatever an SAE was trained with.
 PAIR_SETTINGS = {"pair_fraction": 0.001, "min_support": 4, "correlation": "cosine", "correlation_threshold": 0.0}

@@ -14,7 +14,7 @@ from experiments.plan import SECTIONS, Plan, Unit, list_plans, load_plan
 from experiments.records import Records
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.training.run_folder import RUN
-from hf_selortho.utils.command_line import own_cores
+from hf_selortho.utils.environment import own_cores
 from hf_selortho.utils.options import argument, parse_options
 
 

@@ -31,8 +31,8 @@ from hf_selortho.language_models.capture import TokenOrigins
 from hf_selortho.modeling_selortho import SelOrthoSAE
 from hf_selortho.training.arguments import RunArguments
 from hf_selortho.training.sae_trainer import SAETrainer
-from hf_selortho.utils.command_line import run_script, use_all_cores
-from hf_selortho.utils.environment import hardware, library_versions
+from hf_selortho.utils.command_line import run_script
+from hf_selortho.utils.environment import hardware, library_versions, use_all_cores
 
 BASELINES = {  # what SAELens calls them
     "standard": "standard", "topk": "topk", "batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk",

@@ -34,8 +34,8 @@ from ..language_models.contexts import Context
 from ..language_models.loading import check_context_length, load_language_model
 from ..process_group import ProcessGroup, leave_process_group
 from ..training.cache_arguments import cache_settings, parse_cache_arguments
-from ..utils.command_line import check_launcher, on_cpu, selortho, use_all_cores
-from ..utils.environment import library_versions
+from ..utils.command_line import check_launcher, selortho
+from ..utils.environment import library_versions, on_cpu, use_all_cores
 from ..utils.files import FolderLock
 from ..utils.memory import gigabytes, peak_memory
 

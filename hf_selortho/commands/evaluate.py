@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from .. import SelOrthoError
+from ..errors import SelOrthoError
 from ..evaluation.tasks import evaluate_on_text
 from ..hub.report import metrics_table
 from ..utils.files import write_json

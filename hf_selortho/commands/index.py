@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import SelOrthoError
 from ..data.pair_history import read_pair_history
 from ..data.texts import open_documents
+from ..errors import SelOrthoError
 from ..features.build import IndexSettings, Sources, build_feature_index, weights_sha256
 from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folder
 from ..features.labels import read_labels

@@ -1,11 +1,15 @@
-"""The command line `selortho NAME ...`: each name is a file of this folder with a function `main`."""
+"""The command line `selortho NAME ...`: each name is a file of this folder with a function `main`.
+
+The options of a command that needs seconds to be imported are parsed first, so that --help and slips do not wait.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-from .. import SelOrthoError, __version__
+from .. import __version__
+from ..errors import SelOrthoError
 from ..utils.command_line import run_script
 
 COMMANDS = {
@@ -17,6 +21,11 @@ COMMANDS = {
     "push": "publish the SAEs of a run on the Hugging Face Hub",
     "space": "publish a Space that shows an SAE",
     "convert": "turn an SAE into the format of another library, or back",
+}
+
+PARSERS = {
+    "train": ("hf_selortho.training.arguments", "parse_arguments"),
+    "cache": ("hf_selortho.training.cache_arguments", "parse_cache_arguments"),
 }
 
 
@@ -33,6 +42,9 @@ def _run() -> None:
         sys.stdout.write(f"selortho {__version__}\n")
     elif name in COMMANDS:
         sys.argv = [f"selortho {name}", *sys.argv[2:]]  # what errors and --help call the program
+        if name in PARSERS:
+            module, parse = PARSERS[name]
+            getattr(importlib.import_module(module), parse)(sys.argv[1:])
         importlib.import_module(f".{name}", __package__).main()  # by name: not every command needs gradio
     else:
         sys.argv[0] = "selortho"

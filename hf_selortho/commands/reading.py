@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..configuration_selortho import SelOrthoConfig
-from ..data.texts import TextSource
+from ..data.text_source import TextSource
 from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
 from ..formats import load_sae

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import reprlib
 from dataclasses import dataclass, is_dataclass
@@ -13,7 +14,7 @@ import torch
 
 from ..errors import SelOrthoError
 from ..utils.hub import one_line
-from .texts import TextSource
+from .text_source import TextSource
 
 FORMAT, FORMAT_VERSION = "hf_selortho.activations", 3
 MANIFEST = "manifest.json"
@@ -174,6 +175,13 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
             f"{name} is damaged: {one_line(error)}; restore it from a copy, or cache the activations again"
         ) from error
     return manifest
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return the sha256 of what a tokenizer of transformers does: its vocabulary, merges and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def from_json(kind: Any, value: Any, name: str = "") -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, CapturedActivations, TokenOrigins, within_norms
@@ -262,13 +260,6 @@ def forecast(capture: ActivationCapture, stream: ContextStream, settings: CacheS
         f"peak memory of a process {gigabytes(peak)} and {gigabytes(shards)} of shards; "
         f"disk {gigabytes(disk_bytes(capture, settings, tokens))}\n"
     )
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the sha256 of what a tokenizer does: its vocabulary, merges and special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _token_tensors(origins: TokenOrigins, contexts: list[Context] | None) -> dict[str, Tensor]:

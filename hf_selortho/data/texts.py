@@ -13,7 +13,6 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..errors import SelOrthoError
 from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, is_commit, one_line, resolve_commit, unreachable
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
+from .text_source import TextSource
 
 logger = logging.getLogger(__name__)
 
@@ -44,25 +44,6 @@ _BOM = b"\xef\xbb\xbf"
 _FETCH = 256  # rows read at once: one by one, Arrow spends most of its time on the way to them
 _SHUFFLE_BUFFER = 10_000  # documents that a stream holds to draw from
 _PEEK = 1000  # documents of a stream looked at to find out that it holds text
-
-
-def _setting(default: Any, description: str) -> Any:
-    return field(default=default, metadata={"help": description})
-
-
-@dataclass
-class TextSource:
-    """Which texts to read; also the arguments of this name of a command line."""
-
-    dataset: str = _setting(
-        "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
-    )
-    dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
-    dataset_revision: str | None = _setting(None, "Branch, tag or commit of the dataset; its commit is recorded.")
-    split: str = _setting("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
-    text_column: str | None = _setting(None, "Column that holds the text; default: text, or the only text column.")
-    streaming: bool = _setting(False, "Read the dataset as a stream, for what does not fit on the disk.")
-    held_out_fraction: float = _setting(0.1, "Share of the documents that training never sees.")
 
 
 class Documents:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 from ..configuration_selortho import SelOrthoConfig
-from ..data.texts import TextSource
+from ..data.text_source import TextSource
 from ..errors import SelOrthoError
 from ..utils.options import (
     Above0,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ..data.cache_manifest import STORED_DTYPES, CacheSettings
-from ..data.cache_writer import tokenizer_hash
-from ..data.texts import Documents, TextSource
+from ..data.cache_manifest import STORED_DTYPES, CacheSettings, tokenizer_hash
+from ..data.text_source import TextSource
 from ..errors import SelOrthoError
-from ..language_models.capture import ActivationCapture
 from ..utils.options import Above1, Count, CountOrZero, Range, Seed, argument, check_values, one_of
 from .arguments import ModelArguments, TextArguments, parse_groups
+
+if TYPE_CHECKING:  # not for a --help that waits for datasets
+    from ..data.texts import Documents
+    from ..language_models.capture import ActivationCapture
 
 
 @dataclass

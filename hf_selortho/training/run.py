@@ -17,7 +17,7 @@ from ..data.pair_history import PairHistory
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..penalties import full_penalty_bytes
-from ..utils.command_line import on_cpu, use_all_cores
+from ..utils.environment import on_cpu, use_all_cores
 from ..utils.memory import available_memory, check_fits
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of

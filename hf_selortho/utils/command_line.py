@@ -14,12 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
-import torch
-from accelerate.utils import get_int_from_env
-from transformers.utils import logging as transformers_logging
 
 from ..errors import SelOrthoError
-from .memory import local_processes
+from .imports import after_import
 
 _SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_TOKEN"
@@ -27,6 +24,7 @@ _SECRETS = (
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # by torchrun, by kinds of MPI
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -50,32 +48,11 @@ def check_launcher() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if asked and "MASTER_ADDR" in os.environ and not _started_processes():
+    if asked and "MASTER_ADDR" in os.environ and not started_processes():
         raise SelOrthoError(
             "accelerate launch starts a single process on CPUs, whatever --num_processes says: use "
             f"torchrun --nproc_per_node N {sys.argv[0].replace('selortho ', '-m hf_selortho ')} --cpu ..."
         )
-
-
-def on_cpu(asked: bool) -> bool:
-    """Tell whether to use the CPU: asked to, on a Mac, whose GPUs have no float64, or in a group without GPUs.
-
-    Of several processes without a GPU, accelerate forms a group only if it is told to use the CPU.
-    """
-    return asked or torch.backends.mps.is_available() or (_started_processes() > 1 and not torch.cuda.is_available())
-
-
-def use_all_cores(threads: int | None = None) -> None:
-    """Give this process its share of the machine's cores (or `threads`).
-
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS to 1, which would leave all cores but one idle.
-    """
-    torch.set_num_threads(threads or max(1, own_cores() // local_processes()))
-
-
-def own_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch_command(name: str, argv: Sequence[str] | None = None) -> str:
@@ -114,9 +91,9 @@ def without_secrets(text: str) -> str:
     return _HUB_TOKEN.sub("***", text)
 
 
-def _started_processes() -> int:
+def started_processes() -> int:
     """Count the processes that torchrun or a kind of MPI says it has started; 0 without them."""
-    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 0)
+    return next((int(os.environ[name]) for name in _SIZES if int(os.environ.get(name, -1)) >= 0), 0)
 
 
 def _typed_command() -> list[str]:
@@ -151,5 +128,10 @@ def _set_up_logging() -> None:
     handler.setFormatter(_DiscreetFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hf_selortho").setLevel(logging.INFO)
+    after_import("transformers.utils.logging", _quieten_transformers)
+
+
+def _quieten_transformers() -> None:
+    transformers_logging = sys.modules["transformers.utils.logging"]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of weights that load in a second

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_selortho.utils.command_line import use_all_cores, without_secrets
+from hf_selortho.utils.command_line import without_secrets
+from hf_selortho.utils.environment import use_all_cores
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "aB3" * 11

@@ -1,0 +1,25 @@
+"""Which texts to read, in a module that command lines import before the libraries that read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _setting(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass
+class TextSource:
+    """Which texts to read; also the arguments of this name of a command line."""
+
+    dataset: str = _setting(
+        "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
+    )
+    dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
+    dataset_revision: str | None = _setting(None, "Branch, tag or commit of the dataset; its commit is recorded.")
+    split: str = _setting("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
+    text_column: str | None = _setting(None, "Column that holds the text; default: text, or the only text column.")
+    streaming: bool = _setting(False, "Read the dataset as a stream, for what does not fit on the disk.")
+    held_out_fraction: float = _setting(0.1, "Share of the documents that training never sees.")
