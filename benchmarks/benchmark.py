@@ -1,7 +1,7 @@
 """Time training steps under every penalty side by side, on real activations or synthetic ones.
 
-python benchmarks/benchmark.py --activations activations.safetensors --widths 2304 10240 65536
-python benchmarks/benchmark.py --model gemma-3-270m --layer 8 --widths 2304 --selection_interval 1 10 --memory
+python -m benchmarks.benchmark --activations activations.safetensors --widths 2304 10240 65536
+python -m benchmarks.benchmark --model gemma-3-270m --layer 8 --widths 2304 --selection_interval 1 10 --memory
 """
 
 from __future__ import annotations

@@ -148,7 +148,10 @@ def test_where_paths_lead(tmp_path) -> None:
     (folder / "out").symlink_to(tmp_path)
     assert target_outside(folder, folder / "out" / "file") == tmp_path / "file"
     (folder / "loop").symlink_to("loop")
-    assert target_outside(folder, folder / "loop") is not None
+    (folder / "one").symlink_to("other")
+    (folder / "other").symlink_to("one")
+    for path in (folder / "loop", folder / "loop/file", folder / "one"):
+        assert target_outside(folder, path) == path, path
     snapshot, blobs = tmp_path / "snapshots/commit", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     (snapshot / "file").symlink_to(blobs / "hash")

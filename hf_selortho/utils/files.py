@@ -155,9 +155,8 @@ def target_outside(folder: Path, path: Path) -> Path | None:
 
     In huggingface_hub's cache, snapshots/<commit>/file is a link to ../../blobs/<hash>: that counts as inside.
     """
-    try:
-        root, target = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a link to itself
+    root, target = (Path(os.path.realpath(place)) for place in (folder, path))  # unlike resolve, alike in all Pythons
+    if any(place.is_symlink() for place in (target, *target.parents)):  # what is left are links to themselves
         return path
     blobs = {parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"}
     return None if target.is_relative_to(root) or target.parent in blobs else target
