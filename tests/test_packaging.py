@@ -186,8 +186,30 @@ def test_the_lowest_versions_are_the_declared_lower_bounds() -> None:
         assert bound.operator in {">=", "=="}, requirement
         bounds[canonicalize_name(requirement.name)] = f"=={bound.version}"
     assert len(bounds) == len(declared)
-    # Not the lower bound of torch: only one release is offered as a CPU build everywhere.
+    # Not the lower bound of torch: one CPU build serves both.
     assert pinned("constraints-lowest.txt") == bounds | {"torch": pinned("constraints.txt")["torch"]}
+
+
+def test_with_the_index_that_the_readme_names_pip_takes_the_cpu_build(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\nexport PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu\n" in readme
+    for index, version in (("pypi", "2.13.0"), ("cpu", "2.13.0+cpu")):
+        folder = tmp_path / index / "torch"
+        folder.mkdir(parents=True)
+        name, info = f"torch-{version}-py3-none-any.whl", f"torch-{version}.dist-info"
+        (folder / "index.html").write_text(f"<!DOCTYPE html><a href='{name}'>{name}</a>")
+        with zipfile.ZipFile(folder / name, "w") as wheel:
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    taken = {}
+    for case, extra in (("without", ""), ("with", (tmp_path / "cpu").as_uri())):
+        plain = {name: "" for name in os.environ if name.startswith("PIP_")} | {"PIP_CONFIG_FILE": os.devnull}
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--index-url", (tmp_path / "pypi").as_uri()]
+        command = [*pip, "-c", ROOT / "constraints.txt", "-d", tmp_path / case, "torch"]
+        run(*command, cwd=tmp_path, **plain, PIP_EXTRA_INDEX_URL=extra)
+        taken[case] = [path.name.split("-")[1] for path in (tmp_path / case).iterdir()]
+    assert taken == {"without": ["2.13.0"], "with": ["2.13.0+cpu"]}
 
 
 SKIPPING_TESTS = """
