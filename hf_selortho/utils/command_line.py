@@ -10,8 +10,10 @@ import shlex
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -19,6 +21,7 @@ from accelerate.utils import get_int_from_env
 from transformers.utils import logging as transformers_logging
 
 from ..errors import SelOrthoError
+from .library_errors import explained
 from .memory import local_processes
 
 _SECRETS = (
@@ -35,11 +38,23 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except SelOrthoError as error:
-        sys.stderr.write(f"{_program()}: error: {without_secrets(' '.join(str(error).split()))}\n")
-        sys.exit(2)
+        _end(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    except Exception as error:
+        if (said := explained(error)) is None:
+            raise
+        said.__cause__ = error
+        _end(said)
+
+
+def _end(error: SelOrthoError) -> NoReturn:
+    """Say what is wrong in a line, after it with `--verbose` where it comes from, and exit."""
+    sys.stderr.write(f"{_program()}: error: {without_secrets(' '.join(str(error).split()))}\n")
+    if "--verbose" in sys.argv:
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+    sys.exit(2)
 
 
 def check_launcher() -> None:
@@ -151,5 +166,6 @@ def _set_up_logging() -> None:
     handler.setFormatter(_DiscreetFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hf_selortho").setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which complains of a home that cannot be written
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of weights that load in a second

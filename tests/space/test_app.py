@@ -29,7 +29,7 @@ def test_the_command_line_goes_before_the_environment_and_that_before_what_is_st
 def test_mistakes_are_one_line(tmp_path, monkeypatch) -> None:
     with pytest.raises(SelOrthoError, match="which SAE\\? pass --sae"):
         launch(None)
-    with pytest.raises(SelOrthoError, match="is no place of an SAE"):
+    with pytest.raises(SelOrthoError, match="neither on the Hub nor a local path"):
         launch("no such folder")
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SelOrthoError, match='pip install "hf_selortho\\[space\\]"'):
