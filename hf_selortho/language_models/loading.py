@@ -94,8 +94,6 @@ def load_language_model(
         reason = one_line(error)
         if isinstance(error, UnpicklingError):
             reason = "its weights are a pickle that could run code; choose a model with safetensors weights"
-        elif "trust_remote_code" in reason:
-            reason = "it needs code of its own repository, which is not run; choose a model that transformers knows"
         raise storage_error(error) or SelOrthoError(f'cannot load the language model "{name}": {reason}') from error
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(info["missing_keys"])

@@ -113,7 +113,7 @@ def resolve_commit(kind: Kind, name: str, revision: str | None, token: str | Non
 
 
 def official_name(name: str) -> str:
-    """Return the name of a repository as the Hub writes it, if it has been asked; upper and lower case are one to it."""
+    """Return the name of a repository as the Hub writes it, if it has been asked: it minds no upper and lower case."""
     return _OFFICIAL.get(name, name)
 
 

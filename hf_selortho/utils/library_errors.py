@@ -22,7 +22,7 @@ _WORDS = tuple(
     (re.compile(pattern, re.DOTALL), words)
     for pattern, words in {
         r"deserializing header|incomplete metadata|HeaderTooLarge|[Hh]eader too (large|small)": (
-            "its header does not fit its bytes"
+            "a safetensors file is damaged or cut off: its header does not fit its bytes"
         ),
         r"[Pp]arquet magic bytes|[Cc]ouldn't deserialize thrift|Parquet file size is": (
             "it is no parquet file, or a damaged one"
@@ -39,7 +39,9 @@ _WORDS = tuple(
             "its tokenizer is missing, or of a kind that cannot be read here; a tokenizer.json beside the model can"
         ),
         r"Torch not compiled with CUDA|No CUDA GPUs|Found no NVIDIA": "there is no GPU here: use --cpu",
-        r"trust_remote_code": "it needs code of its own repository, which is not run; choose a model that transformers knows",
+        r"trust_remote_code": (
+            "it needs code of its own repository, which is not run; choose a model that transformers knows"
+        ),
         r"[Dd]ataset scripts are no longer supported": (
             "it is a program, which is not run: choose a --dataset of parquet, json, csv or text files"
         ),
@@ -52,6 +54,7 @@ _WORDS = tuple(
         r"Consistency check failed|Data processing error|CAS service error": (
             "the download was cut off or damaged: run the same command again"
         ),
+        r"Invalid metadata in README\.md\.? (.*)": "the header of README.md: {0}",
         r"mixed precision requires|bf16 mixed precision": "this device cannot compute so: choose --mixed_precision no",
         r"valid LoggerType|[Uu]nsupported logging": "a tracker of --report_to is unknown or not installed",
     }.items()
@@ -71,12 +74,12 @@ def one_line(error: BaseException) -> str:
         return " ".join(text.split())
     for pattern, words in _WORDS:
         if match := pattern.search(text):
-            return words.format(*match.groups())
+            return words.format(*match.groups())[: 2 * _LONGEST]
     if isinstance(error, OSError) and error.strerror:
         return reason(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package {error.name} is not installed: pip install {error.name}"
-    sentence = re.split(r"(?<=\w\w[.;]) ", text, maxsplit=1)[0].rstrip(".:;")
+    sentence = re.split(r"(?<=[.;]) (?=[A-Z])", text, maxsplit=1)[0].rstrip(".:;")
     if not sentence or _CODE.search(sentence):
         return f"a {type(error).__name__}, of which --verbose shows all"
     return sentence if len(sentence) <= _LONGEST else sentence[: _LONGEST - 3] + "..."

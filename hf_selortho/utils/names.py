@@ -114,6 +114,8 @@ class RepoRef:
             form = "owner/name" if kind == "Space" else "owner/name[@revision]"
             form = f"{_LOCAL.get(kind, 'a folder or ') if local else ''}{form}{'[/subfolder]' if kind == 'SAE' else ''}"
             said = f'unknown {kind} "{path or typed:.200}": neither on the Hub nor a local path'
+            if is_path and kind == "dataset":
+                said = f"no such file or folder of texts: {path}"
             if sub and kind != "SAE" and not is_path:
                 said = f'{kind} "{path or typed:.200}" is neither a local path nor a whole repository of the Hub'
             raise SelOrthoError(f"{said}; check the spelling, expected {form} of the Hub")
@@ -148,7 +150,7 @@ def located(name: str | os.PathLike[str], lookup: Mapping[str, Any], kind: Kind 
     readers: dict[str, Callable[[str], str | None]] = {"revision": revision_of, "subfolder": subfolder_of}
     given = {key: read(lookup[key]) for key, read in readers.items() if lookup.get(key)}
     for key, value in ref.lookup.items():
-        if given.get(key, value) != value:
+        if given.get(key) not in (None, value):
             raise SelOrthoError(f'{kind} "{ref}" has the {key} {value!r}, {key} says {given[key]!r}: leave one out')
     return ref.name, {**lookup, **given, **ref.lookup}
 
@@ -170,7 +172,10 @@ def activations_of(text: str | os.PathLike[str], argument: str = "activations") 
     typed = _stripped(os.fspath(text), argument)
     if not typed.startswith("hub:") and not _ADDRESS.match(typed):
         return local_path(typed, argument)
-    return f"hub:{RepoRef.parse(typed.removeprefix('hub:'), local=False, kind='dataset')}"
+    ref = RepoRef.parse(typed.removeprefix("hub:"), local=False, kind="dataset")
+    if "/" not in ref.name:
+        raise SelOrthoError(f"{argument} {typed!r:.200}: expected hub:owner/name or hub:owner/name@revision")
+    return f"hub:{ref}"
 
 
 def _stripped(text: str, argument: str) -> str:

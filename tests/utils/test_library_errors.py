@@ -24,7 +24,10 @@ http = importlib.import_module(hub.HfHubHTTPError.__mro__[1].__module__.split(".
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (ValueError("Error while deserializing header: incomplete metadata, file not fully covered"), "is damaged"),
+        (
+            ValueError("Error while deserializing header: incomplete metadata, file not fully covered"),
+            "damaged or cut off",
+        ),
         (OSError("Parquet magic bytes not found in footer. Either the file is corrupted"), "no parquet file"),
         (
             ValueError("The checkpoint you are trying to load has model type `new-lm` but Transformers does not"),

@@ -140,7 +140,7 @@ def options_of(name: str) -> dict[str, argparse.Action]:
     """The options of a command that take text."""
     actions: dict[str, argparse.Action] = {}
 
-    def stop(self: OneLineParser, *_: object) -> None:
+    def stop(self: OneLineParser, *_: object, **__: object) -> None:
         actions.update({action.dest: action for action in self._actions})
         raise SystemExit
 
