@@ -30,12 +30,12 @@ _SHOWN = 5  # positions of sinks
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and, if asked for, draw the picture."""
     parser = OneLineParser(description="Show norms, sinks and means of cached activations.")
-    parser.add_argument("cache", metavar="folder", help="Folder of selortho cache, or hub:owner/name@revision.")
+    parser.add_argument("folder", help="Folder of selortho cache, or hub:owner/name@revision.")
     parser.add_argument("--output", help="PNG file to draw the norms and the positions of the sinks into.")
     arguments = parser.parse_args(argv)
     if arguments.output is not None and not arguments.output.lower().endswith(".png"):
         raise SelOrthoError(f"--output {arguments.output}: expected the name of a PNG file, ending in .png")
-    manifest = ActivationCache(arguments.cache).manifest
+    manifest = ActivationCache(arguments.folder).manifest
     sys.stdout.write(report_table(manifest))
     if arguments.output is not None:
         draw_report(manifest, arguments.output)

@@ -59,7 +59,7 @@ _READERS: dict[str, Callable[[str, str], str | None]] = {
     **dict.fromkeys(("output_dir", "output", "target", "run", "seeds", "resume_from_checkpoint"), local_path),
     **dict.fromkeys(("template", "labels"), local_path),
     **dict.fromkeys(("preset", "variants", "layer_settings"), _json_or_path),
-    **dict.fromkeys(("activations", "cache"), activations_of),
+    **dict.fromkeys(("activations", "folder"), activations_of),
     **dict.fromkeys(("sae", "source", "twin", "compare_with"), _place("SAE")),
     **dict.fromkeys(("model", "lm"), _place("model")),
     "dataset": _place("dataset"),
