@@ -271,6 +271,8 @@ class SelOrthoConfig(PreTrainedConfig):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         name = os.fspath(pretrained_model_name_or_path)
         lookup = {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs}
+        if not os.path.isfile(name):
+            name, lookup = hub.located(name, lookup)
         path = Path(name) if os.path.isfile(name) else hub.find_config(name, lookup)
         content = hub.read_object(path)
         if (kind := content.get("model_type", cls.model_type)) != cls.model_type:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,8 +148,9 @@ class SelOrthoSAE(PreTrainedModel):
         """
         if pretrained_model_name_or_path is None or hub is None:  # whoever calls has the weights; without the package
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        name = os.fspath(pretrained_model_name_or_path)
-        lookup = hub.at_one_commit(name, {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs})
+        lookup = {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs}
+        name, lookup = hub.located(pretrained_model_name_or_path, lookup)
+        lookup = hub.at_one_commit(name, lookup)
         config = kwargs.pop("config", None)
         if not isinstance(config, SelOrthoConfig):
             settings = {key: kwargs.pop(key) for key in SelOrthoConfig.describe().keys() & kwargs.keys()}
@@ -161,7 +161,8 @@ class SelOrthoSAE(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(files[0].parent, *args, config=config, **kwargs)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            raise SelOrthoError(f"cannot load the SAE {name!r}: {hub.one_line(error)}") from error
+            said = f"cannot load the SAE {name!r}: {hub.one_line(error)}"
+            raise hub.storage_error(error) or SelOrthoError(said) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.store_by_feature()
         model.name_or_path = model.config.name_or_path = name

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hf_selortho.utils.command_line import run_script
 from hf_selortho.utils.hub import read_object
+from hf_selortho.utils.options import OneLineParser
 
 SETTINGS = Path(__file__).with_name("settings.json")  # of a Space: sae, twin, lm, allow_other_saes
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hf_selortho.browser.app import add_options, default_of, launch  # Gradio may be missing: one line says so
 
     stored = read_object(SETTINGS) if SETTINGS.is_file() else {}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--sae",
         default=default_of("sae", stored),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +49,23 @@ def default_of(name: str, stored: Mapping[str, Any] | None = None) -> Any:
     return os.environ.get(name.upper()) or (stored or {}).get(name)
 
 
+def _check_port(host: str, port: int | None) -> None:
+    """Raise a SelOrthoError unless a page can be served there: the port is taken, or the host is not this machine."""
+    if port is not None and not 0 < port < 1 << 16:
+        raise SelOrthoError(f"--port {port}: expected a number from 1 to 65535")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SelOrthoError(f"--port {port} of {host} is in use: choose another --port, or none") from error
+        if error.errno == errno.EACCES:
+            raise SelOrthoError(f"--port {port} is not open to you: choose a --port from 1024 on") from error
+        raise SelOrthoError(f"--host {host} is not this machine: choose 127.0.0.1, or 0.0.0.0 for all") from error
+
+
 def launch(
     sae: str | None,
     *,
@@ -73,6 +92,7 @@ def launch(
         raise SelOrthoError(
             "which SAE? pass --sae with a folder such as runs/demo or owner/name of the Hub, or set the variable SAE"
         )
+    _check_port(host, port)
     catalog = open_catalog(sae, twin)
     live = LiveModel(catalog, lm or "auto", allow_other_saes)
     blocks = Page(Views(catalog, live)).build()
@@ -90,7 +110,7 @@ def launch(
             footer_links=["api"],
             prevent_thread_lock=True,
         )
-    except OSError as error:  # the port is taken, or the address is not one of this machine
-        raise SelOrthoError(f"cannot serve on {host}, port {port or 'any'} ({error}): choose another --port") from error
+    except OSError as error:  # no port is free
+        raise SelOrthoError(f"no port from 7860 on is free on {host}: choose a --port") from error
     live.start_loading()  # not before: Gradio gives up if its own page takes more than seconds to answer
     blocks.block_thread()

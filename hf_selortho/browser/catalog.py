@@ -17,7 +17,8 @@ from ..features.index_writer import INDEX
 from ..hub.run_folder import shown_name, twin_beside
 from ..training.run_folder import CARD, METRICS, METRICS_LOG, read_rows
 from ..utils.files import target_outside
-from ..utils.hub import CONFIG, RepoRef, at_one_commit, find_file, read_object
+from ..utils.hub import CONFIG, at_one_commit, find_file, read_object
+from ..utils.names import RepoRef
 from .address import MAIN, TWIN
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ import gradio as gr
 
 from ..errors import SelOrthoError
 from ..features import Sampling
+from ..utils.library_errors import one_line
 from .address import MAIN, TWIN, Address
 from .pairs import sorted_pairs
 from .steering_view import steers_of
@@ -42,7 +43,7 @@ def _without_traceback(function: Callable[..., Any]) -> Callable[..., Any]:
         except SelOrthoError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except (TypeError, ValueError, OverflowError) as error:
-            raise gr.Error(f"an argument is not what was expected: {error}", print_exception=False) from None
+            raise gr.Error(f"an argument is not what was expected: {one_line(error)}", print_exception=False) from None
         except Exception:
             logger.exception("endpoint %s", function.__name__)
             raise gr.Error("something went wrong here; the log of the page says what", print_exception=False) from None

@@ -15,7 +15,7 @@ from ..features import FeatureCapture, Generation, Sampling, Steer, Steering, To
 from ..formats import load_sae
 from ..language_models.loading import LanguageModel, load_language_model
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.hub import RepoRef
+from ..utils.names import RepoRef
 from .address import MAIN, MAX_CHARACTERS
 from .catalog import CatalogEntry
 

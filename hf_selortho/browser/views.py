@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..features import FeatureIndex, FeatureRecord
 from ..features.records import FeatureContext
-from ..utils.hub import RepoRef
+from ..utils.names import RepoRef
 from .address import TWIN, VIEWS, Address
 from .catalog import CatalogEntry
 from .charts import curves, histogram
@@ -162,7 +162,8 @@ class Views:
         """Show two SAEs on one sentence."""
         entries = list(self.catalog.values())
         if address.other:
-            entries = [entries[0], CatalogEntry(address.other, address.other, RepoRef(address.other))]
+            other = RepoRef.parse(address.other, local=False)
+            entries = [entries[0], CatalogEntry(str(other), str(other), other)]
         if len(entries) < 2:
             more = " Name another one of the Hub above." if self.live.allow_other_saes else ""
             words = "There is one SAE on this page; with its twin (--twin) beside it, both can be compared."

@@ -16,7 +16,6 @@ from pathlib import Path
 from ..errors import SelOrthoError
 from ..hub.publication import Publication, publish_run
 from ..hub.push import push_folder
-from ..hub.repository import check_repo_id
 from ..hub.run_folder import read_run, with_others
 from ..utils.options import argument, parse_options
 
@@ -48,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, rest = parse_options(PushArguments, argv, run="Folder of the run.")
     if not arguments.repo_id:
         raise SelOrthoError("--repo_id is missing: the repository to publish in, owner/name")
-    check_repo_id(arguments.repo_id)
     twin = Path(arguments.twin) if arguments.twin else None
     run = with_others(read_run(Path(rest.run)), twin, [Path(folder) for folder in arguments.seeds])
     with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:

@@ -17,7 +17,6 @@ from huggingface_hub import constants
 
 from ..errors import SelOrthoError
 from ..hub.publication import Publication
-from ..hub.repository import check_repo_id
 from ..hub.space import advice, assemble_space, check_wheel_url, deploy_space, pin_sae
 from ..utils.options import argument, parse_options
 
@@ -50,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("space", "sae"):
         if not getattr(arguments, name):
             raise SelOrthoError(f"--{name} is missing: expected owner/name of the Hub")
-    check_repo_id(arguments.space)
     if arguments.wheel_url and arguments.from_index:
         raise SelOrthoError("--wheel_url and --from_index both say where hf_selortho comes from: choose one")
     if arguments.wheel_url:

@@ -23,7 +23,7 @@ from ..evaluation.evaluator import Evaluation, evaluate_saes
 from ..hub.card_results import SaeReport
 from ..hub.push import push_run
 from ..hub.report import metrics_table, report_run, summary_table
-from ..hub.repository import Repository, check_repo_id
+from ..hub.repository import Repository
 from ..hub.run_folder import read_run, with_others
 from ..process_group import leave_process_group
 from ..training.arguments import HubArguments, parse_arguments
@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         if is_main:
             if arguments.hub.push_to_hub:  # to fail early
-                check_repo_id(str(arguments.hub.hub_model_id))
                 Repository(str(arguments.hub.hub_model_id), "model", arguments.hub.hub_revision, None).check_account()
             stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
         accelerator.wait_for_everyone()

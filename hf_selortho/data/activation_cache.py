@@ -11,7 +11,6 @@ A folder of cached activations is also a dataset repository of the Hub:
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..errors import SelOrthoError
 from ..language_models.capture import ORIGIN_NAMES, TokenOrigins
 from ..language_models.contexts import Context
 from ..utils.files import target_outside
 from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
+from ..utils.names import RepoRef, activations_of
 from .cache_manifest import HELD_OUT, MANIFEST, TRAIN, WORK, CacheError, ShardEntry, parse_manifest, shard_path
-
-_HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -59,19 +56,18 @@ class ActivationCache:
     """
 
     def __init__(self, source: str, token: str | None = None) -> None:
-        match = _HUB.fullmatch(source)
-        if source.startswith("hub:") and match is None:
-            raise SelOrthoError(f'activations "{source}": expected hub:owner/name or hub:owner/name@revision')
-        self.source, self._token, self._folder = source, token, Path(source).expanduser()
-        self._repository: str = match["name"] if match else ""  # none of a folder
-        self.revision: str | None = match["revision"] if match else None
-        self._offline = match is not None and resolve_commit("dataset", match["name"], self.revision, token) is None
-        if match is None and not (self._folder / MANIFEST).is_file():
+        source = activations_of(source)
+        self.source, self._token, self._folder = source, token, Path(source)
+        is_remote = source.startswith("hub:")
+        ref = RepoRef.parse(source.removeprefix("hub:"), local=False, kind="dataset") if is_remote else RepoRef("")
+        self._repository, self.revision = ref.name, ref.revision  # none of a folder
+        self._offline = is_remote and resolve_commit("dataset", ref.name, ref.revision, token) is None
+        if not is_remote and not (self._folder / MANIFEST).is_file():
             state, remedy = "", "write one with selortho cache; hub:owner/name reads one from the Hub"
             if (self._folder / WORK).exists():
                 state, remedy = "finished ", "run the same command once more"
             raise CacheError(f"{self._folder} holds no {state}cache of activations: {remedy}")
-        if match is not None:
+        if is_remote:
             self.revision = self._path(MANIFEST).parent.name  # .../snapshots/<commit>/manifest.json
         data = self._read_bytes(MANIFEST)
         self.manifest = parse_manifest(data, f"{source}/{MANIFEST}")

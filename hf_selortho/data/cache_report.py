@@ -5,7 +5,6 @@ python -m hf_selortho.data.cache_report FOLDER --output norms.png
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..errors import SelOrthoError
 from ..utils.command_line import run_script
+from ..utils.options import OneLineParser
 from ..utils.plots import BLUE, GREY, STYLE, VERMILION, save_picture
 from .activation_cache import ActivationCache
 from .cache_manifest import NORM_BINS, LayerSummary, Manifest
@@ -29,11 +29,11 @@ _SHOWN = 5  # positions of sinks
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and, if asked for, draw the picture."""
-    parser = argparse.ArgumentParser(description="Show norms, sinks and means of cached activations.")
+    parser = OneLineParser(description="Show norms, sinks and means of cached activations.")
     parser.add_argument("folder", help="Folder of selortho cache, or hub:owner/name@revision.")
-    parser.add_argument("--output", type=Path, help="PNG file to draw the norms and the positions of the sinks into.")
+    parser.add_argument("--output", help="PNG file to draw the norms and the positions of the sinks into.")
     arguments = parser.parse_args(argv)
-    if arguments.output is not None and arguments.output.suffix.lower() != ".png":
+    if arguments.output is not None and not arguments.output.lower().endswith(".png"):
         raise SelOrthoError(f"--output {arguments.output}: expected the name of a PNG file, ending in .png")
     manifest = ActivationCache(arguments.folder).manifest
     sys.stdout.write(report_table(manifest))

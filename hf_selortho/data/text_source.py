@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..utils.names import located
+
 
 def _setting(default: Any, description: str) -> Any:
     return field(default=default, metadata={"help": description})
@@ -23,3 +25,7 @@ class TextSource:
     text_column: str | None = _setting(None, "Column that holds the text; default: text, or the only text column.")
     streaming: bool = _setting(False, "Read the dataset as a stream, for what does not fit on the disk.")
     held_out_fraction: float = _setting(0.1, "Share of the documents that training never sees.")
+
+    def __post_init__(self) -> None:
+        self.dataset, lookup = located(self.dataset, {"revision": self.dataset_revision}, "dataset")
+        self.dataset_revision = lookup["revision"]

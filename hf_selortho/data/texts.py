@@ -26,7 +26,8 @@ from pyarrow import ArrowException
 
 from ..errors import SelOrthoError
 from ..utils.files import fingerprint
-from ..utils.hub import LOOKUP_ERRORS, is_commit, one_line, resolve_commit, unreachable
+from ..utils.hub import LOOKUP_ERRORS, is_commit, official_name, one_line, resolve_commit, unreachable
+from ..utils.library_errors import storage_error
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
 from .text_source import TextSource
 
@@ -66,7 +67,11 @@ class Documents:
         self, source: TextSource, dataset: Dataset | IterableDataset, revision: str | None, fingerprint: str | None
     ) -> None:
         self.dataset, self.revision, self.fingerprint = dataset, revision, fingerprint
-        self.name, self.split, self.held_out_fraction = source.dataset, source.split, source.held_out_fraction
+        self.name, self.split, self.held_out_fraction = (
+            official_name(source.dataset),
+            source.split,
+            source.held_out_fraction,
+        )
         self.count = None if isinstance(dataset, IterableDataset) else len(dataset)
         if self.count == 0:
             raise _empty(self.name)
@@ -130,7 +135,7 @@ def open_documents(source: TextSource) -> Documents:
     Raises:
         SelOrthoError: no such dataset, file, split, column or revision; no network; no text; an unreadable file.
     """
-    name, path, revision, identity = source.dataset, Path(source.dataset).expanduser(), None, None
+    name, path, revision, identity = source.dataset, Path(source.dataset), None, None
     if not 0 <= source.held_out_fraction <= 1:
         raise SelOrthoError(
             f"held_out_fraction is {source.held_out_fraction}: expected a number from 0 to 1, such as 0.1"
@@ -161,12 +166,14 @@ def open_documents(source: TextSource) -> Documents:
 
 def read_error(name: str, error: BaseException, split: str | None = None) -> SelOrthoError:
     """Explain an exception of `datasets` in one line."""
-    message = one_line(error)
+    if said := storage_error(error):
+        return said
+    message = " ".join(str(error).split())
     if splits := re.search(r"(?:Unknown|Bad) split.*?(\[.*\])", message):
         return SelOrthoError(f'"{name}" has no split "{split}": choose one of {splits[1]}')
     if isinstance(error, StopIteration) or "corresponds to no data" in message:
         return _empty(name)
-    reason = one_line(error.__cause__) if isinstance(error, DatasetsError) and error.__cause__ else message
+    reason = one_line(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
     return SelOrthoError(f'cannot read the dataset "{name}": {reason}')
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import SelOrthoError
-from ..utils.hub import LOOKUP, at_one_commit, find_file, one_line, read_object
+from ..utils.hub import LOOKUP, at_one_commit, find_file, located, one_line, read_object
 from .index_files import RowReader, open_rows
 from .index_writer import (
     FACTS,
@@ -71,9 +71,9 @@ class FeatureIndex:
         Raises:
             SelOrthoError: there is none, it is damaged or of a later version, or the Hub gives no access to it.
         """
-        name = os.fspath(name)
         if unknown := lookup.keys() - set(LOOKUP):
             raise SelOrthoError(f"{min(unknown)} says nothing about where an index is: expected {', '.join(LOOKUP)}")
+        name, lookup = located(name, lookup)
         if Path(name, lookup.get("subfolder") or "", FACTS).is_file():
             where = dict(lookup)
         else:

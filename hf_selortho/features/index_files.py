@@ -14,6 +14,7 @@ from huggingface_hub import HfFileSystem, constants
 
 from ..errors import SelOrthoError
 from ..utils.hub import LOOKUP_ERRORS, find_file, in_subfolder, one_line
+from ..utils.library_errors import no_answer
 
 _CACHED_GROUPS = 16
 _HTTP_ERRORS = LOOKUP_ERRORS[2]  # of the HTTP library; HfHubHTTPError is one of them
@@ -62,7 +63,7 @@ class RowReader:
         try:
             yield
         except _HTTP_ERRORS as error:
-            raise SelOrthoError(f"{self._name} cannot be read from the Hub ({one_line(error)}): try again") from error
+            raise SelOrthoError(f"{self._name} cannot be read from the Hub ({no_answer(error)}): try again") from error
         except (pa.ArrowException, OSError, ValueError) as error:
             raise SelOrthoError(
                 f"{self._name} is damaged ({one_line(error)}): build the feature index again"

@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..training.run_folder import METRICS, RUN, save_sae
 from ..utils.files import write_json
-from ..utils.hub import CONFIG, find_file, read_object
+from ..utils.hub import CONFIG, find_file, located, read_object
+from ..utils.names import local_path
 from .folders import check_target, whole_folder
 from .load import read_sae
 from .saelens import FILES, write_saelens
@@ -41,7 +42,8 @@ def convert(
     """
     if to not in TARGETS:
         raise SelOrthoError(f"format {to!r} is not written: expected {' or '.join(TARGETS)}")
-    place = Path(source, lookup.get("subfolder") or "")
+    source, lookup = located(source, lookup)
+    target, place = Path(local_path(target, "target")), Path(source, lookup.get("subfolder") or "")
     if overwrite and place.is_dir() and target.is_dir() and os.path.samefile(place, target):
         raise SelOrthoError(f"{target} is the SAE to convert: choose another folder")
     replaceable = _WRITTEN if overwrite else None

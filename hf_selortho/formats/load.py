@@ -12,7 +12,17 @@ import torch
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.hub import CONFIG, LOOKUP, at_one_commit, find_file, in_subfolder, listed, read_object, within_reach
+from ..utils.hub import (
+    CONFIG,
+    LOOKUP,
+    at_one_commit,
+    find_file,
+    in_subfolder,
+    listed,
+    located,
+    read_object,
+    within_reach,
+)
 from . import gemma_scope, saelens, sparsify
 from .plain import PlainSae
 
@@ -66,15 +76,11 @@ def read_sae(name: str | os.PathLike[str], format: str, lookup: Mapping[str, Any
     Raises:
         SelOrthoError: as [`load_sae`].
     """
-    name = os.fspath(name)
     if format not in ("auto", *FORMATS):
         raise SelOrthoError(f"format {format!r}: expected auto or one of {', '.join(FORMATS)}")
     if unknown := lookup.keys() - set(LOOKUP):
         raise SelOrthoError(f"{min(unknown)} says nothing about where an SAE is: expected {', '.join(LOOKUP)}")
-    if any("\0" in part for part in (name, *lookup.values()) if isinstance(part, str)):
-        raise SelOrthoError(
-            f"{name!r:.200} or where it is looked for holds a NUL byte: give a folder or an id of the Hub"
-        )
+    name, lookup = located(name, lookup)
     if format == "auto":
         lookup = within_reach(name, lookup)
         format = format_of(name, lookup)

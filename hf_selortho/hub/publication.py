@@ -22,6 +22,7 @@ from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN
 from ..utils.command_line import without_secrets
 from ..utils.files import jsonable
 from ..utils.hub import CONFIG, read_object
+from ..utils.library_errors import storage_error
 from .card_results import SaeReport
 from .model_card import SAELENS_FOLDER, SaeCard
 from .run_folder import WEIGHTS, FinishedRun
@@ -92,7 +93,8 @@ def publish_run(
             shutil.copyfile(Path(modeling_selortho.__file__).with_name(name), folder / name)
         (folder / CARD).write_text(str(card), encoding="utf-8")
     except OSError as error:
-        raise SelOrthoError(f"cannot assemble {run.folder} in {folder}: {error.strerror or error}") from error
+        said = f"cannot assemble {run.folder} in {folder}: {error.strerror or error}"
+        raise storage_error(error) or SelOrthoError(said) from error
     return Publication(folder, card)
 
 

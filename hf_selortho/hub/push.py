@@ -16,6 +16,7 @@ from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..training.run_folder import CARD, save_sae
 from ..utils.hub import ATTEMPTS, listed, pause
+from ..utils.names import repo_id as as_repo_id
 from .publication import publish_run
 from .repository import (
     REQUEST_ERRORS,
@@ -24,7 +25,6 @@ from .repository import (
     Repository,
     cause_of,
     changed_files,
-    check_repo_id,
     is_final,
 )
 from .run_folder import FinishedRun, read_run
@@ -51,7 +51,7 @@ class Pushed:
 
 def push_run(run: FinishedRun, repo_id: str, **options: Any) -> Pushed:
     """Publish the SAEs of a run; options and errors are those of [`publish_run`] and [`push_folder`]."""
-    check_repo_id(repo_id)
+    repo_id = as_repo_id(repo_id)
     card = {key: options.pop(key) for key in _CARD_OPTIONS if key in options}
     with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
         publish_run(run, Path(folder), repo_id, **card)
@@ -100,7 +100,7 @@ def push_folder(
         SelOrthoError: the Hub refuses or cannot be reached, or somebody else has changed what would be overwritten. The
             repository is then as it was.
     """
-    check_repo_id(repo_id)
+    repo_id = as_repo_id(repo_id, "Space" if kind == "space" else kind)
     place = Repository(repo_id, kind, revision, token)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     title = commit_message or MESSAGE

@@ -11,19 +11,18 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SelOrthoError
 from ..utils.files import sha256_of
 from ..utils.hub import LOOKUP_ERRORS, one_line, patiently
+from ..utils.library_errors import no_answer, storage_error
 
 RepoKind: TypeAlias = Literal["model", "dataset", "space"]
 T = TypeVar("T")
 
 SIGNATURE = "Pushed by hf_selortho"  # in the message of a commit: by it our own are known again
 _LOOKED_BACK = 200  # commits in which the last of ours is looked for
-# What a request may raise. RuntimeError: the client's own word for an upload that failed, whose cause it carries.
-REQUEST_ERRORS: tuple[type[Exception], ...] = (*LOOKUP_ERRORS, RuntimeError)
+REQUEST_ERRORS = LOOKUP_ERRORS
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,8 @@ class Repository:
     def refusal(self, error: Exception) -> SelOrthoError:
         """Say what the Hub has said, and what to do about it."""
         error = cause_of(error)
+        if said := storage_error(error):
+            return said
         status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
         if status == 401:
             return SelOrthoError(
@@ -131,7 +132,7 @@ class Repository:
         if is_final(error):
             return SelOrthoError(f"the Hub refuses {self.repo_id}: {one_line(error)}")
         return SelOrthoError(
-            f"the Hub cannot be reached for {self.repo_id} ({one_line(error)}): run the same command again later; "
+            f"the Hub cannot be reached for {self.repo_id} ({no_answer(error)}): run the same command again later; "
             "large files that have arrived are not sent again"
         )
 
@@ -148,16 +149,6 @@ def is_final(error: Exception) -> bool:
         status = error.response.status_code
         return 400 <= status < 500 and status not in (412, 429)
     return isinstance(error, ValueError)  # the client's word for metadata that the Hub does not take
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise a SelOrthoError unless it is an id of the Hub, "owner/name"."""
-    try:
-        validate_repo_id(repo_id)
-    except hub.HFValidationError as error:
-        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12 ({error})") from error
-    if repo_id.count("/") != 1:
-        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12")
 
 
 def changed_files(files: Mapping[str, Path], there: Mapping[str, str]) -> list[str]:

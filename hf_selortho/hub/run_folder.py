@@ -12,6 +12,7 @@ from ..errors import SelOrthoError
 from ..training.run_folder import METRICS, PICTURES, RUN
 from ..utils.files import target_outside
 from ..utils.hub import CONFIG, read_object
+from ..utils.names import local_path
 from .card_results import TWIN, SaeReport, beside_twins
 
 WEIGHTS = "model.safetensors"
@@ -44,6 +45,7 @@ def read_run(folder: Path) -> FinishedRun:
     Raises:
         SelOrthoError: it holds no SAE, or a file of it is damaged.
     """
+    folder = Path(local_path(folder, "run"))
     if not folder.is_dir():
         raise SelOrthoError(f"{folder} is no folder: expected that of a run, such as runs/demo")
     layers = (path.name for path in folder.glob("layer_*") if holds_sae(path))

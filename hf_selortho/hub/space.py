@@ -20,7 +20,9 @@ from .. import __version__
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..features.index_writer import INDEX
-from ..utils.hub import LOOKUP_ERRORS, RepoRef, hub_error, one_line, patiently
+from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, patiently
+from ..utils.library_errors import storage_error
+from ..utils.names import RepoRef
 from .model_card import EMBEDDED_MODEL, base_model
 from .publication import Publication
 from .push import Pushed, push_folder
@@ -111,7 +113,8 @@ def assemble_space(
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (folder / README).write_text(str(card), encoding="utf-8")
     except (OSError, shutil.Error) as error:
-        raise SelOrthoError(f"cannot put the Space together in {folder}: {one_line(error)}") from error
+        said = f"cannot put the Space together in {folder}: {one_line(error)}"
+        raise storage_error(error) or SelOrthoError(said) from error
     return Publication(folder, card)
 
 

@@ -20,8 +20,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 
 from ..errors import SelOrthoError
-from ..utils.files import sync
-from ..utils.hub import one_line
+from ..utils.files import reason, sync
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def embedded_model_dir() -> Path:
                     _convert_into(folder, parts)
         except OSError as error:
             raise SelOrthoError(
-                f"cannot convert the embedded model into {folder}: {one_line(error)}; "
+                f"cannot convert the embedded model into {folder}: {reason(error)}; "
                 "make 1 GB of room there or point the environment variable HF_HOME at another disk"
             ) from error
     return folder

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..errors import SelOrthoError
 from ..utils.files import fingerprint
-from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
+from ..utils.hub import LOOKUP_ERRORS, hub_error, located, official_name, one_line, resolve_commit
+from ..utils.library_errors import storage_error
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 
 _AutoModel: Any = AutoModelForCausalLM  # its type hints do not know output_loading_info
@@ -76,7 +77,8 @@ def load_language_model(
     Raises:
         SelOrthoError: the model is unknown, gated, unreachable, unreadable, or no decoder-only language model.
     """
-    where, commit = _locate(name, revision, token)
+    name, lookup = located(name, {"revision": revision}, "model")
+    where, commit = _locate(name, lookup["revision"], token)
     where["trust_remote_code"] = False  # None would ask the person at the keyboard
     try:
         target = torch.empty(0, device=device).device  # "cuda" without a GPU fails here
@@ -92,20 +94,19 @@ def load_language_model(
         reason = one_line(error)
         if isinstance(error, UnpicklingError):
             reason = "its weights are a pickle that could run code; choose a model with safetensors weights"
-        elif "trust_remote_code" in reason:
-            reason = "it needs code of its own repository, which is not run; choose a model that transformers knows"
-        raise SelOrthoError(f'cannot load the language model "{name}": {reason}') from error
+        raise storage_error(error) or SelOrthoError(f'cannot load the language model "{name}": {reason}') from error
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise SelOrthoError(f'the weights of "{name}" lack {len(missing)} tensors of its config, such as {missing[0]}')
     model = model.to(target).eval().requires_grad_(False)
     _refuse_bidirectional(model, name)
-    return LanguageModel(model, tokenizer, name, commit, find_decoder_layers(model))
+    return LanguageModel(model, tokenizer, official_name(name), commit, find_decoder_layers(model))
 
 
 def find_revision(name: str, revision: str | None = None, token: str | None = None) -> str:
     """Find the `revision` that [`load_language_model`] would give, without loading the weights; raises as it does."""
-    return _locate(name, revision, token)[1]
+    name, lookup = located(name, {"revision": revision}, "model")
+    return _locate(name, lookup["revision"], token)[1]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> str:
@@ -143,7 +144,7 @@ def check_context_length(lm: LanguageModel, context_length: int) -> None:
 
 def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[str, Any], str]:
     """Find what `from_pretrained` is to be given for a model, and the model's revision."""
-    folder = embedded_model_dir() if name == EMBEDDED_MODEL else Path(name).expanduser()
+    folder = embedded_model_dir() if name == EMBEDDED_MODEL else Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise SelOrthoError(f"{folder} holds no config.json: expected the folder of a model of transformers")

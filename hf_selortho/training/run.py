@@ -18,6 +18,7 @@ from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..penalties import full_penalty_bytes
 from ..utils.environment import on_cpu, use_all_cores
+from ..utils.hub import one_line
 from ..utils.memory import available_memory, check_fits
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
@@ -164,7 +165,7 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
             kwargs_handlers=[GradScalerKwargs(growth_factor=2.0, backoff_factor=0.5)],  # of float16's dynamic scale
         )
     except (ValueError, ImportError) as error:
-        raise SelOrthoError(f"accelerate cannot start with these arguments: {error}") from error
+        raise SelOrthoError(f"accelerate cannot start with these arguments: {one_line(error)}") from error
     if missing := " ".join(sorted(set(trackers) - {str(tracker) for tracker in accelerator.log_with})):
         raise SelOrthoError(f"--report_to {missing}: install the tracker with pip install {missing}")
     if accelerator.device.type == "cpu":

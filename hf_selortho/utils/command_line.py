@@ -10,8 +10,10 @@ import shlex
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 
@@ -33,11 +35,25 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except SelOrthoError as error:
-        sys.stderr.write(f"{_program()}: error: {without_secrets(' '.join(str(error).split()))}\n")
-        sys.exit(2)
+        _end(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    except Exception as error:
+        from .library_errors import explained  # whose imports of libraries nobody else needs to wait for
+
+        if (said := explained(error)) is None:
+            raise
+        said.__cause__ = error
+        _end(said)
+
+
+def _end(error: SelOrthoError) -> NoReturn:
+    """Say what is wrong in a line, after it with `--verbose` where it comes from, and exit."""
+    sys.stderr.write(f"{_program()}: error: {without_secrets(' '.join(str(error).split()))}\n")
+    if "--verbose" in sys.argv:
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+    sys.exit(2)
 
 
 def check_launcher() -> None:
@@ -128,6 +144,7 @@ def _set_up_logging() -> None:
     handler.setFormatter(_DiscreetFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("hf_selortho").setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which complains of a home that cannot be written
     after_import("transformers.utils.logging", _quieten_transformers)
 
 

@@ -182,14 +182,16 @@ def write_json(path: Path, content: Any) -> None:
 def cannot_write(path: Path, error: OSError) -> SelOrthoError:
     """Make the error of a file of a run that cannot be written."""
     return SelOrthoError(
-        f"cannot write {path}: {reason(error)}; make room there and run the same command again, a training with "
-        "--resume_from_checkpoint auto: its checkpoints are as they were"
+        f"cannot write {path}: {reason(error)}; {'make room there' if is_full(error) else 'choose another folder'} and "
+        "run the same command again, a training with --resume_from_checkpoint auto: its checkpoints are as they were"
     )
 
 
 def as_os_error(error: Exception) -> OSError:
-    """Return the error of the operating system that safetensors gives as text, "... (os error 28)"."""
-    if number := re.search(r"os error (\d+)", str(error)):
+    """Return the error of the operating system that others give as text, "... (os error 28)" or "[Errno 28] ..."."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    if number := re.search(r"(?:os error |\[Errno )(\d+)", str(error)):
         return OSError(int(number[1]), os.strerror(int(number[1])))
     return error if isinstance(error, OSError) else OSError(str(error))
 

@@ -8,9 +8,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
@@ -20,80 +19,36 @@ from torch import Tensor
 
 from ..errors import ConfigError, SelOrthoError
 from .files import target_outside
+from .library_errors import no_answer
+from .library_errors import one_line as one_line
+from .library_errors import storage_error as storage_error
+from .names import Kind
+from .names import located as located
 
 logger = logging.getLogger(__name__)
 
-Kind: TypeAlias = Literal["model", "dataset", "SAE"]  # what is looked for; an SAE is in a repository of models
 T = TypeVar("T")
 CONFIG = "config.json"
 # The arguments of `from_pretrained` that say where to look; functions here take them as `lookup`.
 LOOKUP = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 ATTEMPTS = 4  # at what a busy server answers
+_OFFICIAL: dict[str, str] = {}  # how the Hub writes a name that was typed in other cases
+_WHY: dict[str, str] = {}  # the Hub did not answer, by what it was asked for
 _PAUSE = 1.0  # seconds before the second attempt; each further one waits twice as long
 _LARGEST_JSON = 1 << 20  # bytes; a config has a few thousand
 _DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO_REF = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@\s]+))?(?:/(?P<subfolder>[\w.-]+(?:/[\w.-]+)*))?"
-)
 
 # What looking something up on the Hub may raise. Connection errors are no OSErrors, but share a parent with
 # HfHubHTTPError: the error of the HTTP library below, which differs between the versions of huggingface_hub.
-# ValueError: an ill-formed id.
-LOOKUP_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, hub.HfHubHTTPError.__mro__[1])
+# ValueError: an ill-formed id. RuntimeError: Xet's, and the client's own word for an upload that failed.
+LOOKUP_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, hub.HfHubHTTPError.__mro__[1], RuntimeError)
 _BROKEN_OFF = {"RemoteProtocolError", "ReadError", "WriteError", "CloseError"}  # of that library: it was connected
-
-
-@dataclass(frozen=True)
-class RepoRef:
-    """A folder, or a place in a repository of the Hub."""
-
-    name: str  # the folder, or owner/name
-    revision: str | None = None
-    subfolder: str | None = None
-
-    @classmethod
-    def parse(cls, text: str, local: bool = True) -> RepoRef:
-        """Read `runs/demo` or `org/name[@revision][/subfolder]`; folders count only if `local`.
-
-        Raises:
-            SelOrthoError: it is neither.
-        """
-        expected = f"{'a folder or ' if local else ''}owner/name[@revision][/subfolder] of the Hub"
-        if local and os.path.isdir(text):
-            return cls(text)
-        match = _REPO_REF.fullmatch(text)
-        if match is None or ".." in text:
-            raise SelOrthoError(f"{text!r:.200} is no place of an SAE: expected {expected}")
-        if not local and os.path.exists(match["repo"]):
-            raise SelOrthoError(f"{text!r:.200} is a path of this machine: expected {expected}")
-        return cls(match["repo"], match["revision"], match["subfolder"])
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is a folder of this machine."""
-        return os.path.isdir(self.name)
-
-    @property
-    def lookup(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` that go with the name."""
-        parts = {"revision": self.revision, "subfolder": self.subfolder}
-        return {key: value for key, value in parts.items() if value}
-
-    def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"{self.name}{revision}" + (f"/{self.subfolder}" if self.subfolder else "")
 
 
 def is_commit(revision: object) -> bool:
     """Return whether a revision is a commit of the Hub, neither a branch or tag nor the fingerprint of a folder."""
     return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception in at most 300 characters, or its type where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
@@ -127,7 +82,7 @@ def is_busy(error: Exception) -> bool:
 def pause(attempt: int, error: Exception) -> None:
     """Wait after the attempt of this number, from 0, that ended in an error."""
     seconds = _PAUSE * 2**attempt
-    logger.info("the Hub does not answer (%s); again in %.0f s", one_line(error), seconds)
+    logger.info("the Hub does not answer (%s); again in %.0f s", no_answer(error), seconds)
     time.sleep(seconds)
 
 
@@ -143,6 +98,8 @@ def resolve_commit(kind: Kind, name: str, revision: str | None, token: str | Non
     ask = api.dataset_info if kind == "dataset" else api.model_info
     try:
         info = patiently(lambda: ask(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT))
+        if str(info.id).lower() == name.lower():
+            _OFFICIAL[name] = str(info.id)
         if kind == "dataset" and info.gated:  # everybody sees its page; `datasets` loses why it got no further
             api.auth_check(name, repo_type=kind)
         return info.sha
@@ -150,14 +107,24 @@ def resolve_commit(kind: Kind, name: str, revision: str | None, token: str | Non
         refused = isinstance(error, hub.HfHubHTTPError) and error.response.status_code < 500
         if refused or isinstance(error, hub.HFValidationError):
             raise hub_error(error, kind, name, revision) from error
-        logger.info('the Hub does not answer (%s), looking for "%s" in the local cache', one_line(error), name)
+        _WHY[name] = no_answer(error)
+        logger.info('the Hub does not answer (%s), looking for "%s" in the local cache', _WHY[name], name)
         return None
+
+
+def official_name(name: str) -> str:
+    """Return the name of a repository as the Hub writes it, if it has been asked: it minds no upper and lower case."""
+    return _OFFICIAL.get(name, name)
 
 
 def hub_error(error: Exception, kind: Kind, name: str, revision: str | None = None) -> SelOrthoError:
     """Explain what the Hub client raised while it looked for `name` at `revision`."""
+    if said := storage_error(error):
+        return said
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     said = f'{kind} "{name}"'
+    if isinstance(error, hub.LocalTokenNotFoundError):
+        return SelOrthoError(f"{said} needs an access token: run `hf auth login` or set HF_TOKEN")
     if isinstance(error, hub.GatedRepoError):  # a kind of RepositoryNotFoundError
         account = "with the account of your token (`hf auth login` or HF_TOKEN)"
         return SelOrthoError(f"{said} is gated: accept its terms at {page}, {account}")
@@ -169,11 +136,21 @@ def hub_error(error: Exception, kind: Kind, name: str, revision: str | None = No
     if isinstance(error, hub.RevisionNotFoundError):
         return SelOrthoError(f'{said} has no revision "{revision}": choose a branch, tag or commit of {page}/tree/main')
     if isinstance(error, hub.RemoteEntryNotFoundError):
-        return SelOrthoError(f'"{name}" on the Hub holds no {kind} that can be read: {one_line(error)}')
+        file = re.search(r"/resolve/[^/]+/([^?]+)", str(error.response.url))
+        return SelOrthoError(
+            f'"{name}" on the Hub holds no {kind} that can be read: no {file[1] if file else "such file"}'
+        )
     if isinstance(error, hub.HfHubHTTPError):
         status = error.response.status_code
-        remedy = "check your token (`hf auth login`, HF_TOKEN)" if status in (401, 403) else "try again later"
-        return SelOrthoError(f"the Hub refused {said} with HTTP status {status}: {remedy}")
+        if isinstance(error, hub.DisabledRepoError):
+            return SelOrthoError(f"{said} is disabled on the Hub: choose another one")
+        if status in (401, 403):
+            remedy = "check your token (`hf auth login`, HF_TOKEN)"
+            return SelOrthoError(f"the Hub refused {said} with HTTP status {status}: {remedy}")
+        return SelOrthoError(f"the Hub gives no {said}: {no_answer(error)}; try again later")
+    if (broken := one_line(error)).startswith("the download"):
+        return SelOrthoError(f"{said}: {broken}")
+    _WHY.setdefault(name, no_answer(error))
     return unreachable(kind, name)
 
 
@@ -181,6 +158,7 @@ def unreachable(kind: Kind, name: str) -> SelOrthoError:
     """Return the error for "not in the local cache, and the Hub does not answer or was not to be asked"."""
     offline = constants.HF_HUB_OFFLINE
     why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the Hub cannot be reached, or was not to be"
+    why += f" ({_WHY[name]})" if name in _WHY and not offline else ""
     other = "" if kind == "SAE" else ", or use `--preset demo`, which needs no Hub"
     return SelOrthoError(
         f'{kind} "{name}" is not in the local cache and {why}: check the connection and the spelling{other}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hint
 from transformers import HfArgumentParser
 
 from ..errors import SelOrthoError
+from .names import Kind, RepoRef, activations_of, local_path, repo_id, revision_of, subfolder_of
 
 
 class Range(NamedTuple):
@@ -44,11 +46,60 @@ def argument(default: Any, description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
 
+def _place(kind: Kind) -> Callable[[str, str], str]:
+    return lambda text, _: str(RepoRef.parse(text, kind=kind))
+
+
+def _json_or_path(text: str, argument: str) -> str:
+    return local_path(text, argument) if text.rstrip().endswith(".json") else text.strip()
+
+
+# How each option that names something is read, in every command; the rest of the package gets normalised names.
+_READERS: dict[str, Callable[[str, str], str | None]] = {
+    **dict.fromkeys(("output_dir", "output", "target", "run", "seeds", "resume_from_checkpoint"), local_path),
+    **dict.fromkeys(("template", "labels"), local_path),
+    **dict.fromkeys(("preset", "variants", "layer_settings"), _json_or_path),
+    **dict.fromkeys(("activations", "folder"), activations_of),
+    **dict.fromkeys(("sae", "source", "twin", "compare_with"), _place("SAE")),
+    **dict.fromkeys(("model", "lm"), _place("model")),
+    "dataset": _place("dataset"),
+    **dict.fromkeys(("repo_id", "hub_model_id"), lambda text, argument: repo_id(text, argument=argument)),
+    "space": lambda text, argument: repo_id(text, "Space", argument),
+    **dict.fromkeys(("revision", "model_revision", "dataset_revision", "hub_revision"), revision_of),
+    "subfolder": subfolder_of,
+}
+
+
 class OneLineParser(HfArgumentParser):
-    """A parser of dataclasses whose errors are one line, without the usage text of a hundred options."""
+    """A parser of dataclasses whose errors are one line, without the usage text of a hundred options.
+
+    Names are read as people type them ([`names`]), lists also with commas; every command takes `--verbose`.
+    """
 
     def __init__(self, groups: Sequence[Any] = (), **options: Any) -> None:
         super().__init__(groups, **{"prog": os.path.basename(sys.argv[0]), "allow_abbrev": False, **options})
+        words = "Show after the line of an error what a library has said."  # `run_script` does
+        self.add_argument("--verbose", action="store_true", help=words)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as `argparse` does, and normalise what names something."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        vars(parsed).pop("verbose", None)
+        options = {action.dest: (action.option_strings or [action.dest])[0] for action in self._actions}
+        for name, read in _READERS.items():
+            value = getattr(parsed, name, None)
+            if isinstance(value, str):
+                setattr(parsed, name, read(value, options[name]))
+            elif isinstance(value, list):
+                setattr(parsed, name, [read(item, options[name]) for item in value])
+        return parsed, unknown
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs == "+":  # with commas too, but for a file whose name has them
+            items = (text if os.path.lexists(text) else text.split(",") for text in arg_strings)
+            parts = [part for item in items for part in ([item] if isinstance(item, str) else item)]
+            arg_strings = [part for part in parts if part.strip()] or arg_strings
+        return super()._get_values(action, arg_strings)
 
     def parse_all(self, argv: Sequence[str] | None) -> list[Any]:
         """Parse into the dataclasses, then a namespace of the other arguments, if any; unknown ones exit with code 2.

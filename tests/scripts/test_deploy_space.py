@@ -26,7 +26,7 @@ from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import BINS, FeatureRecord
 from hf_selortho.hub.space import PinnedSae, assemble_space, check_wheel_url
-from hf_selortho.utils.hub import RepoRef
+from hf_selortho.utils.names import RepoRef
 from tests.finished_run import save_run
 from tests.hub_client import HubClient
 from tests.loopback_hub import LoopbackHub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import socket
 import sys
 
 import pytest
@@ -26,10 +27,20 @@ def test_the_command_line_goes_before_the_environment_and_that_before_what_is_st
     assert default_of("sae", stored) == "org/sae@main"
 
 
+def test_a_port_that_cannot_be_served_is_refused_before_anything_is_opened() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SelOrthoError, match=f"--port {port} of 127.0.0.1 is in use: choose another --port"):
+            launch("no such folder", port=port)
+    for number, host, said in ((70_000, "127.0.0.1", "from 1 to 65535"), (None, "192.0.2.1", "is not this machine")):
+        with pytest.raises(SelOrthoError, match=said):
+            launch("no such folder", host=host, port=number)
+
+
 def test_mistakes_are_one_line(tmp_path, monkeypatch) -> None:
     with pytest.raises(SelOrthoError, match="which SAE\\? pass --sae"):
         launch(None)
-    with pytest.raises(SelOrthoError, match="is no place of an SAE"):
+    with pytest.raises(SelOrthoError, match="neither on the Hub nor a local path"):
         launch("no such folder")
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SelOrthoError, match='pip install "hf_selortho\\[space\\]"'):

@@ -44,7 +44,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         parts = urlparse(self.path).path.strip("/").split("/")
         is_page = parts[0] == "api"
         names = [part for part in parts if part not in ("api", "models", "datasets")]
-        repository, rest = "/".join(names[:2]), names[2:]
+        repository, rest = "/".join(names[:2]).lower(), names[2:]
         revision = rest[1] if len(rest) > 1 else "main"
         if self.headers.get("Authorization") == "Bearer hf_expired":
             self.reply(401, X_Error_Message="Invalid credentials in Authorization header")
@@ -94,6 +94,7 @@ note("gated model", lambda: load_language_model("acme/gated"))
 note("gated model with token", lambda: load_language_model("acme/gated", token="hf_other"))
 note("expired token", lambda: load_language_model("acme/open", token="hf_expired"))
 note("unknown revision", lambda: load_language_model("acme/open", revision="v9"))
+note("name in other cases", lambda: load_language_model("Acme/OPEN", dtype="float32").name)
 note("model", lambda: load_language_model("acme/open", dtype="float32").revision)
 for streaming in (False, True):
     kind = " stream" if streaming else ""
@@ -149,6 +150,10 @@ def test_what_the_hub_refuses_is_one_line(case: str, answers: dict[str, str]) ->
     assert "\n" not in answers[case]
     for part in _EXPECTED[case]:
         assert part in answers[case]
+
+
+def test_a_name_is_recorded_in_the_cases_of_the_hub(answers: dict[str, str]) -> None:
+    assert answers["name in other cases"] == "acme/open"
 
 
 @pytest.mark.parametrize("case", ["model", "cached model, no network", "cached commit, no network"])

@@ -1,0 +1,213 @@
+"""Read names as people type them: paths of this machine, and places in repositories of the Hub."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import url2pathname
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import SelOrthoError
+
+Kind: TypeAlias = Literal["model", "dataset", "SAE", "Space"]  # an SAE is in a repository of models
+_FOLDERS = {"model": "models", "SAE": "models", "dataset": "datasets", "Space": "spaces"}  # in addresses of the Hub
+_LOCAL = {"dataset": "a file, a folder or "}
+_PLACE = re.compile(
+    r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>refs/\w+/[^/@\s]+|[^/@\s]+))?(?:/(?P<sub>[^@]+))?", re.ASCII
+)
+_ADDRESS = re.compile(r"(?:https?|hf)://|(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
+_ID = "expected owner/name, as in org/gemma2b-l12"
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_SHOWN = re.compile(r"/(?:tree|blob|resolve|raw|commits?)/(refs/\w+/[^/]+|[^/]+)")  # in addresses of pages
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+
+def local_path(text: str | os.PathLike[str], argument: str = "path") -> str:
+    r"""Return a path of this machine without what typing has added to it; it need not exist.
+
+    Blanks around it, doubled and trailing slashes, `.` and `..` go; `~`, `~user` and `file://` are followed; `\` is
+    read as `/`. A file whose name really has blanks or `\` is itself.
+
+    Args:
+        text: the path. argument: what to call it in errors, such as "--output_dir".
+
+    Raises:
+        SelOrthoError: it is empty, an address of the Hub, a path of Windows on another system, or of a user who is not.
+    """
+    path = _stripped(os.fspath(text), argument)
+    if _ADDRESS.match(path):
+        raise SelOrthoError(f"{argument} {path:.200}: expected a path of this machine, not an address")
+    if path.startswith("file:"):
+        parts = urlsplit(path)
+        if parts.netloc not in ("", "localhost"):
+            raise SelOrthoError(f"{argument} {path:.200}: expected a path of this machine, as in file:///home/me/x")
+        path = url2pathname(parts.path)
+    if path.startswith("~"):
+        path = os.path.expanduser(path.replace("\\", "/"))
+        if path.startswith("~") and not os.path.lexists(path):
+            raise SelOrthoError(f"{argument} {path:.200}: there is no user {path[1:].split('/')[0]!r} on this machine")
+    if os.name != "nt" and not os.path.lexists(path):
+        if _OF_WINDOWS.match(path):
+            raise SelOrthoError(f"{argument} {path:.200} is a path of Windows: give it as this machine has it")
+        path = path.replace("\\", "/")
+    tidy = re.sub("^//+", "/", os.path.normpath(path))
+    return tidy if os.path.realpath(tidy) == os.path.realpath(path) else path  # `..` behind a link leads elsewhere
+
+
+def revision_of(text: str, argument: str = "revision") -> str:
+    """Return a branch, tag or commit without blanks around it; raises a SelOrthoError if it is empty."""
+    return _stripped(text, argument).strip()
+
+
+def subfolder_of(text: str, argument: str = "subfolder") -> str | None:
+    r"""Return a folder within a repository without `./`, `\`, doubled and trailing slashes; None for the top.
+
+    Raises:
+        SelOrthoError: it is empty, or leads out of the repository.
+    """
+    path = posixpath.normpath(_stripped(text, argument).strip().replace("\\", "/").strip("/") or ".")
+    if path.split("/")[0] == "..":
+        raise SelOrthoError(f"{argument} {text!r:.200} leads out of the repository: expected a folder in it")
+    return None if path == "." else path
+
+
+@dataclass(frozen=True)
+class RepoRef:
+    """A folder, or a place in a repository of the Hub."""
+
+    name: str  # the folder, or owner/name
+    revision: str | None = None
+    subfolder: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str], local: bool = True, kind: Kind = "SAE") -> RepoRef:
+        """Read `runs/demo` or `org/name[@revision][/subfolder]`, however it is typed; only an SAE has a sub-folder.
+
+        Addresses of the Hub's pages and of its file system (`hf://`) are read as well, paths as [`local_path`] does.
+
+        Args:
+            text: the name.
+            local: whether it may be a folder, or file of texts, of this machine, which go before the Hub.
+            kind: what is named.
+
+        Raises:
+            SelOrthoError: it is none of these.
+        """
+        typed = _stripped(os.fspath(text), kind)
+        path = local_path(typed, kind) if local and not _ADDRESS.match(typed) else ""
+        if os.path.isdir(path) or (path and kind == "dataset" and os.path.exists(path)):
+            return cls(path)
+        match = _PLACE.fullmatch(_without_host(typed, kind))
+        revision, sub = (unquote(match["revision"] or ""), match["sub"]) if match else ("", None)
+        if revision and sub and kind != "SAE" and not _ADDRESS.match(typed):
+            revision, sub = f"{revision}/{sub}", None
+        is_path = typed.startswith((".", "/", "~", "file:"))
+        if match is None or is_path or ".." in match["repo"] + revision or (sub and kind != "SAE"):
+            form = "owner/name" if kind == "Space" else "owner/name[@revision]"
+            form = f"{_LOCAL.get(kind, 'a folder or ') if local else ''}{form}{'[/subfolder]' if kind == 'SAE' else ''}"
+            said = f'unknown {kind} "{path or typed:.200}": neither on the Hub nor a local path'
+            if is_path and kind == "dataset":
+                said = f"no such file or folder of texts: {path}"
+            if sub and kind != "SAE" and not is_path:
+                said = f'{kind} "{path or typed:.200}" is neither a local path nor a whole repository of the Hub'
+            raise SelOrthoError(f"{said}; check the spelling, expected {form} of the Hub")
+        if not local and kind == "SAE" and os.path.exists(match["repo"]):
+            raise SelOrthoError(f"{typed!r:.200} is a path of this machine: expected owner/name of the Hub")
+        return cls(match["repo"], revision or None, subfolder_of(sub) if sub else None)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return os.path.isdir(self.name)
+
+    @property
+    def lookup(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that go with the name."""
+        parts = {"revision": self.revision, "subfolder": self.subfolder}
+        return {key: value for key, value in parts.items() if value}
+
+    def __str__(self) -> str:
+        revision = self.revision or ""
+        parts = [self.name, quote(revision, safe="/" if revision.startswith("refs/") else "")]
+        return "@".join(filter(None, parts)) + (f"/{self.subfolder}" if self.subfolder else "")
+
+
+def located(name: str | os.PathLike[str], lookup: Mapping[str, Any], kind: Kind = "SAE") -> tuple[str, dict[str, Any]]:
+    """Return a name as [`RepoRef.parse`] reads it, and `lookup` with the revision and sub-folder that it holds.
+
+    Raises:
+        SelOrthoError: the name is none, or says another revision or sub-folder than `lookup`.
+    """
+    ref = RepoRef.parse(name, kind=kind)
+    readers: dict[str, Callable[[str], str | None]] = {"revision": revision_of, "subfolder": subfolder_of}
+    given = {key: read(lookup[key]) for key, read in readers.items() if lookup.get(key)}
+    for key, value in ref.lookup.items():
+        if given.get(key) not in (None, value):
+            raise SelOrthoError(f'{kind} "{ref}" has the {key} {value!r}, {key} says {given[key]!r}: leave one out')
+    return ref.name, {**lookup, **given, **ref.lookup}
+
+
+def repo_id(text: str, kind: Kind = "model", argument: str = "repository") -> str:
+    """Return the id owner/name of a repository to write to; raises a SelOrthoError if there is none in the text."""
+    name = _without_host(_stripped(text, argument).strip(), kind)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise SelOrthoError(f"{argument} {name!r:.200}: {_ID}, of letters, digits, '-', '_' and '.'") from error
+    if "/" not in name:
+        raise SelOrthoError(f"{argument} {name!r:.200}: {_ID}")
+    return name
+
+
+def activations_of(text: str | os.PathLike[str], argument: str = "activations") -> str:
+    """Return where cached activations are: the path of a folder, or hub:owner/name[@revision]."""
+    typed = _stripped(os.fspath(text), argument)
+    if not typed.startswith("hub:") and not _ADDRESS.match(typed):
+        return local_path(typed, argument)
+    ref = RepoRef.parse(typed.removeprefix("hub:"), local=False, kind="dataset")
+    if "/" not in ref.name:
+        raise SelOrthoError(f"{argument} {typed!r:.200}: expected hub:owner/name or hub:owner/name@revision")
+    return f"hub:{ref}"
+
+
+def _stripped(text: str, argument: str) -> str:
+    """Return a text without blanks around it, which a file's name may have."""
+    if "\0" in text:
+        raise SelOrthoError(f"{argument} {text!r:.200} holds a NUL byte: give a folder or an id of the Hub")
+    if not text.strip():
+        raise SelOrthoError(f"{argument} is empty: give it a value, or leave it out")
+    return text if os.path.lexists(text) else text.strip()
+
+
+def _without_host(typed: str, kind: Kind) -> str:
+    """Turn an address of the Hub into owner/name@revision/subfolder; anything else only loses doubled slashes."""
+    path = typed.replace("\\", "/")
+    is_address = _ADDRESS.match(path)
+    if is_address and not path.lower().startswith("hf://"):
+        parts = urlsplit(path if "://" in path else f"https://{path}")
+        if parts.netloc.lower() not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc):
+            raise SelOrthoError(f"{kind} {typed!r:.200} is no address of {constants.ENDPOINT}, the Hub")
+        path = _SHOWN.sub(
+            lambda shown: f"@{quote(unquote(shown[1]), safe='')}", parts.path.removesuffix(".git"), count=1
+        )
+        if re.search("/(blob|resolve|raw)/", parts.path):  # of a file
+            path = posixpath.dirname(path)
+    elif is_address:
+        path = path[len("hf://") :]
+    path = re.sub("/+", "/", path).strip("/")
+    folder, _, rest = path.partition("/")
+    if rest and (folder in ("datasets", "spaces") or (is_address and folder == "models")):
+        if folder != _FOLDERS[kind]:
+            raise SelOrthoError(
+                f"{kind} {typed:.200} is among the Hub's {folder}: expected one of its {_FOLDERS[kind]}"
+            )
+        path = rest
+    return path
