@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel
+from .errors import ConfigError, SelOrthoError, end_without_memory
 
-from .configuration_selortho import SelOrthoConfig
-from .errors import ConfigError, SelOrthoError
-from .modeling_selortho import SelOrthoOutput, SelOrthoSAE
-from .pair_selection import Pairs, select_pairs
-from .penalties import decorrelation_penalty
+try:
+    from transformers import AutoConfig, AutoModel
+
+    from .configuration_selortho import SelOrthoConfig
+    from .modeling_selortho import SelOrthoOutput, SelOrthoSAE
+    from .pair_selection import Pairs, select_pairs
+    from .penalties import decorrelation_penalty
+except (ImportError, MemoryError, OSError) as error:
+    end_without_memory(error)
+    raise
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,9 @@ from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folde
 from ..features.labels import read_labels
 from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from ..language_models.loading import LanguageModel
+from ..training.contradictions import READING
 from ..utils.hub import listed
+from ..utils.memory import where_memory_ends
 from ..utils.options import argument, parse_options
 from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
 
@@ -52,9 +54,11 @@ class Target:
     twin: str | None
 
 
+@where_memory_ends("lower --max_pairs or --top_contexts, or use another --lm_dtype")
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of every SAE of a run, or of the one that is named."""
-    arguments, rest = parse_options(IndexArguments, argv, sae="Folder of an SAE or of a run, or Hub id of an SAE.")
+    words = "Folder of an SAE or of a run, or Hub id of an SAE."
+    arguments, rest = parse_options(IndexArguments, argv, READING, sae=words)
     for output, facts in build_indexes(rest.sae, arguments):
         sys.stdout.write(f"{output}: {in_words(facts)}\n")
 

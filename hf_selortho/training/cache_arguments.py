@@ -10,8 +10,20 @@ from ..data.cache_writer import tokenizer_hash
 from ..data.texts import Documents, TextSource
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
-from ..utils.options import Above1, Count, CountOrZero, Range, Seed, argument, check_values, one_of
+from ..utils.options import (
+    Above1,
+    Count,
+    CountOrZero,
+    Range,
+    Seed,
+    argument,
+    check_values,
+    given_names,
+    one_of,
+    refuse_contradictions,
+)
 from .arguments import ModelArguments, TextArguments, parse_groups
+from .contradictions import CACHE
 
 
 @dataclass
@@ -46,8 +58,8 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
     """Read the arguments of a command line, on top of those of its preset.
 
     Raises:
-        SelOrthoError: a value is not allowed, or no language model or layer is given. Unknown arguments exit with
-            code 2.
+        SelOrthoError: a value is not allowed, arguments contradict one another, or no language model or layer is
+            given. Unknown arguments exit with code 2.
     """
     groups = (ModelArguments, TextArguments, CacheArguments)
     known = {f.name for group in groups for f in fields(group)} - {"output_dir"}
@@ -65,6 +77,7 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
     if arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
     check_values(model, text, arguments)
+    refuse_contradictions(CACHE, given_names(argv), {**vars(model), **vars(text), **vars(arguments)})
     return model, text, arguments
 
 

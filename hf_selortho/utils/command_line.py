@@ -19,7 +19,7 @@ from accelerate.utils import get_int_from_env
 from transformers.utils import logging as transformers_logging
 
 from ..errors import SelOrthoError
-from .memory import local_processes
+from .memory import is_out_of_memory, local_processes, out_of_memory
 
 _SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_TOKEN"
@@ -34,7 +34,11 @@ def run_script(main: Callable[[], None]) -> None:
     _set_up_logging()
     try:
         main()
-    except SelOrthoError as error:
+    except Exception as error:
+        if not isinstance(error, SelOrthoError):
+            if not is_out_of_memory(error):  # while a command is imported
+                raise
+            error = out_of_memory(error, "end other programs")
         sys.stderr.write(f"{_program()}: error: {without_secrets(' '.join(str(error).split()))}\n")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -86,16 +90,29 @@ def launch_command(name: str, argv: Sequence[str] | None = None) -> str:
         argv: these arguments; None for those of the command line.
     """
     command = shlex.join(_typed_command() if argv is None else ["selortho", name, *argv])
-    return without_secrets(re.sub(r" --resume_from_checkpoint[ =]('[^']*'|\S+)", "", command))
+    return without_secrets(changed_command(command, resume_from_checkpoint=None))
 
 
-def selortho() -> str:
-    """Return how the user can call `selortho` here: by its name, or by its path where that is not looked at."""
-    installed = Path(sys.executable).with_name("selortho")
-    found = shutil.which("selortho")
-    if found and Path(found).samefile(installed):
-        return "selortho"
-    return shlex.quote(os.path.relpath(installed)) if installed.is_file() else "python -m hf_selortho"
+def changed_command(command: str, **options: str | None) -> str:
+    """Return a command line with these options in place of those that it has of the same names; None leaves one out."""
+    words, dropping = list[str](), False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            dropping = word[2:].split("=", 1)[0].replace("-", "_") in options
+        if not dropping:
+            words.append(word)
+    added = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+    return shlex.join([*words, *added])
+
+
+def program(name: str) -> str:
+    """Return how the user can call `selortho` or `python` here: by name, or by path where that finds another one."""
+    installed = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if found and installed.is_file() and Path(found).samefile(installed):
+        return name
+    here = os.path.relpath(installed) if installed.is_file() else os.path.relpath(sys.executable)
+    return shlex.quote(here) if installed.is_file() or name == "python" else f"{shlex.quote(here)} -m hf_selortho"
 
 
 def say(words: str) -> None:
