@@ -13,7 +13,7 @@ from hf_selortho.commands.main import COMMANDS
 from hf_selortho.data import cache_report
 from hf_selortho.training.arguments import parse_arguments
 from hf_selortho.training.cache_arguments import parse_cache_arguments
-from hf_selortho.training.contradictions import EVALUATE, READING
+from hf_selortho.training.contradictions import EVALUATE
 from hf_selortho.training.variants import make_variants
 from hf_selortho.utils.options import parse_options
 
@@ -57,7 +57,7 @@ def check_command(name: str, argv: list[str]) -> None:
     elif name == "evaluate":
         parse_options(evaluate.EvaluateArguments, argv, EVALUATE, sae="")
     elif name == "index":
-        parse_options(index.IndexArguments, argv, READING, sae="")
+        parse_options(index.IndexArguments, argv, sae="")
     elif name == "push":
         parse_options(push.PushArguments, argv, run="")
     elif name == "space":

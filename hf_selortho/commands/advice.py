@@ -33,7 +33,7 @@ def after_training(run: TrainingRun, command: str) -> str:
     lines.append(_typed("browse", run.output))
     config, twin = run.configs[0], first.with_name(f"{first.name}-twin")
     penalised = config.penalty != "none" and config.ortho_coefficient > 0
-    if len(run.variants) == 1 and penalised and not twin.exists() and twin_beside(first) is None:
+    if not run.variants[0].name and penalised and not twin.exists() and twin_beside(first) is None:
         changes = {"ortho_coefficient": "0", "output_dir": str(twin)}
         lines.append(as_typed(changed_command(command, **changes, **dict.fromkeys(_NOT_OF_TWIN))))
         note = "The last one trains its twin baseline, the same run without the penalty.\n"

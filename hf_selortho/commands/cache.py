@@ -8,6 +8,7 @@ Interrupted, it goes on where it stopped when the same command is run again.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ from ..utils.files import FolderLock
 from ..utils.memory import gigabytes, peak_memory, where_memory_ends
 from ..utils.progress import EstimatedBar
 from .advice import after_caching
+
+logger = logging.getLogger("hf_selortho.cache")
 
 
 @where_memory_ends("lower --shard_tokens or --lm_batch_tokens, or read fewer --layers")
@@ -122,6 +125,8 @@ def begin(
 
 def training_tokens(estimate: float | None, max_tokens: int | None) -> float:
     """Say how many tokens will be read for training; the text is estimated unless it is a stream."""
+    if estimate is not None and max_tokens is not None and max_tokens > 1.1 * estimate:
+        logger.warning("the text holds about %d tokens, fewer than --max_tokens %d", estimate, max_tokens)
     return min(value for value in (estimate, max_tokens) if value is not None)
 
 

@@ -20,7 +20,6 @@ from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folde
 from ..features.labels import read_labels
 from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from ..language_models.loading import LanguageModel
-from ..training.contradictions import READING
 from ..utils.hub import listed
 from ..utils.memory import where_memory_ends
 from ..utils.options import argument, parse_options
@@ -57,8 +56,7 @@ class Target:
 @where_memory_ends("lower --max_pairs or --top_contexts, or use another --lm_dtype")
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of every SAE of a run, or of the one that is named."""
-    words = "Folder of an SAE or of a run, or Hub id of an SAE."
-    arguments, rest = parse_options(IndexArguments, argv, READING, sae=words)
+    arguments, rest = parse_options(IndexArguments, argv, sae="Folder of an SAE or of a run, or Hub id of an SAE.")
     for output, facts in build_indexes(rest.sae, arguments):
         sys.stdout.write(f"{output}: {in_words(facts)}\n")
 
@@ -108,9 +106,8 @@ def find_targets(name: str, arguments: IndexArguments) -> list[Target]:
 
 
 def _local_target(folder: Path, arguments: IndexArguments) -> Target:
-    twin = arguments.twin or twin_beside(folder.resolve())
-    output = Path(arguments.output) if arguments.output else folder / INDEX
-    return Target(str(folder), shown_name(folder), folder, output, str(twin) if twin else None)
+    twin = str(arguments.twin or twin_beside(folder.resolve()) or "") or None
+    return Target(str(folder), shown_name(folder), folder, Path(arguments.output or folder / INDEX), twin)
 
 
 def open_sources(

@@ -133,25 +133,8 @@ _CHOICES = [
     Contradiction(
         "report_to", lambda v: "none" in v.report_to and len(v.report_to) > 1, "none is no tracker; leave it out"
     ),
-    Contradiction(
-        "ortsae_chunk penalty decoder_pairs decoder_ratio",
-        lambda v: (
-            "ortsae_chunk" in v.given
-            and v.penalty != "ortsae"
-            and not (v.decoder_ratio > 0 and v.decoder_pairs == "nearest")
-        ),
-        "it acts only with --penalty ortsae or with nearest pairs and a ratio above 0; leave it out",
-        everywhere=True,
-    ),
-    *(
-        Contradiction(
-            f"{name} activations model",
-            lambda v, name=name: name in v.given and v.activations is not None and "model" not in v.given,
-            "cached activations are read without the language model unless --model names it; leave it out",
-        )
-        for name in ("model_revision", "lm_dtype", "lm_batch_tokens")
-    ),
     *acts_with("refresh_every buffer_reuse streaming", "activations", None),
+    *acts_with("model_revision lm_dtype lm_batch_tokens", "model"),  # which cached activations do without
     *acts_with("hub_private hub_revision hub_license", "push_to_hub"),
     *acts_with("keep_checkpoints", "checkpoint_every"),
     *acts_with("max_skipped", "non_finite", "skip"),

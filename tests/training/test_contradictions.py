@@ -9,7 +9,7 @@ import pytest
 
 from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import list_presets
-from hf_selortho.training.contradictions import CACHE, EVALUATE, READING, TRAIN
+from hf_selortho.training.contradictions import CACHE, EVALUATE, TRAIN
 from tests.command_lines import check_command, commands_in
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +49,8 @@ REFUSED = [
     (TRAINS, "--hub_private", "hub_private True with --push_to_hub False"),
     (TRAINS, "--hub_license mit", "hub_license mit with --push_to_hub False"),
     (TRAINS, "--report_to none wandb", "report_to none wandb: none is no tracker"),
-    (TRAINS, "--ortsae_chunk 64", "ortsae_chunk 64 with --penalty selective and --decoder_pairs alike"),
-    (CACHED, "--model_revision main", "model_revision main with --activations acts and --model None"),
-    (CACHED, "--lm_dtype float32", "lm_dtype float32 with --activations acts and --model None"),
+    (CACHED, "--model_revision main", "model_revision main with --model None"),
+    (CACHED, "--lm_dtype float32", "lm_dtype float32 with --model None"),
     (CACHED, "--refresh-every 9", "refresh_every 9 with --activations acts"),
     (CACHED, "--buffer_reuse 2", "buffer_reuse 2.0 with --activations acts"),
     (CACHED, "--streaming", "streaming True with --activations acts"),
@@ -77,7 +76,6 @@ REFUSED = [
     ("evaluate runs/x", "--eval_samples 4 --eval_ce_samples 5", "eval_ce_samples 5 with --eval_samples 4"),
     ("evaluate runs/x", "--probing_texts 50", "probing_texts 50 with --label_column None"),
     ("evaluate runs/x", "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
-    ("index runs/x", "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
 ]
 
 
@@ -93,7 +91,7 @@ def test_every_row_of_the_tables_has_a_case() -> None:
     messages = " ".join(message for _, _, message in REFUSED)
     alike = {"hub_revision", "lm_batch_tokens", "jumprelu_bandwidth", "jumprelu_threshold", "aux_coefficient"}
     alike |= {"selection_space", "correlation_threshold", "carry_decay", "penalty_schedule"}  # of one line of the table
-    for row in (*TRAIN, *CACHE, *EVALUATE, *READING):
+    for row in (*TRAIN, *CACHE, *EVALUATE):
         assert row.options.split()[0] in alike or f"{row.options.split()[0]} " in messages, row.options
 
 
@@ -108,7 +106,6 @@ def test_every_row_of_the_tables_has_a_case() -> None:
         "--penalty none --ortho_coefficient 0",
         '--penalty none --penalty_space decoder --variants {"b":{"penalty":"selective"}}',  # acts in one of them
         '--twin --ortho_coefficient 0 --variants {"b":{"ortho_coefficient":1}}',
-        '--ortsae_chunk 64 --variants {"b":{"penalty":"ortsae"}}',
         "--overwrite_output_dir --resume_from_checkpoint auto",
     ],
 )
