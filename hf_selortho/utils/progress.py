@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 class EstimatedBar(tqdm):
     """A progress bar whose total is an estimate: it says "about", and moves its end rather than overrun it."""
 
+    total: float
+
     def __init__(self, **options: Any) -> None:
         shown = "{l_bar}{bar}| {n_fmt} of about {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
         super().__init__(**{"bar_format": shown, **options})
@@ -17,7 +19,7 @@ class EstimatedBar(tqdm):
     def update(self, n: float | None = 1) -> bool | None:
         """Add to what is done."""
         if not self.disable:
-            self.total = max(self.total or 0, self.n + (n or 0))
+            self.total = max(self.total, self.n + (n or 0))
         return super().update(n)
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
