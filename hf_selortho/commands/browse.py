@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..utils.memory import where_memory_ends
 from ..utils.options import OneLineParser
 
 
+@where_memory_ends("use --lm none")
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the SAE and serve its page until it is stopped."""
     from ..browser.app import add_options, default_of, launch  # Gradio may be missing: one line says so

@@ -8,7 +8,7 @@ Interrupted, it goes on where it stopped when the same command is run again.
 
 from __future__ import annotations
 
-import shlex
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from tqdm.auto import tqdm
 
 from ..data.cache_folder import CacheFolder, check_disk
 from ..data.cache_manifest import CacheSettings, Manifest
 from ..data.cache_report import report_table
-from ..data.cache_writer import CacheWriter, disk_bytes, forecast
+from ..data.cache_writer import CacheWriter, disk_bytes, forecast, shard_memory
 from ..data.contexts import ContextStream, Cutter, count_tokens, estimate_tokens, held_out_contexts
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
@@ -34,12 +33,17 @@ from ..language_models.contexts import Context
 from ..language_models.loading import check_context_length, load_language_model
 from ..process_group import ProcessGroup, leave_process_group
 from ..training.cache_arguments import cache_settings, parse_cache_arguments
-from ..utils.command_line import check_launcher, selortho
+from ..utils.command_line import check_launcher
 from ..utils.environment import library_versions, on_cpu, use_all_cores
 from ..utils.files import FolderLock
-from ..utils.memory import gigabytes, peak_memory
+from ..utils.memory import gigabytes, peak_memory, where_memory_ends
+from ..utils.progress import EstimatedBar
+from .advice import after_caching
+
+logger = logging.getLogger("hf_selortho.cache")
 
 
+@where_memory_ends("lower --shard_tokens or --lm_batch_tokens, or read fewer --layers")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read text, write verified shards of activations."""
     check_launcher()
@@ -72,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = CacheFolder(Path(arguments.output_dir))
     if accelerator.is_main_process:
         check_disk(folder.folder, disk_bytes(capture, settings, tokens))
+    shard_memory(capture, settings, tokens)
     if arguments.dry_run:
         if accelerator.is_main_process:
             sys.stdout.write(forecast(capture, stream, settings, tokens))
@@ -84,14 +89,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if begun:
             writer = CacheWriter(capture, stream, held_out[group.rank :: group.size], folder, settings, group)
             started, total = time.perf_counter(), round(tokens / group.size)
-            with tqdm(total=total, desc="caching", unit="token", disable=not accelerator.is_main_process) as bar:
+            with EstimatedBar(
+                total=total, desc="caching", unit="token", disable=not accelerator.is_main_process
+            ) as bar:
                 writer.run(bar)
             speed = writer.tokens / (time.perf_counter() - started) * group.size
         leave_process_group(accelerator)
         if accelerator.is_main_process and begun:
             manifest = writer.manifest(library_versions())
             folder.finish(manifest, str(render_shards_card(manifest)))
-            sys.stdout.write(closing_words(folder.folder, manifest, speed, peak_memory(accelerator.device)))
+            sys.stdout.write(
+                closing_words(folder.folder, manifest, speed, peak_memory(accelerator.device), arguments.cpu)
+            )
         elif accelerator.is_main_process:
             sys.stdout.write(f"{folder.folder} holds this cache already, complete\n")
 
@@ -115,23 +124,16 @@ def begin(
 
 
 def training_tokens(estimate: float | None, max_tokens: int | None) -> float:
-    """Say how many tokens will be read for training.
-
-    Raises:
-        SelOrthoError: nobody knows, as the text is a stream.
-    """
-    if estimate is None and max_tokens is None:
-        raise SelOrthoError("--streaming has no end that is known beforehand: say with --max_tokens how much to read")
+    """Say how many tokens will be read for training; the text is estimated unless it is a stream."""
+    if estimate is not None and max_tokens is not None and max_tokens > 1.1 * estimate:
+        logger.warning("the text holds about %d tokens, fewer than --max_tokens %d", estimate, max_tokens)
     return min(value for value in (estimate, max_tokens) if value is not None)
 
 
-def closing_words(folder: Path, manifest: Manifest, speed: float, memory: int) -> str:
+def closing_words(folder: Path, manifest: Manifest, speed: float, memory: int, cpu: bool) -> str:
     """Write the last lines on the screen: the report, the speed, and what to type next."""
-    name, layers = shlex.quote(str(folder)), " ".join(map(str, manifest.layers))
     return (
-        f"\n{report_table(manifest)}\n{folder}/ holds {len(manifest.shards)} shards of {manifest.rows:,} tokens and "
-        f"{manifest.held_out_rows:,} held-out ones\n"
-        f"{speed:,.0f} tokens/s; peak memory {gigabytes(memory)}\n\nNext:\n"
-        f"  {selortho()} train --activations {name} --layers {layers} --twin --output_dir runs/sae\n"
-        f"  python -m hf_selortho.data.cache_report {name} --output norms.png\n"
+        f"\n{report_table(manifest)}\n{folder}/ holds {manifest.rows:,} tokens and {manifest.held_out_rows:,} held-out "
+        f"ones, in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)} of the first\n"
+        f"{speed:,.0f} tokens/s; peak memory {gigabytes(memory)}\n\nNext:\n{after_caching(folder, manifest, cpu)}"
     )

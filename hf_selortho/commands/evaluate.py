@@ -18,8 +18,10 @@ from torch import Tensor
 from ..errors import SelOrthoError
 from ..evaluation.tasks import evaluate_on_text
 from ..hub.report import metrics_table
+from ..training.contradictions import EVALUATE
 from ..utils.files import write_json
-from ..utils.options import Count, CountOrZero, Range, argument, check_values, parse_options
+from ..utils.memory import where_memory_ends
+from ..utils.options import Count, CountOrZero, Range, argument, parse_options
 from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
 
 
@@ -43,10 +45,10 @@ class EvaluateArguments(ReadingArguments):
     output: str | None = argument(None, "JSON file to write the metrics to.")
 
 
+@where_memory_ends("lower --batch_size or --eval_samples")
 def main(argv: Sequence[str] | None = None) -> None:
     """Load an SAE and the language model it reads, measure, print a table."""
-    arguments, rest = parse_options(EvaluateArguments, argv, sae="Folder or Hub id of the SAE.")
-    check_values(arguments)
+    arguments, rest = parse_options(EvaluateArguments, argv, EVALUATE, sae="Folder or Hub id of the SAE.")
     if arguments.output and not Path(arguments.output).parent.is_dir():
         raise SelOrthoError(f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}")
     metrics = evaluate(rest.sae, arguments)

@@ -21,6 +21,7 @@ from ..features.labels import read_labels
 from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from ..language_models.loading import LanguageModel
 from ..utils.hub import listed
+from ..utils.memory import where_memory_ends
 from ..utils.options import argument, parse_options
 from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
 
@@ -52,6 +53,7 @@ class Target:
     twin: str | None
 
 
+@where_memory_ends("lower --max_pairs or --top_contexts, or use another --lm_dtype")
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of every SAE of a run, or of the one that is named."""
     arguments, rest = parse_options(IndexArguments, argv, sae="Folder of an SAE or of a run, or Hub id of an SAE.")
@@ -104,9 +106,8 @@ def find_targets(name: str, arguments: IndexArguments) -> list[Target]:
 
 
 def _local_target(folder: Path, arguments: IndexArguments) -> Target:
-    twin = arguments.twin or twin_beside(folder.resolve())
-    output = Path(arguments.output) if arguments.output else folder / INDEX
-    return Target(str(folder), shown_name(folder), folder, output, str(twin) if twin else None)
+    twin = str(arguments.twin or twin_beside(folder.resolve()) or "") or None
+    return Target(str(folder), shown_name(folder), folder, Path(arguments.output or folder / INDEX), twin)
 
 
 def open_sources(

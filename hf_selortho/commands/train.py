@@ -8,8 +8,6 @@ torchrun --nproc_per_node 2 scripts/train.py --preset demo --cpu
 from __future__ import annotations
 
 import logging
-import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,14 +28,16 @@ from ..training.arguments import HubArguments, parse_arguments
 from ..training.dry_run import dry_run
 from ..training.run import TrainingRun, make_accelerator
 from ..training.run_folder import save_sae
-from ..utils.command_line import check_launcher, launch_command, say, selortho
+from ..utils.command_line import check_launcher, launch_command, say
 from ..utils.environment import hardware, library_versions
 from ..utils.files import FolderLock
-from ..utils.memory import peak_memory
+from ..utils.memory import peak_memory, where_memory_ends
+from .advice import after_training, to_go_on, to_publish
 
 logger = logging.getLogger("hf_selortho.train")
 
 
+@where_memory_ends("lower --buffer_contexts, --d_sae, --batch_size, --lm_batch_tokens or the number of SAEs")
 def main(argv: Sequence[str] | None = None) -> None:
     """Activations in; trained, evaluated and documented SAEs out."""
     started = time.time()
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 step, latest = run.trainers[0].state.step, run.checkpoints.latest
                 say(
                     f"\nstopped after step {step}; latest checkpoint: {latest or 'none'}. To go on:\n"
-                    f"  {command} --resume_from_checkpoint auto\n"
+                    f"  {to_go_on(command)}\n"
                 )
             sys.exit(128 + signal)  # as shells have it of a process that a signal has ended
         if is_main:
@@ -92,7 +92,7 @@ def save_and_report(run: TrainingRun, command: str, started: float) -> None:
         "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
     }
     reports = report_run(run, evaluations, info)
-    sys.stdout.write(closing_words(run.output, reports, info))
+    sys.stdout.write(closing_words(run, reports, info))
 
 
 def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
@@ -124,26 +124,18 @@ def publish(output: Path, hub: HubArguments) -> None:
         private, revision = hub.hub_private or None, hub.hub_revision
         pushed = push_run(run, repo_id, license=hub.hub_license, private=private, revision=revision)
     except SelOrthoError as error:
-        again = f"{selortho()} push {shlex.quote(str(output))} --repo_id {repo_id}"
+        again = to_publish(output, hub)
         raise SelOrthoError(f"{error}. The run in {output} is complete; to publish it: {again}") from error
     sys.stdout.write(f"{pushed}\n")
 
 
-def closing_words(output: Path, reports: list[SaeReport], run_info: dict[str, Any]) -> str:
+def closing_words(run: TrainingRun, reports: list[SaeReport], info: dict[str, Any]) -> str:
     """Say last what the metrics are, and what to type next."""
-    several = bool(reports[0].name)
-    folder = str(output / reports[0].name)
+    several, output = bool(reports[0].name), run.output
     table = summary_table(reports) if several else metrics_table(reports[0].metrics)
-    again = re.sub("^selortho ", f"{selortho()} ", run_info["command"])
-    twin = (
-        f"  {again} --ortho_coefficient 0 --output_dir {shlex.quote(folder + '-twin')}\n"
-        "The last one trains its twin baseline, the same run without the penalty; "
-    )
     return (
         f"\n{table}\n\n{output}/ holds {'a folder for each SAE' if several else 'the SAE'}, with metrics, pictures and "
-        f"card (README.md); {run_info['wall_seconds']:.0f} s, peak memory {run_info['peak_memory_gb']} GB\n\nNext:\n"
-        f"  {selortho()} evaluate {shlex.quote(folder)}\n"
-        f"  {selortho()} index {shlex.quote(str(output))}\n"
-        f"  {selortho()} browse {shlex.quote(str(output))}\n{'' if several else twin}"
-        f"{folder}/README.md has a snippet that goes from a sentence to features.\n"
+        f"card (README.md); {info['wall_seconds']:.0f} s, peak memory {info['peak_memory_gb']} GB\n\nNext:\n"
+        f"{after_training(run, info['command'])}"
+        f"{output / reports[0].name}/README.md has a snippet that goes from a sentence to features.\n"
     )

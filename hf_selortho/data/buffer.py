@@ -230,7 +230,7 @@ class ActivationBuffer:
                 norms[done : done + len(places)] = part.norms[: len(places)]
                 done += len(places)
                 if progress is not None:
-                    progress.update(len(part))
+                    progress.update(len(places))
         return norms
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,9 +36,9 @@ from .cache_manifest import (
     shard_path,
 )
 from .contexts import ContextStream, count_tokens, take_tokens
+from .probe import probe_capture
 
 PROBE_SECONDS = 10.0  # of a dry run
-_PROBED = 2048  # tokens at once
 _OF_STREAM = ("documents", "dropped_tails")
 
 
@@ -231,30 +230,32 @@ def disk_bytes(capture: ActivationCapture, settings: CacheSettings, tokens: floa
     return row * tokens
 
 
+def shard_memory(capture: ActivationCapture, settings: CacheSettings, tokens: float) -> float:
+    """Return the bytes of memory that the shards of a process take, of `tokens` in all.
+
+    Raises:
+        SelOrthoError: there is too little.
+    """
+    # one shard is computed while the one before it is written, of which one layer is being turned into bytes
+    held = min(settings.shard_tokens, tokens)
+    shards = (2 + 1 / len(capture.layers)) * disk_bytes(capture, settings, held)
+    available = available_memory(torch.device("cpu"))
+    if available is not None and shards > available:
+        raise SelOrthoError(
+            f"each process needs {gigabytes(shards)} of memory for its shards, {gigabytes(max(0, available))} are "
+            "available: lower --shard_tokens or read fewer --layers"
+        )
+    return shards
+
+
 def forecast(capture: ActivationCapture, stream: ContextStream, settings: CacheSettings, tokens: float) -> str:
     """Read some text, and say what caching all `tokens` needs and takes.
 
     Args:
         capture, settings: of the cache in full. stream: contexts, endless.
-
-    Raises:
-        SelOrthoError: there is too little memory.
     """
-    capture.capture_all(stream.take_tokens(_PROBED))  # warms up
-    started, probed = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - started) < PROBE_SECONDS or not probed:
-        contexts = stream.take_tokens(_PROBED)
-        capture.capture_all(contexts)
-        probed += count_tokens(contexts)
-    speed = settings.processes * probed / seconds
-    # one shard is computed while the one before it is written, of which one layer is being turned into bytes
-    shards = (2 + 1 / len(capture.layers)) * disk_bytes(capture, settings, settings.shard_tokens)
-    available, peak = available_memory(torch.device("cpu")), peak_memory(capture.device)
-    if available is not None and shards > available:
-        raise SelOrthoError(
-            f"each process needs {gigabytes(shards)} of memory for its shards, {gigabytes(available)} are "
-            "available: lower --shard_tokens or read fewer --layers"
-        )
+    speed = settings.processes / probe_capture(capture, stream, PROBE_SECONDS)[1]
+    shards, peak = shard_memory(capture, settings, tokens), peak_memory(capture.device)
     return (
         f"{tokens:,.0f} tokens at {speed:,.0f} tokens/s: {timedelta(seconds=round(tokens / speed))}\n"
         f"peak memory of a process {gigabytes(peak)} and {gigabytes(shards)} of shards; "

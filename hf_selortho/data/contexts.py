@@ -49,8 +49,8 @@ class Cutter:
         self.min_tokens = min_tokens
         if not 1 <= min_tokens <= self._width:
             raise SelOrthoError(
-                f"context_length {context_length} holds {max(self._width, 0)} tokens of text, and min_tokens is "
-                f"{min_tokens}: min_tokens must be at least 1 and must fit"
+                f"--min_tokens {min_tokens}: expected at least 1, and at most the {max(self._width, 0)} tokens of text "
+                f"of a context of {context_length}"
             )
 
     def cut(self, documents: Sequence[tuple[int, str]], counts: Counter[str] | None = None) -> list[Context]:

@@ -23,6 +23,7 @@ from ..language_models.contexts import Context
 from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import select_pairs
 from ..utils.files import sha256_of
+from ..utils.progress import EstimatedBar
 from .feature_records import Gathered, feature_records, pair_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
 from .index_writer import IndexWriter
@@ -196,7 +197,7 @@ def _twin_statistics(sources: Sources, pairs: PairList) -> TwinStatistics | None
 
 
 def _with_bar(batches: Iterator[Batch], name: str, tokens: int, progress: bool) -> Iterator[Batch]:
-    with tqdm(total=tokens, desc=name, unit="token", unit_scale=True, disable=not progress) as bar:
+    with EstimatedBar(total=tokens, desc=name, unit="token", unit_scale=True, disable=not progress) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch.activations))

@@ -20,13 +20,14 @@ from ..utils.options import (
     AtLeast1,
     Count,
     CountOrZero,
-    NotNegative,
     OneLineParser,
     Positive,
     Seed,
     Share,
+    Steps,
     argument,
     check_values,
+    given_names,
     one_of,
 )
 
@@ -101,10 +102,10 @@ class RunArguments:
     adam_beta1: Share = argument(0.9, "Adam's beta 1.")
     adam_beta2: Share = argument(0.999, "Adam's beta 2.")
     adam_epsilon: Positive = argument(1e-8, "Adam's epsilon.")
-    warmup_steps: NotNegative = argument(
+    warmup_steps: Steps = argument(
         0, "Steps (below 1: share of max_steps) of a linear rise of the learning rate from 0."
     )
-    decay_steps: NotNegative = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
+    decay_steps: Steps = argument(0, "Last steps (below 1: share of max_steps) of its linear fall to 0.")
     max_grad_norm: Above0 | None = argument(None, "Gradients are clipped to this norm; default: not clipped.")
     mixed_precision: Annotated[str, one_of("no", "bf16", "fp16")] | None = argument(
         None, "no, bf16 or fp16; default: what accelerate launch was given."
@@ -197,10 +198,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainingArguments:
     groups = (ModelArguments, SAEArguments, DataArguments, RunArguments, EvaluationArguments, HubArguments)
     words = f"Named settings to start from: {', '.join(list_presets())}, or a .json file."
     model, sae, data, run, evaluation, hub, rest = parse_groups(argv, groups, words)
-    # options may be written with hyphens, truth values also as --no_...
-    names = {part[2:].split("=", 1)[0].replace("-", "_") for part in argv if part.startswith("--")}
-    given = frozenset(names | {name.removeprefix("no_") for name in names})
-    arguments = TrainingArguments(model, sae, data, run, evaluation, hub, rest.preset, given)
+    arguments = TrainingArguments(model, sae, data, run, evaluation, hub, rest.preset, given_names(argv))
     _check(arguments)
     return arguments
 
@@ -264,8 +262,8 @@ def read_named(kind: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]
 
 
 def _check(arguments: TrainingArguments) -> None:
-    """Refuse what no run could start with, before anything is loaded; `make_variants` checks the SAE's settings."""
-    run, hub = arguments.run, arguments.hub
+    """Refuse what no run could start with; `make_variants` checks the SAEs' settings, and how all go together."""
+    run = arguments.run
     if arguments.model.model is None and arguments.data.activations is None:
         raise SelOrthoError(
             "no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out"
@@ -277,12 +275,3 @@ def _check(arguments: TrainingArguments) -> None:
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
     check_values(arguments.model, arguments.data, run, arguments.evaluation)
-    if run.warmup_steps >= 1 and run.decay_steps >= 1 and run.warmup_steps + run.decay_steps > run.max_steps:
-        raise SelOrthoError(
-            f"--warmup_steps {run.warmup_steps} and --decay_steps {run.decay_steps} exceed --max_steps {run.max_steps}"
-        )
-    if hub.push_to_hub != bool(hub.hub_model_id):
-        raise SelOrthoError(
-            f"--push_to_hub {hub.push_to_hub} with --hub_model_id {hub.hub_model_id}: publishing needs both, as in "
-            "--push_to_hub --hub_model_id org/name"
-        )

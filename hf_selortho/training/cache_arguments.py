@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..data.cache_manifest import STORED_DTYPES, CacheSettings, tokenizer_hash
 from ..data.text_source import TextSource
 from ..errors import SelOrthoError
-from ..utils.options import Above1, Count, CountOrZero, Range, Seed, argument, check_values, one_of
+from ..utils.options import (
+    Above1,
+    Count,
+    CountOrZero,
+    Range,
+    Seed,
+    argument,
+    check_values,
+    given_names,
+    one_of,
+    refuse_contradictions,
+)
 from .arguments import ModelArguments, TextArguments, parse_groups
+from .contradictions import CACHE
 
 if TYPE_CHECKING:  # not for a --help that waits for datasets
     from ..data.texts import Documents
@@ -48,8 +60,8 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
     """Read the arguments of a command line, on top of those of its preset.
 
     Raises:
-        SelOrthoError: a value is not allowed, or no language model or layer is given. Unknown arguments exit with
-            code 2.
+        SelOrthoError: a value is not allowed, arguments contradict one another, or no language model or layer is
+            given. Unknown arguments exit with code 2.
     """
     groups = (ModelArguments, TextArguments, CacheArguments)
     known = {f.name for group in groups for f in fields(group)} - {"output_dir"}
@@ -67,6 +79,7 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
     if arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
     check_values(model, text, arguments)
+    refuse_contradictions(CACHE, given_names(argv), {**vars(model), **vars(text), **vars(arguments)})
     return model, text, arguments
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -21,6 +22,8 @@ from ..language_models.contexts import Context
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
 from .arguments import DataArguments, TrainingArguments
 from .non_finite import NonFinitePolicy
+
+logger = logging.getLogger(__name__)
 
 
 class LiveData:
@@ -105,6 +108,10 @@ class CachedData:
         self.identity = {"activations": store.sha256}
         samples = arguments.evaluation.eval_samples
         self.held_out = store.held_out_contexts()[:samples] if accelerator.is_main_process and samples else []
+        if "eval_samples" in arguments.given and accelerator.is_main_process and len(self.held_out) < samples:
+            logger.warning(
+                "%s holds %d held-out contexts, %d were asked for", store.source, len(self.held_out), samples
+            )
         self._measures_loss = "model" in arguments.given and bool(
             self.held_out and arguments.evaluation.eval_ce_samples
         )

@@ -13,7 +13,9 @@ from typing import Any
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import ConfigError, SelOrthoError
+from ..utils.options import refuse_contradictions
 from .arguments import SETTING_NAMES, TrainingArguments
+from .contradictions import TRAIN
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,8 @@ def make_variants(arguments: TrainingArguments) -> list[Variant]:
     """List the SAEs that the arguments ask for: each layer's first, then its variants and its twin.
 
     Raises:
-        SelOrthoError: a variant's name or settings are not allowed, or a layer occurs twice.
+        SelOrthoError: a variant's name or settings are not allowed, a layer occurs twice, or arguments contradict one
+            another.
     """
     run = arguments.run
     layers, others = run.layers or [arguments.sae.layer], parse_settings("--variants", run.variants)
@@ -79,6 +82,8 @@ def make_variants(arguments: TrainingArguments) -> list[Variant]:
             variants.append(Variant(name, layer, dataclasses.replace(arguments, sae=sae)))
             # errors come before the language model does, whose width is not known yet
             variants[-1].config(d_in=sae.d_sae or 1 << 30)
+    hub = dataclasses.asdict(arguments.hub)
+    refuse_contradictions(TRAIN, arguments.given, *({**variant.arguments.flat(), **hub} for variant in variants))
     return variants
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 
-from ..errors import SelOrthoError
+from ..errors import SelOrthoError, is_out_of_memory, out_of_memory
 from .imports import after_import
 
 _SECRETS = (
@@ -40,6 +40,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     except Exception as error:
+        if is_out_of_memory(error):
+            _end(out_of_memory(error, "end other programs"))
         from .library_errors import explained  # whose imports of libraries nobody else needs to wait for
 
         if (said := explained(error)) is None:
@@ -79,16 +81,29 @@ def launch_command(name: str, argv: Sequence[str] | None = None) -> str:
         argv: these arguments; None for those of the command line.
     """
     command = shlex.join(_typed_command() if argv is None else ["selortho", name, *argv])
-    return without_secrets(re.sub(r" --resume_from_checkpoint[ =]('[^']*'|\S+)", "", command))
+    return without_secrets(changed_command(command, resume_from_checkpoint=None))
 
 
-def selortho() -> str:
-    """Return how the user can call `selortho` here: by its name, or by its path where that is not looked at."""
-    installed = Path(sys.executable).with_name("selortho")
-    found = shutil.which("selortho")
-    if found and Path(found).samefile(installed):
-        return "selortho"
-    return shlex.quote(os.path.relpath(installed)) if installed.is_file() else "python -m hf_selortho"
+def changed_command(command: str, **options: str | None) -> str:
+    """Return a command line with these options in place of those that it has of the same names; None leaves one out."""
+    words, dropping = list[str](), False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            dropping = word[2:].split("=", 1)[0].replace("-", "_") in options
+        if not dropping:
+            words.append(word)
+    added = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+    return shlex.join([*words, *added])
+
+
+def program(name: str) -> str:
+    """Return how the user can call `selortho` or `python` here: by name, or by path where that finds another one."""
+    installed = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if found and installed.is_file() and Path(found).samefile(installed):
+        return name
+    here = os.path.relpath(installed) if installed.is_file() else os.path.relpath(sys.executable)
+    return shlex.quote(here) if installed.is_file() or name == "python" else f"{shlex.quote(here)} -m hf_selortho"
 
 
 def say(words: str) -> None:

@@ -6,14 +6,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from ..errors import SelOrthoError
+from ..errors import SelOrthoError, is_out_of_memory, out_of_memory
+
+_SPARE = 1 << 29  # bytes of a limited process that threads, libraries and reports may come to need
 
 
 def start_peak(device: torch.device) -> None:
@@ -44,30 +46,90 @@ def memory_now(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
+def mapped_memory() -> int:
+    """Return the bytes of files, such as weights, that this process has mapped and read so far; 0 where unknown."""
+    return getattr(psutil.Process().memory_info(), "shared", 0)
+
+
 def available_memory(device: torch.device) -> int | None:
     """Return the bytes that this process may still take on a device, None if unknown.
 
-    Where several processes of a run share a machine, each has its share of the machine's memory.
+    Where several processes of a run share a machine, each has its share of the machine's memory and of the container's.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    left = [psutil.virtual_memory().available, room_in_container()]
-    return min(size for size in left if size is not None) // local_processes()
+    shared = [psutil.virtual_memory().available, room_in_container()]
+    shares = [size // local_processes() for size in shared if size is not None]
+    return min([*shares, *_room_of_process()])
 
 
-def room_in_container(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes left under the limit of the container that this process runs in (cgroup v2); None without one.
+def _room_of_process() -> list[int]:
+    """Return the bytes left under each limit of this process, `ulimit -v` and `ulimit -d`, but for some to spare."""
+    try:
+        import resource  # does not exist on Windows
+
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except (ImportError, OSError):
+        return []
+    room = []
+    for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, taken = resource.getrlimit(limit)[0], int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) * 1024
+        if most != resource.RLIM_INFINITY:
+            room.append(max(0, most - taken - _SPARE))
+    return room
+
+
+def room_in_container(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Return the bytes left under the limits of the containers that this process runs in; None without one.
 
     The cache of files counts as used there, though the kernel gives it back on demand.
+
+    Args:
+        root: where control groups (cgroup v1 or v2) are mounted. membership: the file that lists those of the process.
     """
+    rooms = []
+    groups = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
+    for _, kinds, path in (line.split(":", 2) for line in groups):
+        if kinds == "":
+            base, files = root, ("memory.max", "memory.current", "")
+        elif kinds == "memory":
+            base, files = root / kinds, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        place = Path(path.lstrip("/"))  # within a container, base may itself be the group of this name
+        rooms += [_room_in_group(base / folder, *files) for folder in (place, *place.parents)]
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def _room_in_group(group: Path, limit: str, usage: str, prefix: str) -> int | None:
     try:
-        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        left = int((group / limit).read_text()) - int((group / usage).read_text())
+        stat = (group / "memory.stat").read_text()
     except (OSError, ValueError):  # no control group, or "max": no limit
         return None
-    return max(0, left + sum(map(int, cached)))
+    return max(0, left + sum(map(int, re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat, re.MULTILINE))))
+
+
+@contextmanager
+def where_memory_ends(remedy: str) -> Iterator[None]:
+    """Turn what libraries raise where memory runs out into a SelOrthoError with a remedy; also decorates functions.
+
+    Raises:
+        SelOrthoError: that, or a limit of the process leaves too little from the start.
+    """
+    if (room := _room_of_process()) and min(room) == 0:
+        raise SelOrthoError(
+            f"the limits of this process (ulimit -v, -d) leave it less than {gigabytes(_SPARE)} beside its libraries: "
+            "raise them"
+        )
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, remedy) from error
 
 
 def existing_folder(path: Path) -> Path:
@@ -90,9 +152,10 @@ def check_fits(kind: str, parts: Mapping[str, int], available: int | None, remed
     needed = sum(parts.values())
     if available is not None and needed > available:
         listed = ", ".join(f"{part} {gigabytes(size)}" for part, size in parts.items())
+        within = " to this process (its container and ulimit count)" if "memory" in kind else ""
         raise SelOrthoError(
             f"this run cannot fit: it needs {gigabytes(needed)} of {kind} ({listed}), {gigabytes(available)} are "
-            f"available; {remedy}"
+            f"available{within}; {remedy}"
         )
 
 

@@ -6,8 +6,9 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
+from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
@@ -37,6 +38,69 @@ Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294
 Above1 = Annotated[float, Range(lambda v: v > 1, "a number above 1")]
 AtLeast1 = Annotated[float, Range(lambda v: 1 <= v < math.inf, "a finite number of at least 1")]
 Share = Annotated[float, Range(lambda v: 0 <= v < 1, "a number in [0, 1)")]
+
+
+Steps = Annotated[
+    float,
+    Range(lambda v: 0 <= v < 1 or float(v).is_integer(), "a whole number of steps, or a share of max_steps below 1"),
+]
+
+
+class Contradiction(NamedTuple):
+    """Options whose values cannot be meant together; `holds` is asked with all values by name, and `given` (names)."""
+
+    options: str  # names, with blanks between them, as the message shows them with their values
+    holds: Callable[[Any], bool]
+    words: str  # why, and what to do
+    everywhere: bool = False  # of several SAEs in a run, it has to hold for all
+
+
+def acts_with(options: str, other: str, *values: Any) -> list[Contradiction]:
+    """List options that do nothing, though somebody has typed them, unless another one has one of some values.
+
+    Args:
+        options: names. other: name of the other one. values: with which they act; none: with any but 0 and "none".
+    """
+
+    def idle(name: str) -> Callable[[Any], bool]:
+        return lambda v: name in v.given and _asked(getattr(v, name)) and not acts(getattr(v, other))
+
+    def acts(value: Any) -> bool:
+        return value in values if values else _asked(value)
+
+    named = " or ".join(map(str, values)).join((" ", ""))
+    words = f"it acts only {'without' if values == (None,) else 'with'} --{other}{named if any(values) else ''}"
+    return [Contradiction(f"{name} {other}", idle(name), f"{words}; leave one out", True) for name in options.split()]
+
+
+def refuse_contradictions(table: Sequence[Contradiction], given: frozenset[str], *settings: Mapping[str, Any]) -> None:
+    """Raise a SelOrthoError for the first row of a table that holds.
+
+    Args:
+        table: the rows. given: names of the options on the command line. settings: values by name, for each SAE.
+    """
+    values = [SimpleNamespace(**chosen, given=given) for chosen in settings]
+    for row in table:
+        held = [v for v in values if row.holds(v)]
+        if held and (len(held) == len(values) or not row.everywhere):
+            typed = [_as_typed(name, getattr(held[0], name)) for name in row.options.split()]
+            raise SelOrthoError(
+                f"{' with '.join(typed[:2])}{''.join(f' and {rest}' for rest in typed[2:])}: {row.words}"
+            )
+
+
+def given_names(argv: Sequence[str]) -> frozenset[str]:
+    """Return the names of the options on a command line; they may have hyphens, truth values also be --no_..."""
+    names = {part[2:].split("=", 1)[0].replace("-", "_") for part in argv if part.startswith("--")}
+    return frozenset(names | {name.removeprefix("no_") for name in names})
+
+
+def _asked(value: Any) -> bool:
+    return value not in (0, None, "none", [])
+
+
+def _as_typed(name: str, value: Any) -> str:
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def argument(default: Any, description: str) -> Any:
@@ -117,18 +181,27 @@ class OneLineParser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all arguments)\n")
 
 
-def parse_options(group: Any, argv: Sequence[str] | None, **positional: str) -> tuple[Any, Any]:
+def parse_options(
+    group: Any, argv: Sequence[str] | None, table: Sequence[Contradiction] = (), **positional: str
+) -> tuple[Any, Any]:
     """Parse a command line into a dataclass and a namespace of positional arguments; unknown ones exit with code 2.
 
     Args:
         group: the dataclass.
         argv: the arguments; None for those of the command line.
+        table: what is refused.
         positional: help text of each positional argument by name.
+
+    Raises:
+        SelOrthoError: a value is not in its range, or a row of the table holds.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = OneLineParser([group])
     for name, description in positional.items():
         parser.add_argument(name, help=description)
     options, *rest = parser.parse_all(argv)
+    check_values(options)
+    refuse_contradictions(table, given_names(argv), vars(options))
     return options, rest[0] if rest else None
 
 

@@ -113,7 +113,7 @@ def test_texts_that_are_all_too_short_end_in_an_error(write, tiny_tokenizer) -> 
 
 
 def test_settings_that_cannot_work_are_refused(tiny_tokenizer) -> None:
-    with pytest.raises(SelOrthoError, match="context_length 8 holds 7 tokens.*min_tokens is 8"):
+    with pytest.raises(SelOrthoError, match="--min_tokens 8: expected at least 1, and at most the 7 tokens"):
         Cutter(tiny_tokenizer, context_length=8)
     without_bos = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="<pad>")
     with pytest.raises(SelOrthoError, match="--prepend_bos false"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from hf_selortho.formats import write_saelens
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.contexts import Context, pad_batch
 from scripts import evaluate_sae, train
+from tests.utils.test_memory import limited
 
 ROOT = Path(__file__).parents[2]
 LEFT_BY_A_RUN = {
@@ -119,11 +121,20 @@ def test_the_full_penalty_is_refused_where_its_matrices_do_not_fit(arguments, tm
     assert not (tmp_path / "other").exists()
 
 
+def test_a_limit_of_the_process_refuses_a_run_that_needs_more(arguments, tmp_path) -> None:
+    with limited(resource.RLIMIT_AS, "VmSize", 900_000_000):
+        with pytest.raises(
+            SelOrthoError, match="cannot fit: it needs .* to this process .*ulimit count.*lower --buffer"
+        ):
+            train.main(arguments(d_sae=1_000_000, eval_samples=0))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_penalty_lowers_the_correlations_of_the_selected_pairs(arguments, tmp_path) -> None:
     tops = []
-    for penalty in ("none", "selective"):
-        folder = tmp_path / penalty
-        changes = {"penalty": penalty, "ortho_coefficient": 3, "selection_interval": 1}
+    for coefficient in (0, 3):
+        folder = tmp_path / str(coefficient)
+        changes = {"ortho_coefficient": coefficient, "selection_interval": 1}
         train.main(arguments(max_steps=150, output_dir=folder, eval_samples=0, **changes))
         tops.append(sum(row["top_correlation"] for row in rows_of(folder)[-20:]) / 20)
     assert tops[1] < 0.85 * tops[0]
@@ -180,7 +191,7 @@ def test_a_run_that_cannot_start_does_not_replace_another(arguments, tmp_path) -
     mistakes = {
         "layer 9 is out of range: .* has 4 layers": {"layer": 9},
         r'no column of text "body": choose --text_column from: text .*, label': {"text_column": "body"},
-        "the buffer holds 1 x 32": {"buffer_contexts": 1},
+        "--buffer_contexts 1 and --context_length 32: the buffer holds fewer": {"buffer_contexts": 1},
         "context_length 512: .* reads at most 256 tokens": {"context_length": 512},
     }
     for message, mistake in mistakes.items():

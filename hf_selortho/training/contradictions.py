@@ -1,0 +1,151 @@
+"""Settings that contradict one another, and options that do nothing beside others: tables, a row each, by command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data.python_docs import PYTHON_DOCS
+from ..utils.options import Contradiction, acts_with
+
+
+def _penalised(v: Any) -> bool:
+    return v.penalty != "none" and v.ortho_coefficient > 0
+
+
+def _batches(v: Any) -> int:
+    return v.max_steps * v.gradient_accumulation_steps
+
+
+def _tokens(v: Any, steps: int) -> int:
+    return steps * v.gradient_accumulation_steps * v.batch_size
+
+
+def _scheduled(v: Any) -> float:
+    return sum(steps * v.max_steps if steps < 1 else steps for steps in (v.warmup_steps, v.decay_steps))
+
+
+def _too_few_to_resample(v: Any) -> bool:
+    last = 0 if v.resample_every == 0 else (v.max_steps - 1) // v.resample_every * v.resample_every
+    return last > 0 and _tokens(v, last) < v.dead_after_tokens
+
+
+_CROSS_ENTROPY = Contradiction(
+    "eval_ce_samples eval_samples",
+    lambda v: "eval_ce_samples" in v.given and v.eval_ce_samples > v.eval_samples > 0,
+    "they are some of those contexts; lower --eval_ce_samples or raise --eval_samples",
+)
+READING = [
+    Contradiction(
+        "streaming dataset",
+        lambda v: v.streaming and v.dataset == PYTHON_DOCS,
+        "it is in memory; leave --streaming out",
+    )
+]
+EVALUATE = [*READING, _CROSS_ENTROPY, *acts_with("probing_texts", "label_column")]
+_TEXT = [
+    *READING,
+    *acts_with("eval_samples", "held_out_fraction"),
+    Contradiction(
+        "min_tokens context_length prepend_bos",
+        lambda v: v.min_tokens > v.context_length - v.prepend_bos,
+        "no context holds that many tokens beside BOS; lower --min_tokens or raise --context_length",
+    ),
+]
+CACHE = [
+    *_TEXT,
+    Contradiction(
+        "streaming max_tokens",
+        lambda v: v.streaming and v.max_tokens is None,
+        "a stream has no end that is known beforehand; say with --max_tokens how much to read",
+    ),
+    Contradiction("layers", lambda v: len(set(v.layers)) < len(v.layers), "expected each layer once"),
+]
+
+_SCHEDULES = [
+    Contradiction(
+        "warmup_steps decay_steps max_steps",
+        lambda v: _scheduled(v) > v.max_steps * (1 + 1e-9),
+        "the learning rate would never reach its peak; lower --warmup_steps or --decay_steps, or raise --max_steps",
+    ),
+    Contradiction(
+        "resample_every max_steps",
+        lambda v: v.resample_every >= v.max_steps,
+        "no step before the last would resample; lower --resample_every or raise --max_steps",
+    ),
+    Contradiction(
+        "resample_every dead_after_tokens max_steps batch_size",
+        _too_few_to_resample,
+        "no feature could count as dead by the last resampling; lower --dead_after_tokens or raise --max_steps",
+    ),
+    Contradiction(
+        "dead_after_tokens max_steps batch_size",
+        lambda v: "dead_after_tokens" in v.given and v.dead_after_tokens > _tokens(v, v.max_steps),
+        "no feature could ever count as dead; lower --dead_after_tokens or raise --max_steps",
+    ),
+    Contradiction(
+        "selection_interval max_steps",
+        lambda v: "selection_interval" in v.given and _penalised(v) and v.selection_interval > v.max_steps,
+        "pairs would be selected once, with the weight of more steps than there are; lower --selection_interval",
+        everywhere=True,
+    ),
+    Contradiction(
+        "buffer_reuse refresh_every max_steps",
+        lambda v: "buffer_reuse" in v.given and v.buffer_reuse > 1 and v.refresh_every >= _batches(v),
+        "the run ends before the buffer is refreshed; lower --refresh_every or leave --buffer_reuse out",
+    ),
+]
+_SIZES = [
+    Contradiction(
+        "refresh_every batch_size buffer_contexts context_length",
+        lambda v: v.activations is None and v.refresh_every * v.batch_size > v.buffer_contexts * v.context_length,
+        "the buffer holds fewer tokens than the batches between two refreshes; raise --buffer_contexts or lower "
+        "--refresh_every or --batch_size",
+    ),
+    Contradiction(
+        "min_support batch_size",
+        lambda v: v.min_support > v.batch_size and v.carry_decay == 0,
+        "no feature can fire on that many tokens of a batch, so that no pair is left; lower --min_support",
+    ),
+    Contradiction(
+        "d_sae penalty",
+        lambda v: v.d_sae == 1 and v.penalty != "none",
+        "a single feature makes no pair; raise --d_sae or use --penalty none",
+    ),
+    _CROSS_ENTROPY,
+]
+_CHOICES = [
+    Contradiction(
+        "layer layers",
+        lambda v: {"layer", "layers"} <= v.given and bool(v.layers),
+        "both say which layers to train on; leave one out",
+    ),
+    Contradiction(
+        "twin penalty ortho_coefficient",
+        lambda v: v.twin and not _penalised(v),
+        "a twin is trained without the penalty, and there is none; leave --twin out, or choose a penalty",
+        everywhere=True,
+    ),
+    Contradiction(
+        "push_to_hub hub_model_id",
+        lambda v: v.push_to_hub != bool(v.hub_model_id),
+        "publishing needs both, as in --push_to_hub --hub_model_id org/name",
+    ),
+    Contradiction(
+        "report_to", lambda v: "none" in v.report_to and len(v.report_to) > 1, "none is no tracker; leave it out"
+    ),
+    *acts_with("refresh_every buffer_reuse streaming", "activations", None),
+    *acts_with("model_revision lm_dtype lm_batch_tokens", "model"),  # which cached activations do without
+    *acts_with("hub_private hub_revision hub_license", "push_to_hub"),
+    *acts_with("keep_checkpoints", "checkpoint_every"),
+    *acts_with("max_skipped", "non_finite", "skip"),
+    *acts_with("l1_coefficient resample_every", "activation", "relu"),
+    *acts_with("l0_coefficient jumprelu_bandwidth jumprelu_threshold", "activation", "jumprelu"),
+    *acts_with("aux_k aux_coefficient", "activation", "topk", "batchtopk"),
+    *acts_with("ortho_coefficient selection_interval ortho_budget", "penalty", "selective", "full", "ortsae"),
+    *acts_with("reduction", "penalty", "selective", "full"),
+    *acts_with("penalty_space selection_space correlation_threshold carry_decay", "penalty", "selective"),
+    *acts_with("penalty_schedule decoder_ratio", "penalty", "selective"),
+    *acts_with("decoder_pairs", "decoder_ratio"),
+    *acts_with("ortho_budget_value", "ortho_budget", "gradient"),
+]
+TRAIN = [*_TEXT, *_SCHEDULES, *_SIZES, *_CHOICES]
