@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 from ..errors import SelOrthoError
 from ..hub.publication import Publication
-from ..hub.repository import check_repo_id
 from ..hub.space import advice, assemble_space, check_wheel_url, deploy_space, pin_sae
+from ..utils.hub import check_repo_id
 from ..utils.options import argument, parse_options
 
 logger = logging.getLogger("hf_selortho.space")

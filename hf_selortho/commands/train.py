@@ -23,7 +23,7 @@ from ..evaluation.evaluator import Evaluation, evaluate_saes
 from ..hub.card_results import SaeReport
 from ..hub.push import push_run
 from ..hub.report import metrics_table, report_run, summary_table
-from ..hub.repository import Repository, check_repo_id
+from ..hub.repository import Repository
 from ..hub.run_folder import read_run, with_others
 from ..process_group import leave_process_group
 from ..training.arguments import HubArguments, parse_arguments
@@ -33,6 +33,7 @@ from ..training.run_folder import save_sae
 from ..utils.command_line import check_launcher, launch_command, say, selortho
 from ..utils.environment import hardware, library_versions
 from ..utils.files import FolderLock
+from ..utils.hub import check_repo_id
 from ..utils.memory import peak_memory
 
 logger = logging.getLogger("hf_selortho.train")
@@ -120,12 +121,14 @@ def publish(output: Path, hub: HubArguments) -> None:
         SelOrthoError: the Hub does not let it; the run in its folder is complete.
     """
     repo_id = str(hub.hub_model_id)
+    ids = {name: getattr(hub, name) for name in ("model_id", "dataset_id") if getattr(hub, name)}
     try:
         run = with_others(read_run(output), None, [])
         private, revision = hub.hub_private or None, hub.hub_revision
-        pushed = push_run(run, repo_id, license=hub.hub_license, private=private, revision=revision)
+        pushed = push_run(run, repo_id, license=hub.hub_license, private=private, revision=revision, **ids)
     except SelOrthoError as error:
-        again = f"{selortho()} push {shlex.quote(str(output))} --repo_id {repo_id}"
+        given = "".join(f" --{name} {value}" for name, value in ids.items())
+        again = f"{selortho()} push {shlex.quote(str(output))} --repo_id {repo_id}{given}"
         raise SelOrthoError(f"{error}. The run in {output} is complete; to publish it: {again}") from error
     sys.stdout.write(f"{pushed}\n")
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from huggingface_hub import HfApi
 from huggingface_hub import errors as hub
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SelOrthoError
 from ..utils.files import sha256_of
@@ -148,16 +147,6 @@ def is_final(error: Exception) -> bool:
         status = error.response.status_code
         return 400 <= status < 500 and status not in (412, 429)
     return isinstance(error, ValueError)  # the client's word for metadata that the Hub does not take
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise a SelOrthoError unless it is an id of the Hub, "owner/name"."""
-    try:
-        validate_repo_id(repo_id)
-    except hub.HFValidationError as error:
-        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12 ({error})") from error
-    if repo_id.count("/") != 1:
-        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12")
 
 
 def changed_files(files: Mapping[str, Path], there: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -14,6 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from ..configuration_selortho import SelOrthoConfig
 from ..data.texts import TextSource
 from ..errors import SelOrthoError
+from ..utils.hub import check_repo_id
 from ..utils.options import (
     Above0,
     Above1,
@@ -158,7 +160,31 @@ class EvaluationArguments:
 
 
 @dataclass
-class HubArguments:
+class PublicIds:
+    """What a run has read from this machine, as it is called on the Hub.
+
+    Raises:
+        SelOrthoError: an id has another form.
+    """
+
+    model_id: str | None = argument(
+        None, "What a local --model is on the Hub, owner/name[@revision], so that others can load what is published."
+    )
+    dataset_id: str | None = argument(None, "What a local --dataset is on the Hub, owner/name[@revision], likewise.")
+
+    def __post_init__(self) -> None:
+        for option in ("model_id", "dataset_id"):
+            name, at, revision = (getattr(self, option) or "owner/name").partition("@")
+            try:
+                check_repo_id(name)
+            except SelOrthoError as error:
+                raise SelOrthoError(f"--{option}: {error}") from error
+            if at and not re.fullmatch(r"[\w./-]+", revision):
+                raise SelOrthoError(f"--{option} {name}@{revision}: expected owner/name or owner/name@revision")
+
+
+@dataclass
+class HubArguments(PublicIds):
     """Publishing at the end of the run, with the access token of `hf auth login` or HF_TOKEN."""
 
     push_to_hub: bool = argument(False, "Publish the SAEs at the end of the run, as `selortho push` does.")
@@ -285,4 +311,8 @@ def _check(arguments: TrainingArguments) -> None:
         raise SelOrthoError(
             f"--push_to_hub {hub.push_to_hub} with --hub_model_id {hub.hub_model_id}: publishing needs both, as in "
             "--push_to_hub --hub_model_id org/name"
+        )
+    if (hub.model_id or hub.dataset_id) and not hub.push_to_hub:
+        raise SelOrthoError(
+            "--model_id and --dataset_id say what is published: give them to selortho push, or with --push_to_hub"
         )

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -88,6 +89,16 @@ class RepoRef:
 def is_commit(revision: object) -> bool:
     """Return whether a revision is a commit of the Hub, neither a branch or tag nor the fingerprint of a folder."""
     return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a SelOrthoError unless it is an id of the Hub, "owner/name"."""
+    try:
+        validate_repo_id(repo_id)
+    except hub.HFValidationError as error:
+        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12 ({error})") from error
+    if repo_id.count("/") != 1:
+        raise SelOrthoError(f"repository {repo_id!r}: expected owner/name, as in org/gemma2b-l12")
 
 
 def one_line(error: BaseException) -> str:
