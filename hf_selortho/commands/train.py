@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
 from ..hub.card_results import SaeReport
+from ..hub.public_names import check_ids
 from ..hub.push import push_run
 from ..hub.report import metrics_table, report_run, summary_table
 from ..hub.repository import Repository
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if arguments.hub.push_to_hub:  # to fail early
                 check_repo_id(str(arguments.hub.hub_model_id))
                 Repository(str(arguments.hub.hub_model_id), "model", arguments.hub.hub_revision, None).check_account()
+                check_ids(arguments.hub)
             stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
         accelerator.wait_for_everyone()
         run = TrainingRun(arguments, accelerator)

@@ -85,6 +85,24 @@ class PublicNames:
         return value
 
 
+def check_ids(ids: PublicIds) -> None:
+    """Raise a SelOrthoError if an id is not on the Hub."""
+    given_ids: tuple[tuple[Kind, str | None], ...] = (("model", ids.model_id), ("dataset", ids.dataset_id))
+    for kind, given in given_ids:
+        if given:
+            find_commit(kind, given)
+
+
+def find_commit(kind: Kind, given: str, token: str | None = None) -> tuple[str, str | None]:
+    """Split owner/name[@revision] into the id and the commit that it is at; None where the Hub cannot be reached.
+
+    Raises:
+        SelOrthoError: the Hub answers that there is no such repository or revision, or gives no access to it.
+    """
+    name, _, revision = given.partition("@")
+    return name, revision if is_commit(revision) else resolve_commit(kind, name, revision or None, token)
+
+
 def _on_the_hub(
     kind: Kind, name: str | None, revision: str | None, given: str | None, token: str | None
 ) -> tuple[str | None, str | None]:
@@ -94,12 +112,11 @@ def _on_the_hub(
     is_local = name is not None and name not in (EMBEDDED_MODEL, PYTHON_DOCS) and not is_commit(revision)
     is_local = is_local and (str(revision).startswith("local-") or is_path(str(name)))
     if given:
-        public, _, branch = given.partition("@")
-        if name not in (None, public) and not is_local:
+        if name not in (None, given.partition("@")[0]) and not is_local:
             raise SelOrthoError(
                 f"--{kind}_id {given}: the run has read {name}, which is no {kind} of this machine: leave it out"
             )
-        return public, branch if is_commit(branch) else resolve_commit(kind, public, branch or None, token)
+        return find_commit(kind, given, token)
     if not is_local:
         return name, revision
     placeholder = LOCAL_MODEL if kind == "model" else LOCAL_TEXT

@@ -174,9 +174,11 @@ def _copy_index(index: Path, folder: Path, names: PublicNames) -> None:
         raise SelOrthoError(f"--include_index: there is no {index}; build the feature index first, or leave it out")
     folder.mkdir()
     for path in (index / name for name in FILES):
-        if path.name == FACTS and path.is_file():
+        if path.is_symlink() or not path.is_file():
+            continue
+        if path.name == FACTS:
             _write(folder / FACTS, names.clean(read_object(path)), ensure_ascii=False)
-        elif path.is_file() and not path.is_symlink():
+        else:
             _link_or_copy(path, folder / path.name)
 
 

@@ -49,14 +49,14 @@ def client(hub, home):
 @pytest.fixture(scope="module")
 def lm(home, tiny_lm_dir) -> Path:
     """A language model in the home folder."""
-    folder = home / "private-models" / "lm"
+    folder = home / "canaryfolder-models" / "lm"
     folder.parent.mkdir(parents=True)
     return Path(folder.parent, "lm").symlink_to(tiny_lm_dir("llama")) or folder
 
 
 @pytest.fixture(scope="module")
 def texts(home, sample_text_files) -> Path:
-    path = home / "private letters" / "to-my-love.csv"
+    path = home / "canaryfolder letters" / "to-my-love.csv"
     path.parent.mkdir(parents=True)
     path.write_bytes(sample_text_files.csv.read_bytes())
     return path
@@ -66,9 +66,9 @@ def texts(home, sample_text_files) -> Path:
 def run(home, lm, texts) -> Path:
     """A run with paths wherever a training, an evaluation or an index might have put some."""
     names = {"lm_name": str(lm), "lm_revision": f"local-sha256:{'0' * 64}", "dataset": str(texts)}
-    folder = save_run(home / "private-runs" / "x", **names)
+    folder = save_run(home / "canaryfolder-runs" / "x", **names)
     arguments = {"model": str(lm), "dataset": str(texts), "output_dir": str(folder), "model_revision": None}
-    arguments |= {"resume_from_checkpoint": f"{folder}/checkpoints/9", "preset": "~/private-models/p.json"}
+    arguments |= {"resume_from_checkpoint": f"{folder}/checkpoints/9", "preset": "~/canaryfolder-models/p.json"}
     command = f"python {home}/code/train.py --dataset '{texts}' --model={lm} --rdzv_endpoint {HOST}:29500"
     told = {"command": f"{command} --token {SECRET}", "arguments": arguments, "node": f"{USER}@{HOST}.lan"}
     (folder / "run.json").write_text(json.dumps(told))
@@ -89,8 +89,8 @@ def searched(hub: LoopbackHub, repo: str, kind: str = "model") -> dict[str, byte
     files = hub.files(repo, kind=kind)
     said = "\n".join(f"{commit.title} {commit.message}" for commit in hub.commits(repo, kind=kind))
     for name, content in {**files, "commits": said.encode()}.items():
-        for canary in (USER, HOST, "private", "to-my-love", SECRET, hub.token):
-            assert canary.encode() not in content.lower().replace(b"nothing private", b""), (name, canary)
+        for canary in (USER, HOST, "canaryfolder", "to-my-love", SECRET, hub.token):
+            assert canary.encode() not in content.lower(), (name, canary)
     assert not [name for name in files if name.endswith((".pyc", "notes.txt", "batch.json", ".old.json"))]
     return files
 
@@ -128,7 +128,7 @@ def test_an_sae_published_from_python_holds_no_canary(code, hub, client, run) ->
 
 
 def test_a_published_cache_holds_no_canary_and_is_still_read(hub, client, home, lm, texts) -> None:
-    folder = home / "private-acts"
+    folder = home / "canaryfolder-acts"
     write_cache(folder, [9, 7], (5,))
     manifest = json.loads((folder / "manifest.json").read_text())
     local = {"lm_name": str(lm), "lm_revision": "local-sha256:0", "dataset": str(texts), "dataset_revision": None}
@@ -189,8 +189,6 @@ def test_who_has_not_the_local_model_is_told_how_to_pass_one(hub, client, lm, ho
     code = "from hf_selortho import SelOrthoSAE\nsae = SelOrthoSAE.from_pretrained('acme/captured')\n"
     said = client.failure(f"{code}sae.capture(['The market sold.'])")
     assert '"local:model" is a folder of the machine' in said and "lm=" in said
-    done = client.script("evaluate_sae", "acme/captured", "--dataset", "x.csv", "--cpu")
-    assert done.code == 2 and "--dataset" in done.err.splitlines()[-1] or "--model" in done.err.splitlines()[-1]
     answer = client.script("evaluate_sae", "acme/captured", "--cpu")
     assert answer.code == 2 and "text that was not published: --dataset is needed" in answer.err.splitlines()[-1]
     heard = (
