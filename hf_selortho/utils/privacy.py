@@ -151,12 +151,12 @@ def _user_patterns() -> tuple[list[bytes], list[re.Pattern[bytes]]]:
 
 
 def _host_patterns() -> list[re.Pattern[bytes]]:
-    """Match a host name as a word; one that may be a word of a text, only as the host of an address."""
+    """Match a host name as a word; one that may be a word or a number of a text, only as the host of an address."""
     own = Path(__file__).parents[1].joinpath("configuration_selortho.py").read_text(encoding="utf-8").lower()
     patterns = []
     for host in _hosts():
-        is_word = host.isalpha() and (len(host) < 6 or host.lower() in own)
-        before = rb"(?:(?<=@)|(?<=//))" if is_word else rb"(?<![\w-])"
+        is_word = len(host) < 6 or host.isdigit() or host.lower() in own
+        before = rb"(?:[\w.-]{1,64}@|(?<=//))" if is_word else rb"(?:[\w.-]{1,64}@|(?<![\w-]))"
         patterns += [re.compile(before + re.escape(name) + rb"(?![\w-])", re.IGNORECASE) for name in _spellings(host)]
     return patterns
 

@@ -183,7 +183,7 @@ def test_a_local_model_and_text_are_published_under_their_ids(hub, client, lm, t
 
 def test_who_has_not_the_local_model_is_told_how_to_pass_one(hub, client, lm, home) -> None:
     revision = client.run(f"from hf_selortho.language_models.loading import find_revision as f\nprint(f({str(lm)!r}))")
-    names = {"lm_name": str(lm), "lm_revision": revision.strip(), "d_in": 32, "layer": 1}
+    names = {"lm_name": str(lm), "lm_revision": revision.strip(), "d_in": 32, "layer": 1, "dataset": "/x/t.csv"}
     folder = save_run(home / "captured", hook_name="model.layers.1", **names)
     assert client.script("push_to_hub", str(folder), "--repo_id", "acme/captured").code == 0
     code = "from hf_selortho import SelOrthoSAE\nsae = SelOrthoSAE.from_pretrained('acme/captured')\n"
@@ -333,6 +333,6 @@ def test_what_lies_in_the_cache_of_the_hub_is_published_under_its_id(hub, client
 def test_every_push_goes_through_the_gate() -> None:
     root = Path(__file__).parents[2] / "hf_selortho"
     sends = re.compile(r"create_commit\(|upload_file\(|upload_folder\(|upload_large_folder\(|super\(\)\.push_to_hub")
-    found = {path.name: len(sends.findall(path.read_text())) for path in root.rglob("*.py")}
+    found = {path.relative_to(root).as_posix(): len(sends.findall(path.read_text())) for path in root.rglob("*.py")}
     # that of the config is of a copy on the Hub, where this package is not installed
-    assert {name: n for name, n in found.items() if n} == {"push.py": 1, "configuration_selortho.py": 1}
+    assert {name: n for name, n in found.items() if n} == {"hub/push.py": 1, "configuration_selortho.py": 1}
