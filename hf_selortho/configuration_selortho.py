@@ -311,6 +311,18 @@ class SelOrthoConfig(PreTrainedConfig):
             config.auto_map = {str(key): str(value) for key, value in source.items()}
         return made
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to publish a config without its SAE, whose `push_to_hub` publishes both; needs the package."""
+        if hub:
+            raise ConfigError("a config is published with its SAE: use SelOrthoSAE.push_to_hub")
+        return super().push_to_hub(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save config.json in a folder; `push_to_hub=True` raises as [`push_to_hub`]."""
+        if push_to_hub and hub:
+            self.push_to_hub()
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     @classmethod
     def own_fields(cls) -> list[Field]:
         """Return the fields declared by this class, without those of `PreTrainedConfig`."""

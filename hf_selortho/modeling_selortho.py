@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -201,6 +202,17 @@ class SelOrthoSAE(PreTrainedModel):
             SelOrthoError: the Hub does not let it, or the package hf_selortho is not installed.
         """
         return _package_module("hub.push", "push_to_hub").push_sae(self, repo_id, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save weights and config in a folder; with `push_to_hub=True`, publish as [`push_to_hub`] does, too."""
+        if not push_to_hub or hub is None:
+            kwargs["push_to_hub"] = push_to_hub
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        repo_id = kwargs.pop("repo_id", None) or os.path.basename(save_directory)
+        names = ("private", "revision", "create_pr", "commit_message", "model_id", "dataset_id")
+        push = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.push_to_hub(repo_id, token=kwargs.get("token"), **push)
 
     @torch.no_grad()
     def set_input_statistics(self, mean: Tensor, scale: float) -> None:

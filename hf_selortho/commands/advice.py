@@ -16,8 +16,8 @@ from ..utils.command_line import changed_command, program
 
 # Options of a run that its twin baseline does without: where it is published, and how the penalty is steered.
 _NOT_OF_TWIN = (
-    "push_to_hub", "hub_model_id", "hub_private", "hub_revision", "hub_license", "overwrite_output_dir", "ortho_budget",
-    "ortho_budget_value",
+    "push_to_hub", "hub_model_id", "model_id", "dataset_id", "hub_private", "hub_revision", "hub_license",
+    "overwrite_output_dir", "ortho_budget", "ortho_budget_value",
 )  # fmt: skip
 
 
@@ -60,6 +60,7 @@ def to_go_on(command: str) -> str:
 def to_publish(output: Path, hub: HubArguments) -> str:
     """Return the command that publishes a finished run as its own arguments would have."""
     named = {"--repo_id": hub.hub_model_id, "--revision": hub.hub_revision, "--license": hub.hub_license}
+    named |= {"--model_id": hub.model_id, "--dataset_id": hub.dataset_id}
     options = [part for name, value in named.items() if value for part in (name, value)]
     return _typed("push", output, *options, *["--private"] * hub.hub_private)
 

@@ -1,7 +1,8 @@
-"""Publish the SAEs of a run on the Hugging Face Hub: weights, model card, metrics, pictures, an export for SAELens.
+"""Publish on the Hugging Face Hub: the SAEs of a run with card, metrics and pictures, or cached activations.
 
 selortho push runs/demo --repo_id org/gemma-3-270m-l8 --dry_run
 selortho push runs/layers --repo_id org/gemma2b --private --license gemma
+selortho push acts --repo_id org/acts --model_id org/lm --dataset_id org/texts
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.cache_manifest import MANIFEST
 from ..errors import SelOrthoError
-from ..hub.publication import Publication, publish_run
+from ..hub.publication import Publication, publish_cache, publish_run
 from ..hub.push import push_folder
+from ..hub.repository import RepoKind
 from ..hub.run_folder import read_run, with_others
+from ..training.arguments import PublicIds
+from ..utils.command_line import program
 from ..utils.options import argument, parse_options
 
 logger = logging.getLogger("hf_selortho.push")
 
 
 @dataclass
-class PushArguments:
+class PushArguments(PublicIds):
     """Where to, and what beside the weights. The access token is that of `hf auth login`, or HF_TOKEN."""
 
     repo_id: str = argument(None, "Repository of the Hub, owner/name; it is created if there is none.")
@@ -43,35 +48,49 @@ class PushArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the run, assemble what is published, send it."""
-    arguments, rest = parse_options(PushArguments, argv, run="Folder of the run.")
+    """Read the run or the cache, assemble what is published, send it."""
+    arguments, rest = parse_options(PushArguments, argv, run="Folder of the run, or of `selortho cache`.")
     if not arguments.repo_id:
         raise SelOrthoError("--repo_id is missing: the repository to publish in, owner/name")
-    twin = Path(arguments.twin) if arguments.twin else None
-    run = with_others(read_run(Path(rest.run)), twin, [Path(folder) for folder in arguments.seeds])
     with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
-        publication = publish_run(
-            run,
-            Path(folder),
-            arguments.repo_id,
-            saelens=arguments.saelens,
-            include_index=arguments.include_index,
-            license=arguments.license,
-            license_link=arguments.license_link,
-            template=arguments.template,
-        )
+        publication = assemble(Path(rest.run), Path(folder), arguments)
         if arguments.dry_run:
             sys.stdout.write(f"{publication.listing(arguments.repo_id)}\nREADME.md:\n\n{publication.card}")
         else:
             push(publication, arguments)
 
 
+def assemble(source: Path, folder: Path, arguments: PushArguments) -> Publication:
+    """Put together what is published of a run or a cache.
+
+    Raises:
+        SelOrthoError: as [`publish_run`] and [`publish_cache`].
+    """
+    ids = PublicIds(arguments.model_id, arguments.dataset_id)
+    if (source / MANIFEST).is_file():
+        return publish_cache(source, folder, arguments.repo_id, license=arguments.license, ids=ids)
+    twin = Path(arguments.twin) if arguments.twin else None
+    return publish_run(
+        with_others(read_run(source), twin, [Path(seed) for seed in arguments.seeds]),
+        folder,
+        arguments.repo_id,
+        saelens=arguments.saelens,
+        include_index=arguments.include_index,
+        license=arguments.license,
+        license_link=arguments.license_link,
+        template=arguments.template,
+        ids=ids,
+    )
+
+
 def push(publication: Publication, arguments: PushArguments) -> None:
     """Send it, and say what has come of it."""
     logger.info("%s, to %s", publication, arguments.repo_id)
+    kind: RepoKind = "dataset" if MANIFEST in publication.sizes else "model"
     pushed = push_folder(
         publication.folder,
         arguments.repo_id,
+        kind=kind,
         private=arguments.private or None,
         revision=arguments.revision,
         create_pr=arguments.create_pr,
@@ -81,7 +100,11 @@ def push(publication: Publication, arguments: PushArguments) -> None:
     if pushed.left:
         logger.info("not part of this run, and left as they are: %s", ", ".join(pushed.left))
     sys.stdout.write(f"{pushed}\n")
-    if not arguments.create_pr:
+    if kind == "dataset":
+        at = f"@{arguments.revision}" if arguments.revision else ""
+        command = f"{program('selortho')} train --activations hub:{arguments.repo_id}{at}"
+        sys.stdout.write(f"train on it with: {command} ...\n")
+    elif not arguments.create_pr:
         folders = sorted(str(Path(name).parent) for name in publication.sizes if Path(name).name == "config.json")
         extra = "" if "." in folders else f", subfolder={folders[0]!r}"
         revision = f", revision={arguments.revision!r}" if arguments.revision else ""

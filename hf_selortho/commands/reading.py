@@ -17,6 +17,7 @@ from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.options import argument
+from ..utils.privacy import LOCAL_TEXT
 
 
 @dataclass
@@ -64,6 +65,8 @@ def text_source(config: SelOrthoConfig, arguments: ReadingArguments) -> TextSour
         SelOrthoError: neither says which, or the training held nothing out.
     """
     same = arguments.dataset is None
+    if same and config.dataset == LOCAL_TEXT:
+        raise SelOrthoError("the SAE was trained on a text that was not published: --dataset is needed")
     fraction = arguments.held_out_fraction
     if fraction is None:
         fraction = config.held_out_fraction if same and config.held_out_fraction is not None else 0.1

@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
 from ..hub.card_results import SaeReport
+from ..hub.public_names import check_ids
 from ..hub.push import push_run
 from ..hub.report import metrics_table, report_run, summary_table
 from ..hub.repository import Repository
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_main:
             if arguments.hub.push_to_hub:  # to fail early
                 Repository(str(arguments.hub.hub_model_id), "model", arguments.hub.hub_revision, None).check_account()
+                check_ids(arguments.hub)
             stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
         accelerator.wait_for_everyone()
         run = TrainingRun(arguments, accelerator)
@@ -119,10 +121,11 @@ def publish(output: Path, hub: HubArguments) -> None:
         SelOrthoError: the Hub does not let it; the run in its folder is complete.
     """
     repo_id = str(hub.hub_model_id)
+    ids = {name: getattr(hub, name) for name in ("model_id", "dataset_id") if getattr(hub, name)}
     try:
         run = with_others(read_run(output), None, [])
         private, revision = hub.hub_private or None, hub.hub_revision
-        pushed = push_run(run, repo_id, license=hub.hub_license, private=private, revision=revision)
+        pushed = push_run(run, repo_id, license=hub.hub_license, private=private, revision=revision, **ids)
     except SelOrthoError as error:
         again = to_publish(output, hub)
         raise SelOrthoError(f"{error}. The run in {output} is complete; to publish it: {again}") from error

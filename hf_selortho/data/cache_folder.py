@@ -112,7 +112,7 @@ class CacheFolder:
     def finish(self, manifest: Manifest, card: str) -> None:
         """Write the card and the manifest, which makes the cache complete."""
         self.write("README.md", card.encode())
-        self.write(MANIFEST, _json({"format": FORMAT, "version": FORMAT_VERSION, **asdict(manifest)}))
+        self.write(MANIFEST, manifest_bytes(manifest))
         shutil.rmtree(self.work)
 
 
@@ -124,6 +124,11 @@ def check_disk(folder: Path, needed: float) -> None:
             f"the activations need about {gigabytes(needed)} of disk, but {existing_folder(folder)} has "
             f"{gigabytes(free)} free: use --max_tokens, fewer --layers or another --output_dir"
         )
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the content of a manifest.json."""
+    return _json({"format": FORMAT, "version": FORMAT_VERSION, **asdict(manifest)})
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -155,7 +155,7 @@ def inspect(
 def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:
     """Warn, with both names, if a language model or its commit is not the one that the SAE was trained on."""
     trained = (config.lm_name, config.lm_revision)
-    if config.lm_name is None or trained == (lm.name, lm.revision):
+    if config.lm_name is None or config.lm_revision == lm.revision:
         return
     if config.lm_name == lm.name and config.lm_revision is None:
         return

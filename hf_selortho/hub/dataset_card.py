@@ -18,13 +18,16 @@ _SIZES = (
 )  # fmt: skip
 
 
-def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: str | None = None) -> DatasetCard:
+def render_shards_card(
+    manifest: Manifest, repo_id: str | None = None, license: str | None = None, terms: Markdown | None = None
+) -> DatasetCard:
     """Render the card of a folder of cached activations.
 
     Args:
         manifest: of the folder.
         repo_id: where on the Hub it will be; the commands of the card read it from there, else from FOLDER.
         license: of the activations, in the Hub's spelling; only their publisher can grant one.
+        terms: of the language model; default: so far as its name says.
     """
     source = hub_id(manifest.dataset, manifest.dataset_revision)
     data = DatasetCardData(
@@ -41,7 +44,7 @@ def render_shards_card(manifest: Manifest, repo_id: str | None = None, license: 
         "place": f"hub:{repo_id}" if repo_id else "FOLDER",
         "published": repo_id is not None,
         "license": license,
-        "terms": terms_of(manifest.lm_name),
+        "terms": terms_of(manifest.lm_name) if terms is None else terms,
     }
     return DatasetCard(render(_TEMPLATE.read_text(encoding="utf-8"), values))
 

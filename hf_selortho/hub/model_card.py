@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from ..configuration_selortho import score_of_selection
 from ..errors import SelOrthoError
 from ..utils.hub import is_commit
+from ..utils.privacy import LOCAL_MODEL
 from .card_results import METRICS, SaeReport, results_of, summary_rows, without_twins
 from .markdown import Markdown, code, one_line, render
 
@@ -47,6 +48,7 @@ class SaeCard:
     license: str | None = None  # of the *weights*, in the Hub's spelling ("apache-2.0", "gemma", "other")
     license_link: str | None = None  # its text, where it is not one of the Hub's list
     template: str | os.PathLike[str] | None = None  # path of another Jinja template
+    terms: Markdown | None = None  # of the language model; None: so far as its name says
 
     def render(self) -> ModelCard:
         """Render the card.
@@ -92,7 +94,8 @@ class SaeCard:
             "title": self.repo_id.split("/")[-1] if self.repo_id else None,
             "saelens": f"{first.name}/{SAELENS_FOLDER}".lstrip("/") if self.saelens else None,
             "embedded": common.get("lm_name") == EMBEDDED_MODEL,
-            "terms": terms_of(common.get("lm_name")),
+            "local_lm": common.get("lm_name") == LOCAL_MODEL,
+            "terms": terms_of(common.get("lm_name")) if self.terms is None else self.terms,
             "license": self.license,
             "license_url": Markdown(_web_link(self.license_link) or ""),
         }

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,23 @@ import torch
 from huggingface_hub import RepoCard
 
 from .. import modeling_selortho
+from ..data.activation_cache import ActivationCache
+from ..data.cache_folder import manifest_bytes
+from ..data.cache_manifest import MANIFEST
 from ..errors import SelOrthoError
-from ..features.index_writer import INDEX
+from ..features.index_writer import FACTS, FILES, INDEX
 from ..formats import write_saelens
 from ..modeling_selortho import SelOrthoSAE
+from ..training.arguments import PublicIds
 from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN
-from ..utils.command_line import without_secrets
 from ..utils.files import jsonable
 from ..utils.hub import CONFIG, read_object
 from ..utils.library_errors import storage_error
 from .card_results import SaeReport
-from .model_card import SAELENS_FOLDER, SaeCard
+from .dataset_card import render_shards_card
+from .gate import refuse_private
+from .model_card import SAELENS_FOLDER, SaeCard, terms_of
+from .public_names import PublicNames
 from .run_folder import WEIGHTS, FinishedRun
 
 # The source with which `trust_remote_code=True` works where this package is not installed: the file of the model and
@@ -43,17 +49,22 @@ class Publication:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file by its path, in order."""
-        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
+        return {name: path.stat().st_size for name, path in files_of(self.folder).items()}
 
     def __str__(self) -> str:
         return f"{len(self.sizes)} files, {sum(self.sizes.values()) / 1e6:.1f} MB"
 
     def listing(self, place: str) -> str:
-        """List every file with its size for a dry run, which sends nothing to `place`."""
+        """List every file with its size for a dry run, which sends nothing to `place`; raises as [`refuse_private`]."""
+        refuse_private(files_of(self.folder))
         lines = [f"{size:>14,}  {name}" for name, size in self.sizes.items()]
         total = f"{sum(self.sizes.values()):>14,}  bytes in {len(lines)} files, for {place}; nothing was sent"
         return "\n".join([*lines, total, ""])
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Return every file of a folder by its path within, in order."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def publish_run(
@@ -66,6 +77,8 @@ def publish_run(
     license: str | None = None,
     license_link: str | None = None,
     template: str | os.PathLike[str] | None = None,
+    ids: PublicIds | None = None,
+    token: str | None = None,
 ) -> Publication:
     """Assemble what is published of a run: SAEs, exports for SAELens, metrics, pictures, source and one card.
 
@@ -76,19 +89,24 @@ def publish_run(
         saelens: add exports for SAELens.
         include_index: take the feature index along.
         license, license_link, template: of the card, see [`SaeCard`].
+        ids: what a local language model and text are on the Hub.
+        token: access token to look them up with; without it, the stored one or HF_TOKEN.
 
     Raises:
-        SelOrthoError: an SAE cannot be loaded or is not finite, the card cannot be rendered, or there is no room.
+        SelOrthoError: an SAE cannot be loaded or is not finite, the card cannot be rendered, there is no room, or an id
+            is not on the Hub.
     """
-    facts = _without_private(run.run)
-    card = SaeCard(run.saes, facts, repo_id, saelens, license, license_link, template).render()
+    lm = run.saes[0].config.get("lm_name")
+    names = PublicNames.of(run.saes[0].config, ids or PublicIds(), token)
+    run = replace(run, saes=tuple(_public(sae, names) for sae in run.saes), run=names.clean(run.run))
+    card = SaeCard(run.saes, run.run, repo_id, saelens, license, license_link, template, terms_of(lm)).render()
     try:
         for sae in run.saes:
-            _copy_sae(run, sae, folder / sae.name, saelens)
+            _copy_sae(run, sae, folder / sae.name, saelens, names)
             if include_index:
-                _copy_index(run.folder / sae.name / INDEX, folder / sae.name / INDEX)
+                _copy_index(run.folder / sae.name / INDEX, folder / sae.name / INDEX, names)
         if run.saes[0].name:
-            _copy_texts(run.folder, folder)
+            _copy_texts(run.folder, folder, names)
         for name in SOURCE:
             shutil.copyfile(Path(modeling_selortho.__file__).with_name(name), folder / name)
         (folder / CARD).write_text(str(card), encoding="utf-8")
@@ -98,11 +116,44 @@ def publish_run(
     return Publication(folder, card)
 
 
-def _copy_sae(run: FinishedRun, report: SaeReport, folder: Path, saelens: bool) -> None:
+def publish_cache(
+    cache: Path,
+    folder: Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    ids: PublicIds | None = None,
+    token: str | None = None,
+) -> Publication:
+    """Assemble what is published of cached activations: the shards, the manifest and the card of a dataset.
+
+    Args:
+        cache: folder of the activations.
+        folder, repo_id, license, ids, token: as of [`publish_run`].
+
+    Raises:
+        SelOrthoError: the cache is damaged or incomplete, there is no room, or an id is not on the Hub.
+    """
+    manifest = ActivationCache(str(cache)).manifest
+    names = PublicNames.of(vars(manifest), ids or PublicIds(), token)
+    public = replace(manifest, **names.of_settings({key: vars(manifest)[key] for key in names.settings}))
+    card = render_shards_card(public, repo_id, license, terms_of(manifest.lm_name))
+    try:
+        for path in (Path(path) for entry in (*manifest.shards, *manifest.held_out) for path in entry.files):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(cache / path, folder / path)
+        (folder / MANIFEST).write_bytes(manifest_bytes(public))
+        (folder / CARD).write_text(str(card), encoding="utf-8")
+    except OSError as error:
+        raise SelOrthoError(f"cannot assemble {cache} in {folder}: {error.strerror or error}") from error
+    return Publication(folder, card)
+
+
+def _copy_sae(run: FinishedRun, report: SaeReport, folder: Path, saelens: bool, names: PublicNames) -> None:
     place = run.folder / report.name
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**read_object(place / CONFIG), "auto_map": AUTO_MAP}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = {**names.of_settings(read_object(place / CONFIG)), "auto_map": AUTO_MAP}
+    _write(folder / CONFIG, config, sort_keys=True)
     _link_or_copy(place / WEIGHTS, folder / WEIGHTS)
     sae = SelOrthoSAE.from_pretrained(folder)  # as everybody will: names, shapes and values are looked at
     for key, tensor in sae.state_dict().items():
@@ -111,7 +162,7 @@ def _copy_sae(run: FinishedRun, report: SaeReport, folder: Path, saelens: bool) 
                 f"{key} of {report.name or 'the SAE'} holds NaN or infinity: publish an earlier checkpoint, or train "
                 "again"
             )
-    _copy_texts(place, folder)
+    _copy_texts(place, folder, names)
     for picture in report.pictures:
         (folder / PICTURES).mkdir(exist_ok=True)
         shutil.copyfile(run.folder / picture, folder / PICTURES / Path(picture).name)
@@ -120,33 +171,36 @@ def _copy_sae(run: FinishedRun, report: SaeReport, folder: Path, saelens: bool) 
         write_saelens(sae, folder / SAELENS_FOLDER, metadata={} if l0 is None else {"l0": l0})
 
 
-def _copy_index(index: Path, folder: Path) -> None:
+def _copy_index(index: Path, folder: Path, names: PublicNames) -> None:
     if not index.is_dir():
         raise SelOrthoError(f"--include_index: there is no {index}; build the feature index first, or leave it out")
-    for path in index.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            target = folder / path.relative_to(index)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(path, target)
+    folder.mkdir()
+    for path in (index / name for name in FILES):
+        if path.is_symlink() or not path.is_file():
+            continue
+        if path.name == FACTS:
+            _write(folder / FACTS, names.clean(read_object(path)), ensure_ascii=False)
+        else:
+            _link_or_copy(path, folder / path.name)
 
 
-def _copy_texts(place: Path, folder: Path) -> None:
-    """Copy metrics and arguments; secrets and the name of the user's home folder stay here."""
+def _copy_texts(place: Path, folder: Path, names: PublicNames) -> None:
+    """Copy metrics and arguments; secrets and names of this machine stay here."""
     for name in (METRICS, RUN):
         if (place / name).is_file():
-            content = jsonable(_without_private(read_object(place / name)))
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _write(folder / name, jsonable(names.clean(read_object(place / name))))
     if (place / METRICS_LOG).is_file():
         shutil.copyfile(place / METRICS_LOG, folder / METRICS_LOG)
 
 
-def _without_private(value: Any) -> Any:
-    if isinstance(value, str):
-        home = str(Path.home())
-        return without_secrets(value.replace(f"{home}/", "~/") if len(home) > 1 else value)
-    if isinstance(value, Mapping):
-        return {key: _without_private(item) for key, item in value.items()}
-    return [_without_private(item) for item in value] if isinstance(value, list) else value
+def _public(sae: SaeReport, names: PublicNames) -> SaeReport:
+    """Return a report that names nothing of this machine."""
+    beside = {key: names.clean(getattr(sae, key)) for key in ("metrics", "twin", "seeds", "twin_seeds")}
+    return replace(sae, config=names.of_settings(sae.config), **beside)
+
+
+def _write(path: Path, content: Mapping[str, Any], **options: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, **options) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

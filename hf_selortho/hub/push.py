@@ -14,10 +14,12 @@ from huggingface_hub import CommitOperationAdd
 from .. import __version__
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
+from ..training.arguments import PublicIds
 from ..training.run_folder import CARD, save_sae
 from ..utils.hub import ATTEMPTS, listed, pause
 from ..utils.names import repo_id as as_repo_id
-from .publication import publish_run
+from .gate import refuse_private
+from .publication import files_of, publish_run
 from .repository import (
     REQUEST_ERRORS,
     SIGNATURE,
@@ -49,10 +51,21 @@ class Pushed:
         return f"{len(self.changed)} files sent to {self.repo_id}, in one commit: {self.url}"
 
 
-def push_run(run: FinishedRun, repo_id: str, **options: Any) -> Pushed:
-    """Publish the SAEs of a run; options and errors are those of [`publish_run`] and [`push_folder`]."""
+def push_run(
+    run: FinishedRun, repo_id: str, *, model_id: str | None = None, dataset_id: str | None = None, **options: Any
+) -> Pushed:
+    """Publish the SAEs of a run.
+
+    Args:
+        run: the run.
+        repo_id: "owner/name".
+        model_id, dataset_id: what a local language model and text are on the Hub, "owner/name" or
+            "owner/name@revision"; without them, neither they nor their folders are named.
+        options: those of [`publish_run`] and [`push_folder`], which also say what errors there are.
+    """
     repo_id = as_repo_id(repo_id)
     card = {key: options.pop(key) for key in _CARD_OPTIONS if key in options}
+    card |= {"ids": PublicIds(model_id, dataset_id), "token": options.get("token")}
     with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
         publish_run(run, Path(folder), repo_id, **card)
         return push_folder(Path(folder), repo_id, **options)
@@ -98,12 +111,13 @@ def push_folder(
 
     Raises:
         SelOrthoError: the Hub refuses or cannot be reached, or somebody else has changed what would be overwritten. The
-            repository is then as it was.
+            repository is then as it was. A file, or the title, names this machine, its user or their folders: see
+            [`refuse_private`].
     """
     repo_id = as_repo_id(repo_id, "Space" if kind == "space" else kind)
     place = Repository(repo_id, kind, revision, token)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    title = commit_message or MESSAGE
+    files, title = files_of(folder), commit_message or MESSAGE
+    refuse_private(files, title)
     sent: tuple[str, ...] = ()
     place.create(private, create_pr, space_sdk)
     for attempt in range(ATTEMPTS):

@@ -107,7 +107,7 @@ def assemble_space(
     try:
         shutil.copytree(app, folder, ignore=_left_out, dirs_exist_ok=True)
         if not (wheel_url or from_index):
-            own = shutil.ignore_patterns(".*", "__pycache__")
+            own = shutil.ignore_patterns(".*", "__pycache__", "*.pyc")
             shutil.copytree(Path(__file__).parents[1], folder / PACKAGE, ignore=own)
         (folder / REQUIREMENTS).write_text("\n".join([*requirements, ""]), encoding="utf-8")
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -213,8 +213,8 @@ def _default_app() -> Path:
 
 def _left_out(folder: str, names: list[str]) -> set[str]:
     """Return what is not copied of the app: hidden files, caches, links, and what is made for each Space."""
-    made = {"__pycache__", SETTINGS, REQUIREMENTS}
-    return {name for name in names if name.startswith(".") or name in made or Path(folder, name).is_symlink()}
+    links = {name for name in names if Path(folder, name).is_symlink()}
+    return links | shutil.ignore_patterns(".*", "__pycache__", "*.pyc", SETTINGS, REQUIREMENTS)(folder, names)
 
 
 def _is_restricted(name: str, token: str | None) -> bool:

@@ -19,6 +19,7 @@ from ..errors import SelOrthoError
 from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, hub_error, located, official_name, one_line, resolve_commit
 from ..utils.library_errors import storage_error
+from ..utils.privacy import LOCAL_MODEL
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 
 _AutoModel: Any = AutoModelForCausalLM  # its type hints do not know output_loading_info
@@ -157,6 +158,11 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
                 f'"{name}" is at revision {current}, not at {revision}: leave the revision out to take it as it is'
             )
         return {"pretrained_model_name_or_path": str(folder)}, current
+    if name == LOCAL_MODEL or str(revision).startswith("local-"):
+        raise SelOrthoError(
+            f'the language model "{name}" is a folder of the machine that it was used on, which is not here: pass its '
+            "folder or Hub id, as --model (browse: --lm), in Python as lm="
+        )
     online = resolve_commit("model", name, revision, token) is not None
     try:
         # By branch, not by commit, so that the cache learns what the branch stands for when there is no network.

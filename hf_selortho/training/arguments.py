@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from ..configuration_selortho import SelOrthoConfig
 from ..data.text_source import TextSource
 from ..errors import SelOrthoError
+from ..utils.names import Kind, RepoRef
 from ..utils.options import (
     Above0,
     Above1,
@@ -159,7 +160,30 @@ class EvaluationArguments:
 
 
 @dataclass
-class HubArguments:
+class PublicIds:
+    """What a run has read from this machine, as it is called on the Hub.
+
+    Raises:
+        SelOrthoError: an id has another form.
+    """
+
+    model_id: str | None = argument(
+        None, "What a local --model is on the Hub, owner/name[@revision], so that others can load what is published."
+    )
+    dataset_id: str | None = argument(None, "What a local --dataset is on the Hub, owner/name[@revision], likewise.")
+
+    def __post_init__(self) -> None:
+        kinds: tuple[tuple[Kind, str], ...] = (("model", "model_id"), ("dataset", "dataset_id"))
+        for kind, option in kinds:
+            if given := getattr(self, option):
+                try:
+                    setattr(self, option, str(RepoRef.parse(given, local=False, kind=kind)))
+                except SelOrthoError as error:
+                    raise SelOrthoError(f"--{option}: {error}") from error
+
+
+@dataclass
+class HubArguments(PublicIds):
     """Publishing at the end of the run, with the access token of `hf auth login` or HF_TOKEN."""
 
     push_to_hub: bool = argument(False, "Publish the SAEs at the end of the run, as `selortho push` does.")

@@ -33,7 +33,7 @@ class CacheArguments:
     """What is read, and where it goes."""
 
     layers: list[int] = argument([], "Decoder layers, counted from 0, whose output is read in one pass.")
-    output_dir: str = argument("activations", "Folder for the shards; it can be uploaded as a dataset of the Hub.")
+    output_dir: str = argument("activations", "Folder for the shards; `selortho push` publishes it as a dataset.")
     overwrite_output_dir: bool = argument(
         False, "Replace the cache that is in the output folder; an unfinished one of the same settings goes on."
     )

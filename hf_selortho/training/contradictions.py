@@ -135,7 +135,7 @@ _CHOICES = [
     ),
     *acts_with("refresh_every buffer_reuse streaming", "activations", None),
     *acts_with("model_revision lm_dtype lm_batch_tokens", "model"),  # which cached activations do without
-    *acts_with("hub_private hub_revision hub_license", "push_to_hub"),
+    *acts_with("hub_private hub_revision hub_license model_id dataset_id", "push_to_hub"),
     *acts_with("keep_checkpoints", "checkpoint_every"),
     *acts_with("max_skipped", "non_finite", "skip"),
     *acts_with("l1_coefficient resample_every", "activation", "relu"),

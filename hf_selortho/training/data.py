@@ -20,6 +20,7 @@ from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.contexts import Context
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
+from ..utils.privacy import LOCAL_MODEL
 from .arguments import DataArguments, TrainingArguments
 from .non_finite import NonFinitePolicy
 
@@ -156,10 +157,10 @@ class CachedData:
         cached, model = self.store.manifest, self.arguments.model
         if "model" not in self.arguments.given:
             return
-        revision = cached.lm_revision
-        if self._measures_loss and model.model == cached.lm_name:
-            revision = find_revision(cached.lm_name, model.model_revision)
-        if (model.model, revision) != (cached.lm_name, cached.lm_revision):
+        revision, unnamed = cached.lm_revision, cached.lm_name == LOCAL_MODEL
+        if unnamed or (self._measures_loss and model.model == cached.lm_name):
+            revision = find_revision(str(model.model), model.model_revision)
+        if revision != cached.lm_revision or (model.model != cached.lm_name and not unnamed):
             raise SelOrthoError(
                 f"--model {model.model} at revision {revision}: the activations of {self.store.source} are those of "
                 f'"{cached.lm_name}" at {cached.lm_revision}; give these as --model and --model_revision to have the '

@@ -20,6 +20,7 @@ from ..penalties import full_penalty_bytes
 from ..utils.environment import on_cpu, use_all_cores
 from ..utils.hub import one_line
 from ..utils.memory import available_memory, check_fits
+from ..utils.privacy import without_paths
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
 from .data import CachedData, LiveData, TrainingData, open_store
@@ -183,10 +184,11 @@ def start_trackers(accelerator: Accelerator, arguments: TrainingArguments, resum
     """Tell the trackers of `--report_to` about the run; one that goes on from a step replaces what came after it."""
     output = os.path.abspath(arguments.run.output_dir)
     name = os.path.basename(output)
+    settings = without_paths(arguments.flat())  # they may go to a server
     identity = hashlib.sha256(output.encode()).hexdigest()[:12]  # by which a resumed run is the same one there too
     accelerator.init_trackers(
         "hf_selortho",
-        config={k: v if isinstance(v, (int, float, str)) else str(v) for k, v in arguments.flat().items()},
+        config={k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()},
         init_kwargs={
             "tensorboard": {"purge_step": resume_at + 1 if resume_at else None},
             "wandb": {"id": identity, "name": name, "resume": "allow" if resume_at else None},

@@ -119,8 +119,8 @@ def official_name(name: str) -> str:
 
 def hub_error(error: Exception, kind: Kind, name: str, revision: str | None = None) -> SelOrthoError:
     """Explain what the Hub client raised while it looked for `name` at `revision`."""
-    if said := storage_error(error):
-        return said
+    if stored := storage_error(error):
+        return stored
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     said = f'{kind} "{name}"'
     if isinstance(error, hub.LocalTokenNotFoundError):

@@ -148,7 +148,7 @@ class OneLineParser(HfArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as `argparse` does, and normalise what names something."""
         parsed, unknown = super().parse_known_args(args, namespace)
-        vars(parsed).pop("verbose", None)
+        parsed.__dict__.pop("verbose", None)
         options = {action.dest: (action.option_strings or [action.dest])[0] for action in self._actions}
         for name, read in _READERS.items():
             value = getattr(parsed, name, None)

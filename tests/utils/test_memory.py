@@ -140,4 +140,6 @@ def test_a_limit_below_what_torch_needs_ends_in_one_line() -> None:
     done = subprocess.run(["bash", "-c", *limit], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith("selortho train: error: out of memory (") and line.endswith("allow this process more (ulimit -v)")
+    assert line.startswith("selortho train: error: out of memory (") and line.endswith(
+        "allow this process more (ulimit -v)"
+    )
