@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .activation_functions import activate
+from .activation_functions import activate, floats_of, named
 from .configuration_selortho import SelOrthoConfig
 
 try:  # what training needs is not copied to the Hub: it is found in the installed package
+    from hf_selortho.checks import name_of
     from hf_selortho.errors import SelOrthoError
     from hf_selortho.sparse_ops import DenseFeatures, as_float
     from hf_selortho.training_step import run_step
@@ -150,7 +150,7 @@ class SelOrthoSAE(PreTrainedModel):
         if pretrained_model_name_or_path is None or hub is None:  # whoever calls has the weights; without the package
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         lookup = {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs}
-        name, lookup = hub.located(pretrained_model_name_or_path, lookup)
+        name, lookup = hub.located(name_of(pretrained_model_name_or_path, "the SAE"), lookup)
         lookup = hub.at_one_commit(name, lookup)
         config = kwargs.pop("config", None)
         if not isinstance(config, SelOrthoConfig):
@@ -219,8 +219,10 @@ class SelOrthoSAE(PreTrainedModel):
         """Set the buffers that turn raw activations into normalised ones: `mean` (d_in,) and a positive `scale`.
 
         Raises:
-            SelOrthoError: the scale is not a positive number, as with constant activations.
+            SelOrthoError: the scale is not a positive number, as with constant activations, or the mean does not fit.
         """
+        mean = floats_of(mean, "input mean", axes=1, like=self.input_mean)
+        self._check_width(mean, "input mean")
         if not (math.isfinite(scale) and scale > 0):
             raise SelOrthoError(f"input scale {scale}: the activations do not vary; check the text and the layer")
         self.input_mean.copy_(mean)
@@ -230,15 +232,10 @@ class SelOrthoSAE(PreTrainedModel):
         """Raw activations (..., d_in) to `(x - input_mean) / input_scale`, in float32 or wider.
 
         Raises:
-            SelOrthoError: the last axis is not `d_in` wide.
+            SelOrthoError: the last axis is not `d_in` wide, or they are no floating-point numbers of this device.
         """
-        config = self.config
-        if activations.shape[-1] != config.d_in:
-            where = f" ({config.lm_name}, {config.hook_name})" if config.lm_name else ""
-            raise SelOrthoError(
-                f"activations of shape {tuple(activations.shape)}: this SAE reads activations of width "
-                f"d_in={config.d_in}{where}"
-            )
+        activations = floats_of(activations, "activations", like=self.W_dec)
+        self._check_width(activations, "activations")
         x = activations.to(torch.promote_types(activations.dtype, torch.float32))
         return (x - self.input_mean) / self.input_scale
 
@@ -246,13 +243,26 @@ class SelOrthoSAE(PreTrainedModel):
         """Compute the feature activations (..., d_sae) of raw language-model activations (..., d_in).
 
         With batchtopk, what fires does not depend on the batch: it exceeds the threshold estimated in training.
+
+        Raises:
+            SelOrthoError: they are no finite floating-point numbers of width d_in on the device of the SAE.
         """
+        activations = floats_of(activations, "activations", like=self.W_dec, finite=True)
         z = self.pre_activations(self.normalize_input(activations))
         config = self.config
         return activate(config.activation, z, config.k, self.inference_threshold(), config.jumprelu_bandwidth)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Compute raw activations (..., d_in) from feature activations (..., d_sae), in the dtype of the latter."""
+        """Compute raw activations (..., d_in) from feature activations (..., d_sae), in the dtype of the latter.
+
+        Raises:
+            SelOrthoError: they are no finite floating-point numbers of width d_sae on the device of the SAE.
+        """
+        feature_acts = floats_of(feature_acts, "feature activations", like=self.W_dec, finite=True)
+        if feature_acts.shape[-1] != self.config.d_sae:
+            raise SelOrthoError(
+                f"feature activations of shape {tuple(feature_acts.shape)}: this SAE has d_sae={self.config.d_sae}"
+            )
         return self._denormalize(feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec).to(feature_acts.dtype)
 
     def forward(
@@ -274,8 +284,12 @@ class SelOrthoSAE(PreTrainedModel):
                 the output then has `active` and no `feature_acts`. Loss and gradients are the same.
 
         Raises:
-            SelOrthoError: the last axis is not `d_in` wide.
+            SelOrthoError: the activations are not what [`encode`] takes, or hold no token. In training, NaN and
+                infinity are not looked for.
         """
+        activations = floats_of(activations, "activations", like=self.W_dec, finite=not self.training)
+        if activations.numel() == 0:
+            raise SelOrthoError(f"activations of shape {tuple(activations.shape)}: expected at least one token")
         if not PACKAGE_FOUND:
             if self.training:
                 logger.warning("no loss is computed: training needs the package, pip install hf_selortho")
@@ -297,10 +311,19 @@ class SelOrthoSAE(PreTrainedModel):
             threshold=step.threshold,
         )
 
+    def _check_width(self, activations: Tensor, what: str) -> None:
+        config = self.config
+        if activations.shape[-1] != config.d_in:
+            where = f" ({config.lm_name}, {config.hook_name})" if config.lm_name else ""
+            raise SelOrthoError(
+                f"{what} of shape {tuple(activations.shape)}: this SAE reads activations of width "
+                f"d_in={config.d_in}{where}"
+            )
+
     def pre_activations(self, x: Tensor) -> Tensor:
         """Compute `x W_enc + b_enc` (..., d_sae) of normalised activations (..., d_in)."""
         flat = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
-        return torch.addmm(self.b_enc, flat, self.W_enc).view(*x.shape[:-1], -1)
+        return torch.addmm(self.b_enc, flat, self.W_enc).view(*x.shape[:-1], len(self.b_enc))
 
     def inference_threshold(self) -> Tensor | None:
         """Return what a pre-activation has to exceed: () with batchtopk, (d_sae,) with jumprelu, else None."""
@@ -350,3 +373,12 @@ class SelOrthoSAE(PreTrainedModel):
 
     def _denormalize(self, x_hat: Tensor) -> Tensor:
         return x_hat.to(torch.promote_types(x_hat.dtype, torch.float32)) * self.input_scale + self.input_mean
+
+
+def sae_of(value: Any) -> SelOrthoSAE:
+    """Take an SAE; raise a SelOrthoError for anything else, such as the path of one."""
+    if not isinstance(value, SelOrthoSAE):
+        raise SelOrthoError(
+            f"sae is {named(value)}: expected a SelOrthoSAE; load it, as with SelOrthoSAE.from_pretrained(name)"
+        )
+    return value

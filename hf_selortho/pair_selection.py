@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import finite_number, whole_number
 from .configuration_selortho import SelOrthoConfig
 from .errors import SelOrthoError
 from .pair_search import BLOCKS, Blocks, Columns, PairSearch, Score, co_activations
@@ -74,6 +75,9 @@ def select_pairs(
         NonFiniteError: the activations hold NaN or infinity.
     """
     features, group = feature_activations(h), group or SINGLE_PROCESS
+    for name, value in {"pair_fraction": pair_fraction, "correlation_threshold": correlation_threshold}.items():
+        finite_number(value, name)
+    whole_number(min_support, "min_support")
     return select(features, pair_fraction, min_support, correlation, method, group, correlation_threshold, score).pairs
 
 
@@ -92,8 +96,7 @@ def select(
     """Select pairs as [`select_pairs`] does, and remember the batch that they come from."""
     if not 0 < pair_fraction <= 1:
         raise SelOrthoError(f"pair_fraction={pair_fraction!r}: expected a share in (0, 1]")
-    if correlation not in ("cosine", "pearson"):
-        raise SelOrthoError(f"correlation={correlation!r}: expected 'cosine' or 'pearson'")
+    check_correlation(correlation)
     if method not in ("auto", "tiles", "coactivation"):
         raise SelOrthoError(f"method={method!r}: expected 'auto', 'tiles' or 'coactivation'")
     with torch.autocast(features.values.device.type, enabled=False):
@@ -111,6 +114,12 @@ def select(
             asked, len(pairs), min_support, columns.n,
         )  # fmt: skip
     return Selection(pairs, features, norms)
+
+
+def check_correlation(correlation: str) -> None:
+    """Raise a SelOrthoError unless there is such a correlation."""
+    if correlation not in ("cosine", "pearson"):
+        raise SelOrthoError(f"correlation={correlation!r}: expected 'cosine' or 'pearson'")
 
 
 class CoactivationEMA:

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
+from .activation_functions import floats_of
+from .checks import finite_number, object_of
 from .configuration_selortho import SelOrthoConfig
 from .errors import ConfigError, SelOrthoError
-from .pair_selection import Pairs, Selection, feature_norms, select
+from .pair_selection import Pairs, Selection, check_correlation, feature_norms, select
 from .pairs import FeatureNorms, occurring_features, pair_sums
 from .process_group import SINGLE_PROCESS, ProcessGroup
 from .sparse_ops import FeatureActivations, as_float, csr, feature_activations, row_offsets, times_dense
@@ -120,14 +122,21 @@ def selective_penalty(
         loss = _squared_correlations(features, selection, coefficient, reduction, config.correlation, group)
     else:
         weights = _exclusion(features, pairs, group) if config.penalty_space == "exclusion" else None
-        loss = decorrelation_penalty(W_dec.T, pairs, coefficient, reduction, weights=weights)
+        loss = _squared_cosines(W_dec, pairs, coefficient, reduction, weights)
     second = coefficient * config.decoder_ratio
     if second > 0 and config.decoder_pairs == "nearest":
         loss = loss + ortsae_penalty(W_dec, second, config.ortsae_chunk, seed)
     elif second > 0:
         alike = select_directions(W_dec, config.pair_fraction)
-        loss = loss + decorrelation_penalty(W_dec.T, alike, second, reduction)
+        loss = loss + _squared_cosines(W_dec, alike, second, reduction)
     return loss
+
+
+def _squared_cosines(
+    W_dec: Tensor, pairs: Pairs, coefficient: float, reduction: str, weights: Tensor | None = None
+) -> Tensor:
+    columns = feature_activations(W_dec.T)
+    return _squared_correlations(columns, Selection(pairs), coefficient, reduction, "cosine", SINGLE_PROCESS, weights)
 
 
 @torch.no_grad()
@@ -161,8 +170,19 @@ def decorrelation_penalty(
 
     Returns:
         A scalar, float32 (float64 for a float64 `h`); 0 with a zero gradient if there are no pairs.
+
+    Raises:
+        SelOrthoError: an argument is not allowed, or a pair names a feature that `h` does not have.
+        NonFiniteError: the activations hold NaN or infinity.
     """
     features, group = feature_activations(h), group or SINGLE_PROCESS
+    object_of(pairs, Pairs, "pairs", "select them with select_pairs")
+    finite_number(coefficient, "coefficient")
+    check_correlation(correlation)
+    if len(pairs) and not 0 <= int(pairs.i.min()) <= int(pairs.j.max()) < features.n:
+        raise SelOrthoError(f"pairs of features up to {int(pairs.j.max())}: h has {features.n} features, from 0 on")
+    if weights is not None and len(weights := floats_of(weights, "weights", 1, features.values)) != len(pairs):
+        raise SelOrthoError(f"{len(weights)} weights of {len(pairs)} pairs: expected one for each")
     return _squared_correlations(features, Selection(pairs), coefficient, reduction, correlation, group, weights)
 
 

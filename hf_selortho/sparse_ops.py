@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import SelOrthoError
+from .activation_functions import floats_of
 
 with warnings.catch_warnings():  # said once a process: CSR tensors may lack features; our tests cover those used here
     warnings.simplefilter("ignore")
@@ -261,18 +261,14 @@ FeatureActivations = DenseFeatures | ActiveFeatures
 
 
 def feature_activations(h: Tensor | FeatureActivations) -> FeatureActivations:
-    """Return `h` itself, or a tensor (B, n) as [`DenseFeatures`].
+    """Return `h` itself, or a tensor (B, n), a NumPy array or lists as [`DenseFeatures`].
 
     Raises:
-        SelOrthoError: the tensor has not two axes.
+        SelOrthoError: it is something else, or has not two axes.
     """
-    if not isinstance(h, Tensor):
+    if isinstance(h, DenseFeatures | ActiveFeatures):
         return h
-    if h.ndim != 2:
-        raise SelOrthoError(
-            f"h has shape {tuple(h.shape)}: expected (tokens, features); flatten the leading axes first"
-        )
-    return DenseFeatures(h)
+    return DenseFeatures(floats_of(h, "feature activations h", axes=2))
 
 
 def active_features(h: Tensor) -> ActiveFeatures:

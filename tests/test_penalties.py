@@ -149,7 +149,7 @@ def test_bad_arguments_are_named(arguments, message) -> None:
 
 
 def test_other_shapes_than_tokens_by_features_are_refused() -> None:
-    with pytest.raises(SelOrthoError, match="expected .tokens, features."):
+    with pytest.raises(SelOrthoError, match="expected two axes, such as .tokens, features."):
         select_pairs(torch.rand(2, 4, 4))
 
 

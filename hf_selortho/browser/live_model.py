@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checks import text_of
 from ..errors import SelOrthoError
 from ..features import FeatureCapture, Generation, Sampling, Steer, Steering, TokenFeatures
 from ..formats import load_sae
@@ -159,9 +160,7 @@ def check_text(text: str) -> None:
     Raises:
         SelOrthoError: it is.
     """
-    if not text.strip():
+    if not text_of(text, "the text").strip():
         raise SelOrthoError("the text is empty: type a sentence")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise SelOrthoError("the text holds half a character (a lone surrogate): type it again")
     if len(text) > MAX_CHARACTERS:
         raise SelOrthoError(f"the text has {len(text):,} characters: this page reads at most {MAX_CHARACTERS:,}")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..utils.characters import visible
+from ..language_models.token_text import BYTES
+from ..utils.characters import isolated, visible
 from .address import Address
 from .charts import HEIGHT, WIDTH
+
+_NAME = re.compile(r"<[^<>\s]+>")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -30,6 +34,18 @@ def percent(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return "–"
     return f"{100 * share:.2g}%" if share < 0.0995 else f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def quoted(token: str) -> str:
+    """Write a token within plain text, such as a title."""
+    return isolated(repr(token))
+
+
+def token_parts(token: str) -> list[tuple[str, bool]]:
+    """Split a token into what is text and what is not: bytes of a character, the name of a special token."""
+    if _NAME.fullmatch(token):
+        return [(token, True)]
+    return [(part, BYTES.fullmatch(part) is not None) for part in BYTES.split(token) if part]
 
 
 def share_of(value: float, scale: float) -> float:
@@ -72,7 +88,13 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        visible=visible, number=number, percent=percent, share_of=share_of, thousands="{:,}".format
+        visible=visible,
+        quoted=quoted,
+        token_parts=token_parts,
+        number=number,
+        percent=percent,
+        share_of=share_of,
+        thousands="{:,}".format,
     )
     environment.globals.update(href=href, zip=functools.partial(zip, strict=True), WIDTH=WIDTH, HEIGHT=HEIGHT)
     return environment

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..features import TokenFeatures
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.characters import visible
+from ..utils.characters import isolated, visible
 from .address import Address
 from .catalog import CatalogEntry
 
@@ -79,7 +79,7 @@ def _token_rows(reading: TokenFeatures, token: int) -> list[FiringRow]:
 def _caption(reading: TokenFeatures, token: int | None, rows: Sequence[FiringRow]) -> str:
     if token is None:
         return "The strongest features of the text" if rows else "No feature fires on this text."
-    title = f"Token {token}, “{visible(reading.tokens[token])}”"
+    title = f"Token {token}, “{isolated(visible(reading.tokens[token]))}”"
     if not rows:
         reason = "no feature fires on it" if reading.trained_on[token] else "the SAE does not read this token"
         return f"{title}: {reason}."

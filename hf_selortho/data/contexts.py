@@ -209,11 +209,3 @@ def estimate_tokens(documents: Documents, cutter: Cutter, sample: int = 1000) ->
     if len(texts) <= sample:
         return float(tokens)
     return tokens / sample * documents.count * (1 - documents.held_out_fraction)
-
-
-def spelling(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """Write a token as text; one that is a piece of a character, as the tokenizer's vocabulary writes it."""
-    decoded = str(tokenizer.decode([token_id]))
-    if decoded and "\ufffd" not in decoded:
-        return decoded
-    return str(tokenizer.convert_ids_to_tokens(token_id))

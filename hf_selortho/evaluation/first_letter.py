@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.contexts import Context
+from ..language_models.token_text import TokenTexts
 from .absorption import FirstLetterTask
 from .probing import split_by_class
 
@@ -216,7 +217,7 @@ def _enough(words: list[_Word], activations: Tensor, min_words: int) -> tuple[li
 @torch.inference_mode()
 def _spelling_accuracy(capture: ActivationCapture, prompt: str, words: Sequence[_Word]) -> float:
     """Share of the words after whose question the language model's likeliest next token is their first letter."""
-    tokenizer, model = capture.lm.tokenizer, capture.lm.model
+    tokenizer, model, texts = capture.lm.tokenizer, capture.lm.model, TokenTexts(capture.lm.tokenizer)
     asked = [(word, _prompt_ids(tokenizer, prompt + QUESTION.format(word=word.text))) for word in words]
     right = 0
     # all questions have one length, unless the tokenizer is an odd one
@@ -225,6 +226,6 @@ def _spelling_accuracy(capture: ActivationCapture, prompt: str, words: Sequence[
         for batch in (alike[start : start + size] for start in range(0, len(alike), size)):
             input_ids = torch.tensor([ids for _, ids in batch], device=capture.device)
             logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]  # (words, vocabulary)
-            said = [str(tokenizer.decode([token_id])).strip().upper() for token_id in logits.argmax(-1).tolist()]
+            said = [texts.token(token_id).strip().upper() for token_id in logits.argmax(-1).tolist()]
             right += sum(answer == LETTERS[word.letter] for answer, (word, _) in zip(said, batch, strict=True))
     return right / max(len(words), 1)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..activation_functions import floats_of
 from ..errors import SelOrthoError
 from ..pair_selection import feature_norms, select_pairs
 
@@ -60,6 +61,7 @@ class Reconstruction(_Sums):
     @classmethod
     def of(cls, x: Tensor, x_hat: Tensor) -> Reconstruction:
         """Measure raw activations and their reconstructions, both (..., d_in)."""
+        x, x_hat = floats_of(x, "activations"), floats_of(x_hat, "reconstructions")
         if x.shape != x_hat.shape:
             raise SelOrthoError(
                 f"reconstructions of shape {tuple(x_hat.shape)} of activations of shape {tuple(x.shape)}: expected "
@@ -100,7 +102,7 @@ class Sparsity(_Sums):
     @classmethod
     def of(cls, h: Tensor) -> Sparsity:
         """Measure feature activations (..., n)."""
-        h = h.flatten(0, -2)
+        h = floats_of(h, "feature activations").flatten(0, -2)
         return cls(len(h), (h > 0).sum(0), h.abs().sum(0, dtype=torch.float64))
 
     @property
@@ -131,6 +133,10 @@ class CrossEntropy(_Sums):
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor) -> CrossEntropy:
         """Measure next-token logits (B, V) and the true next ids (B,)."""
+        vocabulary = logits.shape[-1]
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+            span = f"from {int(targets.min())} to {int(targets.max())}"
+            raise SelOrthoError(f"references {span}: expected token ids from 0 to {vocabulary - 1}")
         return cls(len(targets), cross_entropy(logits, targets).sum(dtype=torch.float64).item())
 
     def figures(self) -> Figures:
@@ -202,6 +208,7 @@ def correlation_summary(
     Pairs are unordered, i < j, and eligible if both features fired on at least `min_support` tokens. The selected pairs
     are exactly those that the penalty would pick.
     """
+    h = floats_of(h, "feature activations h", axes=2)
     pairs = select_pairs(h, pair_fraction=pair_fraction, min_support=min_support, correlation=correlation)
     unit = _unit_columns(h, min_support, correlation)
     magnitude = pairs.correlation.double().abs()  # falling
@@ -277,6 +284,7 @@ def correlation_histogram(
     rows. Above `max_features` eligible features a random sample of them is used (n^2 / 2 pairs would take minutes),
     which the result tells.
     """
+    h = floats_of(h, "feature activations h", axes=2)
     unit = _unit_columns(h, min_support, correlation)
     eligible = unit.shape[1]
     if eligible > max_features:
@@ -298,7 +306,7 @@ def max_decoder_cosine(W_dec: Tensor, block: int = 1024) -> Tensor:
     The signed maximum: opposite directions are no duplicates, since activations are not negative. A zero row has
     cosine 0. Computed in blocks of rows, never (n, n).
     """
-    n = W_dec.shape[0]
+    n = len(W_dec := floats_of(W_dec, "W_dec", axes=2))
     if n < 2:
         raise SelOrthoError(f"a decoder of {n} feature has no pairs to compare, at least 2 are needed")
     rows = nn.functional.normalize(W_dec.float(), dim=-1)

@@ -24,11 +24,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from ..checks import texts_of, whole_number
 from ..data.contexts import Cutter
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.contexts import Context
-from ..modeling_selortho import SelOrthoSAE
+from ..modeling_selortho import SelOrthoSAE, sae_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def read_labelled_texts(
     Raises:
         SelOrthoError: not two classes with four texts that can be read each; or a capture of several layers.
     """
-    layer = capture.layer  # a single one
+    layer, texts = capture.layer, texts_of(texts)  # a single layer
     values, numbers = np.unique(np.array(labels), return_inverse=True)
     classes = [str(value) for value in values]
     _check_classes(Counter(map(str, labels)), classes)  # before the language model has worked for nothing
@@ -136,8 +137,9 @@ def sparse_probing(
     Raises:
         SelOrthoError: a k is below 1 or above the number of features.
     """
+    sae_of(sae)
     for k in ks:
-        if not 1 <= k <= len(sae.W_dec):
+        if not 1 <= whole_number(k, "k") <= len(sae.W_dec):
             raise SelOrthoError(f"k={k}: expected from 1 to d_sae={len(sae.W_dec)} features to probe")
     train = split_by_class(texts.labels, lambda size: size // 2, seed)
     features = pool(texts, sae.encode, sae.device)  # (texts, d_sae)

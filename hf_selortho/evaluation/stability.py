@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from ..activation_functions import floats_of
 from ..errors import NonFiniteError, SelOrthoError
 
 ROWS = 2048  # directions compared with the others at once
@@ -102,7 +103,7 @@ def _distinct(block: Tensor, threshold: float) -> Tensor:
 
 def _directions(W: Tensor, name: str) -> Tensor:
     """The features to compare at length 1: (n, d_in) float32."""
-    W = W.detach().float()
+    W = floats_of(W, name, axes=2).detach().float()
     if not W.isfinite().all():
         raise NonFiniteError(f"{name} holds NaN or infinity: expected finite directions; leave such features out")
     directions = nn.functional.normalize(W[(W != 0).any(1)], dim=1)

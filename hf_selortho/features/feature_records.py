@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.contexts import spelling
+from ..language_models.token_text import TokenTexts
 from ..sparse_ops import ActiveFeatures
 from .feature_statistics import BANDS, PER_BAND, FeatureStatistics, quantiles
 from .labels import label_of_tokens
@@ -39,9 +39,9 @@ class Gathered:
     min_support: int
 
     @functools.cached_property
-    def spell(self) -> Callable[[int], str]:
-        """Writes a token as text."""
-        return functools.cache(functools.partial(spelling, self.tokenizer))
+    def texts(self) -> TokenTexts:
+        """Writes tokens as text."""
+        return TokenTexts(self.tokenizer)
 
 
 def feature_records(gathered: Gathered) -> Iterator[FeatureRecord]:
@@ -98,7 +98,7 @@ def _contexts(
             peak=window.peak,
             activation=activation,
             quantile=quantile,
-            tokens=[gathered.spell(token) for token in window.token_ids],
+            tokens=gathered.texts.of(window.token_ids),
             activations=window.activations[0],
         )
         for window, activation, quantile in zip(windows, activations, share(torch.tensor(activations)), strict=True)
@@ -148,7 +148,7 @@ def _joint_contexts(gathered: Gathered, pair: int) -> list[JointContext]:
             document_id=window.document_id,
             start=window.start,
             peak=window.peak,
-            tokens=[gathered.spell(token) for token in window.token_ids],
+            tokens=gathered.texts.of(window.token_ids),
             activations_a=window.activations[0],
             activations_b=window.activations[1],
         )

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..checks import name_of, text_of, whole_number
 from ..errors import SelOrthoError
 from ..utils.hub import LOOKUP, at_one_commit, find_file, located, one_line, read_object
 from .index_files import RowReader, open_rows
@@ -71,6 +72,7 @@ class FeatureIndex:
         Raises:
             SelOrthoError: there is none, it is damaged or of a later version, or the Hub gives no access to it.
         """
+        name = name_of(name, "the SAE or its index")
         if unknown := lookup.keys() - set(LOOKUP):
             raise SelOrthoError(f"{min(unknown)} says nothing about where an index is: expected {', '.join(LOOKUP)}")
         name, lookup = located(name, lookup)
@@ -111,7 +113,7 @@ class FeatureIndex:
         Raises:
             SelOrthoError: there is no such feature, or the record is damaged.
         """
-        self._check(number)
+        number = self._check(number)
         return _checked(FeatureRecord, self._features.row(number), {"feature": number}, _fits)
 
     def pair(self, a: int, b: int) -> PairRecord:
@@ -120,8 +122,7 @@ class FeatureIndex:
         Raises:
             SelOrthoError: the pair is not in the index, or its record is damaged.
         """
-        for number in (a, b):
-            self._check(number)
+        a, b = self._check(a), self._check(b)
         row = self._pair_rows.get((min(a, b), max(a, b)))
         if row is None:
             raise SelOrthoError(
@@ -132,10 +133,12 @@ class FeatureIndex:
 
     def has_pair(self, a: int, b: int) -> bool:
         """Whether the index holds the pair, in either order."""
+        a, b = self._check(a), self._check(b)
         return (min(a, b), max(a, b)) in self._pair_rows
 
     def pairs_of(self, feature: int) -> list[tuple[int, int]]:
         """The pairs (a, b) of the index that a feature is in."""
+        feature = self._check(feature)
         return [pair for pair in self._pair_rows if feature in pair]
 
     def summary(self, number: int) -> FeatureSummary:
@@ -144,13 +147,13 @@ class FeatureIndex:
         Raises:
             SelOrthoError: there is no such feature.
         """
-        self._check(number)
+        number = self._check(number)
         (row,) = self._table.slice(number, 1).select(FEATURE_TABLE.names).to_pylist()
         return FeatureSummary(**row)
 
     def label(self, number: int) -> str:
         """Label of a feature, "" where there is none; data of others, to be escaped where it is shown."""
-        return self._table["label"][number].as_py() or ""
+        return self._table["label"][self._check(number)].as_py() or ""
 
     def firing_features(self) -> list[int]:
         """The features that fired, in order."""
@@ -162,14 +165,14 @@ class FeatureIndex:
 
     def search_labels(self, text: str, k: int = 50) -> list[FeatureSummary]:
         """Features whose label holds a text, upper or lower case: the most frequent first, at most `k`."""
-        if not text.strip():
+        if not text_of(text, "text").strip():
             return []
         found = pc.match_substring(self._labels_lower, text.strip().lower())
         return self._summaries(pc.indices_nonzero(found).to_pylist(), k)
 
     def search_promoted(self, token: str, k: int = 50) -> list[FeatureSummary]:
         """Features that promote a token, spaces around it and case aside: those that do it before others first."""
-        wanted = token.strip().lower()
+        wanted, k = text_of(token, "token").strip().lower(), whole_number(k, "k", 1)
         if not wanted:
             return []
         column = self._table["promotes"].combine_chunks()
@@ -180,13 +183,13 @@ class FeatureIndex:
         return [self.summary(feature) for feature in sorted(first, key=lambda f: (first[f], f))[:k]]
 
     def _summaries(self, features: list[int], k: int) -> list[FeatureSummary]:
+        k = whole_number(k, "k", 1)
         frequency = self._table["frequency"]
         order = sorted(features, key=lambda feature: (-frequency[feature].as_py(), feature))[:k]
         return [self.summary(feature) for feature in order]
 
-    def _check(self, number: int) -> None:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self):
-            raise SelOrthoError(f"feature {number}: expected a number from 0 to {len(self) - 1}")
+    def _check(self, number: int) -> int:
+        return whole_number(number, "feature", end=len(self))
 
 
 def _checked(kind: type[R], row: dict[str, Any], key: dict[str, int], fits: Callable[[R], bool]) -> R:

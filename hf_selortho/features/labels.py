@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SelOrthoError
-from ..utils.characters import visible
+from ..utils.characters import visible, without_invisible
 from ..utils.hub import one_line
 
 LONGEST_LABEL = 200
@@ -25,7 +25,7 @@ def label_of_tokens(tokens: Sequence[str], activations: Sequence[float]) -> str:
     weights: dict[str, float] = {}
     for token, activation in zip(tokens, activations, strict=True):
         stripped = token.strip()
-        word = visible(stripped) if stripped else visible(token.replace(" ", _SPACE))
+        word = visible(stripped) or "".join(_SPACE if unicodedata.category(c) == "Zs" else c for c in visible(token))
         if word:
             weights[word] = weights.get(word, 0.0) + activation
     label = ""
@@ -69,5 +69,4 @@ def read_labels(path: Path, d_sae: int) -> dict[int, str]:
 def _plain(text: str) -> str:
     """Without control and direction characters, line ends and runs of spaces."""
     spaced = "".join(" " if character.isspace() else character for character in text)
-    kept = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
-    return " ".join(kept.split())
+    return " ".join(without_invisible(spaced).split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data.contexts import spelling
 from ..errors import SelOrthoError
 from ..language_models.loading import LanguageModel
+from ..language_models.token_text import TokenTexts
 from .records import TokenEffect
 
 _CHUNK_BYTES = 48 * 2**20
@@ -74,11 +73,12 @@ def top_logits(
             lens.add(unembedding[ids].float(), ids, chunk_bytes)
             bar.update(len(ids))
     mean = lens.mean.tolist()
-    spell = functools.cache(functools.partial(spelling, lm.tokenizer))
+    texts = TokenTexts(lm.tokenizer)
 
     def effects(best: _Best, row: int, sign: int) -> list[TokenEffect]:
         ids, values = best.token_ids[row].tolist(), best.values[row].tolist()
-        return [TokenEffect(one, spell(one), sign * value - mean[row]) for one, value in zip(ids, values, strict=True)]
+        tokens = [texts.token(token_id) for token_id in ids]
+        return [TokenEffect(n, t, sign * v - mean[row]) for n, t, v in zip(ids, tokens, values, strict=True)]
 
     return [
         TopLogits(effects(lens.largest, row, 1), effects(lens.smallest, row, -1)) if some else TopLogits([], [])

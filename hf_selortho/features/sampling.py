@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..checks import finite_number, whole_number
 from ..errors import SelOrthoError
 from ..language_models.loading import LanguageModel
 
@@ -26,16 +26,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise SelOrthoError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        whole_number(self.max_new_tokens, "max_new_tokens", 1)
+        if finite_number(self.temperature, "temperature") < 0:
             raise SelOrthoError(
                 f"temperature {self.temperature}: expected 0 (the likeliest token) or a positive number"
             )
-        if not 0 < self.top_p <= 1:
+        if not 0 < finite_number(self.top_p, "top_p") <= 1:
             raise SelOrthoError(f"top_p {self.top_p}: expected more than 0 and at most 1, which draws from all tokens")
-        if not 0 <= self.seed < 2**63:
-            raise SelOrthoError(f"seed {self.seed}: expected 0 to 2^63 - 1")
+        whole_number(self.seed, "seed", end=2**63)
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,9 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..data.contexts import spelling
+from ..checks import finite_number, object_of, text_of, whole_number
 from ..errors import SelOrthoError
 from ..language_models.loading import LanguageModel
+from ..language_models.token_text import BYTES, TokenTexts
 from ..modeling_selortho import SelOrthoSAE
 from .sampling import Sampling, choose, end_ids
 from .token_features import FeatureCapture
@@ -42,8 +42,8 @@ class Steer:
             raise SelOrthoError(
                 f"mode {self.mode!r} of feature {self.feature}: choose {' or '.join(get_args(SteerMode))}"
             )
-        if not math.isfinite(self.value):
-            raise SelOrthoError(f"{self.mode} {self.value} of feature {self.feature}: expected a finite number")
+        whole_number(self.feature, "feature")
+        finite_number(self.value, f"{self.mode} of feature {self.feature}")
         if self.mode == "clamp" and self.value < 0:
             raise SelOrthoError(
                 f"clamp {self.value} of feature {self.feature}: activations are never negative; take 0 or more, or "
@@ -58,7 +58,7 @@ class Generation:
     prompt: str
     text: str  # the continuation only
     token_ids: list[int]  # BOS, prompt and continuation
-    tokens: list[str]  # each as the tokenizer writes it
+    tokens: list[str]  # as text, see [`TokenTexts`]
     prompt_tokens: int  # how many of them are BOS and prompt
     steers: tuple[Steer, ...]
     # (tokens, steers): of the steered features before each is changed; 0 on BOS, other special tokens and sinks, on
@@ -99,7 +99,7 @@ class Steering:
         reader = FeatureCapture(sae, lm, token)
         self.sae, self.lm = sae, reader.lm
         self._capture, self._cutter = reader.activations, reader.cutter
-        self._end_ids = end_ids(self.lm)
+        self._end_ids, self._texts = end_ids(self.lm), TokenTexts(self.lm.tokenizer)
         takes = inspect.signature(self.lm.model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20 has the latter
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -125,9 +125,13 @@ class Steering:
             SelOrthoError: an empty prompt, one that does not fit the SAE's contexts together with the tokens asked
                 for, a feature out of range or named twice; while generating, logits that are not finite.
         """
-        sampling = sampling or Sampling()
+        sampling = Sampling() if sampling is None else object_of(sampling, Sampling, "sampling", "as Sampling(40)")
+        if isinstance(steers, Steer):
+            raise SelOrthoError("steers is a single Steer: expected a list of them, as in [steer]")
+        steers = tuple(steers)
         self._check(steers)
-        return self._steps(prompt, self._read(prompt, sampling.max_new_tokens), tuple(steers), sampling)
+        prompt_ids = self._read(text_of(prompt, "prompt"), sampling.max_new_tokens)
+        return self._steps(prompt, prompt_ids, steers, sampling)
 
     def _steps(
         self, prompt: str, prompt_ids: list[int], steers: tuple[Steer, ...], sampling: Sampling
@@ -142,11 +146,13 @@ class Steering:
             if not ended:
                 token_ids.append(token_id)
                 logits = run.read([token_id])
+            tokens = self._texts.of(token_ids, prompt)
+            text = self._continuation(token_ids, len(prompt_ids))
             yield Generation(
                 prompt=prompt,
-                text=self._continuation(token_ids, len(prompt_ids)),
+                text=text.rstrip("\ufffd") if BYTES.search(tokens[-1]) else text,  # half a character
                 token_ids=list(token_ids),
-                tokens=[spelling(self.lm.tokenizer, one) for one in token_ids],
+                tokens=tokens,
                 prompt_tokens=len(prompt_ids),
                 steers=steers,
                 feature_acts=torch.cat(run.feature_acts),
@@ -164,12 +170,9 @@ class Steering:
 
     def _check(self, steers: Sequence[Steer]) -> None:
         d_sae = self.sae.W_dec.shape[0]
-        features = [steer.feature for steer in steers]
+        features = [object_of(steer, Steer, "steers", "as in [Steer(12, 'clamp', 5.0)]").feature for steer in steers]
         for feature in features:
-            if feature not in range(d_sae):
-                raise SelOrthoError(
-                    f"feature {feature} is out of range: the SAE has {d_sae} features, choose 0 to {d_sae - 1}"
-                )
+            whole_number(feature, "feature", end=d_sae)
             if features.count(feature) > 1:
                 raise SelOrthoError(f"feature {feature} is steered {features.count(feature)} times: expected once")
 

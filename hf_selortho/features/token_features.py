@@ -11,13 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import name_of, text_of, texts_of, whole_number
 from ..configuration_selortho import SelOrthoConfig
-from ..data.contexts import Cutter, spelling
+from ..data.contexts import Cutter
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, length_batches
 from ..language_models.contexts import Context, pad_batch
 from ..language_models.loading import LanguageModel, load_language_model
-from ..modeling_selortho import SelOrthoSAE
+from ..language_models.token_text import TokenTexts
+from ..modeling_selortho import SelOrthoSAE, sae_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class TokenFeatures:
 
     text: str
     token_ids: Tensor  # (tokens,) int64
-    tokens: list[str]  # each as the tokenizer writes it
+    tokens: list[str]  # as text, see [`TokenTexts`]
     positions: Tensor  # (tokens,) int64, place in the context, BOS being 0
     trained_on: Tensor  # (tokens,) bool; False: BOS, another special token or a sink, on which the SAE says nothing
     feature_acts: Tensor  # (tokens, d_sae), on the CPU
@@ -48,6 +50,7 @@ class TokenFeatures:
 
     def top(self, k: int = 5) -> list[list[FiringFeature]]:
         """For each token, its at most `k` strongest features, the strongest first; none where nothing can be said."""
+        k = whole_number(k, "k", 1)
         values, features = self.feature_acts.topk(min(k, self.feature_acts.shape[1]), dim=1)
         values = values.where(self.trained_on[:, None], 0)
         return [
@@ -57,13 +60,14 @@ class TokenFeatures:
 
     def strongest(self, k: int = 10) -> list[FiringFeature]:
         """The at most `k` features with the largest activation on any token, the strongest first."""
+        k = whole_number(k, "k", 1)
         peaks = self.feature_acts.where(self.trained_on[:, None], 0).amax(0)  # (d_sae,)
         values, features = peaks.topk(min(k, len(peaks)))
         return [FiringFeature(f, v) for f, v in zip(features.tolist(), values.tolist(), strict=True) if v > 0]
 
     def on(self, feature: int) -> Tensor:
         """Activations (tokens,) of a feature."""
-        return self.feature_acts[:, feature]
+        return self.feature_acts[:, whole_number(feature, "feature", end=self.feature_acts.shape[1])]
 
 
 class FeatureCapture:
@@ -79,7 +83,7 @@ class FeatureCapture:
     """
 
     def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
-        config = sae.config
+        config = sae_of(sae).config
         if config.layer is None:
             raise SelOrthoError(
                 "layer=None in the SAE's config: it does not say which activations it reads; use sae.encode on yours"
@@ -89,6 +93,7 @@ class FeatureCapture:
                 "lm_name=None in the SAE's config: pass the language model, as in lm='google/gemma-2-2b'"
             )
         if not isinstance(lm, LanguageModel):
+            lm = None if lm is None else name_of(lm, "lm")
             name, revision = (config.lm_name, config.lm_revision) if lm is None else (lm, None)
             lm = _language_model(str(name), revision, str(sae.device), token)
         warn_of_other_lm(config, lm)
@@ -99,6 +104,7 @@ class FeatureCapture:
             )
         self.sae, self.lm = sae, lm
         self.activations = ActivationCapture(lm, config.layer, config.max_norm)
+        self._texts = TokenTexts(lm.tokenizer)
         self.cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
 
     @torch.inference_mode()
@@ -106,8 +112,9 @@ class FeatureCapture:
         """Tokens and feature activations of each text.
 
         Raises:
-            SelOrthoError: a text holds no token.
+            SelOrthoError: a text holds no token, or is none.
         """
+        texts = texts_of(texts)
         contexts = self.cutter.cut(list(enumerate(texts)))
         empty = set(range(len(texts))) - {context.document_id for context in contexts}
         if empty:
@@ -135,7 +142,7 @@ class FeatureCapture:
         return TokenFeatures(
             text=text,
             token_ids=torch.tensor(ids, dtype=torch.int64),
-            tokens=[spelling(self.lm.tokenizer, token) for token in ids],
+            tokens=self._texts.of(ids, text),
             positions=torch.cat([torch.arange(len(context.input_ids)) for context, _, _ in parts]),
             trained_on=torch.cat([kept for _, kept, _ in parts]),
             feature_acts=torch.cat([acts for _, _, acts in parts]),
@@ -149,7 +156,7 @@ def inspect(
 
     The language model stays in memory for the next call.
     """
-    return FeatureCapture(sae, lm, token).capture([text])[0]
+    return FeatureCapture(sae, lm, token).capture([text_of(text, "text")])[0]
 
 
 def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checks import name_of
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
@@ -76,6 +77,7 @@ def read_sae(name: str | os.PathLike[str], format: str, lookup: Mapping[str, Any
     Raises:
         SelOrthoError: as [`load_sae`].
     """
+    name = name_of(name, "the SAE")
     if format not in ("auto", *FORMATS):
         raise SelOrthoError(f"format {format!r}: expected auto or one of {', '.join(FORMATS)}")
     if unknown := lookup.keys() - set(LOOKUP):

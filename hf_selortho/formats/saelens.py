@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import NonFiniteError, SelOrthoError
-from ..modeling_selortho import SelOrthoSAE
+from ..modeling_selortho import SelOrthoSAE, sae_of
 from ..utils.files import jsonable
 from ..utils.hub import read_object, read_tensors
 from .folders import whole_folder
@@ -42,7 +42,7 @@ def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | 
         SelOrthoError: there is no room, the folder cannot be written or holds something else, or a weight is not
             finite. Nothing is left in the folder then, nothing in it changed.
     """
-    plain = PlainSae.of(sae)
+    plain, folder = PlainSae.of(sae_of(sae)), Path(folder)
     tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
     if plain.threshold is not None:
         tensors["threshold"] = plain.threshold

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from hf_selortho import SelOrthoError
-from hf_selortho.data.contexts import spelling
 from hf_selortho.features.logit_lens import find_final_norm, top_logits, written_tokens
 from hf_selortho.language_models.loading import LanguageModel, find_decoder_layers
+from hf_selortho.language_models.token_text import TokenTexts
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]
 PADDING_ROWS = 40  # of the vocabulary, beyond the tokenizer's last token
@@ -65,7 +65,7 @@ def check(lm: LanguageModel, directions: Tensor, k: int = 6) -> None:
         for effects, expected in ((raised, logits.topk(k)), (lowered, logits.topk(k, largest=False))):
             assert [effect.token_id for effect in effects] == (expected.indices + 4).tolist()
             torch.testing.assert_close(torch.tensor([e.logit for e in effects]), expected.values, atol=1e-3, rtol=1e-3)
-            assert [effect.token for effect in effects] == [spelling(lm.tokenizer, e.token_id) for e in effects]
+            assert [effect.token for effect in effects] == [TokenTexts(lm.tokenizer).token(e.token_id) for e in effects]
 
 
 def test_as_the_language_model_computes_it(lm, directions) -> None:

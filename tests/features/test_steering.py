@@ -80,7 +80,8 @@ def test_without_steers_it_is_what_the_language_model_writes(steering) -> None:
     plain = plain[: next((place for place in range(len(ids), len(plain)) if plain[place] in end), None)]
     generation = steering.generate(PROMPT)
     assert generation.token_ids == plain and generation.prompt_tokens == len(ids) and generation.prompt == PROMPT
-    assert PROMPT + generation.text == steering.lm.tokenizer.decode(plain, skip_special_tokens=True)
+    whole = steering.lm.tokenizer.decode(plain, skip_special_tokens=True)
+    assert PROMPT + generation.text == whole.rstrip("\ufffd")  # without the half character at its end
     assert "".join(generation.tokens[1 : len(ids)]) == PROMPT
     assert generation.feature_acts.shape == (len(generation), 0)
 
@@ -225,11 +226,11 @@ def test_choose() -> None:
     [
         (lambda: Steer(1, "add", 1.0), "mode 'add' of feature 1: choose scale or clamp"),
         (lambda: Steer(1, "clamp", -1.0), "clamp -1.0 of feature 1: activations are never negative; take 0 or more"),
-        (lambda: Steer(1, "scale", float("nan")), "scale nan of feature 1: expected a finite number"),
-        (lambda: Sampling(max_new_tokens=0), "max_new_tokens 0: expected at least 1"),
+        (lambda: Steer(1, "scale", float("nan")), "scale of feature 1 nan: expected a finite number"),
+        (lambda: Sampling(max_new_tokens=0), "max_new_tokens 0: expected a number of at least 1"),
         (lambda: Sampling(temperature=-0.1), "temperature -0.1: expected 0"),
         (lambda: Sampling(top_p=0), "top_p 0: expected more than 0"),
-        (lambda: Sampling(seed=-1), "seed -1: expected 0 to"),
+        (lambda: Sampling(seed=-1), "seed -1: expected a number from 0 to"),
     ],
 )
 def test_values_that_are_not_allowed(make, message: str) -> None:
@@ -241,8 +242,7 @@ def test_errors_come_before_the_first_token(tiny_lm) -> None:
     steering = make_steering(tiny_lm("gpt2"))
     for prompt, steers, message in [
         ("", [], "the prompt '' holds no token"),
-        (PROMPT, [Steer(48, "scale", 0.0)], "feature 48 is out of range: the SAE has 48 features, choose 0 to 47"),
-        (PROMPT, [Steer(-1, "scale", 0.0)], "feature -1 is out of range"),
+        (PROMPT, [Steer(48, "scale", 0.0)], "feature 48: expected a number from 0 to 47"),
         (PROMPT, [Steer(1, "scale", 0.0), Steer(1, "clamp", 2.0)], "feature 1 is steered 2 times"),
     ]:
         with pytest.raises(SelOrthoError, match=message):

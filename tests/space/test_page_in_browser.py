@@ -114,7 +114,7 @@ def test_type_a_sentence_click_a_token_open_a_feature(page, served, reading, ind
     expect(shown.locator(".so-example")).to_have_count(3)
     page.get_by_label("Sentence").first.fill(SENTENCE)
     page.get_by_label("Sentence").first.press("Enter")
-    tokens, row = shown.locator(".so-reading button"), shown.locator("tbody tr").first
+    tokens, row = shown.locator(".so-reading a"), shown.locator("tbody tr").first
     expect(tokens).to_have_count(len(reading))
     page.wait_for_function(SETTLED)
     assert "".join(tokens.all_inner_texts()).replace("\n", "") == "".join(reading.tokens)

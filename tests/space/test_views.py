@@ -99,9 +99,9 @@ def test_the_first_page_offers_examples(views) -> None:
 def test_a_text_shows_its_tokens_and_the_strongest_features(views, live) -> None:
     page = views.render(Address(q=SENTENCE))
     reading = live.capture(SENTENCE)
-    buttons = re.findall(r'data-set="token=(\d+)">(.*?)</button>', page)
-    assert [int(place) for place, _ in buttons] == list(range(len(reading)))
-    assert "".join(html.unescape(token) for _, token in buttons) == "".join(reading.tokens)
+    shown = page.split('<div class="so-reading" dir="auto">')[1].split("</div>")[0]
+    assert links(shown) == [Address(q=SENTENCE, token=place).query() for place in range(len(reading))]
+    assert html.unescape(re.sub("<[^>]*>", "", shown)) == "".join(reading.tokens)
     first, *_ = re.findall(r"<tr><td>(.*?)</tr>", page, re.DOTALL)
     feature, activation = reading.strongest(1)[0]
     assert Address(q=SENTENCE, feature=feature).query() in links(first) and number(activation) in first
@@ -117,7 +117,8 @@ def test_a_token_lists_its_features(views, live) -> None:
     fires = int((reading.feature_acts[3] > 0).sum())
     assert f"“{reading.tokens[3]}”: {fires} features fire" in words(page)
     feature, activation = reading.top(1)[3][0]
-    assert links(page)[0] == Address(q=SENTENCE, token=3, feature=feature).query() and number(activation) in page
+    assert links(page)[len(reading)] == Address(q=SENTENCE, token=3, feature=feature).query()
+    assert number(activation) in page
     assert "the SAE does not read this token" in words(views.render(Address(q=SENTENCE, token=0)))
 
 
@@ -126,7 +127,7 @@ def test_a_chosen_feature_shades_the_text_and_opens_beside_it(views, live, catal
     page = views.render(Address(q=SENTENCE, feature=feature))
     most = catalog["main"].index.feature(feature).max_activation
     assert f"shaded by feature {feature}" in page and number(most) in page.split("<aside")[1]
-    shades = re.findall(r"--s:([\d.]+)", page.split('<div class="so-reading">')[1].split("</div>")[0])
+    shades = re.findall(r"--s:([\d.]+)", page.split('<div class="so-reading" dir="auto">')[1].split("</div>")[0])
     assert max(map(float, shades)) == pytest.approx(activation / max(most, activation), abs=1e-3)
 
 

@@ -7,7 +7,8 @@ sums after `compute()`. Several processes cannot share it as they would share ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import datasets
@@ -15,11 +16,13 @@ import evaluate
 import torch
 from torch import Tensor
 
+from hf_selortho.activation_functions import floats_of, named
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation.metrics import Correlations, CrossEntropy, LossRecovered, Reconstruction, Sparsity
 
 VECTORS = datasets.Sequence(datasets.Value("float32"))
 SCALARS = datasets.Value("float32")
+IDS = datasets.Value("int64")
 PAIR_SETTINGS = ("batch_size", "pair_fraction", "min_support", "correlation")
 
 
@@ -53,7 +56,7 @@ METRICS = {
     ),
     "cross_entropy": SaeMetric(
         "Cross-entropy of a language model in nats a token, and perplexity.",
-        {"predictions": VECTORS, "references": datasets.Value("int64")},
+        {"predictions": VECTORS, "references": IDS},
         CrossEntropy,
         lambda predictions, references: CrossEntropy.of(predictions, references.long()),
     ),
@@ -120,7 +123,7 @@ class SaeMetrics(evaluate.Metric):
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one token to the running sums."""
         given = {"predictions": prediction, "references": reference, **kwargs}
-        self.add_batch(**{name: torch.as_tensor(value)[None] for name, value in given.items() if value is not None})
+        self.add_batch(**{name: [value] for name, value in given.items() if value is not None})
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float | int]:
         """Add what is given, return the metric over everything added since the last call, and start anew.
@@ -142,10 +145,14 @@ class SaeMetrics(evaluate.Metric):
     def _as_tensor(self, name: str, value: Any) -> Tensor:
         if value is None:
             raise SelOrthoError(f"{self.config_name} needs {name}: pass {' and '.join(self.metric.inputs)}")
-        if isinstance(value, Sequence) and value and isinstance(value[0], Tensor):
-            value = torch.stack(list(value))
-        tensor = torch.as_tensor(value).detach()
-        if isinstance(self.metric.inputs[name], datasets.Value):
+        if self.metric.inputs[name] == IDS:
+            with contextlib.suppress(TypeError, ValueError):
+                value = torch.as_tensor(value).flatten()
+            if not isinstance(value, Tensor) or value.dtype in (torch.bool, torch.float32, torch.float64):
+                raise SelOrthoError(f"references: got {named(value)}, expected token ids")
+            return value
+        tensor = floats_of(value, name, finite=True).detach()
+        if self.metric.inputs[name] == SCALARS:
             return tensor.flatten()
         if tensor.ndim < 2:
             raise SelOrthoError(
