@@ -18,6 +18,7 @@ from ..language_models.capture import ActivationCapture, length_batches
 from ..language_models.contexts import Context, pad_batch
 from ..language_models.loading import LanguageModel, load_language_model
 from ..modeling_selortho import SelOrthoSAE
+from .reads import check_centering, check_site
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class FeatureCapture:
 
     def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
         config = sae.config
+        check_site(config)
         if config.layer is None:
             raise SelOrthoError(
                 "layer=None in the SAE's config: it does not say which activations it reads; use sae.encode on yours"
@@ -92,6 +94,7 @@ class FeatureCapture:
             name, revision = (config.lm_name, config.lm_revision) if lm is None else (lm, None)
             lm = _language_model(str(name), revision, str(sae.device), token)
         warn_of_other_lm(config, lm)
+        check_centering(config, lm)
         if lm.d_model != config.d_in:
             raise SelOrthoError(
                 f'the residual stream of "{lm.name}" is {lm.d_model} wide, the SAE reads d_in={config.d_in}: '
