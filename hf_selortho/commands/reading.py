@@ -12,7 +12,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.texts import TextSource
 from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
-from ..features.reads import check_centering, check_site
+from ..features.token_features import check_centering, check_site
 from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, load_language_model

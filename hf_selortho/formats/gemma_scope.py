@@ -92,7 +92,8 @@ def _facts(name: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
         facts["lm_name"] = f"google/gemma-2-{size}{'-it' if kind == 'it' else ''}"
     if folder is None:
         if _EMBEDDING.fullmatch(place):
-            facts["hook_name"] = "model.embed_tokens, before it is scaled by the root of d_model"
+            logger.warning("%s reads embeddings before they are multiplied by the root of d_model", place)
+            facts["hook_name"] = "model.embed_tokens"
         return facts
     module, site = f"model.layers.{int(folder[1])}", repository[3] if repository else None
     if site is None:

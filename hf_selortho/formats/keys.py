@@ -50,15 +50,13 @@ def unless(*neutral: Any, reason: str) -> Refusal:
 
 
 def checked(content: Content, key: str, kind: type, expected: str, path: str, default: Any = None) -> Any:
-    """Return the value of an obeyed key, or the default where it is missing or null.
+    """Return the value of an obeyed key, or the default where it is missing.
 
     Raises:
         SelOrthoError: it is of another type, so that nobody knows what is to be obeyed.
     """
-    value = content.get(key)
-    if value is None:
-        return default
-    if type(value) is not kind:
+    value = content.get(key, default)
+    if value is not default and type(value) is not kind:
         raise SelOrthoError(f"{path}: {key}={value!r:.80}, expected {expected}: take the file as its library wrote it")
     return value
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..errors import NonFiniteError, SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.files import jsonable
-from ..utils.hub import read_object, read_tensors
+from ..utils.hub import is_commit, read_object, read_tensors
 from . import saelens_keys
 from .folders import whole_folder
 from .keys import checked, warn_of_unknown
@@ -63,16 +63,20 @@ def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | 
 def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> dict[str, Any]:
     config = sae.config
     kind = "topk" if plain.k is not None else "standard" if plain.threshold is None else "jumprelu"
+    of_lens = (config.hook_name or "").startswith(("blocks.", "hook_"))
+    arguments: dict[str, Any] = {"center_writing_weights": True} if config.centered else {}
+    if config.lm_revision and not is_commit(config.lm_revision) and "sha256:" not in config.lm_revision:
+        arguments["revision"] = config.lm_revision  # a branch or tag: SAELens reads none of "hf_..."
     known = {
         "sae_lens_version": VERSION,
         "model_name": lens_name(config.lm_name) if config.lm_name else None,
         "hf_model_name": config.lm_name,
         "hf_model_revision": config.lm_revision,
-        "hook_name": None if config.layer is None else lens_hook(config.layer),
-        "hf_hook_name": config.hook_name,
+        "hook_name": lens_hook(config.layer) if config.layer is not None else config.hook_name if of_lens else None,
+        "hf_hook_name": None if of_lens else config.hook_name,
         "context_size": config.context_length,
         "prepend_bos": config.prepend_bos,
-        "model_from_pretrained_kwargs": {"center_writing_weights": True} if config.centered else None,
+        "model_from_pretrained_kwargs": arguments or None,
         "exclude_special_tokens": True,
         "dataset_path": config.dataset,
         **metadata,
@@ -170,7 +174,7 @@ def _facts(metadata: Mapping[str, Any], path: str) -> tuple[dict[str, Any], list
         "prepend_bos": checked(metadata, "prepend_bos", bool, "true or false", path),
     }
     key = "model_from_pretrained_kwargs"
-    arguments = checked(metadata, key, dict, "an object of arguments", path, {})
+    arguments = checked(metadata, key, dict, "an object of arguments", path) or {}
     unknown = saelens_keys.LANGUAGE_MODEL.check(arguments, path, f"{key}.")
     unknown += [name for name in _NAMES if not isinstance(metadata.get(name), str | None)]
     centred = checked(arguments, "center_writing_weights", bool, "true or false", f"{path}: {key}")

@@ -143,6 +143,9 @@ def test_keys_that_are_unknown_are_listed_in_one_line(write, changes, listed, tm
 def test_a_key_that_is_obeyed_becomes_a_setting(changes, settings, tmp_path) -> None:
     config = load_sae(saelens(tmp_path / "sae", **changes)).config
     assert {name: getattr(config, name) for name in settings} == settings
+    write_saelens(load_sae(tmp_path / "sae"), tmp_path / "back")
+    again = load_sae(tmp_path / "back").config
+    assert {name: getattr(again, name) for name in settings} == settings
 
 
 def test_what_only_the_registry_of_saelens_knows_of_a_repository_is_obeyed(tmp_path, monkeypatch) -> None:
