@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from .keys import Content, KeyTable, Refusal, unless
@@ -125,8 +124,8 @@ CONFIG = KeyTable(
 )
 
 # What SAELens knows of published SAEs that their own files do not say: it overrides these. From its registry.
-_CENTRED: Mapping[str, Any] = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-REGISTRY: Mapping[str, Mapping[str, Any]] = {
+_CENTRED: dict[str, Any] = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+REGISTRY: dict[str, dict[str, Any]] = {
     "jbloom/gpt2-small-saes-reformatted": _CENTRED,
     "jbloom/gpt2-small-feature-splitting-experiment-layer-8": _CENTRED,
     "tommmcgrath/gpt2-small-mlp-out-saes": _CENTRED,
