@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 try:  # this file also lives on the Hub, without the package
     from hf_selortho.errors import ConfigError
     from hf_selortho.utils import hub
+    from hf_selortho.utils.sae_formats import check_own
 except ModuleNotFoundError:
     hub = None  # type: ignore[assignment]
 
@@ -205,6 +206,11 @@ class SelOrthoConfig(PreTrainedConfig):
         None, "Decoder layer, counted from 0, after which the residual stream is read.", _INDEX
     )
     hook_name: str | None = _setting(None, "Module of the language model whose output is read.")
+    centered: bool = _setting(
+        False,
+        "Whether the SAE reads activations less their mean over the d_in entries, as TransformerLens has them with "
+        "center_writing_weights; it subtracts the mean itself.",
+    )
     context_length: int = _setting(128, "Longest context in tokens, BOS included.", _SEVERAL)
     prepend_bos: bool = _setting(True, "Whether each context starts with BOS (left out of the training data).")
     # Measured on Gemma-3-270m: ordinary tokens stay below 2.3 times the median norm, sinks start at 4.7 times.
@@ -265,7 +271,7 @@ class SelOrthoConfig(PreTrainedConfig):
 
         Raises:
             SelOrthoError: there is none.
-            ConfigError: it is damaged, or that of another kind of model.
+            ConfigError: it is damaged, or that of another kind of model or of an SAE of another library.
         """
         if not hub:
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -275,10 +281,7 @@ class SelOrthoConfig(PreTrainedConfig):
             name, lookup = hub.located(name, lookup)
         path = Path(name) if os.path.isfile(name) else hub.find_config(name, lookup)
         content = hub.read_object(path)
-        if (kind := content.get("model_type", cls.model_type)) != cls.model_type:
-            raise ConfigError(
-                f"{path} has model_type={reprlib.repr(kind)}, expected {cls.model_type!r}: this is no SAE"
-            )
+        check_own(content, path, cls.model_type)
         return content, kwargs
 
     @classmethod

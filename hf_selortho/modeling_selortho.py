@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def weight_shapes(config: SelOrthoConfig) -> dict[str, tuple[int, ...]]:
 class SelOrthoSAE(PreTrainedModel):
     r"""Sparse autoencoder of language-model activations with selective orthogonality.
 
-    With `x~ = (x - input_mean) / input_scale`:
+    With `x~ = (x - input_mean) / input_scale` (and where the config says `centered`, x less its mean over d_in):
 
         h     = act(x~ W_enc + b_enc)                                     (eq. 2)
         x^    = (h W_dec + b_dec) * input_scale + input_mean              (eq. 3)
@@ -237,7 +238,14 @@ class SelOrthoSAE(PreTrainedModel):
         activations = floats_of(activations, "activations", like=self.W_dec)
         self._check_width(activations, "activations")
         x = activations.to(torch.promote_types(activations.dtype, torch.float32))
-        return (x - self.input_mean) / self.input_scale
+        return (self.center(x) - self.input_mean) / self.input_scale
+
+    def center(self, activations: Tensor) -> Tensor:
+        """Subtract the mean over the last axis of activations (..., d_in) if the SAE is `centered`; else return them.
+
+        That mean is what [`decode`] leaves out. A LayerNorm takes it away, so the language model computes the same.
+        """
+        return activations - activations.mean(-1, keepdim=True) if self.config.centered else activations
 
     def encode(self, activations: Tensor) -> Tensor:
         """Compute the feature activations (..., d_sae) of raw language-model activations (..., d_in).
@@ -294,16 +302,17 @@ class SelOrthoSAE(PreTrainedModel):
             if self.training:
                 logger.warning("no loss is computed: training needs the package, pip install hf_selortho")
             h = self.encode(activations)
-            return SelOrthoOutput(reconstruction=self.decode(h), feature_acts=h)
+            return SelOrthoOutput(reconstruction=self._with_mean(self.decode(h), activations), feature_acts=h)
         x = self.normalize_input(activations).reshape(-1, activations.shape[-1])  # (B, d_in)
         step = run_step(self, x, group, plan, dead, dense=return_feature_acts)
         dense = isinstance(step.features, DenseFeatures)
         feature_acts = step.features.values if dense else None
         if feature_acts is not None and activations.ndim != 2:
             feature_acts = feature_acts.view(*activations.shape[:-1], -1)
+        x_hat = self._denormalize(step.x_hat).view(activations.shape)
         return SelOrthoOutput(
             loss=torch.stack([as_float(term) for term in step.losses.values()]).sum(),
-            reconstruction=self._denormalize(step.x_hat).to(activations.dtype).view(activations.shape),
+            reconstruction=self._with_mean(x_hat, activations).to(activations.dtype),
             feature_acts=feature_acts,
             losses=step.losses,
             pairs=step.pairs,
@@ -370,6 +379,9 @@ class SelOrthoSAE(PreTrainedModel):
         for part, directions in zip(gradient.split(rows), W_dec.split(rows), strict=True):
             along = torch.linalg.vecdot(part, directions)[:, None]
             part.addcmul_(along, directions, value=-1)
+
+    def _with_mean(self, x_hat: Tensor, activations: Tensor) -> Tensor:
+        return x_hat + activations.mean(-1, keepdim=True) if self.config.centered else x_hat
 
     def _denormalize(self, x_hat: Tensor) -> Tensor:
         return x_hat.to(torch.promote_types(x_hat.dtype, torch.float32)) * self.input_scale + self.input_mean

@@ -113,6 +113,7 @@ def allowed_settings(draw: st.DrawFn) -> dict[str, Any]:
         "penalty_schedule": ["on_selection", "every_step"],
         "input_normalization": ["standard", "none"],
         "prepend_bos": [True, False],
+        "centered": [True, False],
     }
     found |= {name: draw(st.sampled_from(values)) for name, values in choices.items()}
     selects_by = found["penalty_space"] if found["selection_space"] == "same" else found["selection_space"]
@@ -156,7 +157,7 @@ def test_every_configuration_survives_being_saved(chosen) -> None:
 @settings(max_examples=400, deadline=None)
 @given(name=st.sampled_from([*_OWN, "dtype", "architectures", "id2label", "return_dict"]), value=_JSON)
 def test_any_value_in_any_field_is_kept_or_refused(name, value) -> None:
-    content = {"d_in": 8, "d_sae": 16, name: value}
+    content = {"model_type": SelOrthoConfig.model_type, "d_in": 8, "d_sae": 16, name: value}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(content))
         try:

@@ -12,6 +12,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.text_source import TextSource
 from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
+from ..features.token_features import check_centering, check_site
 from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, load_language_model
@@ -90,8 +91,9 @@ def load_lm_of(config: SelOrthoConfig, arguments: ReadingArguments) -> LanguageM
     """The language model of the command line, else that of the training.
 
     Raises:
-        SelOrthoError: neither says which, or it cannot be loaded.
+        SelOrthoError: neither says which, it cannot be loaded, or the SAE reads no output of its layers.
     """
+    check_site(config)
     return load_language_model(
         required(arguments.model or config.lm_name, "--model"),
         arguments.model_revision or (config.lm_revision if arguments.model is None else None),
@@ -104,9 +106,11 @@ def capture_of(config: SelOrthoConfig, lm: LanguageModel, arguments: ReadingArgu
     """The language model at the SAE's layer, sinks left out as in training; warns if it is another one.
 
     Raises:
-        SelOrthoError: neither the command line nor the SAE says which layer it reads.
+        SelOrthoError: neither the command line nor the SAE says which layer it reads, or it reads centred activations
+            of another language model.
     """
     warn_of_other_lm(config, lm)
+    check_centering(config, lm)
     layer = config.layer if arguments.layer is None else arguments.layer
     return ActivationCapture(lm, required(layer, "--layer"), config.max_norm)
 

@@ -155,7 +155,7 @@ class _FeatureMetrics:
         self.arrays: dict[str, np.ndarray] = {}
 
     def add(self, batch: Mapping[int, Tensor]) -> None:
-        x = batch[_layer_of(self.sae, tuple(batch))].to(self.sae.device).float()  # (B, d_in)
+        x = self.sae.center(batch[_layer_of(self.sae, tuple(batch))].to(self.sae.device).float())  # (B, d_in)
         h = self.sae.encode(x)  # (B, d_sae)
         self.reconstruction += Reconstruction.of(x, self.sae.decode(h))
         self.sparsity += Sparsity.of(h)

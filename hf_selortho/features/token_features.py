@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import name_of, text_of, texts_of, whole_number
 from ..configuration_selortho import SelOrthoConfig
@@ -84,6 +84,7 @@ class FeatureCapture:
 
     def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
         config = sae_of(sae).config
+        check_site(config)
         if config.layer is None:
             raise SelOrthoError(
                 "layer=None in the SAE's config: it does not say which activations it reads; use sae.encode on yours"
@@ -97,6 +98,7 @@ class FeatureCapture:
             name, revision = (config.lm_name, config.lm_revision) if lm is None else (lm, None)
             lm = _language_model(str(name), revision, str(sae.device), token)
         warn_of_other_lm(config, lm)
+        check_centering(config, lm)
         if lm.d_model != config.d_in:
             raise SelOrthoError(
                 f'the residual stream of "{lm.name}" is {lm.d_model} wide, the SAE reads d_in={config.d_in}: '
@@ -172,6 +174,33 @@ def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:
         _named(*trained),
         _named(lm.name, lm.revision),
     )
+
+
+def check_site(config: SelOrthoConfig) -> None:
+    """See that an SAE reads the residual stream after a decoder layer, or does not say what it reads.
+
+    Raises:
+        SelOrthoError: it names another site, such as the output of an MLP.
+    """
+    if config.layer is None and config.hook_name is not None:
+        raise SelOrthoError(
+            f"this SAE reads {config.hook_name}, not the output of a decoder layer, which is all that is read here "
+            "(whatever --layer says): choose an SAE of the residual stream, or encode activations of yours with it"
+        )
+
+
+def check_centering(config: SelOrthoConfig, lm: LanguageModel) -> None:
+    """See that a language model does without the mean over d_model that the activations of a `centered` SAE lack.
+
+    Raises:
+        SelOrthoError: its norms are no LayerNorms, so that the mean counts.
+    """
+    if config.centered and not any(isinstance(module, nn.LayerNorm) for module in lm.layers.modules()):
+        raise SelOrthoError(
+            f'this SAE reads activations less their mean (centered=true in its config), and "{lm.name}" has no '
+            "LayerNorm, which would take the mean away: give the language model of its training (--model), or, as "
+            "TransformerLens centres none without, set centered (center_writing_weights in a cfg.json) to false"
+        )
 
 
 def _named(name: str | None, revision: str | None) -> str:

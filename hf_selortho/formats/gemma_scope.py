@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import lzma
 import re
 import struct
@@ -19,10 +20,14 @@ from ..errors import SelOrthoError
 from ..utils.hub import listed, one_line
 from .plain import PlainSae, needed_files, weight_shapes
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS = "params.npz"
 _NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
 _REPOSITORY = re.compile(r"(?:.*(?:/|--))?gemma-scope-(2b|9b|27b)-(pt|it)-(res|att|mlp|transcoders)(?:[-/].*)?")
 _FOLDER = re.compile(r"(?:.*/)?layer_(\d{1,3})/width_\w+/\w+")
+_EMBEDDING = re.compile(r"(?:.*/)?embedding/width_\w+/\w+")
+_MODULES = {"att": ".self_attn.o_proj.input", "mlp": ".post_feedforward_layernorm"}
 # What numpy and zipfile raise over damaged files.
 _DAMAGE = (
     ArithmeticError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, RuntimeError, SyntaxError,
@@ -85,6 +90,19 @@ def _facts(name: str, lookup: Mapping[str, Any]) -> dict[str, Any]:
                 f"{place} is a transcoder, which is not read; expected an SAE, as of gemma-scope-2b-pt-res"
             )
         facts["lm_name"] = f"google/gemma-2-{size}{'-it' if kind == 'it' else ''}"
-    if folder and (repository is None or repository[3] == "res"):
-        facts |= {"layer": int(folder[1]), "hook_name": f"model.layers.{int(folder[1])}"}
-    return facts
+    if folder is None:
+        if _EMBEDDING.fullmatch(place):
+            logger.warning("%s reads embeddings before they are multiplied by the root of d_model", place)
+            facts["hook_name"] = "model.embed_tokens"
+        return facts
+    module, site = f"model.layers.{int(folder[1])}", repository[3] if repository else None
+    if site is None:
+        logger.warning(
+            "%s is taken for an SAE of the output of %s: its path does not name the repository, which may be that of "
+            "another site (att, mlp) or of transcoders, and tells its language model",
+            place,
+            module,
+        )
+    if site in (None, "res"):
+        return facts | {"layer": int(folder[1]), "hook_name": module}
+    return facts | {"hook_name": module + _MODULES[site]}

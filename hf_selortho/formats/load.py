@@ -24,6 +24,7 @@ from ..utils.hub import (
     read_object,
     within_reach,
 )
+from ..utils.sae_formats import is_own, library_of
 from . import gemma_scope, saelens, sparsify
 from .plain import PlainSae
 
@@ -104,13 +105,15 @@ def format_of(name: str, lookup: Mapping[str, Any]) -> str:
         SelOrthoError: it holds none.
     """
     config = find_file(name, CONFIG, lookup)
-    if config and read_object(config).get("model_type", SelOrthoConfig.model_type) == SelOrthoConfig.model_type:
-        return "selortho"
+    content = read_object(config) if config else {}
+    other = library_of(content) and not find_file(name, saelens.CONFIG, lookup)
+    if is_own(content, SelOrthoConfig.model_type) or other:
+        return "selortho"  # in the latter case it will say what the config is of
     for format, reader in READERS.items():
         if find_file(name, reader.file, lookup):
             return format
     if config:
-        return "selortho"  # it will say what the config is of
+        return "selortho"
     place = os.path.join(name, lookup.get("subfolder") or "")
     there = f"it holds {listed(os.listdir(place)) or 'nothing'}; " if os.path.isdir(place) else ""
     files = ", ".join(in_subfolder(file, lookup) for file in (CONFIG, *(reader.file for reader in READERS.values())))

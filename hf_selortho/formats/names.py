@@ -26,6 +26,10 @@ _WHOLE = (
     (re.compile(r"Llama-2-\d+b(-chat)?"), "meta-llama/{}-hf"),
     (re.compile(r"(meta-)?llama-[23][.-].+", re.IGNORECASE), "meta-llama/{}"),
 )
+# Families whose norms do not subtract a mean: TransformerLens does not centre them, whatever it is asked for.
+_RMS_NORM = re.compile(r".*(gemma|llama|mistral|mixtral|qwen|olmo-?[23]|phi-?[34]|deepseek|gpt-oss).*", re.I)
+# Hooks behind a LayerNorm and before what writes to the residual stream: centring changes nothing there.
+_WITHIN_BLOCK = re.compile(r".*(attn\.hook_(?!result|out)|mlp\.hook_(?!out)|ln\w*\.hook_)\w+")
 _LENS_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|mid|post)")
 _LAYER = re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d{1,4})(?:\.output)?")
 
@@ -66,3 +70,13 @@ def layer_of(hook: Any) -> int | None:
         return number if place == "post" else number - 1 if place == "pre" and number > 0 else None
     found = _LAYER.fullmatch(hook)
     return int(found[1]) if found else None
+
+
+def can_be_centred(model: str | None, hook: str | None) -> bool:
+    """Return whether centring the weights that write to the residual stream changes the activations at a hook.
+
+    Args:
+        model: id on the Hub, or None where it is unknown.
+        hook: of TransformerLens, or a module of transformers; None where it is unknown.
+    """
+    return not (_RMS_NORM.fullmatch(model or "") or _WITHIN_BLOCK.fullmatch(hook or ""))

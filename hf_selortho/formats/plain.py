@@ -67,9 +67,10 @@ class PlainSae:
                 sae.log_threshold.copy_(self.threshold.clamp(min=0).double().log())
         if sae.config.layer is None:
             logger.warning(
-                "%s does not say that it reads the output of a decoder layer: encode and decode work on activations of "
-                "yours; what needs the language model does not",
+                "%s does not say that it reads the output of a decoder layer%s: encode and decode work on activations "
+                "of yours; what needs the language model does not",
                 name,
+                f", but {sae.config.hook_name}" if sae.config.hook_name else "",
             )
         return sae.eval()
 

@@ -13,15 +13,19 @@ from safetensors.torch import save_file
 from ..errors import NonFiniteError, SelOrthoError
 from ..modeling_selortho import SelOrthoSAE, sae_of
 from ..utils.files import jsonable
-from ..utils.hub import read_object, read_tensors
+from ..utils.hub import is_commit, read_object, read_tensors
+from . import saelens_keys
 from .folders import whole_folder
-from .names import hub_name, layer_of, lens_hook, lens_name
+from .keys import checked, warn_of_unknown
+from .names import can_be_centred, hub_name, layer_of, lens_hook, lens_name
 from .plain import PlainSae, checked_k, needed_files, weight_shapes
+from .saelens_keys import REGISTRY
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = {CONFIG, WEIGHTS}
 VERSION = "6.54.0"  # of SAELens, whose format this is
 _ARCHITECTURES = ("standard", "topk", "jumprelu")
+_NAMES = ("model_name", "hf_model_name", "hf_model_revision", "hf_hook_name", "hook_point", "dataset_path")
 
 
 def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[Path]:
@@ -59,15 +63,20 @@ def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | 
 def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> dict[str, Any]:
     config = sae.config
     kind = "topk" if plain.k is not None else "standard" if plain.threshold is None else "jumprelu"
+    of_lens = (config.hook_name or "").startswith(("blocks.", "hook_"))
+    arguments: dict[str, Any] = {"center_writing_weights": True} if config.centered else {}
+    if config.lm_revision and not is_commit(config.lm_revision) and "sha256:" not in config.lm_revision:
+        arguments["revision"] = config.lm_revision  # a branch or tag: SAELens reads none of "hf_..."
     known = {
         "sae_lens_version": VERSION,
         "model_name": lens_name(config.lm_name) if config.lm_name else None,
         "hf_model_name": config.lm_name,
         "hf_model_revision": config.lm_revision,
-        "hook_name": None if config.layer is None else lens_hook(config.layer),
-        "hf_hook_name": config.hook_name,
+        "hook_name": lens_hook(config.layer) if config.layer is not None else config.hook_name if of_lens else None,
+        "hf_hook_name": None if of_lens else config.hook_name,
         "context_size": config.context_length,
         "prepend_bos": config.prepend_bos,
+        "model_from_pretrained_kwargs": arguments or None,
         "exclude_special_tokens": True,
         "dataset_path": config.dataset,
         **metadata,
@@ -90,23 +99,35 @@ def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
     """Read an SAE that SAELens has saved, of the kinds that are encoder, activation function and decoder.
 
     Raises:
-        SelOrthoError: it is of another kind, its files are damaged, or do not fit one another.
+        SelOrthoError: it is of another kind, its files are damaged or do not fit one another, or a key of its config
+            changes what it computes or reads and cannot be obeyed.
     """
-    path, weights = needed_files(name, (CONFIG, WEIGHTS), lookup)
-    content = read_object(path)
+    config, weights = needed_files(name, (CONFIG, WEIGHTS), lookup)
+    path, overrides = str(config), REGISTRY.get(name.lower(), {})
+    content = read_object(config) | overrides
     metadata = content.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else content  # before version 6 all was in one
-    kind, k = _kind(content, str(path))
+    if isinstance(metadata, dict):
+        metadata = metadata | overrides
+    else:  # before version 6 all was in one, and what is not said of the heads is told by the hook
+        heads = "hook_z" in str(content.get("hook_name") or content.get("hook_point"))
+        metadata = content = ({"reshape_activations": "hook_z"} if heads else {}) | content
+    kind, k = _kind(content, path)
+    facts, unknown = _facts(metadata, path)
+    unknown += saelens_keys.CONFIG.check(content, path)
+    if metadata is not content:
+        unknown += saelens_keys.METADATA.check(metadata, path, "metadata.")
+    warn_of_unknown(unknown, path)
     shapes = weight_shapes(content.get("d_in"), content.get("d_sae"), kind == "jumprelu", name)
+    rescales = checked(content, "rescale_acts_by_decoder_norm", bool, "true or false", path, False)
+    subtracts = checked(content, "apply_b_dec_to_input", bool, "true or false", path, True)
     tensors = {key: tensor.float() for key, tensor in read_tensors(name, [weights], shapes).items()}
-    if kind == "topk" and content.get("rescale_acts_by_decoder_norm"):
+    if kind == "topk" and rescales:
         norms = tensors["W_dec"].double().norm(dim=1)
         tensors["W_enc"] = (tensors["W_enc"] * norms).float()
         tensors["b_enc"] = (tensors["b_enc"] * norms).float()
         tensors["W_dec"] = (tensors["W_dec"] / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).float()
-    subtracts = content.get("apply_b_dec_to_input", True)
     shift = tensors["b_dec"] if subtracts else torch.zeros_like(tensors["b_dec"])
-    return PlainSae(**tensors, shift=shift, k=k, facts=_facts(metadata), metadata=metadata)
+    return PlainSae(**tensors, shift=shift, k=k, facts=facts, metadata=metadata)
 
 
 def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
@@ -123,36 +144,52 @@ def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
     if kind not in _ARCHITECTURES or function not in ("relu", "topk"):
         said = kind if kind not in _ARCHITECTURES else f"activation function {function}"
         raise SelOrthoError(f"{path}: {said!r:.80} of SAELens is not read; expected {', '.join(_ARCHITECTURES)}")
-    hook = content.get("hook_name") or content.get("hook_point")  # before version 6; it decides if nothing else does
-    of_hook = "hook_z" if isinstance(hook, str) and "hook_z" in hook else "none"
-    for key, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        value = content.get(key) or (of_hook if key == "reshape_activations" else plain)
-        if value != plain:
-            raise SelOrthoError(
-                f"{path}: {key}={value!r:.80} is not read, as it is no part of the weights; fold it into them with "
-                f"SAELens and save the SAE again with {key}={plain!r}"
-            )
-    if content.get("finetuning_scaling_factor"):
-        raise SelOrthoError(f"{path}: finetuning_scaling_factor is not read; save the SAE again with SAELens 6")
     return kind, checked_k(k, path) if kind == "topk" else None
 
 
-def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Tell what we know of its training, in our terms; whatever is of another type than expected is left out."""
+def _facts(metadata: Mapping[str, Any], path: str) -> tuple[dict[str, Any], list[str]]:
+    """Tell what the SAE reads, in our terms, and which arguments of its language model are unknown.
 
-    def known(key: str, kind: type) -> Any:
-        return metadata[key] if type(metadata.get(key)) is kind else None
+    Names of another type than expected are left out, and listed with these.
 
-    hook = known("hook_name", str) or known("hook_point", str)
-    module = (known("hf_hook_name", str) or "").removesuffix(".output")
-    context = known("context_size", int)
+    Raises:
+        SelOrthoError: hook, contexts or language model are not said in a way that can be obeyed.
+    """
+
+    def name_of(key: str) -> str | None:
+        return metadata[key] if type(metadata.get(key)) is str else None
+
+    hook = checked(metadata, "hook_name", str, "the name of a hook", path) or name_of("hook_point")
+    module = (name_of("hf_hook_name") or "").removesuffix(".output")
+    context = checked(metadata, "context_size", int, "a number of tokens", path)
+    if context is not None and not 2 <= context < 1 << 31:
+        raise SelOrthoError(f"{path}: context_size={context}, expected at least 2 tokens; choose another SAE")
     facts = {
-        "lm_name": known("hf_model_name", str) or hub_name(metadata.get("model_name")),
-        "lm_revision": known("hf_model_revision", str),
+        "lm_name": name_of("hf_model_name") or hub_name(metadata.get("model_name")),
+        "lm_revision": name_of("hf_model_revision"),
         "layer": layer_of(hook or module),
         "hook_name": module or hook,
-        "dataset": known("dataset_path", str),
-        "context_length": context if context and 2 <= context < 1 << 31 else None,
-        "prepend_bos": known("prepend_bos", bool),
+        "dataset": name_of("dataset_path"),
+        "context_length": context,
+        "prepend_bos": checked(metadata, "prepend_bos", bool, "true or false", path),
     }
-    return {key: value for key, value in facts.items() if value is not None}
+    key = "model_from_pretrained_kwargs"
+    arguments = checked(metadata, key, dict, "an object of arguments", path) or {}
+    unknown = saelens_keys.LANGUAGE_MODEL.check(arguments, path, f"{key}.")
+    unknown += [name for name in _NAMES if not isinstance(metadata.get(name), str | None)]
+    centred = checked(arguments, "center_writing_weights", bool, "true or false", f"{path}: {key}")
+    facts["centered"] = True if centred and can_be_centred(facts["lm_name"], hook) else None
+    facts["lm_revision"] = facts["lm_revision"] or _revision(arguments, facts["lm_name"], f"{path}: {key}")
+    return {key: value for key, value in facts.items() if value is not None}, unknown
+
+
+def _revision(arguments: Mapping[str, Any], lm_name: str | None, path: str) -> str | None:
+    """Return the revision of the language model that SAELens loads with these arguments, if not the default one."""
+    if (step := checked(arguments, "checkpoint_value", int, "a step of the training", path)) is None:
+        return checked(arguments, "revision", str, "a branch, tag or commit", path)
+    if not (lm_name or "").startswith("EleutherAI/pythia"):
+        raise SelOrthoError(
+            f"{path}: checkpoint_value={step} is not read: only the checkpoints of Pythia are revisions of its "
+            "repository; choose an SAE of the finished language model"
+        )
+    return f"step{step}"

@@ -83,7 +83,8 @@ def test_every_kind_of_number_and_a_saved_copy(dtype, compression, tmp_path) -> 
 def test_language_model_and_layer_by_name(name, subfolder, facts) -> None:
     found = _facts(name, {"subfolder": subfolder})
     assert (found.get("lm_name"), found.get("layer")) == facts
-    assert found.get("hook_name") == (None if facts[1] is None else f"model.layers.{facts[1]}")
+    hook = found.get("hook_name")
+    assert (hook == f"model.layers.{facts[1]}") == (facts[1] is not None) and (hook is None) == (name == "my/saes")
 
 
 def test_a_transcoder_is_named(tmp_path) -> None:

@@ -151,9 +151,6 @@ def saved(tmp_path) -> Path:
     ("changes", "message"),
     [
         ({"architecture": "gated"}, "'gated' of SAELens is not read; expected standard, topk, jumprelu"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not read"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' is not read"),
-        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
         ({"architecture": "topk"}, "k=None, expected the number"),
         ({"architecture": "standard"}, "unexpected: threshold"),
         ({"d_sae": 10**9}, "has the shape"),
@@ -186,13 +183,13 @@ def test_damaged_files_are_named(saved) -> None:
         load_sae(saved)
 
 
-def test_metadata_of_other_types_is_left_out(saved) -> None:
+def test_names_of_other_types_are_left_out(saved, caplog) -> None:
     config = json.loads((saved / "cfg.json").read_text())
-    config["metadata"] |= {"hf_model_name": 7, "model_name": [], "context_size": "x", "prepend_bos": 1}
-    config["metadata"] |= {"hook_name": "blocks.5.hook_mlp_out", "dataset_path": {}}
+    config["metadata"] |= {"hf_model_name": 7, "model_name": [], "dataset_path": {}}
     (saved / "cfg.json").write_text(json.dumps(config))
     settings = load_sae(saved).config
-    assert (settings.lm_name, settings.layer, settings.dataset, settings.context_length) == (None, None, None, 128)
+    assert (settings.lm_name, settings.dataset, settings.layer) == (None, None, 12)
+    assert "not known here: dataset_path, hf_model_name, model_name" in caplog.text
 
 
 def test_nothing_is_left_where_there_is_no_room(small_disks) -> None:
@@ -211,17 +208,6 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path) -> None:
     with pytest.raises(SelOrthoError, match="holds NaN or infinity: export an earlier checkpoint"):
         write_saelens(sae, tmp_path / "lens")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_heads_of_before_version_6_are_refused_as_they_are_by_name(saved) -> None:
-    tensors = load_file(saved / "sae_weights.safetensors")
-    save_file({key: tensor for key, tensor in tensors.items() if key != "threshold"}, saved / "sae_weights.safetensors")
-    old = {"d_in": 24, "d_sae": 48, "hook_point": "blocks.3.attn.hook_z", "normalize_activations": False}
-    (saved / "cfg.json").write_text(json.dumps(old))
-    with pytest.raises(SelOrthoError, match="reshape_activations='hook_z' is not read"):
-        load_sae(saved)
-    (saved / "cfg.json").write_text(json.dumps({**old, "hook_point": "blocks.3.hook_resid_post"}))
-    assert load_sae(saved).config.layer == 3
 
 
 def test_the_config_of_another_model_does_not_hide_the_sae_beside_it(saved) -> None:
