@@ -14,7 +14,7 @@ from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
 from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
-from ..language_models.loading import LanguageModel, load_language_model
+from ..language_models.loading import LanguageModel, check_context_length, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.options import argument
 
@@ -104,6 +104,7 @@ def capture_of(config: SelOrthoConfig, lm: LanguageModel, arguments: ReadingArgu
         SelOrthoError: neither the command line nor the SAE says which layer it reads.
     """
     warn_of_other_lm(config, lm)
+    check_context_length(lm, config.context_length)
     layer = config.layer if arguments.layer is None else arguments.layer
     return ActivationCapture(lm, required(layer, "--layer"), config.max_norm)
 
