@@ -160,7 +160,8 @@ def _auto_model(config: PreTrainedConfig, name: str) -> Any:
         raise SelOrthoError(
             f'"{name}" is an encoder-decoder model ({config.model_type}); choose a decoder-only language model'
         )
-    for auto_model in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+    auto_models: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    for auto_model in auto_models:
         if type(config) in auto_model._model_mapping:
             return auto_model
     raise SelOrthoError(f'"{name}" is no language model (its type is {config.model_type}); choose a decoder-only one')

@@ -69,7 +69,8 @@ def model_dir(tiny_tokenizer, tmp_path_factory) -> Callable[..., Path]:
     def build(kind: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(kind)
         config = AutoConfig.for_model(kind, **{**MODELS[kind], **changes})
-        for make in (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModel):
+        auto_models: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModel)
+        for make in auto_models:
             if type(config) in make._model_mapping:
                 make.from_config(config).save_pretrained(folder)
                 break
