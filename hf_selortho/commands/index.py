@@ -7,15 +7,14 @@ selortho index org/gemma2b-l12 --output index/feature_index --dataset path/to/te
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..data.pair_history import read_pair_history
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
-from ..features.build import IndexSettings, Sources, build_feature_index, weights_sha256
+from ..features.build import IndexSettings, Sources, build_feature_index, holds_index, in_words, weights_sha256
 from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folder
 from ..features.labels import read_labels
 from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
@@ -24,6 +23,9 @@ from ..utils.hub import listed
 from ..utils.memory import where_memory_ends
 from ..utils.options import argument, parse_options
 from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
+
+LanguageModels = dict[tuple[str | None, str | None], LanguageModel]  # by name and revision
+KEPT = "kept, as it was built with these settings; to build it again, name this SAE with --overwrite"
 
 
 @dataclass
@@ -57,30 +59,42 @@ class Target:
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of every SAE of a run, or of the one that is named."""
     arguments, rest = parse_options(IndexArguments, argv, sae="Folder of an SAE or of a run, or Hub id of an SAE.")
-    for output, facts in build_indexes(rest.sae, arguments):
-        sys.stdout.write(f"{output}: {in_words(facts)}\n")
+    for output, words in build_indexes(rest.sae, arguments):
+        sys.stdout.write(f"{output}: {words}\n")
 
 
-def build_indexes(name: str, arguments: IndexArguments) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Build the index of every SAE that a folder or Hub id names; yield the folder and facts of each.
+def build_indexes(name: str, arguments: IndexArguments) -> Iterator[tuple[Path, str]]:
+    """Build the index of every SAE that a folder or Hub id names; yield the folder of each and what is in it.
+
+    Indexes that are there with the same settings, as an interrupted command leaves them, are kept.
 
     Raises:
         SelOrthoError: nothing can be built; whatever shows before the first text is read, before anything is written.
     """
     settings = IndexSettings(arguments.tokens, arguments.max_pairs, arguments.top_contexts, arguments.seed)
-    lms: dict[tuple[str | None, str | None], LanguageModel] = {}
-    for target in find_targets(name, arguments):
+    lms: LanguageModels = {}
+    targets = find_targets(name, arguments)
+    kept = [
+        target
+        for target in targets
+        if (target.output / FACTS).exists() and (len(targets) > 1 or not arguments.overwrite)
+        if holds_index(target.output, open_sources(target, arguments, lms), settings, replace=arguments.overwrite)
+    ]
+    for target in targets:
+        if target in kept:
+            yield target.output, KEPT
+            continue
         sources = open_sources(target, arguments, lms)
         with IndexWriter(target.output) as writer:
             facts = build_feature_index(sources, settings, writer)
-        yield target.output, facts
+        yield target.output, in_words(facts)
 
 
 def find_targets(name: str, arguments: IndexArguments) -> list[Target]:
     """Find the SAEs that a folder or Hub id names.
 
     Raises:
-        SelOrthoError: there is none, an argument is for one SAE and there are several, or the output is taken.
+        SelOrthoError: there is none, an argument is for one SAE and there are several.
     """
     place = Path(name, arguments.subfolder or "")
     if Path(name).is_dir() and not place.is_dir():
@@ -98,10 +112,6 @@ def find_targets(name: str, arguments: IndexArguments) -> list[Target]:
         raise SelOrthoError(f"--output is needed: {name} is no folder of this machine to put {INDEX} into")
     for target in targets:
         check_index_folder(target.output)
-        if (target.output / FACTS).exists() and not arguments.overwrite:
-            raise SelOrthoError(
-                f"{target.output} holds an index: replace it with --overwrite, or choose another --output"
-            )
     return targets
 
 
@@ -110,9 +120,7 @@ def _local_target(folder: Path, arguments: IndexArguments) -> Target:
     return Target(str(folder), shown_name(folder), folder, Path(arguments.output or folder / INDEX), twin)
 
 
-def open_sources(
-    target: Target, arguments: IndexArguments, lms: dict[tuple[str | None, str | None], LanguageModel]
-) -> Sources:
+def open_sources(target: Target, arguments: IndexArguments, lms: LanguageModels) -> Sources:
     """Load an SAE and what stands beside it; language models are loaded once."""
     sae = load(target.source, {} if target.folder else arguments.lookup, arguments.device)
     config, d_sae = sae.config, len(sae.b_enc)
@@ -137,14 +145,4 @@ def open_sources(
         labels=labels,
         min_tokens=least_tokens(config, arguments),
         dataset_config=source.dataset_config,
-    )
-
-
-def in_words(facts: Mapping[str, Any]) -> str:
-    """Say in a line what has been built."""
-    text, pairs, features = facts["text"], facts["pairs"], facts["features"]
-    classes = ", ".join(f"{number:,} {name}" for name, number in pairs["classes"].items() if number)
-    return (
-        f"{facts['sae']['d_sae']:,} features, {features['never_fired']:,} of which never fired; {pairs['kept']:,} pairs"
-        f"{f' ({classes})' if classes else ''}; from {text['tokens']:,} tokens of {text['documents']:,} documents"
     )

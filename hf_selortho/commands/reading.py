@@ -15,7 +15,7 @@ from ..features import warn_of_other_lm
 from ..features.token_features import check_centering, check_site
 from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
-from ..language_models.loading import LanguageModel, load_language_model
+from ..language_models.loading import LanguageModel, check_context_length, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.options import argument
 from ..utils.privacy import LOCAL_TEXT
@@ -111,6 +111,7 @@ def capture_of(config: SelOrthoConfig, lm: LanguageModel, arguments: ReadingArgu
     """
     warn_of_other_lm(config, lm)
     check_centering(config, lm)
+    check_context_length(lm, config.context_length)
     layer = config.layer if arguments.layer is None else arguments.layer
     return ActivationCapture(lm, required(layer, "--layer"), config.max_norm)
 

@@ -41,7 +41,8 @@ class Cutter:
     ) -> None:
         if prepend_bos and tokenizer.bos_token_id is None:
             raise SelOrthoError(
-                f"the tokenizer {type(tokenizer).__name__} has no beginning-of-sequence token: use --prepend_bos false"
+                f"the tokenizer {type(tokenizer).__name__} has no beginning-of-sequence token: train and cache with "
+                "--prepend_bos false, or choose another --model"
             )
         self._tokenizer = tokenizer
         self._prefix: list[int] = [tokenizer.bos_token_id] if prepend_bos else []

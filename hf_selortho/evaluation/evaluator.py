@@ -202,8 +202,8 @@ def _measure_cross_entropy(
     totals = [LossRecovered() for _ in saes]
     sites = [capture.at(_layer_of(sae, capture.layers)) for sae in saes]
     lm = capture.lm.model
-    batch_tokens = _LOGITS_BYTES // (lm.config.get_text_config().vocab_size * lm.dtype.itemsize)
-    pad_id = capture.lm.tokenizer.pad_token_id or 0
+    batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * lm.dtype.itemsize)
+    pad_id = capture.lm.pad_id
     with tqdm(total=len(contexts), desc="cross-entropy", unit="context", disable=not progress) as bar:
         for numbers in length_batches(contexts, batch_tokens):
             tokens = pad_batch([contexts[number] for number in numbers], pad_id)

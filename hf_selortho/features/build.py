@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from ..utils.files import sha256_of
 from ..utils.progress import EstimatedBar
 from .feature_records import Gathered, feature_records, pair_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
+from .index import FeatureIndex
 from .index_writer import IndexWriter
-from .logit_lens import top_logits
+from .logit_lens import find_final_norm, top_logits
 from .neighbours import CorrelationSample
 from .pair_statistics import PairList, PairStatistics, TwinStatistics, pairs_of_training, rule_of_classes
 from .records import PAIR_CLASSES
@@ -98,9 +100,11 @@ def build_feature_index(
     The same sources and settings give the same bytes on the same machine.
 
     Raises:
-        SelOrthoError: no text is held out, no token of it is read, or the twin does not fit the SAE.
+        SelOrthoError: no text is held out, no token of it is read, the twin does not fit the SAE, or the language model
+            has no final norm.
     """
     sae, lm = sources.sae, sources.capture.lm
+    find_final_norm(lm)  # of the logit lens: a language model without one is refused before the text is read
     pairs = _choose_pairs(sources, settings, progress)
     features = FeatureStatistics(
         len(sae.b_enc), sae.config.context_length, settings.top_contexts, settings.seed, sae.device
@@ -133,8 +137,10 @@ def build_feature_index(
     for record in pair_records(gathered, pairs):
         writer.add_pairs([record])
         classes[record.pair_class] += 1
+    facts = _plan(sources, settings)
     writer.facts = {
-        **_facts(sources, settings, text.counts),
+        **facts,
+        "text": {**facts["text"], **vars(text.counts)},
         "correlation_sample_tokens": sample.tokens,
         "features": {"never_fired": int((features.fires == 0).sum())},
         "pairs": {
@@ -145,9 +151,49 @@ def build_feature_index(
             "rule": rule_of_classes(sae.config.min_support),
             "classes": {name: classes[name] for name in PAIR_CLASSES},
         },
-        "twin": sources.twin and {"name": sources.twin_name, "weights_sha256": sources.twin_weights_sha256},
+        "twin": facts["twin"] if sources.twin else None,
     }
     return writer.facts
+
+
+def holds_index(folder: Path, sources: Sources, settings: IndexSettings, *, replace: bool = False) -> bool:
+    """Tell whether the index in a folder is the very one that these sources and settings give.
+
+    Raises:
+        SelOrthoError: it is another one, or damaged; never if it is to be replaced then (`replace`).
+    """
+    try:
+        present = _flat(FeatureIndex.open(folder).facts)
+    except SelOrthoError as error:
+        if replace:
+            return False
+        raise SelOrthoError(f"{error}; --overwrite replaces it") from error
+    planned = _flat(_plan(sources, settings))
+    changes = [f"{name} {present.get(name)!r} -> {new!r}" for name, new in planned.items() if present.get(name) != new]
+    if changes and not replace:
+        raise SelOrthoError(
+            f"{folder} holds an index of other settings ({'; '.join(changes)}): use the same ones to keep it, "
+            "--overwrite to replace it, or another --output"
+        )
+    return not changes
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """Say in a line what has been built."""
+    text, pairs, features = facts["text"], facts["pairs"], facts["features"]
+    classes = ", ".join(f"{number:,} {name}" for name, number in pairs["classes"].items() if number)
+    return (
+        f"{facts['sae']['d_sae']:,} features, {features['never_fired']:,} of which never fired; {pairs['kept']:,} pairs"
+        f"{f' ({classes})' if classes else ''}; from {text['tokens']:,} tokens of {text['documents']:,} documents"
+    )
+
+
+def _flat(content: Any, name: str = "") -> dict[str, Any]:
+    """Name each value of nested objects by the keys that lead to it: "text.split"."""
+    if not isinstance(content, Mapping):
+        return {name: content}
+    inner = (_flat(value, f"{name}.{key}" if name else key) for key, value in content.items())
+    return {key: value for part in inner for key, value in part.items()}
 
 
 def weights_sha256(sae: SelOrthoSAE, folder: Path | None = None) -> str:
@@ -212,9 +258,10 @@ def _check_text(counts: TextCounts, settings: IndexSettings) -> None:
         logger.warning("the held-out text is exhausted: %d tokens, %d were asked for", counts.tokens, settings.tokens)
 
 
-def _facts(sources: Sources, settings: IndexSettings, counts: TextCounts) -> dict[str, Any]:
-    """Return what the index was built from."""
+def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:
+    """Return what an index is built from, on which alone its content depends."""
     sae, documents, capture = sources.sae, sources.documents, sources.capture
+    labels = json.dumps(sorted(sources.labels.items())) if sources.labels else ""
     return {
         "hf_selortho": __version__,
         "sae": {
@@ -226,7 +273,7 @@ def _facts(sources: Sources, settings: IndexSettings, counts: TextCounts) -> dic
             "weights_sha256": sources.weights_sha256,
             "name": sources.name,
         },
-        "lm": {"name": capture.lm.name, "revision": capture.lm.revision},
+        "lm": {"name": capture.lm.name, "revision": capture.lm.revision, "dtype": str(capture.lm.model.dtype)},
         "text": {
             "dataset": documents.name,
             "config": sources.dataset_config,
@@ -234,7 +281,6 @@ def _facts(sources: Sources, settings: IndexSettings, counts: TextCounts) -> dic
             "revision": documents.revision,
             "fingerprint": documents.fingerprint,
             "held_out_fraction": documents.held_out_fraction,
-            **vars(counts),
         },
         "settings": {
             "context_window": WINDOW,
@@ -244,5 +290,9 @@ def _facts(sources: Sources, settings: IndexSettings, counts: TextCounts) -> dic
             "samples_per_band": PER_BAND,
             "max_pairs": settings.max_pairs,
             "seed": settings.seed,
+            "tokens": settings.tokens,
+            "min_tokens": sources.min_tokens,
+            "labels_sha256": hashlib.sha256(labels.encode()).hexdigest() if labels else None,
         },
+        "twin": {"name": sources.twin_name or None, "weights_sha256": sources.twin_weights_sha256 or None},
     }

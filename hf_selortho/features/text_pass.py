@@ -92,7 +92,7 @@ class TextPass:
         origins, device = captured.origins, self._sae.device
         numbers, rows = origins.context_ids.unique_consecutive(return_inverse=True)
         contexts = [pool[number] for number in numbers.tolist()]
-        input_ids, _ = pad_batch(contexts, self._capture.lm.tokenizer.pad_token_id or 0)
+        input_ids, _ = pad_batch(contexts, self._capture.lm.pad_id)
         places = (rows * input_ids.shape[1] + origins.positions).to(device)
         activations = captured.by_layer[self._capture.layer].to(device)
         read = torch.zeros(input_ids.shape, dtype=torch.bool, device=device)

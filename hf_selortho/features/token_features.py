@@ -17,7 +17,7 @@ from ..data.contexts import Cutter
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, length_batches
 from ..language_models.contexts import Context, pad_batch
-from ..language_models.loading import LanguageModel, load_language_model
+from ..language_models.loading import LanguageModel, check_context_length, load_language_model
 from ..language_models.token_text import TokenTexts
 from ..modeling_selortho import SelOrthoSAE, sae_of
 
@@ -104,6 +104,7 @@ class FeatureCapture:
                 f'the residual stream of "{lm.name}" is {lm.d_model} wide, the SAE reads d_in={config.d_in}: '
                 f"take the language model of its training{f', {config.lm_name}' if config.lm_name else ''}"
             )
+        check_context_length(lm, config.context_length)
         self.sae, self.lm = sae, lm
         self.activations = ActivationCapture(lm, config.layer, config.max_norm)
         self._texts = TokenTexts(lm.tokenizer)
@@ -131,7 +132,7 @@ class FeatureCapture:
 
     def _read(self, contexts: Sequence[Context]) -> list[tuple[Tensor, Tensor]]:
         """Of each context which tokens (t,) the SAE was trained on, and the feature activations (t, d_sae)."""
-        input_ids, mask = pad_batch(contexts, self.lm.tokenizer.pad_token_id or 0)
+        input_ids, mask = pad_batch(contexts, self.lm.pad_id)
         hidden = self.activations.hidden_states(input_ids, mask)[self.activations.layer]  # (b, t, d_in)
         kept = self.activations.keep_mask(input_ids, mask, hidden).cpu()
         feature_acts = self.sae.encode(hidden.to(self.sae.device)).float().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteError, SelOrthoError
-from ..utils.hub import listed
+from ..utils.hub import listed, one_line
 from .contexts import Context, pad_batch
 from .loading import LanguageModel
 from .sites import decoder_layer_output
+
+_PROBED = 8  # tokens of a row of the first forward pass
 
 
 class _SitesRead(Exception):  # noqa: N818 - control flow, not an error
@@ -95,7 +98,7 @@ class ActivationCapture:
             raised.
 
     Raises:
-        SelOrthoError: a layer is out of range; the message gives the range.
+        SelOrthoError: a layer is out of range, or a first short forward pass shows that its activations cannot be read.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class ActivationCapture:
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
         self.on_non_finite: Callable[[NonFiniteActivationsError], None] | None = None
         self._special_ids = torch.tensor(sorted(set(lm.tokenizer.all_special_ids)), dtype=torch.int64)
+        self._probe()
 
     @property
     def layer(self) -> int:
@@ -130,7 +134,10 @@ class ActivationCapture:
 
     def at(self, layer: int) -> ActivationCapture:
         """Make a capture of a single one of the layers."""
-        return ActivationCapture(self.lm, layer, self.max_norms[self.layers.index(layer)], self.batch_tokens)
+        capture = copy.copy(self)
+        capture.layers, capture.sites = (layer,), {layer: self.sites[layer]}
+        capture.max_norms = (self.max_norms[self.layers.index(layer)],)
+        return capture
 
     @torch.inference_mode()
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> dict[int, Tensor]:
@@ -150,6 +157,10 @@ class ActivationCapture:
             for layer, site in self.sites.items():
                 hooks.enter_context(site.hook(self.lm.model, partial(read, layer)))
             self.lm.model(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
+        if absent := [layer for layer in self.layers if layer not in captured]:
+            raise SelOrthoError(
+                f'layer {absent[0]} of "{self.lm.name}" takes no part in its computation: choose another'
+            )
         return {layer: captured[layer] for layer in self.layers}
 
     def keep_mask(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
@@ -187,11 +198,40 @@ class ActivationCapture:
         """
         return self.sites[self.layer].hook(self.lm.model, replace)
 
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Read two rows of tokens that differ in the last one, and refuse what is no causal residual stream."""
+        lm, config = self.lm, self.lm.model.config
+        input_ids = torch.arange(5, 5 + _PROBED).repeat(2, 1) % lm.vocabulary  # (2, t)
+        input_ids[1, -1] = 4
+        try:
+            hidden = self.hidden_states(input_ids, torch.ones_like(input_ids))
+        except SelOrthoError:
+            raise
+        except Exception as error:  # whatever the code of an architecture raises
+            raise SelOrthoError(
+                f'"{lm.name}" ({config.model_type}) cannot read a text ({type(error).__name__}: {one_line(error)}); '
+                "choose another language model"
+            ) from error
+        expected = (*input_ids.shape, lm.d_model)
+        for layer, h in hidden.items():
+            if not isinstance(h, Tensor) or h.shape != expected:
+                shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+                raise SelOrthoError(
+                    f'layer {layer} of "{lm.name}" ({config.model_type}) gives {shape} for {tuple(input_ids.shape)} '
+                    f"tokens, expected {expected}: one vector of hidden_size a token; choose another language model"
+                )
+            if _sees_later_tokens(h, strict=getattr(config, "is_decoder", None) is False):
+                raise SelOrthoError(
+                    f'"{lm.name}" ({config.model_type}) reads its text in both directions; choose a decoder-only '
+                    "language model"
+                )
+
     def _regular(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return attention_mask.bool() & ~torch.isin(input_ids, self._special_ids.to(input_ids.device))
 
     def _capture(self, contexts: Sequence[Context], numbers: Sequence[int]) -> CapturedActivations:
-        input_ids, attention_mask = pad_batch(contexts, self.lm.tokenizer.pad_token_id or 0)
+        input_ids, attention_mask = pad_batch(contexts, self.lm.pad_id)
         regular = self._regular(input_ids, attention_mask)  # (b, t)
         rows = regular.flatten().nonzero()[:, 0]
         hidden = self.hidden_states(input_ids, attention_mask)  # (b, t, d_in) each
@@ -222,6 +262,16 @@ class ActivationCapture:
             message = f"{message}; {NonFiniteActivationsError.advice}"
             raise NonFiniteActivationsError(message, captured.origins, captured.by_layer)
         self.on_non_finite(NonFiniteActivationsError(message, captured.origins, captured.by_layer))
+
+
+def _sees_later_tokens(hidden: Tensor, strict: bool) -> bool:
+    """Tell whether the last token, the only one that differs, changes what comes out (2, t, d_in) at those before it.
+
+    So it does in BERT and its kind, which load as causal models too and say `is_decoder=False` (as GPT-NeoX does, which
+    is one). Of other models in half precision, rows that are rounded in other ways pass, unless `strict`.
+    """
+    *earlier, last = (hidden[0] - hidden[1]).float().abs().amax(-1).tolist()
+    return bool(max(earlier) > last * (1e-4 if strict else max(1e-4, 4 * torch.finfo(hidden.dtype).eps)))
 
 
 def only(by_layer: Mapping[int, Tensor]) -> Tensor:

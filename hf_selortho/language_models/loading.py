@@ -10,24 +10,27 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import SelOrthoError
 from ..utils.files import fingerprint
-from ..utils.hub import LOOKUP_ERRORS, hub_error, located, official_name, one_line, resolve_commit
+from ..utils.hub import LOOKUP_ERRORS, find_file, hub_error, located, official_name, one_line, resolve_commit
 from ..utils.library_errors import storage_error
 from ..utils.privacy import LOCAL_MODEL
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 
-_AutoModel: Any = AutoModelForCausalLM  # its type hints do not know output_loading_info
-# What transformers raises for missing, damaged and unexpected files, and torch for a device that is not there.
-_LOAD_ERRORS: tuple[type[Exception], ...] = (
-    *(*LOOKUP_ERRORS, KeyError, RuntimeError, NotImplementedError, ImportError, SafetensorError, UnpicklingError),
-    *(TypeError, AttributeError, AssertionError, StrictDataclassError),
-)
+_ADAPTER = "adapter_config.json"  # of PEFT
+_TOKENIZER_REMEDY = "put the tokenizer.json and tokenizer_config.json that belong to its weights beside them"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,6 +53,17 @@ class LanguageModel:
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that have an embedding."""
+        return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills up a batch, and that nothing attends to: 0 where the tokenizer has none of its own."""
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if pad_id is not None and pad_id < self.vocabulary else 0
 
 
 def load_language_model(
@@ -76,7 +90,8 @@ def load_language_model(
         and last megabyte of each weight file, not of every byte.
 
     Raises:
-        SelOrthoError: the model is unknown, gated, unreachable, unreadable, or no decoder-only language model.
+        SelOrthoError: the model is unknown, gated, unreachable, unreadable, or no decoder-only language model, or its
+            tokenizer belongs to another one.
     """
     name, lookup = located(name, {"revision": revision}, "model")
     where, commit = _locate(name, lookup["revision"], token)
@@ -85,23 +100,22 @@ def load_language_model(
         target = torch.empty(0, device=device).device  # "cuda" without a GPU fails here
         target_dtype = _resolve_dtype(dtype, target)
         config = AutoConfig.from_pretrained(**where)
-        if getattr(config, "is_encoder_decoder", False):
-            raise SelOrthoError(
-                f'"{name}" is an encoder-decoder model ({config.model_type}); choose a decoder-only language model'
-            )
+        auto_model = _auto_model(config, name)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model, info = _AutoModel.from_pretrained(**where, config=config, dtype=target_dtype, output_loading_info=True)
-    except _LOAD_ERRORS as error:
-        reason = one_line(error)
-        if isinstance(error, UnpicklingError):
-            reason = "its weights are a pickle that could run code; choose a model with safetensors weights"
-        raise storage_error(error) or SelOrthoError(f'cannot load the language model "{name}": {reason}') from error
+        model, info = auto_model.from_pretrained(**where, config=config, dtype=target_dtype, output_loading_info=True)
+        model = model.to(target).eval().requires_grad_(False)
+    except SelOrthoError:
+        raise
+    except Exception as error:  # whatever transformers and the libraries below it raise for files that are not right
+        raise storage_error(error) or SelOrthoError(
+            f'cannot load the language model "{name}": {_why(error)}'
+        ) from error
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise SelOrthoError(f'the weights of "{name}" lack {len(missing)} tensors of its config, such as {missing[0]}')
-    model = model.to(target).eval().requires_grad_(False)
-    _refuse_bidirectional(model, name)
-    return LanguageModel(model, tokenizer, official_name(name), commit, find_decoder_layers(model))
+    lm = LanguageModel(model, tokenizer, official_name(name), commit, find_decoder_layers(model))
+    _check_tokenizer(lm)
+    return lm
 
 
 def find_revision(name: str, revision: str | None = None, token: str | None = None) -> str:
@@ -138,15 +152,67 @@ def find_decoder_layers(model: PreTrainedModel) -> str:
 
 def check_context_length(lm: LanguageModel, context_length: int) -> None:
     """Raise a SelOrthoError if contexts are longer than the language model was made for."""
-    window = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if window is not None and context_length > window:
+    config = lm.model.config.get_text_config(decoder=True)
+    windows = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT
+    window = min((window for window in windows if isinstance(window, int)), default=context_length)
+    if context_length > window:
         raise SelOrthoError(f'context_length {context_length}: "{lm.name}" reads at most {window} tokens at once')
+
+
+def _auto_model(config: PreTrainedConfig, name: str) -> Any:
+    """Choose the class of transformers that loads a model whose logits are those of the next token."""
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise SelOrthoError(
+            f'"{name}" is an encoder-decoder model ({config.model_type}); choose a decoder-only language model'
+        )
+    auto_models: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    for auto_model in auto_models:
+        if type(config) in auto_model._model_mapping:
+            return auto_model
+    raise SelOrthoError(f'"{name}" is no language model (its type is {config.model_type}); choose a decoder-only one')
+
+
+def _why(error: Exception) -> str:
+    """Say why a language model cannot be loaded, and what to do."""
+    reason = one_line(error)
+    if isinstance(error, UnpicklingError):
+        return "its weights are a pickle that could run code; choose a model with safetensors weights"
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own repository, which is not run; choose a model that transformers knows"
+    if "instantiate the backend tokenizer" in reason:
+        return f"it has no tokenizer that can be read; {_TOKENIZER_REMEDY}"
+    if isinstance(error, ImportError):  # of quantised weights above all
+        return f"it needs a library that is missing ({reason}); install it, or choose the model with plain weights"
+    if isinstance(error, (LookupError, AttributeError, TypeError, AssertionError)):  # a bare name says nothing
+        return f"its files are damaged or not of the form that transformers expects ({type(error).__name__}: {reason})"
+    return reason
+
+
+def _check_tokenizer(lm: LanguageModel) -> None:
+    """Refuse a tokenizer of which the language model cannot read every text.
+
+    Special tokens count only where they are written: text that spells them stays text.
+    """
+    tokenizer = lm.tokenizer
+    special = set(tokenizer.all_special_ids)
+    special |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = set(tokenizer.get_vocab().values()) - (special - {tokenizer.bos_token_id})
+    if len(written) < 2:  # what transformers makes of a folder without one
+        raise SelOrthoError(f'the tokenizer of "{lm.name}" knows no tokens; {_TOKENIZER_REMEDY}')
+    if max(written) >= lm.vocabulary:
+        raise SelOrthoError(
+            f'the tokenizer of "{lm.name}" gives token ids up to {max(written)}, and the model has embeddings for 0 to '
+            f"{lm.vocabulary - 1}; {_TOKENIZER_REMEDY}"
+        )
 
 
 def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[str, Any], str]:
     """Find what `from_pretrained` is to be given for a model, and the model's revision."""
     folder = embedded_model_dir() if name == EMBEDDED_MODEL else Path(name)
     if folder.is_dir():
+        if (folder / _ADAPTER).is_file():
+            raise _adapter_error(name)
         if not (folder / "config.json").is_file():
             raise SelOrthoError(f"{folder} holds no config.json: expected the folder of a model of transformers")
         current = f"gguf-sha256:{GGUF_SHA256}"
@@ -168,10 +234,20 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
         # By branch, not by commit, so that the cache learns what the branch stands for when there is no network.
         config = hf_hub_download(name, "config.json", revision=revision, token=token, local_files_only=not online)
     except LOOKUP_ERRORS as error:
+        if isinstance(error, EntryNotFoundError) and online:
+            if find_file(name, _ADAPTER, {"revision": revision, "token": token}):
+                raise _adapter_error(name) from error
         raise hub_error(error, "model", name, revision) from error
     commit = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
     options = {"revision": commit, "token": token, "local_files_only": not online}
     return {"pretrained_model_name_or_path": name, **options}, commit
+
+
+def _adapter_error(name: str) -> SelOrthoError:
+    return SelOrthoError(
+        f'"{name}" holds an adapter ({_ADAPTER}), not a whole language model: merge it into its model with PEFT '
+        "(merge_and_unload, then save_pretrained, the tokenizer too) and give that folder as --model"
+    )
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -191,17 +267,3 @@ def _computes_bfloat16(device: torch.device) -> bool:
     # AVX512-BF16 alone doubles the speed on AMD's processors; on Intel's, without AMX, it is 0.6 of float32's.
     doubled = torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor
     return torch.cpu._is_amx_tile_supported() or doubled
-
-
-@torch.inference_mode()
-def _refuse_bidirectional(model: PreTrainedModel, name: str) -> None:
-    """Refuse BERT and its kind, which load as causal models too and then attend to later tokens."""
-    if getattr(model.config, "is_decoder", None) is not False:  # GPT-NeoX says so as well, and is one
-        return
-    outputs = [model(torch.tensor([[5, 6, end]], device=model.device)).logits[0] for end in (7, 8)]  # (3, vocab) each
-    first, _, last = (outputs[0] - outputs[1]).float().abs().amax(-1).tolist()
-    if first > 1e-4 * last:  # the last token changes what comes out at the first one
-        raise SelOrthoError(
-            f'"{name}" ({model.config.model_type}) reads its text in both directions; '
-            "choose a decoder-only language model"
-        )

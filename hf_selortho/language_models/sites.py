@@ -27,8 +27,10 @@ class HookSite:
         """
 
         def apply(value: Any) -> Any:
-            changed = function(value[0] if isinstance(value, tuple) else value)
-            return (changed, *value[1:]) if isinstance(value, tuple) and changed is not None else changed
+            if not isinstance(value, (tuple, list)):
+                return function(value)
+            changed = function(value[0])
+            return None if changed is None else type(value)([changed, *value[1:]])
 
         module = model.get_submodule(self.module)
         if self.side == "input":

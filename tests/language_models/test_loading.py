@@ -12,16 +12,15 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
     Gemma3Config,
     GPTNeoXConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
-    T5Config,
 )
 
 from hf_selortho.errors import SelOrthoError
+from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.embedded import GGUF_SHA256
 from hf_selortho.language_models.loading import LanguageModel, find_decoder_layers, load_language_model
 
@@ -104,12 +103,17 @@ def _setting(**changes: object) -> Callable[[Path], object]:
     return change
 
 
+def _as_pickle(path: Path) -> None:
+    path.rename(path.with_name("pytorch_model.bin")).write_bytes(b"abc")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "no object": (lambda folder: (folder / "config.json").write_text("[]"), "cannot load the language model"),
     "wrong value": (_setting(hidden_size="wide"), "cannot load the language model"),
     "unknown type": (lambda folder: (folder / "config.json").write_text('{"model_type": "abacus"}'), "abacus"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot load the language model"),
+    "pickle that is none": (lambda folder: _as_pickle(folder / "model.safetensors"), "its files are damaged"),
     "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 9000), "cannot load the language model"),
     "missing tensors": (_setting(num_hidden_layers=6), r"lack \d+ tensors of its config, such as model.layers.4"),
 }
@@ -126,20 +130,12 @@ def test_broken_folder_is_one_line(damage: str, tiny_lm_dir: TinyDir, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_models_that_are_no_decoders_are_refused(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path / "t5")
-    with pytest.raises(SelOrthoError, match=r"encoder-decoder model \(t5\)"):
-        load_language_model(str(tmp_path / "t5"))
-
-    for name, config in {
-        "bert": BertConfig(vocab_size=len(tiny_tokenizer), initializer_range=0.2, **_SMALL),
-        "neox": GPTNeoXConfig(vocab_size=len(tiny_tokenizer), **_SMALL),
-    }.items():
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
-    with pytest.raises(SelOrthoError, match="reads its text in both directions"):
-        load_language_model(str(tmp_path / "bert"))
-    assert load_language_model(str(tmp_path / "neox")).layers_path == "gpt_neox.layers"
+def test_a_decoder_that_says_is_decoder_false_is_one(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    config = GPTNeoXConfig(vocab_size=len(tiny_tokenizer), **_SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    lm = load_language_model(str(tmp_path))
+    assert ActivationCapture(lm, [0, 2]).layers == (0, 2) and lm.layers_path == "gpt_neox.layers"
 
 
 @pytest.mark.slow

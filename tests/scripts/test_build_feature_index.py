@@ -56,20 +56,11 @@ def test_every_sae_of_a_run(run, capsys) -> None:
     assert pair["score"] is not None and pair["twin_a"] is not None
 
 
-def test_an_index_is_replaced_only_when_told(run, tmp_path) -> None:
-    argv = [str(run / "layer_1"), *SMALL]
-    build_feature_index.main(argv)
-    with pytest.raises(SelOrthoError, match="holds an index: replace it with --overwrite"):
-        build_feature_index.main(argv)
-    with pytest.raises(SelOrthoError, match="layer_1/feature_index holds an index"):
-        build_feature_index.main([str(run), *SMALL])  # nothing is built then
-    assert not (run / "layer_2" / "feature_index").exists()
-    build_feature_index.main([*argv, "--overwrite", "--seed", "3"])
-    assert FeatureIndex.open(run / "layer_1").facts["settings"]["seed"] == 3
+def test_what_is_no_index_is_never_replaced(run, tmp_path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(SelOrthoError, match="thesis.tex"):
-        build_feature_index.main([*argv, "--overwrite", "--output", str(tmp_path / "mine")])
+        build_feature_index.main([str(run / "layer_1"), *SMALL, "--overwrite", "--output", str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
