@@ -227,6 +227,8 @@ class SelOrthoConfig(PreTrainedConfig):
     dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
     dataset_split: str | None = _setting(None, "Split of the dataset.")
     text_column: str | None = _setting(None, "Column of the dataset that holds the text.")
+    separator: str | None = _setting(None, "Separator of its csv files, where it was given.")
+    encoding: str | None = _setting(None, "Encoding of its files, where it was given.")
     min_tokens: int | None = _setting(None, "Contexts with fewer tokens than this were left out.", _COUNT)
     held_out_fraction: float | None = _setting(None, "Share of the documents that training never saw.", _SHARE)
     config_version: int = _setting(CONFIG_VERSION, "Version of this format.", _COUNT)

@@ -35,6 +35,8 @@ class ReadingArguments:
     dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
     split: str | None = argument(None, "Split of the dataset; default: that of the training.")
     text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
+    separator: str | None = argument(None, "Separator of csv files; default: that of the training.")
+    encoding: str | None = argument(None, "Encoding of csv, json and txt files; default: that of the training.")
     streaming: bool = argument(False, "Read the dataset as a stream.")
     held_out_fraction: float | None = argument(
         None, "Share of the documents to draw from; default: those held out in training; 1: all, for other text."
@@ -81,6 +83,8 @@ def text_source(config: SelOrthoConfig, arguments: ReadingArguments) -> TextSour
         dataset_config=arguments.dataset_config or (config.dataset_config if same else None),
         split=arguments.split or (config.dataset_split if same else None) or "train",
         text_column=arguments.text_column or (config.text_column if same else None),
+        separator=arguments.separator or (config.separator if same else None),
+        encoding=arguments.encoding or (config.encoding if same else None),
         dataset_revision=config.dataset_revision if same else None,
         streaming=arguments.streaming,
         held_out_fraction=fraction,

@@ -169,7 +169,8 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
                 f"{name} is of version {reprlib.repr(content.get('version'))}, this hf_selortho reads version "
                 f"{FORMAT_VERSION}: cache the activations again"
             )
-        manifest: Manifest = from_json(Manifest, content)
+        absent = dict.fromkeys(("separator", "encoding"))  # from a manifest written before these settings were
+        manifest: Manifest = from_json(Manifest, {**absent, **content})
     except (ValueError, RecursionError) as error:
         raise CacheError(
             f"{name} is damaged: {one_line(error)}; restore it from a copy, or cache the activations again"

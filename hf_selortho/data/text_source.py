@@ -22,7 +22,11 @@ class TextSource:
     dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
     dataset_revision: str | None = _setting(None, "Branch, tag or commit of the dataset; its commit is recorded.")
     split: str = _setting("train", "Split of the dataset; a part of its documents is held out for the evaluation.")
-    text_column: str | None = _setting(None, "Column that holds the text; default: text, or the only text column.")
+    text_column: str | None = _setting(
+        None, "Column that holds the text, a.b within a: messages.content; default: text, or the only text column."
+    )
+    separator: str | None = _setting(None, r"Separator of csv files, such as ; or \t; default: what the file shows.")
+    encoding: str | None = _setting(None, "Encoding of csv, json and txt files, such as cp1252; default: utf-8.")
     streaming: bool = _setting(False, "Read the dataset as a stream, for what does not fit on the disk.")
     held_out_fraction: float = _setting(0.1, "Share of the documents that training never sees.")
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
-import itertools
-import json
 import logging
 import lzma
-import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +21,10 @@ from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
 from ..errors import SelOrthoError
-from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, is_commit, official_name, one_line, resolve_commit, unreachable
 from ..utils.library_errors import storage_error
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
+from .text_files import PEEK, empty, local_arguments, text_format, wrong_encoding
 from .text_source import TextSource
 
 logger = logging.getLogger(__name__)
@@ -36,15 +32,11 @@ logger = logging.getLogger(__name__)
 # What `datasets` raises for a missing, damaged or unexpected file. StopIteration: a json file without a row.
 READ_ERRORS: tuple[type[Exception], ...] = (
     *(*LOOKUP_ERRORS, DatasetsError, ArrowException, EOFError, lzma.LZMAError, zlib.error),
-    *(KeyError, RuntimeError, TypeError, StopIteration),
+    *(ImportError, KeyError, RuntimeError, TypeError, StopIteration),
 )
 
-_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-_COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
-_BOM = b"\xef\xbb\xbf"
 _FETCH = 256  # rows read at once: one by one, Arrow spends most of its time on the way to them
 _SHUFFLE_BUFFER = 10_000  # documents that a stream holds to draw from
-_PEEK = 1000  # documents of a stream looked at to find out that it holds text
 
 
 class Documents:
@@ -56,7 +48,7 @@ class Documents:
 
     Attributes:
         dataset: the rows, with all their columns.
-        column: the one with the text.
+        column: the one with the text; "a.b" within column a, where the texts of a list are joined by newlines.
         name, split, held_out_fraction: as in the `TextSource`.
         revision: commit of a Hub dataset, version and hash of python-docs, None for local files.
         fingerprint: of local files, which have no revision.
@@ -74,13 +66,14 @@ class Documents:
         )
         self.count = None if isinstance(dataset, IterableDataset) else len(dataset)
         if self.count == 0:
-            raise _empty(self.name)
-        self.column = _text_column(self.name, column_kinds(dataset), source.text_column)
-        self._texts = dataset.select_columns([self.column])
-        start = self._texts.take(_PEEK) if isinstance(self._texts, IterableDataset) else np.arange(len(self._texts))
+            raise empty(self.name)
+        self._path = _text_column(self.name, _features(dataset), source.text_column)
+        self.column = ".".join(self._path)
+        self._texts = dataset.select_columns([self._path[0]])
+        start = self._texts.take(PEEK) if isinstance(self._texts, IterableDataset) else np.arange(len(self._texts))
         if next(self._read(start), None) is None:
             raise SelOrthoError(
-                f'"{self.name}" holds no text: empty in its first {self.count or _PEEK} rows; choose another '
+                f'"{self.name}" holds no text: empty in its first {self.count or PEEK} rows; choose another '
                 "--text_column or file"
             )
 
@@ -114,7 +107,7 @@ class Documents:
         """Read the texts of a stream, which have no number, or of the numbered rows."""
         try:
             streamed = isinstance(rows, IterableDataset)
-            for number, text in ((None, row[self.column]) for row in rows) if streamed else self._fetched(rows):
+            for number, text in ((None, self._text(row)) for row in rows) if streamed else self._fetched(rows):
                 if text and not text.isspace():
                     yield number, text
         except READ_ERRORS as error:  # bytes that are no text, which only a look at them shows
@@ -123,23 +116,35 @@ class Documents:
     def _fetched(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
         for start in range(0, len(rows), _FETCH):
             numbers = rows[start : start + _FETCH].tolist()
-            yield from zip(numbers, self._texts[numbers][self.column], strict=True)
+            yield from zip(numbers, self.texts(numbers), strict=True)
+
+    def texts(self, numbers: list[int]) -> list[str]:
+        """Return the texts of these rows, empty ones too."""
+        return [_join(value, self._path[1:]) for value in self._texts[numbers][self._path[0]]]
+
+    def _text(self, row: dict[str, Any]) -> str:
+        return _join(row[self._path[0]], self._path[1:])
+
+
+def _join(value: Any, path: Sequence[str]) -> str:
+    """Return the text that lies at a path within a value of a column, those of a list joined by newlines."""
+    if isinstance(value, list):
+        return "\n".join(filter(None, (_join(part, path) for part in value)))
+    return _join(value.get(path[0]), path[1:]) if path and value is not None else value or ""
 
 
 def open_documents(source: TextSource) -> Documents:
     """Find the texts of `source` and check that they can be read.
 
-    Local files are csv, tsv, json, jsonl, parquet or txt, also compressed, or a folder of them. The documents of a txt
-    file are what blank lines separate or, where there are none, its lines.
+    Local files are csv, tsv, json, jsonl, parquet or txt, also compressed, a folder of them, or what `datasets` saved
+    with save_to_disk. The documents of a txt file are what blank lines separate or, where there are none, its lines.
 
     Raises:
-        SelOrthoError: no such dataset, file, split, column or revision; no network; no text; an unreadable file.
+        SelOrthoError: no such dataset, file, split, column or revision; no network; no text; an unreadable file; a file
+            that is not what its name says.
     """
     name, path, revision, identity = source.dataset, Path(source.dataset), None, None
-    if not 0 <= source.held_out_fraction <= 1:
-        raise SelOrthoError(
-            f"held_out_fraction is {source.held_out_fraction}: expected a number from 0 to 1, such as 0.1"
-        )
+    source = _check(source)
     if name == PYTHON_DOCS:
         return Documents(source, *_python_docs(source), None)
     try:
@@ -148,15 +153,18 @@ def open_documents(source: TextSource) -> Documents:
                 raise SelOrthoError(
                     f'"{name}" is local and has no revision "{source.dataset_revision}": leave the revision out'
                 )
-            arguments, identity = _local_arguments(path, source.streaming)
-        elif _format(path) is not None or name.startswith((".", "/", "~")):
-            raise SelOrthoError(f"no such file or folder of texts: {name}")
+            arguments, identity = local_arguments(path, source)
+        elif text_format(path) is not None or name.startswith((".", "/", "~")):
+            folder = "; names are taken as they stand, a folder reads all its files" if set(name) & set("*?[") else ""
+            raise SelOrthoError(f"no such file or folder of texts: {name}{folder}")
         else:
             revision = resolve_commit("dataset", name, source.dataset_revision)
             if revision is None and not _is_cached(name):
                 raise unreachable("dataset", name)
-            arguments = {"path": name, "revision": revision or source.dataset_revision}
-        dataset = load_dataset(**arguments, name=source.dataset_config, split=source.split, streaming=source.streaming)
+            arguments = {"path": name, "revision": revision or source.dataset_revision, "name": source.dataset_config}
+            given = {"sep": source.separator, "encoding": source.encoding}
+            arguments |= {key: value for key, value in given.items() if value is not None}
+        dataset = load_dataset(**arguments, split=source.split, streaming=source.streaming)
         if identity is None and revision is None and isinstance(dataset, Dataset):
             revision = _cached_commit(source, dataset)
         return Documents(source, dataset, revision, identity)
@@ -164,39 +172,108 @@ def open_documents(source: TextSource) -> Documents:
         raise read_error(name, error, source.split) from error
 
 
+def _check(source: TextSource) -> TextSource:
+    """Return the settings with the separator as one character; refuse what no file is read with."""
+    if not 0 <= source.held_out_fraction <= 1:
+        raise SelOrthoError(
+            f"held_out_fraction is {source.held_out_fraction}: expected a number from 0 to 1, such as 0.1"
+        )
+    separator = {r"\t": "\t", "tab": "\t"}.get(source.separator or "", source.separator)
+    if separator is not None and len(separator) != 1:
+        raise SelOrthoError(f"--separator {separator!r}: expected one character, such as ; or \\t")
+    try:
+        "".encode(source.encoding or "utf-8")
+    except LookupError as error:
+        raise SelOrthoError(
+            f"--encoding {source.encoding!r}: expected the name of an encoding of text, such as utf-8, utf-16 or cp1252"
+        ) from error
+    if source.streaming and re.search(r"[\[+]", source.split):
+        raise SelOrthoError(
+            f'--split "{source.split}": a stream cannot be cut or joined; leave --streaming out, or name one split'
+        )
+    return replace(source, separator=separator)
+
+
+# What `datasets` and pyarrow say, and what to say instead; {0} is the first group.
+_IN_OUR_WORDS = {
+    r"Config name is missing.*?(\[.*?\])": "has several configurations: choose --dataset_config from {0}",
+    r"BuilderConfig .* not found. Available: (\[.*\])": "has no such configuration: choose --dataset_config from {0}",
+    r"doesn't have a '(sep|encoding)' key": "holds no csv files: leave --separator and --encoding out",
+    r"scripts are no longer supported": "is a script, which is not run: give --dataset_revision refs/convert/parquet, "
+    "where the Hub keeps a converted copy of many, or another --dataset",
+    r"No \(supported\) data files|doesn't contain any data files": "holds no files of texts: choose another --dataset",
+    r"Couldn't infer the same data file format": "holds files of several kinds: name a folder of one kind",
+    r"must have the same columns, but (.*?)\. This": "holds files whose columns differ ({0}): name one of them, or a "
+    "folder of files that are alike",
+    r"(?:Expected (\d+) fields in line|Error tokenizing)": "has rows that do not fit its header: put texts that hold "
+    "the separator into quotes, or say another --separator",
+    r"JSON parse error: (.*)": "is not JSON as expected, an object a line or an array of objects: {0}",
+    r"(ot a gzipped file|nvalid data stream|supported by decoder|frame descriptor|end-of-stream)": "is cut off or "
+    "not compressed as its name says ({0}): get it again, or name it for what it is",
+    r"zst(d|andard)": "is compressed with zstandard: run `pip install zstandard`, or decompress it first",
+}
+
+
 def read_error(name: str, error: BaseException, split: str | None = None) -> SelOrthoError:
-    """Explain an exception of `datasets` in one line."""
+    """Explain an exception of `datasets` in one line, with the argument of the command line that mends it."""
     if said := storage_error(error):
         return said
-    message = " ".join(str(error).split())
-    if splits := re.search(r"(?:Unknown|Bad) split.*?(\[.*\])", message):
+    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    if isinstance(cause, UnicodeDecodeError) and text_format(Path(name)) != "parquet":  # else it is damaged
+        return wrong_encoding(name, cause)
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        return empty(name)
+    message = " ".join(f"{error} / {cause}".split())
+    if splits := re.search(r"(?:Unknown|Bad) split.*?(\['.*?'\])", message):
         return SelOrthoError(f'"{name}" has no split "{split}": choose one of {splits[1]}')
-    if isinstance(error, StopIteration) or "corresponds to no data" in message:
-        return _empty(name)
-    reason = one_line(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
-    return SelOrthoError(f'cannot read the dataset "{name}": {reason}')
+    if re.search("Unrecognized instruction format|Requested slice", message):
+        return SelOrthoError(f'--split "{split}" of "{name}": expected a split or a part of it, such as train[:10%]')
+    for pattern, words in _IN_OUR_WORDS.items():
+        if match := re.search(pattern, message):
+            return SelOrthoError(f'"{name}" {words.format(*match.groups())[:300]}')
+    return SelOrthoError(f'cannot read the dataset "{name}": {one_line(cause)}')
 
 
 def column_kinds(dataset: Dataset | IterableDataset) -> dict[str, str]:
     """Name the type of each column; a stream without a schema is taken to hold strings."""
-    features = dataset.features or Features({column: Value("string") for column in next(iter(dataset))})
-    return {column: getattr(feature, "dtype", type(feature).__name__) for column, feature in features.items()}
+    return {column: _kind(feature) for column, feature in _features(dataset).items()}
 
 
-def _text_column(name: str, kinds: dict[str, str], wanted: str | None) -> str:
+def _features(dataset: Dataset | IterableDataset) -> Features:
+    if dataset.features is not None:
+        return dataset.features
+    row = next(iter(dataset))
+    nested = Dataset.from_list([{column: value for column, value in row.items() if isinstance(value, (dict, list))}])
+    return Features({column: nested.features.get(column, Value("string")) for column in row})
+
+
+def _kind(feature: Any) -> str:
+    return getattr(feature, "dtype", type(feature).__name__)
+
+
+def _leaves(path: tuple[str, ...], feature: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Find the columns within a column of lists and objects, with their types."""
+    if isinstance(feature, dict):
+        for name, part in feature.items():
+            yield from _leaves((*path, name), part)
+    elif hasattr(feature, "feature"):  # a list of these
+        yield from _leaves(path, feature.feature)
+    else:
+        yield path, _kind(feature)
+
+
+def _text_column(name: str, features: Features, wanted: str | None) -> tuple[str, ...]:
     # "null" is what a column is called that holds nothing; whoever asks for it learns that the texts are empty.
-    texts = [column for column, kind in kinds.items() if kind in ("string", "large_string")]
-    if wanted is None:
-        wanted = "text" if "text" in kinds else texts[0] if len(texts) == 1 else None
-    if wanted is None or kinds.get(wanted) not in ("string", "large_string", "null"):
-        listed = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
-        reason = f'has no column of text "{wanted}"' if wanted else "does not say which column holds the text"
+    kinds = dict(_leaves((), dict(features)))
+    texts = [(column,) for column, feature in features.items() if _kind(feature) in ("string", "large_string")]
+    plain = ("text",) in kinds and not hasattr(features["text"], "feature")
+    default = ("text",) if plain else texts[0] if len(texts) == 1 else None
+    path = default if wanted is None else next((path for path in kinds if ".".join(path) == wanted), None)
+    if path is None or kinds[path] not in ("string", "large_string", "null"):
+        listed = ", ".join(f"{'.'.join(path)} ({kind})" for path, kind in kinds.items())
+        reason = "does not say which column holds the text" if path is wanted else f'has no column of text "{wanted}"'
         raise SelOrthoError(f'"{name}" {reason}: choose --text_column from: {listed}')
-    return wanted
-
-
-def _empty(name: str) -> SelOrthoError:
-    return SelOrthoError(f'the dataset "{name}" is empty: expected at least one row with text')
+    return path
 
 
 def _digest(text: str) -> bytes:
@@ -211,58 +288,6 @@ def _python_docs(source: TextSource) -> tuple[Dataset, str]:
     if source.dataset_revision not in (None, revision):
         logger.warning('"%s" of this Python is %s, not %s: other texts', PYTHON_DOCS, revision, source.dataset_revision)
     return Dataset.from_dict({"text": list(python_docs())}), revision
-
-
-def _local_arguments(path: Path, streaming: bool) -> tuple[dict[str, Any], str]:
-    """Return the arguments of `load_dataset` for a file or folder, and the fingerprint of the files."""
-    files = [path]
-    arguments: dict[str, Any] = {"path": _format(path), "data_files": {"train": [str(path)]}}
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _format(file) and not file.name.startswith("."))
-        arguments = {"path": str(path)}  # `datasets` finds files and splits by their names
-    if not files or _format(files[0]) is None:
-        raise SelOrthoError(f"{path} is or holds no file of texts: expected {', '.join(_FORMATS)}, also compressed")
-    if not any(file.stat().st_size for file in files):
-        raise _empty(str(path))
-    if any(map(_has_blank_lines, files)):
-        arguments["sample_by"] = "paragraph"
-    if any(".tsv" in file.suffixes for file in files):
-        arguments["sep"] = "\t"
-    for file in files:
-        _refuse_null_rows(file, _PEEK if streaming else None)
-    return arguments, fingerprint(files)
-
-
-def _format(path: Path) -> str | None:
-    stem = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
-    return _FORMATS.get(stem.suffix.lower())
-
-
-def _has_blank_lines(path: Path) -> bool:
-    if path.suffix.lower() != ".txt":
-        return False
-    with path.open("rb") as file:
-        return b"\n\n" in file.read(1 << 20).replace(b"\r", b"").rstrip()
-
-
-def _refuse_null_rows(path: Path, lines: int | None) -> None:
-    """Look for null in a json file, at so many `lines` or all: pyarrow ends the process there (apache/arrow#47409)."""
-    if _format(path) != "json":
-        return
-    try:
-        with (_COMPRESSIONS.get(path.suffix.lower()) or open)(path, "rb") as file:
-            if file.read(8).removeprefix(_BOM).startswith(b"["):
-                file.seek(0)
-                rows = json.loads(file.read(), strict=False)
-                has_null = any(row is None or (isinstance(row, float) and not math.isfinite(row)) for row in rows)
-            else:
-                file.seek(0)
-                starts = (line.lstrip(_BOM + b" \t\r") for line in itertools.islice(file, lines))
-                has_null = any(start.startswith(b"null") for start in starts)
-    except READ_ERRORS:
-        return  # datasets says what is wrong
-    if has_null:
-        raise SelOrthoError(f'"{path}" has a row that is null: expected an object with the text; remove the row')
 
 
 def _is_cached(name: str) -> bool:

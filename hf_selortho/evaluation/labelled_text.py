@@ -50,7 +50,7 @@ def labelled_documents(source: TextSource, label_column: str, limit: int, seed: 
                 drawn.append((turns[label], label, row))
                 turns[label] += 1
         drawn = sorted(drawn)[:limit]
-        texts = list(rows.select_columns([documents.column])[[row for _, _, row in drawn]][documents.column])
+        texts = documents.texts([row for _, _, row in drawn])
     except READ_ERRORS as error:
         raise read_error(source.dataset, error) from error
     if not drawn:

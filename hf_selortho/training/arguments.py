@@ -37,7 +37,8 @@ PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 # Known only once the language model and the dataset are loaded, or given by an argument of another name.
 _DERIVED_SETTINGS = {
     "d_in", "lm_name", "lm_revision", "hook_name", "max_norm", "dataset", "dataset_revision", "dataset_split",
-    "dataset_config", "text_column", "min_tokens", "held_out_fraction", "config_version", "centered",
+    "dataset_config", "text_column", "separator", "encoding", "min_tokens", "held_out_fraction", "config_version",
+    "centered",
 }  # fmt: skip
 
 SAEArguments = make_dataclass(

@@ -202,7 +202,7 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
 
 
 def _text_settings(data: DataArguments, revision: str | None) -> dict[str, Any]:
-    names = ("dataset", "dataset_config", "text_column", "min_tokens", "held_out_fraction")
+    names = ("dataset", "dataset_config", "text_column", "separator", "encoding", "min_tokens", "held_out_fraction")
     settings = {name: getattr(data, name) for name in names}
     return {**settings, "dataset_revision": revision, "dataset_split": data.split}
 

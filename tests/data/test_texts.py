@@ -116,7 +116,7 @@ def test_text_column_is_found_or_the_columns_are_listed(tmp_path) -> None:
         ("header.csv", "text,label\n", "is empty"),
         ("empty.txt", "", "is empty"),
         ("blank.jsonl", '{"text": ""}\n{"text": "  "}\n{"text": null}\n', "holds no text"),
-        ("broken.json", '{"text": "a', "cannot read the dataset"),
+        ("broken.json", '{"text": "a', "is not JSON as expected"),
         ("first.jsonl", 'null\n{"text": "a"}\n', "has a row that is null"),
         ("array.json", '[null, {"text": "a"}]', "has a row that is null"),
         ("nan.json", '[NaN, {"text": "a"}]', "has a row that is null"),
@@ -141,7 +141,7 @@ def test_compressed_files_are_looked_into(suffix, opened, tmp_path) -> None:
     assert sorted(_everything(open_documents(TextSource(dataset=str(path))))) == ["First words", "null"]
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(SelOrthoError, match="cannot read the dataset"):
+    with pytest.raises(SelOrthoError, match="is cut off or not compressed"):
         open_documents(TextSource(dataset=str(path)))
     with opened(path, "wb") as file:
         file.write(b'null\n{"text": "First words"}\n')

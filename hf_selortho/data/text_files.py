@@ -1,0 +1,394 @@
+"""Local files of texts: which files of a folder hold data, and what each is by its bytes, not by its name alone."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import logging
+import lzma
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+from datasets.data_files import FILES_TO_IGNORE, DataFilesList, _get_data_files_patterns, sanitize_patterns
+from fsspec.utils import glob_translate
+from huggingface_hub import DatasetCard
+
+from ..errors import SelOrthoError
+from ..utils.files import fingerprint
+from ..utils.hub import listed, read_object
+
+if TYPE_CHECKING:
+    from .text_source import TextSource
+
+logger = logging.getLogger(__name__)
+
+PEEK = 1000  # rows of a stream looked at before it is read
+
+_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_FORMATS |= {".arrow": "arrow"}
+_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    **{".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open},
+    ".zst": lambda path: pyarrow.input_stream(str(path), compression="zstd"),
+}
+# First bytes of what is no text: what it is, and what to do.
+_MAGIC = {
+    b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save the sheet as csv"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word document", "save it as csv or txt"),
+    b"%PDF-": ("a PDF", "extract its text"),
+    b"PAR1": ("parquet", "name it .parquet"),
+    b"ARROW1": ("arrow", "name it .arrow"),
+    b"\x1f\x8b": ("gzip", "add .gz to its name"),
+    b"BZh91AY&SY": ("bzip2", "add .bz2 to its name"),
+    b"\xfd7zXZ\0": ("xz", "add .xz to its name"),
+    b"\x28\xb5\x2f\xfd": ("zstandard", "add .zst to its name"),
+    **dict.fromkeys((b"<!DOCTYPE html", b"<!doctype html", b"<html"), ("a web page", "download the file itself")),
+    b"version https://git-lfs": ("a pointer of Git LFS", "fetch the file itself with `git lfs pull`"),
+}
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig"}
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after utf-32, which starts with the same
+_CONTROL = bytes({*range(32)} - {*b"\t\n\v\f\r\x1a\x1b"})
+_WIDE = re.compile(r"u(tf)?[-_ ]?(16|32)", re.IGNORECASE)
+_SEPARATORS = (",", ";", "\t", "|")
+_ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|authors|requirements)\.txt", re.IGNORECASE)
+_SAMPLE = 1 << 20  # bytes looked at, decompressed
+_ROWS = 100  # of a csv file looked at
+
+
+def text_format(path: Path) -> str | None:
+    """Return how a file of this name is read: csv, json, parquet, text or arrow; None if it is no file of texts."""
+    stem = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
+    return _FORMATS.get(stem.suffix.lower())
+
+
+def local_arguments(path: Path, source: TextSource) -> tuple[dict[str, Any], str]:
+    """Look at a file or folder and return the arguments of `load_dataset`, and the fingerprint of the files.
+
+    Raises:
+        SelOrthoError: it holds no texts, or a file is not what its name says.
+        OSError, EOFError, ValueError, lzma.LZMAError, zlib.error: a file cannot be read or decompressed.
+    """
+    splits = _folder_splits(path, source.dataset_config) if path.is_dir() else {"train": [path]}
+    files = list(dict.fromkeys(file for part in splits.values() for file in part))
+    kind = text_format(files[0]) if files else None
+    if kind is None or not all(file.is_file() for file in files):
+        raise SelOrthoError(f"{path} is or holds no file of texts: expected {', '.join(_FORMATS)}, also compressed")
+    if unreadable := next((file for file in files if "::" in str(file.absolute())), None):
+        raise SelOrthoError(
+            f'"{unreadable.absolute()}" has "::" in its path, the mark of a place in an archive: rename it'
+        )
+    if source.dataset_config is not None and not (path.is_dir() and _card_configs(path)):
+        raise SelOrthoError(
+            f'"{path}" is local and has no configuration "{source.dataset_config}": leave --dataset_config out'
+        )
+    for name, kinds in (("separator", {"csv"}), ("encoding", {"csv", "json", "text"})):
+        if getattr(source, name) is not None and kind not in kinds:
+            raise SelOrthoError(f"--{name} is a setting of {', '.join(sorted(kinds))} files: leave it out for {path}")
+    arguments = _joined(path, [_file_arguments(file, kind, source) for file in files])
+    identity = fingerprint(files)
+    # Not as names, which `datasets` takes for patterns. Its cache keeps what it read by this list.
+    found = {
+        split: DataFilesList(
+            [str(file.absolute()) for file in part], [(identity, str(file.stat().st_mtime_ns)) for file in part]
+        )
+        for split, part in splits.items()
+    }
+    return {"path": kind, "data_files": found, **arguments}, identity
+
+
+def empty(name: str) -> SelOrthoError:
+    """Make the error of a dataset without a row."""
+    return SelOrthoError(f'the dataset "{name}" is empty: expected at least one row with text')
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def _folder_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
+    """Find the files of data in a folder, by split; say which others there are."""
+    if saved := _saved_to_disk(folder):
+        return saved
+    paths = _visible_files(folder)
+    by_kind: defaultdict[str, list[str]] = defaultdict(list)
+    for name, path in paths.items():
+        kind = text_format(path)
+        if kind and path.stat().st_size and path.name not in FILES_TO_IGNORE and not _ABOUT.fullmatch(path.name):
+            by_kind[kind].append(name)
+    if not by_kind:
+        if any(text_format(path) for path in paths.values()):
+            raise empty(str(folder))
+        return {}
+    names = by_kind[_main_kind(folder, by_kind)]
+    patterns = _card_patterns(folder, config) or _get_data_files_patterns(partial(_matching, names))
+    splits = {
+        str(split): [paths[name] for name in dict.fromkeys(itertools.chain(*(_matching(names, p) for p in some)))]
+        for split, some in patterns.items()
+    }
+    used = {path for part in splits.values() for path in part}
+    if others := [name for name, path in paths.items() if path not in used]:
+        logger.warning('"%s": read %s; left out %s', folder, listed(p.name for p in used), listed(others))
+    return {split: part for split, part in splits.items() if part}
+
+
+def _visible_files(folder: Path) -> dict[str, Path]:
+    """List the files in a folder and below, also behind links, but none that is hidden, by their names in it."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path for path in sorted(files) if path.is_file()}
+
+
+def _main_kind(folder: Path, by_kind: dict[str, list[str]]) -> str:
+    """Choose the kind of files to read: tables before plain text, files named for a split, then what there is most of.
+
+    Raises:
+        SelOrthoError: there is as much of two kinds.
+    """
+    texts, total = len(by_kind.get("text", ())), sum(map(len, by_kind.values()))
+
+    def rank(kind: str) -> tuple[bool, bool, int]:
+        named = any(re.search(r"(^|[^a-z])(train|test|valid|validation)", name.lower()) for name in by_kind[kind])
+        return kind != "text" or texts > 10 * (total - texts), named, len(by_kind[kind])
+
+    best, *rest = sorted(by_kind, key=rank, reverse=True)
+    if rest and rank(best) == rank(rest[0]):
+        kinds = f"{listed(by_kind[best], 3)}; {listed(by_kind[rest[0]], 3)}"
+        raise SelOrthoError(f'"{folder}" holds files of several kinds ({kinds}): name one of them as --dataset')
+    return best
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    matches = re.compile(glob_translate(pattern.removeprefix("./"))).match
+    return [name for name in names if matches(name)]
+
+
+def _card_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the configurations that the README.md of a dataset's repository lists, as far as they name files."""
+    readme = folder / "README.md"
+    configs = DatasetCard.load(readme).data.to_dict().get("configs") if readme.is_file() else None
+    rows = [row for row in configs or () if isinstance(row, dict) and "data_files" in row]
+    return {str(row.get("config_name", "default")): row for row in rows}
+
+
+def _card_patterns(folder: Path, config: str | None) -> dict[str, list[str]] | None:
+    configs = _card_configs(folder)
+    if not configs:
+        return None
+    if config is None:
+        config = next((name for name, row in configs.items() if row.get("default")), "default")
+        config = next(iter(configs)) if len(configs) == 1 else config
+    if config not in configs:
+        raise SelOrthoError(f'"{folder}" has several configurations: choose --dataset_config from {listed(configs)}')
+    return sanitize_patterns(configs[config]["data_files"])
+
+
+def _saved_to_disk(folder: Path) -> dict[str, list[Path]]:
+    """Find the files of what `datasets` saved with save_to_disk, by split, if the folder is one of these."""
+    if (folder / "dataset_dict.json").is_file():
+        names = read_object(folder / "dataset_dict.json")["splits"]
+        return {name: part for name in names for part in _saved_to_disk(folder / Path(name).name).values()}
+    state = read_object(folder / "state.json") if (folder / "state.json").is_file() else {}
+    files = [folder / Path(entry["filename"]).name for entry in state.get("_data_files") or ()]
+    return {"train": files} if files else {}
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def _file_arguments(path: Path, kind: str, source: TextSource) -> dict[str, Any]:
+    """Look at the start of a file and return how `datasets` reads it; raises as [`local_arguments`]."""
+    with _open(path) as file:
+        start = file.read(_SAMPLE)
+    if not start:
+        raise empty(str(path))
+    what, remedy = next((found for magic, found in _MAGIC.items() if start.startswith(magic)), (kind, ""))
+    if what != kind:
+        raise SelOrthoError(f'"{path}" looks like {what}, not {_suffix(path)}: {remedy}')
+    if kind in ("parquet", "arrow"):
+        return {}
+    text, encoding = _decode(path, start, source.encoding)
+    if not text.strip():
+        raise empty(str(path))
+    arguments: dict[str, Any] = {} if encoding == "utf-8" else {"encoding": encoding}
+    if kind == "json":
+        _check_json(path, text, encoding, PEEK if source.streaming else None)
+        if _WIDE.match(encoding):  # `datasets` cuts at a byte, not at a character
+            arguments["chunksize"] = -1
+    elif _holds_objects(text):
+        raise SelOrthoError(f'"{path}" looks like JSON lines, not {_suffix(path)}: name it .jsonl')
+    elif kind == "text":
+        arguments |= {"sample_by": "paragraph"} if "\n\n" in text.replace("\r", "").rstrip() else {}
+    elif (separator := _separator(path, text, source)) != ",":
+        arguments["sep"] = separator
+    return arguments
+
+
+def _open(path: Path) -> Any:
+    return _COMPRESSIONS.get(path.suffix.lower(), partial(open, mode="rb"))(path)
+
+
+def _suffix(path: Path) -> str:
+    return "".join(path.suffixes[-2:] if path.suffix.lower() in _COMPRESSIONS else [path.suffix])
+
+
+def _joined(path: Path, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put together how the files are read, which has to be one way."""
+    joined = {key: value for part in parts for key, value in part.items()}
+    for key, default in (("encoding", "utf-8"), ("sep", ",")):
+        values = {part.get(key, default) for part in parts}
+        if len(values - {"utf-8"} if "utf-8-sig" in values else values) > 1:  # utf-8-sig reads both
+            words = {"encoding": "encodings", "sep": "separators"}[key]
+            raise SelOrthoError(
+                f'"{path}" holds files of several {words} ({listed(map(repr, values))}): name one of them'
+            )
+    return joined
+
+
+def _decode(path: Path, start: bytes, given: str | None) -> tuple[str, str]:
+    """Decode the start of a file; return it with the encoding, that of a byte-order mark if there is one."""
+    marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    encoding = marked or given or "utf-8"
+    if marked and given and not codecs.lookup(given).name.startswith(marked.removesuffix("-sig")):
+        raise SelOrthoError(f'"{path}" has the byte-order mark of {marked}, not of {given}: leave --encoding out')
+    wide = _WIDE.match(encoding) is not None
+    if wide and not marked and b"\0" not in start:
+        raise SelOrthoError(f'"{path}" does not look like {encoding}: choose another --encoding, or leave it out')
+    if not wide and len(start) - len(start.translate(None, _CONTROL)) > len(start) / 100:
+        zeros = start[0::2].count(0), start[1::2].count(0)
+        guess = f"utf-16-{'be' if zeros[0] > zeros[1] else 'le'}"
+        remedy = (
+            f"--encoding {guess} may read it" if max(zeros) > max(len(start) / 5, 10 * min(zeros)) else "expected text"
+        )
+        raise SelOrthoError(f'"{path}" holds control characters, not {encoding}: {remedy}')
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(start, len(start) < _SAMPLE)
+    except UnicodeDecodeError as error:
+        raise wrong_encoding(str(path), error) from error
+    return text, encoding
+
+
+def wrong_encoding(name: str, error: UnicodeDecodeError) -> SelOrthoError:
+    """Make the error of bytes that are no text in the encoding that was tried."""
+    byte = f"byte 0x{error.object[error.start]:02x}"
+    return SelOrthoError(
+        f'"{name}" is not {error.encoding} text ({byte}): say its --encoding, such as cp1252 (Windows) or latin-1'
+    )
+
+
+def _holds_objects(text: str) -> bool:
+    """Tell whether the first lines are JSON objects, or there is an array of them."""
+    if re.match(r"\s*\[\s*\{\s*\"", text):
+        return True
+    lines = [line for line in itertools.islice(io.StringIO(text), 20) if line.strip()]
+    try:
+        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines[: max(1, len(lines) - 1)])
+    except (ValueError, RecursionError):
+        return False
+
+
+def _check_json(path: Path, text: str, encoding: str, most: int | None) -> None:
+    """Look for null rows at so many lines or all, where pyarrow ends the process (apache/arrow#47409), and for shapes.
+
+    Raises:
+        SelOrthoError: a row is null, or the file is one object that holds a whole table, or no JSON.
+    """
+    with _open(path) as file:
+        lines = io.TextIOWrapper(file, encoding=encoding)
+        try:
+            if text.startswith("["):
+                rows = json.loads(lines.read(), strict=False)
+                null = any(row is None or (isinstance(row, float) and not math.isfinite(row)) for row in rows)
+            else:
+                null = any(line.lstrip(" \t\r").startswith("null") for line in itertools.islice(lines, most))
+        except (ValueError, RecursionError):
+            return  # `datasets` says what is wrong
+    if null:
+        raise SelOrthoError(f'"{path}" has a row that is null: expected an object with the text; remove the row')
+    if text.lstrip()[0] not in "[{":
+        raise SelOrthoError(f'"{path}" is not JSON: expected an object a line, or an array of them; see its first line')
+    if text.startswith("["):
+        return
+    try:
+        table, end = json.JSONDecoder(strict=False).raw_decode(text.lstrip())
+        whole = table if not text.lstrip()[end:].strip() else {}
+    except (ValueError, RecursionError):
+        return
+    if whole and all(isinstance(value, (dict, list)) for value in whole.values()) and len(text) < _SAMPLE:
+        raise SelOrthoError(
+            f'"{path}" is one object of {listed(whole)}, not one a row: save it as JSON lines, an object with the text '
+            "a line, or as an array of such objects"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- csv
+
+
+def _separator(path: Path, text: str, source: TextSource) -> str:
+    """Find the separator of a csv file that makes the text a column, and check its header.
+
+    Raises:
+        SelOrthoError: it seems to be another one than its name says, or there is no header.
+    """
+    usual = source.separator or ("\t" if ".tsv" in map(str.lower, path.suffixes) else ",")
+    wanted = source.text_column or "text"
+    tables = {separator: _table(text, separator) for separator in dict.fromkeys((usual, *_SEPARATORS))}
+    if wanted not in tables[usual][0] and source.separator is None:
+        fitting = [s for s, rows in tables.items() if len(rows[0]) > 1 and {len(row) for row in rows} == {len(rows[0])}]
+        certain = [s for s in fitting if wanted in tables[s][0]]
+        if len(certain) == 1:
+            logger.warning('"%s": read with --separator %r, which has a column %s', path, certain[0], wanted)
+            return certain[0]
+        if fitting and usual not in fitting:
+            columns = listed(tables[fitting[0]][0])
+            raise SelOrthoError(
+                f'"{path}" looks separated by {fitting[0]!r} (columns {columns}), not by {usual!r}: say --separator '
+                f"{fitting[0]!r}"
+            )
+    header, *rows = tables[usual]
+    if wanted not in header and (strange := next(filter(_is_no_name, header), None)):
+        raise SelOrthoError(
+            f'"{path}" seems to have no header: its first line should name the columns, but holds {strange[:60]!r}; '
+            "put a line such as text,label on top, or name the column with --text_column"
+        )
+    if longer := next((row for row in rows if len(row) > len(header)), None):  # pandas takes the first for an index
+        raise SelOrthoError(
+            f'"{path}" has {len(header)} columns and a row of {len(longer)} ({usual.join(longer)[:60]!r}): put texts '
+            f"that hold {usual!r} into quotes, or say another --separator"
+        )
+    return usual
+
+
+def _table(text: str, separator: str) -> list[list[str]]:
+    """Read the first rows as a csv file with this separator."""
+    limit = csv.field_size_limit(_SAMPLE + 1)
+    try:
+        rows = list(
+            itertools.islice(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator)), _ROWS)
+        )
+    except csv.Error:
+        return [[""]]
+    finally:
+        csv.field_size_limit(limit)
+    return rows[:-1] if len(rows) in range(2, _ROWS) and len(text) >= _SAMPLE else rows or [[""]]  # the last may be cut
+
+
+def _is_no_name(name: str) -> bool:
+    """Tell whether a cell of the first line is a value or a sentence rather than the name of a column."""
+    return bool(re.fullmatch(r"[-+]?\d+(\.\d+)?", name.strip())) or len(name) > 60 or len(name.split()) > 5
