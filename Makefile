@@ -19,8 +19,8 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# The tests of a file stay together, since they share fixtures; the order of the files is that of tests/conftest.py.
-PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Which tests stay together, and in which order they come, is said by tests/conftest.py.
+PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help demo space test test-fast test-lowest lint format clean
 .DEFAULT_GOAL := help

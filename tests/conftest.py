@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(4, torch.get_num_threads()))  # on models this small, more only wait for one another
 
-FIXTURES_OF_THE_REAL_MODEL = {"embedded_lm"}
+FIXTURES_OF_THE_REAL_MODEL = {"embedded_lm", "demo_run"}
+DEMO_STEPS = {"max_steps": 40, "buffer_contexts": 256, "refresh_every": 8, "eval_samples": 40, "eval_ce_samples": 4}
 LONGEST_FILES = {"test_fuzzing.py", "test_faults.py"}
 
 
@@ -74,13 +76,18 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest's own `-m` deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that needs the real Gemma is slow, whether or not its author remembered to say so; files with slow ones
-    come first, so that under `pytest -n` no worker begins with one when the others are done."""
-    slow_files = set()
+    come first, so that under `pytest -n` no worker begins with one when the others are done. With `--dist loadgroup`
+    the tests of a file stay on one worker, since they share fixtures; so do those of the demo's run."""
+    slow_files, demo_files = set(), set()
     for item in items:
         if FIXTURES_OF_THE_REAL_MODEL & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow"):
             slow_files.add(item.path)
+        if "demo_run" in getattr(item, "fixturenames", ()):
+            demo_files.add(item.path)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("demo" if item.path in demo_files else item.nodeid.split("::")[0]))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: (item.path.name not in LONGEST_FILES, item.path not in slow_files))
 
@@ -265,6 +272,21 @@ def embedded_lm() -> LanguageModel:
     from hf_selortho.language_models.loading import load_language_model
 
     return load_language_model("gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `accelerate launch scripts/train.py --preset demo --twin`, only shorter: two SAEs of the real Gemma."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    shorter = [part for key, value in DEMO_STEPS.items() for part in (f"--{key}", str(value))]
+    command = ["-m", "accelerate.commands.launch", "scripts/train.py", "--preset", "demo", "--twin", *shorter]
+    done = subprocess.run(
+        [sys.executable, *command, "--output_dir", str(folder)],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=1500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out evaluation" in done.stdout and "Next:" in done.stdout
+    return folder
 
 
 class SmallDisk:

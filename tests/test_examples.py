@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -24,12 +24,10 @@ def test_every_example_is_run_here() -> None:
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_example(name, tmp_path) -> None:
+def test_example(name, tmp_path, monkeypatch, capsys) -> None:
     script = EXAMPLES / f"{name}.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 40
-    arguments = [PUBLISHED] if name == "feature_index" else []
-    done = subprocess.run(
-        [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(SHOWN[name], done.stdout), done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), *([str(PUBLISHED)] if name == "feature_index" else [])])
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(SHOWN[name], capsys.readouterr().out)

@@ -497,7 +497,7 @@ def _outcome(target: Target, path: Path) -> str:
 @pytest.mark.parametrize(
     ("seed", "share"),
     [
-        pytest.param(1, 5, id="two thousand"),
+        pytest.param(1, 20, id="five hundred"),
         pytest.param(2, 1, id="ten thousand", marks=pytest.mark.slow),
     ],
 )

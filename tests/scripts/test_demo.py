@@ -25,23 +25,11 @@ from tests.bare_environment import make_bare_environment
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[2]
-SHORTER = {
-    "max_steps": 40, "buffer_contexts": 320, "refresh_every": 8, "eval_samples": 60, "eval_ce_samples": 6, "seed": 1,
-}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """Folder of a short run of `accelerate launch scripts/train.py --preset demo`."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    settings = [part for key, value in SHORTER.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "scripts/train.py", "--preset", "demo", *settings]
-    result = subprocess.run(
-        [*command, "--output_dir", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "Loss recovered" in result.stdout and "Next:" in result.stdout
-    return folder
+@pytest.fixture
+def run(demo_run) -> Path:
+    return demo_run / "layer_8"
 
 
 @pytest.mark.slow

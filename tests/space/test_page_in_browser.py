@@ -33,7 +33,6 @@ pytestmark = pytest.mark.slow
 
 SENTENCE = "The function returns a list of the names in the current local scope."
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
-SHORTER = {"max_steps": 30, "buffer_contexts": 256, "refresh_every": 8, "eval_samples": 40, "eval_ce_samples": 4}
 SETTLED = """() => !document.body.hasAttribute('data-busy') && document.body.dataset.view &&
     document.querySelector('#so-view-' + document.body.dataset.view + ' [data-address]')"""
 
@@ -44,17 +43,14 @@ def python(*command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The demo with its twin, trained for fewer steps, and their feature indexes; one label is an attack."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    settings = [part for key, value in SHORTER.items() for part in (f"--{key}", str(value))]
-    python("scripts/train.py", "--preset", "demo", "--twin", *settings, "--output_dir", str(folder))
-    labels = folder / "labels.json"
+def run(demo_run) -> Path:
+    """The demo with its twin and their feature indexes; one label is an attack."""
+    labels = demo_run / "labels.json"
     labels.write_text(json.dumps({"3": HOSTILE}), encoding="utf-8")
-    build = ("scripts/build_feature_index.py", "--tokens", "7_000")
-    python(*build, str(folder / "layer_8"), "--labels", str(labels))
-    python(*build, str(folder / "layer_8_twin"))
-    return folder
+    build = ("-m", "hf_selortho", "index", "--tokens", "6_000")
+    python(*build, str(demo_run / "layer_8"), "--labels", str(labels))
+    python(*build, str(demo_run / "layer_8_twin"))
+    return demo_run
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +162,14 @@ def test_a_feature_by_its_address_and_its_neighbours(page, served, index) -> Non
     assert f"id={feature}" in page.url
 
 
-def test_pairs_are_sorted_filtered_and_opened(page, served, index) -> None:
+def test_pairs_are_sorted_filtered_and_opened(page, served, index, run) -> None:
+    metrics = json.loads((run / "layer_8/metrics.json").read_text())
     open_view(page, served, "?view=pairs")
     rows = index.pair_table.to_pylist()
     best, alike = (max(rows, key=lambda row: row[column]) for column in ("score", "decoder_cosine"))
     shown = page.locator("#so-out-pairs")
     expect(shown.locator("tbody tr").first).to_contain_text(f"{best['a']} – {best['b']}")
-    expect(shown).to_contain_text(f"at step {SHORTER['max_steps']}")
+    expect(shown).to_contain_text(f"at step {metrics['training']['steps']}")
     shown.locator("th a", has_text="cosine").click()
     expect(shown.locator("tbody tr").first).to_contain_text(f"{alike['a']} – {alike['b']}")
     page.wait_for_function(SETTLED)
