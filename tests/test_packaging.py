@@ -113,6 +113,7 @@ def test_sdist_builds_the_same_wheel(wheel: Path, sdist_and_wheel: tuple[Path, P
     assert tops & {"runs", ".venv", ".git", ".ci"} == set()
 
 
+@pytest.mark.slow
 def test_installed_wheel_finds_its_presets_and_its_template(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)

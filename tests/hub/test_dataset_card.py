@@ -89,6 +89,7 @@ def test_size_categories(rows, word) -> None:
     assert size_category(rows) == word
 
 
+@pytest.mark.slow
 def test_a_cache_has_a_card_and_its_folder_is_a_repository(tiny_lm_dir, sample_text_files, tmp_path) -> None:
     folder = tmp_path / "acts"
     settings = {

@@ -283,6 +283,7 @@ def test_mistakes_on_the_command_line(hub, client, tmp_path) -> None:
     assert done.code == 2 and "unknown arguments: --overwirte" in done.err
 
 
+@pytest.mark.slow
 def test_before_a_training_it_is_asked_whether_it_can_be_published(hub, client, training, tmp_path) -> None:
     for repo, message in (("else/where", "who does not belong to 'else'"), ("x", "expected owner/name")):
         done = client.script("train", *training, "--hub_model_id", repo)

@@ -130,6 +130,7 @@ def test_metadata_that_the_hub_refuses_is_told(hub, client, tmp_path) -> None:
     assert "license must be one of these" in said and own_commits(hub, "acme/metadata") == []
 
 
+@pytest.mark.slow
 def test_without_a_network_it_says_so(hub, client, tmp_path) -> None:
     offline = "from huggingface_hub import constants\nconstants.HF_HUB_OFFLINE = {}\n"
     client.run(offline.format(True))

@@ -106,6 +106,7 @@ def test_the_repository_carries_the_files_that_the_model_imports_and_no_other() 
     assert files.keys() == {"modeling_selortho", *imported} and len(files) == 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sae_lens_loads_them_from_the_repository(hub, tmp_path) -> None:
     pytest.importorskip("sae_lens")

@@ -40,6 +40,7 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "small"))
 
 
+@pytest.mark.slow
 def test_every_sae_of_a_run(run, capsys) -> None:
     build_feature_index.main([str(run), *SMALL])
     lines = capsys.readouterr().out.splitlines()

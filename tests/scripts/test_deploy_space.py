@@ -308,6 +308,7 @@ def answer_of(url: str, process: subprocess.Popen, log: Path, patience: float = 
     raise AssertionError(f"no answer within {patience} s: {log.read_text()[-3000:]}")
 
 
+@pytest.mark.slow
 def test_it_starts_with_the_package_that_it_carries(hub, client, sae, tmp_path) -> None:
     deploy(client, "acme/runs", "--sae", "acme/sae")
     space, home, log = tmp_path / "space", tmp_path / "home", tmp_path / "log"

@@ -146,6 +146,7 @@ def test_a_tracker_is_told_every_step_once(arguments, tmp_path) -> None:
 # --- a disk that is full ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_the_run_goes_on_and_earlier_checkpoints_stay(arguments, small_disks, tmp_path) -> None:
     settings = {"checkpoint_every": 3, "eval_samples": 0, "cpu_threads": 1, "buffer_contexts": 256}
     train.main(arguments(output_dir=tmp_path / "whole", **settings))
@@ -364,6 +365,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_one_is_not_in_the
     assert len(rows_of(run)) == 12
 
 
+@pytest.mark.slow
 def test_no_token_is_left_anywhere(arguments, tmp_path) -> None:
     token = "hf_" + "Canary7" * 5
     keys = {name: f"secret-{name}-canary" for name in ("WANDB_API_KEY", "COMET_API_KEY")}

@@ -130,6 +130,7 @@ def test_a_limit_of_the_process_refuses_a_run_that_needs_more(arguments, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_penalty_lowers_the_correlations_of_the_selected_pairs(arguments, tmp_path) -> None:
     tops = []
     for coefficient in (0, 3):

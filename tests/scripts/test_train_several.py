@@ -80,6 +80,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_layers_and_twins_equal_runs_of_their_own(live, tmp_path, capsys) -> None:
     settings = {"max_norm_ratio": "inf", "layer_settings": '{"2": {"l1_coefficient": 0.2}}'}
     train.main(live(layers=[1, 2], twin=True, **settings))
@@ -213,6 +214,7 @@ def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_documents, arguments, tmp_path) -> None:
     """Five documents: the processes have different numbers of them, and of shards."""
     texts = tmp_path / "five.jsonl"
@@ -239,6 +241,7 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
     assert {path.name for path in (tmp_path / "run").glob("layer_*")} == {"layer_1", "layer_1_twin"}
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_how_long_to_probe(live) -> None:
     done = _launch(["scripts/train.py", *live(layers=[1, 2], twin=True, dry_run=True)], 2)
     assert done.returncode == 0, done.stderr
