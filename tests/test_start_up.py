@@ -35,7 +35,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["train", "--layer", "x"], UNUSED_BY_OPTIONS),
         (["cache", "--help"], UNUSED_BY_OPTIONS),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_help_and_slips_wait_for_no_heavy_library(command, unused) -> None:
     code = """

@@ -108,7 +108,7 @@ CHATS = "".join(
         ("lines.json", LINES, {}),
         ("array.jsonl", _array(ROWS), {}),
         ("strings.json", json.dumps(TEXTS), {}),
-        ("paragraphs.txt.gz", gzip.compress("\n\n".join(TEXTS).encode()), {}),
+        ("paragraphs.txt.gz", gzip.compress("\n\n".join(TEXTS).encode(), mtime=0), {}),
         ("chats.jsonl", CHATS, {"text_column": "messages.content"}),
         ("part.csv", CSV, {"split": "train[:3]"}),
     ],
@@ -127,7 +127,7 @@ def test_what_is_certain_is_read(name: str, content: str | bytes, settings, stre
     [
         ("sheet.csv", _zip(), {}, "looks like a zip archive or an Excel workbook, not .csv: unpack it"),
         ("table.jsonl", _parquet(), {}, "looks like parquet, not .jsonl: name it .parquet"),
-        ("packed.txt", gzip.compress(b"words"), {}, "looks like gzip, not .txt: add .gz"),
+        ("packed.txt", gzip.compress(b"words", mtime=0), {}, "looks like gzip, not .txt: add .gz"),
         ("plain.csv.gz", CSV, {}, "plain.csv.gz.*not compressed as its name says"),
         ("pointer.parquet", "version https://git-lfs.github.com/spec/v1\n", {}, "Git LFS.*git lfs pull"),
         ("lines.csv", LINES, {}, "looks like JSON lines, not .csv: name it .jsonl"),
