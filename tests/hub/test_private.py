@@ -145,6 +145,13 @@ print(cache.manifest.rows, cache.manifest.lm_name, len(cache.read(cache.manifest
     assert client.run(code) == "16 local:model 9\n"
 
 
+@pytest.mark.parametrize("option", ["--include_index", "--license_link=x", "--twin=x", "--seeds=x", "--template=x"])
+def test_options_of_saes_are_refused_for_a_cache(option, hub, client, tmp_path) -> None:
+    write_cache(tmp_path, [9], (5,))
+    done = client.script("push_to_hub", str(tmp_path), "--repo_id", "acme/acts-of", option)
+    assert done.code == 2 and f"{option.partition('=')[0]}: {tmp_path} holds cached activations" in done.err
+
+
 def test_a_space_holds_no_canary(hub, client, run) -> None:
     pytest.importorskip("gradio")
     assert client.script("push_to_hub", str(run), "--repo_id", "acme/shown").code == 0
@@ -201,10 +208,10 @@ def test_who_has_not_the_local_model_is_told_how_to_pass_one(hub, client, lm, ho
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--model_id", "lm", "--model_id: repository 'lm': expected owner/name"),
-        ("--model_id", "/x/lm", "expected owner/name"),
-        ("--dataset_id", "a b/c", "--dataset_id: repository 'a b/c': expected owner/name"),
-        ("--dataset_id", "a/b@", "expected owner/name or owner/name@revision"),
+        ("--model_id", "lm", '--model_id: unknown model "lm": neither on the Hub'),
+        ("--model_id", "/x/lm", "expected owner/name[@revision]"),
+        ("--dataset_id", "a b/c", '--dataset_id: unknown dataset "a b/c"'),
+        ("--dataset_id", "a/b@", "expected owner/name[@revision]"),
         ("--commit_message", f"of {HOST}", f"--commit_message holds the name of this machine ('{HOST}')"),
     ],
 )

@@ -56,8 +56,8 @@ def test_a_path_is_what_was_meant(typed: str, path: str, home: Path) -> None:
         ("", "--output_dir is empty"),
         (" \t", "--output_dir is empty"),
         ("a\0b", "NUL byte"),
-        ("~nobody-here/x", "there is no user 'nobody-here'"),
-        ("C:\\Users\\me", "is a path of Windows"),
+        ("~nobody-here/x", "that of an unknown user"),
+        ("C:\\Users\\me", "not an address, a path of Windows"),
         (f"{URL}/org/name", "expected a path of this machine, not an address"),
         ("file://server/x", "expected a path of this machine"),
     ],
@@ -98,8 +98,8 @@ def test_what_is_no_place_is_refused_in_one_line(typed: str, home: Path) -> None
     [
         ("SAE", f"{URL}/datasets/org/x", "is among the Hub's datasets: expected one of its models"),
         ("dataset", "https://example.com/org/x", "is no address of https://huggingface.co, the Hub"),
-        ("dataset", f"{URL}/datasets/org/x/tree/main/data", "nor a whole repository"),
-        ("model", "models/llama/7b", "neither a local path nor"),
+        ("dataset", f"{URL}/datasets/org/x/tree/main/data", "a whole repository, of the Hub"),
+        ("model", "models/llama/7b", "a whole repository, of the Hub"),
     ],
 )
 def test_another_kind_of_place_is_refused(kind: Any, typed: str, said: str, home: Path) -> None:
@@ -154,11 +154,19 @@ def test_every_option_that_names_something_is_read_at_the_door(name: str) -> Non
     options = options_of(name)
     assert "verbose" in options
     words = ("folder", "Folder", "file", "Hub id", "owner/name", "Branch", "repository")
-    plain = {"hub_license", "license", "license_link", "commit_message", "wheel_url", "overwrite_output_dir", "saelens"}
+    plain = {"separator", "encoding", "model_id", "dataset_id"}  # `PublicIds` reads these two itself
+    plain |= {"hub_license", "license", "license_link", "commit_message", "wheel_url", "saelens"}
+    plain.add("overwrite_output_dir")
     for option, action in options.items():
         takes_text = action.nargs != 0 and action.type in (None, str) and not action.choices
         if takes_text and any(word in str(action.help) for word in words):
             assert option in _READERS or option in plain or action.const is not None, (option, action.help)
+
+
+@pytest.mark.parametrize("option", _READERS)
+def test_an_empty_name_is_refused_by_the_name_of_its_option(option: str) -> None:
+    with pytest.raises(SelOrthoError, match=f"^--{option} is empty"):
+        _READERS[option](" ", f"--{option}")
 
 
 def test_a_list_may_have_commas_but_a_name_keeps_its_own(home: Path) -> None:
