@@ -91,8 +91,7 @@ def load_language_model(
         SelOrthoError: the model is unknown, gated, unreachable, unreadable, or no decoder-only language model, or its
             tokenizer belongs to another one.
     """
-    name, lookup = located(name, {"revision": revision}, "model")
-    where, commit = _locate(name, lookup["revision"], token)
+    name, where, commit = _locate(name, revision, token)
     where["trust_remote_code"] = False  # None would ask the person at the keyboard
     try:
         target = torch.empty(0, device=device).device  # "cuda" without a GPU fails here
@@ -120,8 +119,7 @@ def load_language_model(
 
 def find_revision(name: str, revision: str | None = None, token: str | None = None) -> str:
     """Find the `revision` that [`load_language_model`] would give, without loading the weights; raises as it does."""
-    name, lookup = located(name, {"revision": revision}, "model")
-    return _locate(name, lookup["revision"], token)[1]
+    return _locate(name, revision, token)[2]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> str:
@@ -191,8 +189,15 @@ def _check_tokenizer(lm: LanguageModel) -> None:
         )
 
 
-def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[str, Any], str]:
-    """Find what `from_pretrained` is to be given for a model, and the model's revision."""
+def _locate(name: str, revision: str | None, token: str | None) -> tuple[str, dict[str, Any], str]:
+    """Find a model's name without what typing has added, what `from_pretrained` is to be given, and its revision."""
+    if name == LOCAL_MODEL or (str(revision).startswith("local-") and not Path(name).is_dir()):
+        raise SelOrthoError(
+            f'the language model "{name}" is a folder of the machine that it was used on, which is not here: pass its '
+            "folder or Hub id, as --model (browse: --lm), in Python as lm="
+        )
+    name, lookup = located(name, {"revision": revision}, "model")
+    revision = lookup["revision"]
     folder = embedded_model_dir() if name == EMBEDDED_MODEL else Path(name)
     if folder.is_dir():
         if (folder / _ADAPTER).is_file():
@@ -207,12 +212,7 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
             raise SelOrthoError(
                 f'"{name}" is at revision {current}, not at {revision}: leave the revision out to take it as it is'
             )
-        return {"pretrained_model_name_or_path": str(folder)}, current
-    if name == LOCAL_MODEL or str(revision).startswith("local-"):
-        raise SelOrthoError(
-            f'the language model "{name}" is a folder of the machine that it was used on, which is not here: pass its '
-            "folder or Hub id, as --model (browse: --lm), in Python as lm="
-        )
+        return name, {"pretrained_model_name_or_path": str(folder)}, current
     online = resolve_commit("model", name, revision, token) is not None
     try:
         # By branch, not by commit, so that the cache learns what the branch stands for when there is no network.
@@ -224,7 +224,7 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
         raise hub_error(error, "model", name, revision) from error
     commit = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
     options = {"revision": commit, "token": token, "local_files_only": not online}
-    return {"pretrained_model_name_or_path": name, **options}, commit
+    return name, {"pretrained_model_name_or_path": name, **options}, commit
 
 
 def _adapter_error(name: str) -> SelOrthoError:
