@@ -20,20 +20,24 @@ from ..errors import SelOrthoError
 Kind: TypeAlias = Literal["model", "dataset", "SAE", "Space"]  # an SAE is in a repository of models
 _FOLDERS = {"model": "models", "SAE": "models", "dataset": "datasets", "Space": "spaces"}  # in addresses of the Hub
 _LOCAL = {"dataset": "a file, a folder or "}
-_PLACE = re.compile(
-    r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>refs/\w+/[^/@\s]+|[^/@\s]+))?(?:/(?P<sub>[^@]+))?", re.ASCII
+_PLACE = re.compile(  # a name without an owner has no sub-folder behind it: org/name:main is no folder of org
+    r"(?P<repo>[\w.-]+/[\w.-]+(?=[@/]|$)|[\w.-]+(?=@|$))(?:@(?P<revision>refs/\w+/[^/@\s:]+|[^/@\s:]+))?(?:/(?P<sub>[^@]+))?",
+    re.ASCII,
 )
 _ADDRESS = re.compile(r"(?:https?|hf)://|(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _SHOWN = re.compile(r"/(?:tree|blob|resolve|raw|commits?)/(refs/\w+/[^/]+|[^/]+)")  # in addresses of pages
+_PAGE = re.compile(r"/(?:viewer|discussions|settings|edit|upload|new)(?:/.*)?$")  # others, of the whole repository
+_UNREADABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # of which no name of a file can be made
+_AROUND = " \t\r\n\v\f\xa0\u200b\ufeff\"'`“”‘’"  # that comes along with what is copied
 _OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def local_path(text: str | os.PathLike[str], argument: str = "path") -> str:
     r"""Return a path of this machine without what typing has added to it; it need not exist.
 
-    Blanks around it, doubled and trailing slashes, `.` and `..` go; `~`, `~user` and `file://` are followed; `\` is
-    read as `/`. A file whose name really has blanks or `\` is itself.
+    Blanks and quotes around it, doubled and trailing slashes, `.` and `..` go; `~`, `$HOME` and `file://` are
+    followed; `\` is read as `/`. A file whose name really has blanks or `\` is itself.
 
     Args:
         text: the path. argument: what to call it in errors, such as "--output_dir".
@@ -42,12 +46,13 @@ def local_path(text: str | os.PathLike[str], argument: str = "path") -> str:
         SelOrthoError: it is empty, an address of the Hub, a path of Windows on another system, or of a user who is not.
     """
     path = _stripped(os.fspath(text), argument)
-    if path.startswith("file:") and urlsplit(path).netloc in ("", "localhost"):
-        path = url2pathname(urlsplit(path).path)
-    if path.startswith("~"):
-        path = os.path.expanduser(path.replace("\\", "/"))
+    if match := re.match("file:(?://(?:localhost)?(?=/)|(?!//))", path, re.IGNORECASE):
+        path = url2pathname(path[match.end() :])
     if not os.path.lexists(path):
-        if _ADDRESS.match(path) or re.match("file:|~", path) or (os.name != "nt" and _OF_WINDOWS.match(path)):
+        path = os.path.expandvars(path)
+        path = os.path.expanduser(path.replace("\\", "/")) if path.startswith("~") else path
+    if not os.path.lexists(path):
+        if re.match(r"\w+://|file:|~", path) or _ADDRESS.match(path) or (os.name != "nt" and _OF_WINDOWS.match(path)):
             said = "expected a path of this machine, not an address, a path of Windows or that of an unknown user"
             raise SelOrthoError(f"{argument} {path:.200}: {said}")
         path = path.replace("\\", "/")
@@ -57,7 +62,7 @@ def local_path(text: str | os.PathLike[str], argument: str = "path") -> str:
 
 def trimmed(text: str, argument: str = "revision") -> str:
     """Return a branch or other name without blanks around it; raises a SelOrthoError if it is empty."""
-    return _stripped(text, argument).strip()
+    return _stripped(text, argument)
 
 
 def subfolder_of(text: str, argument: str = "subfolder") -> str | None:
@@ -66,7 +71,7 @@ def subfolder_of(text: str, argument: str = "subfolder") -> str | None:
     Raises:
         SelOrthoError: it is empty, or leads out of the repository.
     """
-    path = posixpath.normpath(_stripped(text, argument).strip().replace("\\", "/").strip("/") or ".")
+    path = posixpath.normpath(_stripped(text, argument).replace("\\", "/").strip("/") or ".")
     if path.split("/")[0] == "..":
         raise SelOrthoError(f"{argument} {text!r:.200} leads out of the repository: expected a folder in it")
     return None if path == "." else path
@@ -98,10 +103,11 @@ class RepoRef:
         path = local_path(typed, argument or kind) if local and not _ADDRESS.match(typed) else ""
         if os.path.isdir(path) or (path and kind == "dataset" and os.path.exists(path)):
             return cls(path)
-        match = None if re.match(r"[./~]|file:", typed) else _PLACE.fullmatch(_without_host(typed, kind))
+        match = None if re.match(r"[./~]|file:", typed) else _PLACE.fullmatch(_without_host(typed, kind, argument))
         repo, revision, sub = match.group("repo", "revision", "sub") if match else ("..", None, None)
-        revision = unquote(revision or "")
-        if revision and sub and kind != "SAE" and not _ADDRESS.match(typed):
+        revision, is_address = unquote(revision or ""), _ADDRESS.match(typed)
+        sub = unquote(sub) if sub and is_address else sub
+        if revision and sub and kind != "SAE" and not is_address:
             revision, sub = f"{revision}/{sub}", None
         if ".." in repo + revision or (sub and kind != "SAE") or not (local or "/" in repo):
             form = "owner/name[@revision]" + ("[/subfolder]" if kind == "SAE" else ", a whole repository,")
@@ -146,7 +152,7 @@ def located(name: str | os.PathLike[str], lookup: Mapping[str, Any], kind: Kind 
 
 def repo_id(text: str, kind: Kind = "model", argument: str = "repository") -> str:
     """Return the id owner/name of a repository to write to; raises a SelOrthoError if there is none in the text."""
-    name = _without_host(_stripped(text, argument).strip(), kind)
+    name = _without_host(_stripped(text, argument), kind, argument)
     try:
         validate_repo_id(name if "/" in name else "")
     except HFValidationError as error:
@@ -158,39 +164,41 @@ def repo_id(text: str, kind: Kind = "model", argument: str = "repository") -> st
 def activations_of(text: str | os.PathLike[str], argument: str = "activations") -> str:
     """Return where cached activations are: the path of a folder, or hub:owner/name[@revision]."""
     typed = _stripped(os.fspath(text), argument)
-    if not typed.startswith("hub:") and not _ADDRESS.match(typed):
+    is_remote = typed[:4].lower() == "hub:"
+    if not is_remote and not _ADDRESS.match(typed):
         return local_path(typed, argument)
-    return f"hub:{RepoRef.parse(typed.removeprefix('hub:'), local=False, kind='dataset', argument=argument)}"
+    ref = RepoRef.parse(typed[4:] if is_remote else typed, local=False, kind="dataset", argument=argument)
+    return f"hub:{ref}"
 
 
 def _stripped(text: str, argument: str) -> str:
-    """Return a text without blanks around it, which a file's name may have."""
-    if "\0" in text:
-        raise SelOrthoError(f"{argument} {text!r:.200} holds a NUL byte: give a folder or an id of the Hub")
-    if not text.strip():
+    """Return a text without blanks and quotes around it, unless it is the name of a file that has them."""
+    if _UNREADABLE.search(text):
+        raise SelOrthoError(f"{argument} {text!r:.200} holds a NUL byte or half a character: type it again")
+    name = text if os.path.lexists(text) else text.strip(_AROUND)
+    if not name.strip():
         raise SelOrthoError(f"{argument} is empty: give it a value, or leave it out")
-    return text if os.path.lexists(text) else text.strip()
+    return name
 
 
-def _without_host(typed: str, kind: Kind) -> str:
+def _without_host(typed: str, kind: Kind, argument: str = "") -> str:
     """Turn an address of the Hub into owner/name@revision/subfolder; anything else only loses doubled slashes."""
     path = typed.replace("\\", "/")
-    is_address = _ADDRESS.match(path) is not None
-    if is_address:
-        parts = urlsplit(path if "://" in path else f"https://{path}")
-        path = parts.path
-        if parts.scheme == "hf":
-            path = f"{parts.netloc}{path}"
-        elif parts.netloc.lower() not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc):
-            raise SelOrthoError(f"{kind} {typed!r:.200} is no address of {constants.ENDPOINT}, the Hub")
+    address = re.match(r"(?:(\w+)://)?([^/?#]*)([^?#]*)", path) if _ADDRESS.match(path) else None
+    if address:
+        scheme, host, path = address.groups()
+        if scheme and scheme.lower() == "hf":
+            path = host + path
+        elif host.lower() not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc):
+            raise SelOrthoError(f"{argument or kind} {typed!r:.200} is no address of {constants.ENDPOINT}, the Hub")
         elif re.search("/(blob|resolve|raw)/", path):  # of a file
             path = posixpath.dirname(path)
-        path = _SHOWN.sub(lambda shown: f"@{quote(unquote(shown[1]), safe='')}", path.removesuffix(".git"), count=1)
-    path = re.sub("/+", "/", path).strip("/")
+        path = _SHOWN.sub(lambda shown: f"@{quote(unquote(shown[1]), safe='')}", _PAGE.sub("", path), count=1)
+    path = re.sub("/+", "/", path).strip("/").removesuffix(".git")
     folder, _, rest = path.partition("/")
-    if rest and (folder in ("datasets", "spaces") or (is_address and folder == "models")):
+    if rest and (folder in ("datasets", "spaces") or (address and folder == "models")):
         if folder != _FOLDERS[kind]:
             said = f"is among the Hub's {folder}: expected one of its {_FOLDERS[kind]}"
-            raise SelOrthoError(f"{kind} {typed:.200} {said}")
+            raise SelOrthoError(f"{argument or kind} {typed:.200} {said}")
         path = rest
     return path
