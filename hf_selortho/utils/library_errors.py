@@ -126,8 +126,11 @@ def explained(error: BaseException) -> SelOrthoError | None:
     """Explain what no part of the package has caught, if a user can mend it: disks, folders, the Hub."""
     if said := storage_error(error):
         return said
-    if isinstance(error, OSError) and error.filename and error.errno:
-        return SelOrthoError(f"cannot use {error.filename}: {reason(error)}; name another file or folder")
+    if isinstance(error, OSError) and error.errno:
+        said, remedy = f"cannot use {error.filename}", "name another file or folder"
+        if not error.filename:
+            said, remedy = "the operating system refuses to go on", "--verbose shows where"
+        return SelOrthoError(f"{said}: {reason(error)}; {remedy}")
     if isinstance(error, (hub.HfHubHTTPError.__mro__[1], hub.OfflineModeIsEnabled)):
         return SelOrthoError(f"the Hub cannot be used: {one_line(error)}")
     return None

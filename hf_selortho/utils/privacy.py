@@ -72,6 +72,8 @@ def without_paths(
         return _command_without_paths(value, known)
     if re.match(_ABSOLUTE, value):
         return _last_part(value)
+    for home in sorted(_homes(), key=len, reverse=True):  # which may have blanks, at which a path in a text ends
+        value = re.sub(re.escape(home) + r"(?=[/\\])", "~", value)
     text = _PATH.sub(lambda match: _last_part(match[0]), without_secrets(value)).encode("utf-8", "surrogatepass")
     for _, pattern in _host_patterns():
         text = pattern.sub(b"localhost", text)

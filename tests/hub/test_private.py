@@ -329,6 +329,12 @@ def test_paths_in_settings_become_names_that_are_visibly_local(alice, key, value
     assert without_paths({key: [value]}) == {key: [public]}
 
 
+def test_a_home_with_blanks_is_not_left_in_a_text(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/jane o'doe")
+    said = {"said": "see /home/jane o'doe/x y/letters.csv: no such file", "at": "C:/x and /home/jane o'doe/z"}
+    assert "jane" not in str(without_paths(said)) and "doe" not in str(without_paths(said))
+
+
 def test_what_lies_in_the_cache_of_the_hub_is_published_under_its_id(hub, client, home) -> None:
     folder = f"{home}/hf/hub/models--org--lm-x/snapshots/{'b' * 40}"
     run = save_run(home / "cached", lm_name=folder, lm_revision="local-sha256:0")

@@ -113,7 +113,15 @@ def test_what_is_no_fault_of_a_disk_is_not_blamed_on_one(caches: Path) -> None:
     for error in (ValueError("x"), FileNotFoundError(errno.ENOENT, "", "x"), PermissionError(13, "", "/home/me/t.txt")):
         assert storage_error(error) is None
     assert "cannot use /home/me/t.txt" in str(explained(PermissionError(13, "Permission denied", "/home/me/t.txt")))
+    assert "refuses to go on: Too many open files" in str(explained(OSError(errno.EMFILE, "Too many open files")))
     assert explained(ZeroDivisionError()) is None  # a fault of ours keeps its traceback
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    code = "from hf_selortho.utils.command_line import run_script; run_script(lambda: print('x\\n' * 200000))"
+    command = f"set -o pipefail; '{sys.executable}' -c \"{code}\" | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")
 
 
 @pytest.mark.parametrize("verbose", [False, True])
