@@ -12,7 +12,8 @@ from ..data.python_docs import PYTHON_DOCS
 from ..errors import SelOrthoError
 from ..language_models.embedded import EMBEDDED_MODEL
 from ..training.arguments import PublicIds
-from ..utils.hub import Kind, is_commit, resolve_commit
+from ..utils.hub import is_commit, resolve_commit
+from ..utils.names import Kind, RepoRef
 from ..utils.privacy import LOCAL_MODEL, LOCAL_TEXT, is_path, without_paths
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def find_commit(kind: Kind, given: str, token: str | None = None) -> tuple[str, 
     Raises:
         SelOrthoError: the Hub answers that there is no such repository or revision, or gives no access to it.
     """
-    name, _, revision = given.partition("@")
-    return name, revision if is_commit(revision) else resolve_commit(kind, name, revision or None, token)
+    ref = RepoRef.parse(given, local=False, kind=kind)
+    return ref.name, ref.revision if is_commit(ref.revision) else resolve_commit(kind, ref.name, ref.revision, token)
 
 
 def _on_the_hub(

@@ -124,8 +124,8 @@ def storage_error(error: BaseException) -> SelOrthoError | None:
 
 def explained(error: BaseException) -> SelOrthoError | None:
     """Explain what no part of the package has caught, if a user can mend it: disks, folders, the Hub."""
-    if said := storage_error(error):
-        return said
+    if stored := storage_error(error):
+        return stored
     if isinstance(error, OSError) and error.errno:
         said, remedy = f"cannot use {error.filename}", "name another file or folder"
         if not error.filename:

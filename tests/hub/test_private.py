@@ -165,12 +165,16 @@ def test_a_space_holds_no_canary(hub, client, run) -> None:
 
 def test_a_local_model_and_text_are_published_under_their_ids(hub, client, lm, texts, home) -> None:
     """And a training that pushes itself: others capture with what it has published, without naming the model."""
-    commits = {"model": hub.upload("org/lm", lm), "dataset": hub.commit("org/texts", {"t.csv": texts}, kind="dataset")}
+    hub.upload("org/lm", lm)
+    commits = {
+        "model": hub.upload("org/lm", lm, "model", "feature/x"),
+        "dataset": hub.commit("org/texts", {"t.csv": texts}, kind="dataset"),
+    }
     settings = {
         "model": lm, "lm_dtype": "float32", "layer": 1, "dataset": texts, "d_sae": 64, "context_length": 32,
         "batch_size": 128, "buffer_contexts": 32, "refresh_every": 4, "max_steps": 2, "eval_samples": 4,
         "eval_ce_samples": 2, "output_dir": home / "trained", "cpu": True, "push_to_hub": True,
-        "hub_model_id": "org/sae", "model_id": "org/lm", "dataset_id": "org/texts@main",
+        "hub_model_id": "org/sae", "model_id": "org/lm@feature%2Fx", "dataset_id": "org/texts@main",
     }  # fmt: skip
     done = client.script("train", *[part for key, value in settings.items() for part in (f"--{key}", str(value))])
     assert done.code == 0 and "one of this machine" not in done.err, done.err[-2000:]
