@@ -25,6 +25,7 @@ from ..utils.command_line import program
 from ..utils.options import argument, parse_options
 
 logger = logging.getLogger("hf_selortho.push")
+_OF_SAES = ("include_index", "license_link", "twin", "seeds", "template")
 
 
 @dataclass
@@ -68,6 +69,10 @@ def assemble(source: Path, folder: Path, arguments: PushArguments) -> Publicatio
     """
     ids = PublicIds(arguments.model_id, arguments.dataset_id)
     if (source / MANIFEST).is_file():
+        asked = [name for name in _OF_SAES if getattr(arguments, name)]
+        asked += [] if arguments.saelens else ["no_saelens"]
+        if asked:
+            raise SelOrthoError(f"--{asked[0]}: {source} holds cached activations, and no SAE: leave it out")
         return publish_cache(source, folder, arguments.repo_id, license=arguments.license, ids=ids)
     twin = Path(arguments.twin) if arguments.twin else None
     return publish_run(

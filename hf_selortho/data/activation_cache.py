@@ -162,13 +162,12 @@ class ActivationCache:
             return Path(hf_hub_download(self._repository, file, **lookup, local_files_only=self._offline))
         except LOOKUP_ERRORS as error:
             reason = hub_error(error, "dataset", self._repository, self.revision)
-            raise self._fault(file, f"cannot be downloaded ({reason})") from error
+            raise CacheError(f"shard {self.source}/{file} cannot be downloaded: {reason}") from error
 
     def _fault(self, path: str, fault: str) -> CacheError:
         remedy = "restore it from a copy, or cache the activations again with --overwrite_output_dir"
         if self._repository:
-            remedy = (
-                f"download it anew with `hf download {self._repository} {path} --repo-type dataset --force-download`, "
-                "or use another revision"
-            )
+            command = f"hf download {self._repository} {path} --repo-type dataset --revision {self.revision}"
+            online = "go online, then " if self._offline else ""
+            remedy = f"{online}download it anew with `{command} --force-download`, or use another revision"
         return CacheError(f"shard {self.source}/{path} {fault}; {remedy}")

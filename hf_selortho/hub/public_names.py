@@ -12,17 +12,13 @@ from ..data.python_docs import PYTHON_DOCS
 from ..errors import SelOrthoError
 from ..language_models.embedded import EMBEDDED_MODEL
 from ..training.arguments import PublicIds
-from ..utils.hub import Kind, is_commit, resolve_commit
+from ..utils.hub import is_commit, resolve_commit
+from ..utils.names import Kind, RepoRef
 from ..utils.privacy import LOCAL_MODEL, LOCAL_TEXT, is_path, without_paths
 
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT = re.compile(r"[/\\](?:models|datasets)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
-# Settings that name a language model or a text, each with the one of its revision.
-_PAIRS = (
-    ("lm_name", "lm_revision"), ("model", "model_revision"), ("dataset", "dataset_revision"), ("name", "revision"),
-    ("dataset", "revision"),
-)  # fmt: skip
 _UNPUBLISHED = {
     LOCAL_MODEL: "the language model is one of this machine: others can encode activations of their own, but neither "
     "capture texts nor evaluate, index or browse; publish the model and say where with --model_id (model_id=)",
@@ -67,22 +63,11 @@ class PublicNames:
 
     def clean(self, value: Any) -> Any:
         """Return settings, figures or facts with public names in place of those of this machine."""
-        return without_paths(self._with_revisions(value), self.known)
+        return without_paths(value, self.known, self.revisions)
 
     def of_settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of an SAE or a cache as they are published."""
-        return without_paths({**config, **self.settings}, self.known)
-
-    def _with_revisions(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [self._with_revisions(item) for item in value]
-        if not isinstance(value, Mapping):
-            return value
-        value = {key: self._with_revisions(item) for key, item in value.items()}
-        for name, revision in _PAIRS:
-            if revision in value and isinstance(value.get(name), str) and value[name] in self.revisions:
-                value[revision] = self.revisions[value[name]]
-        return value
+        """Return the settings of an SAE as they are published."""
+        return self.clean({**config, **self.settings})
 
 
 def check_ids(ids: PublicIds) -> None:
@@ -99,17 +84,17 @@ def find_commit(kind: Kind, given: str, token: str | None = None) -> tuple[str, 
     Raises:
         SelOrthoError: the Hub answers that there is no such repository or revision, or gives no access to it.
     """
-    name, _, revision = given.partition("@")
-    return name, revision if is_commit(revision) else resolve_commit(kind, name, revision or None, token)
+    ref = RepoRef.parse(given, local=False, kind=kind)
+    return ref.name, ref.revision if is_commit(ref.revision) else resolve_commit(kind, ref.name, ref.revision, token)
 
 
 def _on_the_hub(
     kind: Kind, name: str | None, revision: str | None, given: str | None, token: str | None
 ) -> tuple[str | None, str | None]:
     """Return name and revision under which a language model or text is published."""
-    if name is not None and (match := _SNAPSHOT.search(name)):
+    if name and (match := _SNAPSHOT.search(name)):
         name, revision = match[1].replace("--", "/"), match[2]
-    is_local = name is not None and name not in (EMBEDDED_MODEL, PYTHON_DOCS) and not is_commit(revision)
+    is_local = name not in (None, EMBEDDED_MODEL, PYTHON_DOCS) and not is_commit(revision)
     is_local = is_local and (str(revision).startswith("local-") or is_path(str(name)))
     if given:
         if name not in (None, given.partition("@")[0]) and not is_local:

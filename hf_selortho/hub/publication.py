@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def publish_run(
     names = PublicNames.of(run.saes[0].config, ids or PublicIds(), token)
     run = replace(run, saes=tuple(_public(sae, names) for sae in run.saes), run=names.clean(run.run))
     card = SaeCard(run.saes, run.run, repo_id, saelens, license, license_link, template, terms_of(lm)).render()
-    try:
+    with _assembling(run.folder, folder):
         for sae in run.saes:
             _copy_sae(run, sae, folder / sae.name, saelens, names)
             if include_index:
@@ -110,9 +111,6 @@ def publish_run(
         for name in SOURCE:
             shutil.copyfile(Path(modeling_selortho.__file__).with_name(name), folder / name)
         (folder / CARD).write_text(str(card), encoding="utf-8")
-    except OSError as error:
-        said = f"cannot assemble {run.folder} in {folder}: {error.strerror or error}"
-        raise storage_error(error) or SelOrthoError(said) from error
     return Publication(folder, card)
 
 
@@ -136,17 +134,24 @@ def publish_cache(
     """
     manifest = ActivationCache(str(cache)).manifest
     names = PublicNames.of(vars(manifest), ids or PublicIds(), token)
-    public = replace(manifest, **names.of_settings({key: vars(manifest)[key] for key in names.settings}))
+    public = replace(manifest, **names.settings)
     card = render_shards_card(public, repo_id, license, terms_of(manifest.lm_name))
-    try:
+    with _assembling(cache, folder):
         for path in (Path(path) for entry in (*manifest.shards, *manifest.held_out) for path in entry.files):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(cache / path, folder / path)
         (folder / MANIFEST).write_bytes(manifest_bytes(public))
         (folder / CARD).write_text(str(card), encoding="utf-8")
-    except OSError as error:
-        raise SelOrthoError(f"cannot assemble {cache} in {folder}: {error.strerror or error}") from error
     return Publication(folder, card)
+
+
+@contextmanager
+def _assembling(source: Path, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        said = f"cannot assemble {source} in {folder}: {error.strerror or error}"
+        raise storage_error(error) or SelOrthoError(said) from error
 
 
 def _copy_sae(run: FinishedRun, report: SaeReport, folder: Path, saelens: bool, names: PublicNames) -> None:

@@ -16,19 +16,11 @@ from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import PublicIds
 from ..training.run_folder import CARD, save_sae
-from ..utils.hub import ATTEMPTS, listed, pause
+from ..utils.hub import ATTEMPTS, LOOKUP_ERRORS, listed, pause
 from ..utils.names import repo_id as as_repo_id
 from .gate import refuse_private
 from .publication import files_of, publish_run
-from .repository import (
-    REQUEST_ERRORS,
-    SIGNATURE,
-    RepoKind,
-    Repository,
-    cause_of,
-    changed_files,
-    is_final,
-)
+from .repository import SIGNATURE, RepoKind, Repository, cause_of, changed_files, is_final
 from .run_folder import FinishedRun, read_run
 
 MESSAGE = "Upload SAE with hf_selortho"
@@ -133,7 +125,7 @@ def push_folder(
             _refuse_others_changes(place, head, there, changed)
         try:
             info = _commit(place, {name: files[name] for name in changed}, title, head, create_pr)
-        except REQUEST_ERRORS as failure:
+        except LOOKUP_ERRORS as failure:
             sent, error = changed, cause_of(failure)
             if attempt == ATTEMPTS - 1 or is_final(error):
                 raise place.refusal(error) from error

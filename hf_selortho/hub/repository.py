@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 SIGNATURE = "Pushed by hf_selortho"  # in the message of a commit: by it our own are known again
 _LOOKED_BACK = 200  # commits in which the last of ours is looked for
-REQUEST_ERRORS = LOOKUP_ERRORS
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Repository:
         """
         try:
             return patiently(request)
-        except REQUEST_ERRORS as error:
+        except LOOKUP_ERRORS as error:
             raise self.refusal(error) from error
 
     def refusal(self, error: Exception) -> SelOrthoError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -25,12 +24,11 @@ from transformers import (
 from ..errors import SelOrthoError
 from ..utils.files import fingerprint
 from ..utils.hub import LOOKUP_ERRORS, find_file, hub_error, located, official_name, one_line, resolve_commit
-from ..utils.library_errors import storage_error
+from ..utils.library_errors import TOKENIZER_REMEDY, storage_error
 from ..utils.privacy import LOCAL_MODEL
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 
 _ADAPTER = "adapter_config.json"  # of PEFT
-_TOKENIZER_REMEDY = "put the tokenizer.json and tokenizer_config.json that belong to its weights beside them"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -93,8 +91,7 @@ def load_language_model(
         SelOrthoError: the model is unknown, gated, unreachable, unreadable, or no decoder-only language model, or its
             tokenizer belongs to another one.
     """
-    name, lookup = located(name, {"revision": revision}, "model")
-    where, commit = _locate(name, lookup["revision"], token)
+    name, where, commit = _locate(name, revision, token)
     where["trust_remote_code"] = False  # None would ask the person at the keyboard
     try:
         target = torch.empty(0, device=device).device  # "cuda" without a GPU fails here
@@ -107,9 +104,11 @@ def load_language_model(
     except SelOrthoError:
         raise
     except Exception as error:  # whatever transformers and the libraries below it raise for files that are not right
-        raise storage_error(error) or SelOrthoError(
-            f'cannot load the language model "{name}": {_why(error)}'
-        ) from error
+        reason = one_line(error)
+        if isinstance(error, (LookupError, AttributeError, TypeError)):  # a bare name says nothing
+            reason = f"its files are damaged or not of the form expected ({type(error).__name__}: {reason})"
+        said = f'cannot load the language model "{name}": {reason}'
+        raise storage_error(error) or SelOrthoError(said) from error
     if info["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise SelOrthoError(f'the weights of "{name}" lack {len(missing)} tensors of its config, such as {missing[0]}')
@@ -120,8 +119,7 @@ def load_language_model(
 
 def find_revision(name: str, revision: str | None = None, token: str | None = None) -> str:
     """Find the `revision` that [`load_language_model`] would give, without loading the weights; raises as it does."""
-    name, lookup = located(name, {"revision": revision}, "model")
-    return _locate(name, lookup["revision"], token)[1]
+    return _locate(name, revision, token)[2]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> str:
@@ -173,22 +171,6 @@ def _auto_model(config: PreTrainedConfig, name: str) -> Any:
     raise SelOrthoError(f'"{name}" is no language model (its type is {config.model_type}); choose a decoder-only one')
 
 
-def _why(error: Exception) -> str:
-    """Say why a language model cannot be loaded, and what to do."""
-    reason = one_line(error)
-    if isinstance(error, UnpicklingError):
-        return "its weights are a pickle that could run code; choose a model with safetensors weights"
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own repository, which is not run; choose a model that transformers knows"
-    if "instantiate the backend tokenizer" in reason:
-        return f"it has no tokenizer that can be read; {_TOKENIZER_REMEDY}"
-    if isinstance(error, ImportError):  # of quantised weights above all
-        return f"it needs a library that is missing ({reason}); install it, or choose the model with plain weights"
-    if isinstance(error, (LookupError, AttributeError, TypeError, AssertionError)):  # a bare name says nothing
-        return f"its files are damaged or not of the form that transformers expects ({type(error).__name__}: {reason})"
-    return reason
-
-
 def _check_tokenizer(lm: LanguageModel) -> None:
     """Refuse a tokenizer of which the language model cannot read every text.
 
@@ -199,16 +181,23 @@ def _check_tokenizer(lm: LanguageModel) -> None:
     special |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     written = set(tokenizer.get_vocab().values()) - (special - {tokenizer.bos_token_id})
     if len(written) < 2:  # what transformers makes of a folder without one
-        raise SelOrthoError(f'the tokenizer of "{lm.name}" knows no tokens; {_TOKENIZER_REMEDY}')
+        raise SelOrthoError(f'the tokenizer of "{lm.name}" knows no tokens; {TOKENIZER_REMEDY}')
     if max(written) >= lm.vocabulary:
         raise SelOrthoError(
             f'the tokenizer of "{lm.name}" gives token ids up to {max(written)}, and the model has embeddings for 0 to '
-            f"{lm.vocabulary - 1}; {_TOKENIZER_REMEDY}"
+            f"{lm.vocabulary - 1}; {TOKENIZER_REMEDY}"
         )
 
 
-def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[str, Any], str]:
-    """Find what `from_pretrained` is to be given for a model, and the model's revision."""
+def _locate(name: str, revision: str | None, token: str | None) -> tuple[str, dict[str, Any], str]:
+    """Find a model's name without what typing has added, what `from_pretrained` is to be given, and its revision."""
+    if name == LOCAL_MODEL or (str(revision).startswith("local-") and not Path(name).is_dir()):
+        raise SelOrthoError(
+            f'the language model "{name}" is a folder of the machine that it was used on, which is not here: pass its '
+            "folder or Hub id, as --model (browse: --lm), in Python as lm="
+        )
+    name, lookup = located(name, {"revision": revision}, "model")
+    revision = lookup["revision"]
     folder = embedded_model_dir() if name == EMBEDDED_MODEL else Path(name)
     if folder.is_dir():
         if (folder / _ADAPTER).is_file():
@@ -223,12 +212,7 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
             raise SelOrthoError(
                 f'"{name}" is at revision {current}, not at {revision}: leave the revision out to take it as it is'
             )
-        return {"pretrained_model_name_or_path": str(folder)}, current
-    if name == LOCAL_MODEL or str(revision).startswith("local-"):
-        raise SelOrthoError(
-            f'the language model "{name}" is a folder of the machine that it was used on, which is not here: pass its '
-            "folder or Hub id, as --model (browse: --lm), in Python as lm="
-        )
+        return name, {"pretrained_model_name_or_path": str(folder)}, current
     online = resolve_commit("model", name, revision, token) is not None
     try:
         # By branch, not by commit, so that the cache learns what the branch stands for when there is no network.
@@ -240,7 +224,7 @@ def _locate(name: str, revision: str | None, token: str | None) -> tuple[dict[st
         raise hub_error(error, "model", name, revision) from error
     commit = Path(config).parent.name  # .../snapshots/<commit>/config.json, offline too
     options = {"revision": commit, "token": token, "local_files_only": not online}
-    return {"pretrained_model_name_or_path": name, **options}, commit
+    return name, {"pretrained_model_name_or_path": name, **options}, commit
 
 
 def _adapter_error(name: str) -> SelOrthoError:

@@ -177,10 +177,8 @@ class PublicIds:
         kinds: tuple[tuple[Kind, str], ...] = (("model", "model_id"), ("dataset", "dataset_id"))
         for kind, option in kinds:
             if given := getattr(self, option):
-                try:
-                    setattr(self, option, str(RepoRef.parse(given, local=False, kind=kind)))
-                except SelOrthoError as error:
-                    raise SelOrthoError(f"--{option}: {error}") from error
+                ref = RepoRef.parse(given, local=False, kind=kind, argument=f"--{option}")
+                setattr(self, option, str(ref))
 
 
 @dataclass

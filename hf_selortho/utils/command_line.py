@@ -34,6 +34,10 @@ def run_script(main: Callable[[], None]) -> None:
     _set_up_logging()
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)  # as if SIGPIPE had ended it
     except SelOrthoError as error:
         _end(error)
     except KeyboardInterrupt:

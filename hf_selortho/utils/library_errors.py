@@ -16,49 +16,43 @@ from huggingface_hub import errors as hub
 from ..errors import SelOrthoError
 from .files import as_os_error, is_full, reason
 
+TOKENIZER_REMEDY = "put the tokenizer.json and tokenizer_config.json that belong to its weights beside them"
 _LONGEST = 200  # characters of what a library says that are shown
-# What libraries say, and what that means here; the groups of a pattern are filled in.
-_WORDS = tuple(
-    (re.compile(pattern, re.DOTALL), words)
-    for pattern, words in {
-        r"deserializing header|incomplete metadata|HeaderTooLarge|[Hh]eader too (large|small)": (
-            "a safetensors file is damaged or cut off: its header does not fit its bytes"
-        ),
-        r"[Pp]arquet magic bytes|[Cc]ouldn't deserialize thrift|Parquet file size is": (
-            "it is no parquet file, or a damaged one"
-        ),
-        r"model type `([\w.-]+)` but Transformers does not": (
-            "its model type {0} is unknown to the transformers installed here: pip install -U transformers, or choose "
-            "another --model"
-        ),
-        r"Unrecognized model in|[Ss]hould have a `model_type`": "its config.json names no model of transformers",
-        r"Unrecognized configuration class .*?\.(\w+)'>": "a {0} is that of no causal language model",
-        r"(no file named|does not appear to have a file named) (\S+?),? ": "it holds no {1}",
-        r"size mismatch|ignore_mismatched_sizes": "its weights do not fit its config.json",
-        r"[Cc]an't load tokenizer|tokenizer (class|config)|instantiate the backend tokenizer": (
-            "its tokenizer is missing, or of a kind that cannot be read here; a tokenizer.json beside the model can"
-        ),
-        r"Torch not compiled with CUDA|No CUDA GPUs|Found no NVIDIA": "there is no GPU here: use --cpu",
-        r"trust_remote_code": (
-            "it needs code of its own repository, which is not run; choose a model that transformers knows"
-        ),
-        r"[Dd]ataset scripts are no longer supported": (
-            "it is a program, which is not run: choose a --dataset of parquet, json, csv or text files"
-        ),
-        r"(?:among the available configs|BuilderConfig .* not found\. Available): (\[.*?\])": (
-            "it has several configurations: choose --dataset_config from {0}"
-        ),
-        r"[Nn]o \(supported\) data files|Couldn't infer the same data file format": (
-            "it holds no files of texts of one kind: expected parquet, json, csv or text files"
-        ),
-        r"Consistency check failed|Data processing error|CAS service error": (
-            "the download was cut off or damaged: run the same command again"
-        ),
-        r"Invalid metadata in README\.md\.? (.*)": "the header of README.md: {0}",
-        r"mixed precision requires|bf16 mixed precision": "this device cannot compute so: choose --mixed_precision no",
-        r"valid LoggerType|[Uu]nsupported logging": "a tracker of --report_to is unknown or not installed",
-    }.items()
-)
+# What libraries say, after the name of the exception, and what that means here; groups of a pattern are filled in.
+_WORDS = {
+    r"^UnpicklingError": "its weights are a pickle that could run code; choose a model with safetensors weights",
+    r"deserializing header|incomplete metadata|HeaderTooLarge|[Hh]eader too (large|small)": (
+        "a safetensors file is damaged or cut off: its header does not fit its bytes"
+    ),
+    r"[Pp]arquet magic bytes|[Cc]ouldn't deserialize thrift|Parquet file size is": (
+        "it is no parquet file, or a damaged one"
+    ),
+    r"model type `([\w.-]+)` but Transformers does not": (
+        "its model type {0} is unknown to the transformers installed here: pip install -U transformers, or choose "
+        "another --model"
+    ),
+    r"Unrecognized model in|[Ss]hould have a `model_type`": "its config.json names no model of transformers",
+    r"Unrecognized configuration class .*?\.(\w+)'>": "a {0} is that of no causal language model",
+    r"(?:no file named|does not appear to have a file named) (\S+?),? ": "it holds no {0}",
+    r"size mismatch|ignore_mismatched_sizes": "its weights do not fit its config.json",
+    r"[Cc]an't load tokenizer|tokenizer (class|config)|instantiate the backend tokenizer": (
+        f"it has no tokenizer that can be read; {TOKENIZER_REMEDY}"
+    ),
+    r"Torch not compiled with CUDA|No CUDA GPUs|Found no NVIDIA": "there is no GPU here: use --cpu",
+    r"trust_remote_code": (
+        "it needs code of its own repository, which is not run; choose a model that transformers knows"
+    ),
+    r"Consistency check failed|Data processing error|CAS service error": (
+        "the download was cut off or damaged: run the same command again"
+    ),
+    r"Invalid metadata in README\.md\.? (.*)": "the header of README.md: {0}",
+    r"mixed precision requires|bf16 mixed precision": "this device cannot compute so: choose --mixed_precision no",
+    r"valid LoggerType|[Uu]nsupported logging": "a tracker of --report_to is unknown or not installed",
+    r"^ImportError: ([^.`(]*)": (
+        "it needs a library that is missing ({0}); install it, or choose the model with plain weights"
+    ),
+    r"^ModuleNotFoundError: No module named '([\w.]+)'": "the package {0} is not installed: pip install {0}",
+}
 _CODE = re.compile(r"`|\w\(|\w=|://|https?:|pip install|huggingface-cli|[Pp]lease|[A-Z]\w+Error|0x[0-9a-f]{6}")
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 _NO_SPACE, _NO_TEMPORARY = "Not enough disk space", "No usable temporary directory"
@@ -72,16 +66,14 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, hub.HfHubHTTPError):
         text = f"{no_answer(error)}" + (f": {error.server_message:.200}" if error.server_message else "")
         return " ".join(text.split())
-    for pattern, words in _WORDS:
-        if match := pattern.search(text):
+    for pattern, words in _WORDS.items():
+        if match := re.search(pattern, f"{type(error).__name__}: {text}"):
             return words.format(*match.groups())[: 2 * _LONGEST]
     if isinstance(error, OSError) and error.strerror:
         return reason(error)
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"the package {error.name} is not installed: pip install {error.name}"
     sentence = re.split(r"(?<=[.;]) (?=[A-Z])", text, maxsplit=1)[0].rstrip(".:;")
     if not sentence or _CODE.search(sentence):
-        return f"a {type(error).__name__}, of which --verbose shows all"
+        return f"{type(error).__name__}, of which --verbose shows all"
     return sentence if len(sentence) <= _LONGEST else sentence[: _LONGEST - 3] + "..."
 
 
@@ -112,35 +104,33 @@ def no_answer(error: BaseException) -> str:
 def storage_error(error: BaseException) -> SelOrthoError | None:
     """Explain a full disk, or a folder that cannot be written, under the caches of the libraries; None for all else."""
     for cause in _causes(error):
-        fault = as_os_error(cause) if isinstance(cause, Exception) else OSError()
         if _NO_TEMPORARY in str(cause):
             return SelOrthoError("no folder for temporary files can be written: set TMPDIR to one with some room")
+        fault = as_os_error(cause) if isinstance(cause, Exception) else OSError()
         full = is_full(fault) or _NO_SPACE in str(cause)
         if not full and fault.errno not in _NOT_WRITABLE:
             continue
         path = fault.filename if isinstance(fault.filename, (str, bytes, os.PathLike)) else None
-        places = _places_of(os.path.abspath(os.fsdecode(path))) if path else _places()
-        if not places and not full:
-            return None  # a file of the user's own
-        variable, folder = min(places.items() or [("", os.fsdecode(path or ""))], key=lambda place: _room(place[1]))
-        whole = Path(folder).is_relative_to(constants.HF_HOME) and variable != "HF_HOME"
-        variables = f"HF_HOME, or {variable} alone," if whole else variable
-        if not variable:
-            return SelOrthoError(f"the disk of {folder} is full: make room there, or name another folder")
+        place = None if path is None else os.path.abspath(os.fsdecode(path))
+        variable, folder = min(_places(place).items(), key=lambda item: _room(item[1]), default=("", place))
+        said, other = f"cannot write to {folder} ({reason(fault)}):", "that can be written"
         if full:
-            advice = f"the disk of {folder} is full: make room there, or set {variables} to a folder on another one"
-            return SelOrthoError(advice)
-        said = f"cannot write to {folder} ({reason(fault)})"
-        return SelOrthoError(f"{said}: set {variables} to a folder that can be written")
+            said, other = f"the disk of {folder} is full: make room there, or", "on another one"
+        if variable:
+            return SelOrthoError(f"{said} set {variable} to a folder {other}")
+        return SelOrthoError(f"{said} name another folder") if full else None  # else a file of the user's own
     return None
 
 
 def explained(error: BaseException) -> SelOrthoError | None:
     """Explain what no part of the package has caught, if a user can mend it: disks, folders, the Hub."""
-    if said := storage_error(error):
-        return said
-    if isinstance(error, OSError) and error.filename and error.errno:
-        return SelOrthoError(f"cannot use {error.filename}: {reason(error)}; name another file or folder")
+    if stored := storage_error(error):
+        return stored
+    if isinstance(error, OSError) and error.errno:
+        said, remedy = f"cannot use {error.filename}", "name another file or folder"
+        if not error.filename:
+            said, remedy = "the operating system refuses to go on", "--verbose shows where"
+        return SelOrthoError(f"{said}: {reason(error)}; {remedy}")
     if isinstance(error, (hub.HfHubHTTPError.__mro__[1], hub.OfflineModeIsEnabled)):
         return SelOrthoError(f"the Hub cannot be used: {one_line(error)}")
     return None
@@ -152,21 +142,24 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _places() -> dict[str, str]:
-    """The folders that libraries write to, by the environment variable that moves each."""
-    datasets = os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")
-    places = {"HF_DATASETS_CACHE": datasets, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "HF_HOME": constants.HF_HOME}
-    places = {name: os.path.abspath(os.path.expanduser(place)) for name, place in places.items()}
-    return places | {"TMPDIR": tempfile.gettempdir()}
+def _places(path: str | None) -> dict[str, str]:
+    """The folders that libraries write to, by the variable that moves each; with a path, those that it may be of."""
+    places = {"HF_DATASETS_CACHE": os.environ.get("HF_DATASETS_CACHE", ""), "HF_HUB_CACHE": constants.HF_HUB_CACHE}
+    places = {name: os.path.abspath(os.path.expanduser(place)) for name, place in places.items() if place}
+    apart = {name: p for name, p in places.items() if name in os.environ or not _is_in(p, constants.HF_HOME)}
+    places = apart | {"HF_HOME": os.path.abspath(constants.HF_HOME)}
+    temporary = {"TMPDIR": tempfile.gettempdir()}
+    if path is None:
+        return places | temporary
+    if inside := {name: place for name, place in places.items() if _is_in(path, place)}:
+        return inside
+    if re.match(r"(tmp|hf_selortho-|matplotlib)", os.path.relpath(path, temporary["TMPDIR"])):
+        return temporary  # all else there may be the user's
+    return {name: place for name, place in places.items() if _is_in(place, path)}  # while they are made
 
 
-def _places_of(path: str) -> dict[str, str]:
-    """Those that a path is in, or is above of while they are made; all that is not ours in TMPDIR may be the user's."""
-    places, temporary = _places(), tempfile.gettempdir()
-    ours = re.match(r"(tmp|hf_selortho-|matplotlib)", os.path.relpath(path, temporary))
-    inside = {name: place for name, place in places.items() if Path(path).is_relative_to(place) and name != "TMPDIR"}
-    above = {name: place for name, place in places.items() if Path(place).is_relative_to(path)}
-    return inside or ({"TMPDIR": temporary} if ours else {}) or above
+def _is_in(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(folder)
 
 
 def _room(folder: str) -> tuple[bool, int]:

@@ -20,21 +20,24 @@ from ..errors import SelOrthoError
 Kind: TypeAlias = Literal["model", "dataset", "SAE", "Space"]  # an SAE is in a repository of models
 _FOLDERS = {"model": "models", "SAE": "models", "dataset": "datasets", "Space": "spaces"}  # in addresses of the Hub
 _LOCAL = {"dataset": "a file, a folder or "}
-_PLACE = re.compile(
-    r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>refs/\w+/[^/@\s]+|[^/@\s]+))?(?:/(?P<sub>[^@]+))?", re.ASCII
+_PLACE = re.compile(  # a name without an owner has no sub-folder behind it: org/name:main is no folder of org
+    r"(?P<repo>[\w.-]+/[\w.-]+(?=[@/]|$)|[\w.-]+(?=@|$))(?:@(?P<revision>refs/\w+/[^/@\s:]+|[^/@\s:]+))?(?:/(?P<sub>[^@]+))?",
+    re.ASCII,
 )
 _ADDRESS = re.compile(r"(?:https?|hf)://|(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
-_ID = "expected owner/name, as in org/gemma2b-l12"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _SHOWN = re.compile(r"/(?:tree|blob|resolve|raw|commits?)/(refs/\w+/[^/]+|[^/]+)")  # in addresses of pages
+_PAGE = re.compile(r"/(?:viewer|discussions|settings|edit|upload|new)(?:/.*)?$")  # others, of the whole repository
+_UNREADABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # of which no name of a file can be made
+_AROUND = " \t\r\n\v\f\xa0\u200b\ufeff\"'`“”‘’"  # that comes along with what is copied
 _OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def local_path(text: str | os.PathLike[str], argument: str = "path") -> str:
     r"""Return a path of this machine without what typing has added to it; it need not exist.
 
-    Blanks around it, doubled and trailing slashes, `.` and `..` go; `~`, `~user` and `file://` are followed; `\` is
-    read as `/`. A file whose name really has blanks or `\` is itself.
+    Blanks and quotes around it, doubled and trailing slashes, `.` and `..` go; `~`, `$HOME` and `file://` are
+    followed; `\` is read as `/`. A file whose name really has blanks or `\` is itself.
 
     Args:
         text: the path. argument: what to call it in errors, such as "--output_dir".
@@ -43,28 +46,23 @@ def local_path(text: str | os.PathLike[str], argument: str = "path") -> str:
         SelOrthoError: it is empty, an address of the Hub, a path of Windows on another system, or of a user who is not.
     """
     path = _stripped(os.fspath(text), argument)
-    if _ADDRESS.match(path):
-        raise SelOrthoError(f"{argument} {path:.200}: expected a path of this machine, not an address")
-    if path.startswith("file:"):
-        parts = urlsplit(path)
-        if parts.netloc not in ("", "localhost"):
-            raise SelOrthoError(f"{argument} {path:.200}: expected a path of this machine, as in file:///home/me/x")
-        path = url2pathname(parts.path)
-    if path.startswith("~"):
-        path = os.path.expanduser(path.replace("\\", "/"))
-        if path.startswith("~") and not os.path.lexists(path):
-            raise SelOrthoError(f"{argument} {path:.200}: there is no user {path[1:].split('/')[0]!r} on this machine")
-    if os.name != "nt" and not os.path.lexists(path):
-        if _OF_WINDOWS.match(path):
-            raise SelOrthoError(f"{argument} {path:.200} is a path of Windows: give it as this machine has it")
+    if match := re.match("file:(?://(?:localhost)?(?=/)|(?!//))", path, re.IGNORECASE):
+        path = url2pathname(path[match.end() :])
+    if not os.path.lexists(path):
+        path = os.path.expandvars(path)
+        path = os.path.expanduser(path.replace("\\", "/")) if path.startswith("~") else path
+    if not os.path.lexists(path):
+        if re.match(r"\w+://|file:|~", path) or _ADDRESS.match(path) or (os.name != "nt" and _OF_WINDOWS.match(path)):
+            said = "expected a path of this machine, not an address, a path of Windows or that of an unknown user"
+            raise SelOrthoError(f"{argument} {path:.200}: {said}")
         path = path.replace("\\", "/")
     tidy = re.sub("^//+", "/", os.path.normpath(path))
     return tidy if os.path.realpath(tidy) == os.path.realpath(path) else path  # `..` behind a link leads elsewhere
 
 
-def revision_of(text: str, argument: str = "revision") -> str:
-    """Return a branch, tag or commit without blanks around it; raises a SelOrthoError if it is empty."""
-    return _stripped(text, argument).strip()
+def trimmed(text: str, argument: str = "revision") -> str:
+    """Return a branch or other name without blanks around it; raises a SelOrthoError if it is empty."""
+    return _stripped(text, argument)
 
 
 def subfolder_of(text: str, argument: str = "subfolder") -> str | None:
@@ -73,7 +71,7 @@ def subfolder_of(text: str, argument: str = "subfolder") -> str | None:
     Raises:
         SelOrthoError: it is empty, or leads out of the repository.
     """
-    path = posixpath.normpath(_stripped(text, argument).strip().replace("\\", "/").strip("/") or ".")
+    path = posixpath.normpath(_stripped(text, argument).replace("\\", "/").strip("/") or ".")
     if path.split("/")[0] == "..":
         raise SelOrthoError(f"{argument} {text!r:.200} leads out of the repository: expected a folder in it")
     return None if path == "." else path
@@ -88,7 +86,7 @@ class RepoRef:
     subfolder: str | None = None
 
     @classmethod
-    def parse(cls, text: str | os.PathLike[str], local: bool = True, kind: Kind = "SAE") -> RepoRef:
+    def parse(cls, text: str | os.PathLike[str], local: bool = True, kind: Kind = "SAE", argument: str = "") -> RepoRef:
         """Read `runs/demo` or `org/name[@revision][/subfolder]`, however it is typed; only an SAE has a sub-folder.
 
         Addresses of the Hub's pages and of its file system (`hf://`) are read as well, paths as [`local_path`] does.
@@ -96,32 +94,29 @@ class RepoRef:
         Args:
             text: the name.
             local: whether it may be a folder, or file of texts, of this machine, which go before the Hub.
-            kind: what is named.
+            kind: what is named. argument: what to call it in errors, such as "--sae".
 
         Raises:
             SelOrthoError: it is none of these.
         """
-        typed = _stripped(os.fspath(text), kind)
-        path = local_path(typed, kind) if local and not _ADDRESS.match(typed) else ""
+        typed = _stripped(os.fspath(text), argument or kind)
+        path = local_path(typed, argument or kind) if local and not _ADDRESS.match(typed) else ""
         if os.path.isdir(path) or (path and kind == "dataset" and os.path.exists(path)):
             return cls(path)
-        match = _PLACE.fullmatch(_without_host(typed, kind))
-        revision, sub = (unquote(match["revision"] or ""), match["sub"]) if match else ("", None)
-        if revision and sub and kind != "SAE" and not _ADDRESS.match(typed):
+        match = None if re.match(r"[./~]|file:", typed) else _PLACE.fullmatch(_without_host(typed, kind, argument))
+        repo, revision, sub = match.group("repo", "revision", "sub") if match else ("..", None, None)
+        revision, is_address = unquote(revision or ""), _ADDRESS.match(typed)
+        sub = unquote(sub) if sub and is_address else sub
+        if revision and sub and kind != "SAE" and not is_address:
             revision, sub = f"{revision}/{sub}", None
-        is_path = typed.startswith((".", "/", "~", "file:"))
-        if match is None or is_path or ".." in match["repo"] + revision or (sub and kind != "SAE"):
-            form = "owner/name" if kind == "Space" else "owner/name[@revision]"
-            form = f"{_LOCAL.get(kind, 'a folder or ') if local else ''}{form}{'[/subfolder]' if kind == 'SAE' else ''}"
+        if ".." in repo + revision or (sub and kind != "SAE") or not (local or "/" in repo):
+            form = "owner/name[@revision]" + ("[/subfolder]" if kind == "SAE" else ", a whole repository,")
+            form = f"{_LOCAL.get(kind, 'a folder or ') if local else ''}{form} of the Hub"
             said = f'unknown {kind} "{path or typed:.200}": neither on the Hub nor a local path'
-            if is_path and kind == "dataset":
-                said = f"no such file or folder of texts: {path}"
-            if sub and kind != "SAE" and not is_path:
-                said = f'{kind} "{path or typed:.200}" is neither a local path nor a whole repository of the Hub'
-            raise SelOrthoError(f"{said}; check the spelling, expected {form} of the Hub")
-        if not local and kind == "SAE" and os.path.exists(match["repo"]):
+            raise SelOrthoError(f"{argument}{': ' * bool(argument)}{said}; check the spelling, expected {form}")
+        if not local and kind == "SAE" and os.path.exists(repo):
             raise SelOrthoError(f"{typed!r:.200} is a path of this machine: expected owner/name of the Hub")
-        return cls(match["repo"], revision or None, subfolder_of(sub) if sub else None)
+        return cls(repo, revision or None, subfolder_of(sub) if sub else None)
 
     @property
     def is_local(self) -> bool:
@@ -147,7 +142,7 @@ def located(name: str | os.PathLike[str], lookup: Mapping[str, Any], kind: Kind 
         SelOrthoError: the name is none, or says another revision or sub-folder than `lookup`.
     """
     ref = RepoRef.parse(name, kind=kind)
-    readers: dict[str, Callable[[str], str | None]] = {"revision": revision_of, "subfolder": subfolder_of}
+    readers: dict[str, Callable[[str], str | None]] = {"revision": trimmed, "subfolder": subfolder_of}
     given = {key: read(lookup[key]) for key, read in readers.items() if lookup.get(key)}
     for key, value in ref.lookup.items():
         if given.get(key) not in (None, value):
@@ -157,57 +152,53 @@ def located(name: str | os.PathLike[str], lookup: Mapping[str, Any], kind: Kind 
 
 def repo_id(text: str, kind: Kind = "model", argument: str = "repository") -> str:
     """Return the id owner/name of a repository to write to; raises a SelOrthoError if there is none in the text."""
-    name = _without_host(_stripped(text, argument).strip(), kind)
+    name = _without_host(_stripped(text, argument), kind, argument)
     try:
-        validate_repo_id(name)
+        validate_repo_id(name if "/" in name else "")
     except HFValidationError as error:
-        raise SelOrthoError(f"{argument} {name!r:.200}: {_ID}, of letters, digits, '-', '_' and '.'") from error
-    if "/" not in name:
-        raise SelOrthoError(f"{argument} {name!r:.200}: {_ID}")
+        expected = "expected owner/name, as in org/gemma2b-l12, of letters, digits, '-', '_' and '.'"
+        raise SelOrthoError(f"{argument} {name!r:.200}: {expected}") from error
     return name
 
 
 def activations_of(text: str | os.PathLike[str], argument: str = "activations") -> str:
     """Return where cached activations are: the path of a folder, or hub:owner/name[@revision]."""
     typed = _stripped(os.fspath(text), argument)
-    if not typed.startswith("hub:") and not _ADDRESS.match(typed):
+    is_remote = typed[:4].lower() == "hub:"
+    if not is_remote and not _ADDRESS.match(typed):
         return local_path(typed, argument)
-    ref = RepoRef.parse(typed.removeprefix("hub:"), local=False, kind="dataset")
-    if "/" not in ref.name:
-        raise SelOrthoError(f"{argument} {typed!r:.200}: expected hub:owner/name or hub:owner/name@revision")
+    ref = RepoRef.parse(typed[4:] if is_remote else typed, local=False, kind="dataset", argument=argument)
     return f"hub:{ref}"
 
 
 def _stripped(text: str, argument: str) -> str:
-    """Return a text without blanks around it, which a file's name may have."""
-    if "\0" in text:
-        raise SelOrthoError(f"{argument} {text!r:.200} holds a NUL byte: give a folder or an id of the Hub")
-    if not text.strip():
+    """Return a text without blanks and quotes around it, unless it is the name of a file that has them."""
+    if _UNREADABLE.search(text):
+        raise SelOrthoError(f"{argument} {text!r:.200} holds a NUL byte or half a character: type it again")
+    name = text if os.path.lexists(text) else text.strip(_AROUND)
+    if not name.strip():
         raise SelOrthoError(f"{argument} is empty: give it a value, or leave it out")
-    return text if os.path.lexists(text) else text.strip()
+    return name
 
 
-def _without_host(typed: str, kind: Kind) -> str:
+def _without_host(typed: str, kind: Kind, argument: str = "") -> str:
     """Turn an address of the Hub into owner/name@revision/subfolder; anything else only loses doubled slashes."""
     path = typed.replace("\\", "/")
-    is_address = _ADDRESS.match(path)
-    if is_address and not path.lower().startswith("hf://"):
-        parts = urlsplit(path if "://" in path else f"https://{path}")
-        if parts.netloc.lower() not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc):
-            raise SelOrthoError(f"{kind} {typed!r:.200} is no address of {constants.ENDPOINT}, the Hub")
-        path = _SHOWN.sub(
-            lambda shown: f"@{quote(unquote(shown[1]), safe='')}", parts.path.removesuffix(".git"), count=1
-        )
-        if re.search("/(blob|resolve|raw)/", parts.path):  # of a file
+    address = re.match(r"(?:(\w+)://)?([^/?#]*)([^?#]*)", path) if _ADDRESS.match(path) else None
+    if address:
+        scheme, host, path = address.groups()
+        if scheme and scheme.lower() == "hf":
+            path = host + path
+        elif host.lower() not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc):
+            raise SelOrthoError(f"{argument or kind} {typed!r:.200} is no address of {constants.ENDPOINT}, the Hub")
+        elif re.search("/(blob|resolve|raw)/", path):  # of a file
             path = posixpath.dirname(path)
-    elif is_address:
-        path = path[len("hf://") :]
-    path = re.sub("/+", "/", path).strip("/")
+        path = _SHOWN.sub(lambda shown: f"@{quote(unquote(shown[1]), safe='')}", _PAGE.sub("", path), count=1)
+    path = re.sub("/+", "/", path).strip("/").removesuffix(".git")
     folder, _, rest = path.partition("/")
-    if rest and (folder in ("datasets", "spaces") or (is_address and folder == "models")):
+    if rest and (folder in ("datasets", "spaces") or (address and folder == "models")):
         if folder != _FOLDERS[kind]:
-            raise SelOrthoError(
-                f"{kind} {typed:.200} is among the Hub's {folder}: expected one of its {_FOLDERS[kind]}"
-            )
+            said = f"is among the Hub's {folder}: expected one of its {_FOLDERS[kind]}"
+            raise SelOrthoError(f"{argument or kind} {typed:.200} {said}")
         path = rest
     return path

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hint
 from transformers import HfArgumentParser
 
 from ..errors import SelOrthoError
-from .names import Kind, RepoRef, activations_of, local_path, repo_id, revision_of, subfolder_of
+from .names import Kind, RepoRef, activations_of, local_path, repo_id, subfolder_of, trimmed
 
 
 class Range(NamedTuple):
@@ -111,11 +111,11 @@ def argument(default: Any, description: str) -> Any:
 
 
 def _place(kind: Kind) -> Callable[[str, str], str]:
-    return lambda text, _: str(RepoRef.parse(text, kind=kind))
+    return lambda text, argument: str(RepoRef.parse(text, kind=kind, argument=argument))
 
 
 def _json_or_path(text: str, argument: str) -> str:
-    return local_path(text, argument) if text.rstrip().endswith(".json") else text.strip()
+    return local_path(text, argument) if text.rstrip().endswith(".json") else trimmed(text, argument)
 
 
 # How each option that names something is read, in every command; the rest of the package gets normalised names.
@@ -129,7 +129,7 @@ _READERS: dict[str, Callable[[str, str], str | None]] = {
     "dataset": _place("dataset"),
     **dict.fromkeys(("repo_id", "hub_model_id"), lambda text, argument: repo_id(text, argument=argument)),
     "space": lambda text, argument: repo_id(text, "Space", argument),
-    **dict.fromkeys(("revision", "model_revision", "dataset_revision", "hub_revision"), revision_of),
+    **dict.fromkeys(("revision", "model_revision", "dataset_revision", "hub_revision"), trimmed),
     "subfolder": subfolder_of,
 }
 

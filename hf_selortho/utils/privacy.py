@@ -23,6 +23,11 @@ LOCAL_MODEL, LOCAL_TEXT = "local:model", "local:text"
 _PLACEHOLDERS = {
     "lm_name": LOCAL_MODEL, "model": LOCAL_MODEL, "dataset": LOCAL_TEXT, "activations": "local:activations"
 }  # fmt: skip
+# Settings that name a language model or a text, each with the one of its revision.
+_PAIRS = (
+    ("lm_name", "lm_revision"), ("model", "model_revision"), ("dataset", "dataset_revision"), ("name", "revision"),
+    ("dataset", "revision"),
+)  # fmt: skip
 # Names that many machines and accounts have, and parts of the paths of this package: they tell nobody from others.
 _COMMON = set(
     "root user users admin administrator ubuntu debian fedora docker jovyan vscode codespace runner node home data app "
@@ -40,21 +45,26 @@ def is_path(name: str) -> bool:
     return bool(formed) or os.path.exists(name)
 
 
-def without_paths(value: Any, known: Mapping[str, str] | None = None, key: str = "") -> Any:
+def without_paths(
+    value: Any, known: Mapping[str, str] | None = None, revisions: Mapping[str, str | None] | None = None, key: str = ""
+) -> Any:
     """Replace the paths of this machine in settings: the result says nothing of its folders, its user or its name.
 
     Args:
         value: a string, or mappings and lists of them; anything else is returned as it is.
-        known: by local name, what to call it.
+        known: by local name, what to call it. revisions: by local name, the revision to say beside it.
         key: of the value; a local model, text or cache is named after it, of any other path the last part is left.
     """
+    known, revisions = known or {}, revisions or {}
     if isinstance(value, Mapping):
-        return {without_paths(k, known): without_paths(item, known, k) for k, item in value.items()}
+        public = {without_paths(k, known): without_paths(item, known, revisions, k) for k, item in value.items()}
+        pairs = [(name, revision) for name, revision in _PAIRS if revision in value and name in value]
+        return public | {revision: revisions[value[name]] for name, revision in pairs if value[name] in revisions}
     if isinstance(value, (list, tuple)):
-        return [without_paths(item, known, key) for item in value]
+        return [without_paths(item, known, revisions, key) for item in value]
     if not isinstance(value, str):
         return value
-    if known and value in known:
+    if value in known:
         return known[value]
     if key in _PLACEHOLDERS and is_path(value) and not value.startswith("hub:"):
         return _PLACEHOLDERS[key]
@@ -62,25 +72,25 @@ def without_paths(value: Any, known: Mapping[str, str] | None = None, key: str =
         return _command_without_paths(value, known)
     if re.match(_ABSOLUTE, value):
         return _last_part(value)
-    text = _PATH.sub(lambda match: _last_part(match[0]), without_secrets(value))
-    for pattern in _host_patterns():
-        text = pattern.sub(b"localhost", text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
-    return text
+    for home in sorted(_homes(), key=len, reverse=True):  # which may have blanks, at which a path in a text ends
+        value = re.sub(re.escape(home) + r"(?=[/\\])", "~", value)
+    text = _PATH.sub(lambda match: _last_part(match[0]), without_secrets(value)).encode("utf-8", "surrogatepass")
+    for _, pattern in _host_patterns():
+        text = pattern.sub(b"localhost", text)
+    return text.decode("utf-8", "surrogatepass")
 
 
 def private_names(data: bytes) -> Iterator[tuple[str, str]]:
     """Yield what of this machine stands in some bytes: what it is, such as "the home folder", and the words."""
-    for what, needles, patterns in (
-        ("the home folder of this machine", *_home_patterns()),
-        ("the user name of this machine in a path", *_user_patterns()),
-        ("the name of this machine", [], _host_patterns()),
+    lower = data.lower()
+    for what, patterns in (
+        ("the home folder of this machine", _home_patterns()),
+        ("the user name of this machine in a path", _user_patterns()),
+        ("the name of this machine", _host_patterns()),
     ):
-        if needles and not any(needle in data for needle in needles):
-            continue
-        for pattern in patterns:
-            if match := pattern.search(data):
-                yield what, match[0].decode("utf-8", "replace")
-                break
+        matches = (pattern.search(data) for name, pattern in patterns if name.lower() in lower)
+        if match := next(filter(None, matches), None):
+            yield what, match[0].decode("utf-8", "replace")
     text = data.decode("utf-8", "ignore")
     if without_secrets(text) != text:
         yield "an access token", "***"
@@ -96,9 +106,9 @@ def _command_without_paths(command: str, known: Mapping[str, str] | None) -> str
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         if name:
             option = name[2:].replace("-", "_")
-            public.append(f"{name}={without_paths(value, known, option)}" if equals else word)
+            public.append(f"{name}={without_paths(value, known, key=option)}" if equals else word)
         else:
-            public.append(without_paths(value, known, option))
+            public.append(without_paths(value, known, key=option))
     return command if public == words else shlex.join(public)
 
 
@@ -130,35 +140,33 @@ def _hosts() -> set[str]:
     return {name for name in names if name and len(name) > 2 and name.lower() not in _COMMON}
 
 
-def _home_patterns() -> tuple[list[bytes], list[re.Pattern[bytes]]]:
-    needles, patterns = [], []
-    for home in _homes():
-        parts = re.split(r"[/\\]", home)
-        tail = "/".join(parts[-2:])  # "home/alice" is told from other words without its slash
-        for written in _spellings(home if len(parts) < 3 else tail) | (_spellings(home) if len(parts) > 2 else set()):
-            needles.append(written)
-            patterns.append(re.compile(rb"(?<![\w.-])" + re.escape(written) + rb"(?![\w-])"))
-    return needles, patterns
+def _home_patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
+    """Match the last two parts of the home folder: "home/alice" is told from other words without its slash."""
+    homes = [re.search(r"(?:[^/\\]+|^)[/\\][^/\\]+$", home) for home in _homes()]
+    return [pair for home in homes if home for pair in _patterns(rb"(?<![\w.-])", home[0])]
 
 
-def _user_patterns() -> tuple[list[bytes], list[re.Pattern[bytes]]]:
+def _user_patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
     """Match a user name as a part of an absolute path, or of one that begins with ./ or ../, but not of an address."""
-    needles = [written for user in _users() for written in _spellings(user)]
     start = rb"(?:(?<![\w.~\\/:+@%&?#}\])*$-])|(?<=\w:)(?!//))(?:file:/*)?(?:~|\.{1,2}|[A-Za-z]:)?(?:/|\\{1,2})"
     parts = rb"(?:[^\s\"'`<>|:/\\]+(?:/|\\{1,2}))*"
-    patterns = [re.compile(rb"(?:%s%s|~)%s(?![\w-])" % (start, parts, re.escape(needle))) for needle in needles]
-    return needles, patterns
+    return [pair for user in _users() for pair in _patterns(rb"(?:%s%s|~)" % (start, parts), user)]
 
 
-def _host_patterns() -> list[re.Pattern[bytes]]:
+def _host_patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
     """Match a host name as a word; one that may be a word or a number of a text, only as the host of an address."""
     own = Path(__file__).parents[1].joinpath("configuration_selortho.py").read_text(encoding="utf-8").lower()
-    patterns = []
+    pairs = []
     for host in _hosts():
         is_word = len(host) < 6 or host.isdigit() or host.lower() in own
-        before = rb"(?:[\w.-]{1,64}@|(?<=//))" if is_word else rb"(?:[\w.-]{1,64}@|(?<![\w-]))"
-        patterns += [re.compile(before + re.escape(name) + rb"(?![\w-])", re.IGNORECASE) for name in _spellings(host)]
-    return patterns
+        pairs += _patterns(rb"(?:[\w.-]{1,64}@|(?<=//))" if is_word else rb"(?:[\w.-]{1,64}@|(?<![\w-]))", host)
+    return pairs
+
+
+def _patterns(before: bytes, name: str) -> list[tuple[bytes, re.Pattern[bytes]]]:
+    """Return each spelling of a name with its pattern behind `before`: a search for words alone is quicker."""
+    pattern = rb"%s%s(?![\w-])"
+    return [(word, re.compile(pattern % (before, re.escape(word)), re.IGNORECASE)) for word in _spellings(name)]
 
 
 def _spellings(name: str) -> set[bytes]:

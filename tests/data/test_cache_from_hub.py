@@ -69,7 +69,7 @@ MESSAGES = {
     "hub:acme/none": ['unknown dataset "acme/none"', "neither on the Hub nor a local path"],
     "hub:acme/acts@v9": ['dataset "acme/acts" has no revision "v9"'],
     "hub:acme/gated": ['dataset "acme/gated" is gated', "https://huggingface.co/datasets/acme/gated", "hf auth login"],
-    "hub:acme": ["expected hub:owner/name or hub:owner/name@revision"],
+    "hub:acme": ["expected owner/name[@revision]"],
 }
 
 

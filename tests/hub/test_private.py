@@ -145,6 +145,13 @@ print(cache.manifest.rows, cache.manifest.lm_name, len(cache.read(cache.manifest
     assert client.run(code) == "16 local:model 9\n"
 
 
+@pytest.mark.parametrize("option", ["--include_index", "--license_link=x", "--twin=x", "--seeds=x", "--template=x"])
+def test_options_of_saes_are_refused_for_a_cache(option, hub, client, tmp_path) -> None:
+    write_cache(tmp_path, [9], (5,))
+    done = client.script("push_to_hub", str(tmp_path), "--repo_id", "acme/acts-of", option)
+    assert done.code == 2 and f"{option.partition('=')[0]}: {tmp_path} holds cached activations" in done.err
+
+
 def test_a_space_holds_no_canary(hub, client, run) -> None:
     pytest.importorskip("gradio")
     assert client.script("push_to_hub", str(run), "--repo_id", "acme/shown").code == 0
@@ -158,12 +165,16 @@ def test_a_space_holds_no_canary(hub, client, run) -> None:
 
 def test_a_local_model_and_text_are_published_under_their_ids(hub, client, lm, texts, home) -> None:
     """And a training that pushes itself: others capture with what it has published, without naming the model."""
-    commits = {"model": hub.upload("org/lm", lm), "dataset": hub.commit("org/texts", {"t.csv": texts}, kind="dataset")}
+    hub.upload("org/lm", lm)
+    commits = {
+        "model": hub.upload("org/lm", lm, "model", "feature/x"),
+        "dataset": hub.commit("org/texts", {"t.csv": texts}, kind="dataset"),
+    }
     settings = {
         "model": lm, "lm_dtype": "float32", "layer": 1, "dataset": texts, "d_sae": 64, "context_length": 32,
         "batch_size": 128, "buffer_contexts": 32, "refresh_every": 4, "max_steps": 2, "eval_samples": 4,
         "eval_ce_samples": 2, "output_dir": home / "trained", "cpu": True, "push_to_hub": True,
-        "hub_model_id": "org/sae", "model_id": "org/lm", "dataset_id": "org/texts@main",
+        "hub_model_id": "org/sae", "model_id": "org/lm@feature%2Fx", "dataset_id": "org/texts@main",
     }  # fmt: skip
     done = client.script("train", *[part for key, value in settings.items() for part in (f"--{key}", str(value))])
     assert done.code == 0 and "one of this machine" not in done.err, done.err[-2000:]
@@ -201,10 +212,10 @@ def test_who_has_not_the_local_model_is_told_how_to_pass_one(hub, client, lm, ho
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--model_id", "lm", "--model_id: repository 'lm': expected owner/name"),
-        ("--model_id", "/x/lm", "expected owner/name"),
-        ("--dataset_id", "a b/c", "--dataset_id: repository 'a b/c': expected owner/name"),
-        ("--dataset_id", "a/b@", "expected owner/name or owner/name@revision"),
+        ("--model_id", "lm", '--model_id: unknown model "lm": neither on the Hub'),
+        ("--model_id", "/x/lm", "expected owner/name[@revision]"),
+        ("--dataset_id", "a b/c", '--dataset_id: unknown dataset "a b/c"'),
+        ("--dataset_id", "a/b@", "expected owner/name[@revision]"),
         ("--commit_message", f"of {HOST}", f"--commit_message holds the name of this machine ('{HOST}')"),
     ],
 )
@@ -320,6 +331,12 @@ def test_names_that_everybody_has_are_not_private(monkeypatch) -> None:
 )  # fmt: skip
 def test_paths_in_settings_become_names_that_are_visibly_local(alice, key, value, public) -> None:
     assert without_paths({key: [value]}) == {key: [public]}
+
+
+def test_a_home_with_blanks_is_not_left_in_a_text(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/jane o'doe")
+    said = {"said": "see /home/jane o'doe/x y/letters.csv: no such file", "at": "C:/x and /home/jane o'doe/z"}
+    assert "jane" not in str(without_paths(said)) and "doe" not in str(without_paths(said))
 
 
 def test_what_lies_in_the_cache_of_the_hub_is_published_under_its_id(hub, client, home) -> None:

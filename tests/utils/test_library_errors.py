@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 from huggingface_hub import constants
@@ -35,18 +36,16 @@ http = importlib.import_module(hub.HfHubHTTPError.__mro__[1].__module__.split(".
         ),
         (OSError("Error no file named model.safetensors, or pytorch_model.bin, found in directory x."), "it holds no"),
         (AssertionError("Torch not compiled with CUDA enabled"), "use --cpu"),
-        (RuntimeError("Dataset scripts are no longer supported, but found x.py"), "choose a --dataset of parquet"),
-        (
-            ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"),
-            "choose --dataset_config from ['a', 'b']",
-        ),
+        (AssertionError(), "AssertionError, of which --verbose"),
+        (ImportError("HQQ is not available. Please follow `x`"), "a library that is missing (HQQ is not available);"),
+        (UnpicklingError("Weights only load failed"), "a pickle that could run code"),
         (
             OSError("Consistency check failed: file should be of size 3. Please"),
             "cut off or damaged",
         ),
         (ModuleNotFoundError("No module named 'zstandard'", name="zstandard"), "pip install zstandard"),
-        (TypeError("Foo.__init__() got an unexpected keyword argument 'x'"), "a TypeError, of which --verbose"),
-        (ValueError(""), "a ValueError, of which --verbose"),
+        (TypeError("Foo.__init__() got an unexpected keyword argument 'x'"), "TypeError, of which --verbose"),
+        (ValueError(""), "ValueError, of which --verbose"),
         (ValueError("row 7 has 3 columns, expected 2. Please set `x=1`"), "row 7 has 3 columns, expected 2"),
         (SelOrthoError("our own words: pip install x"), "our own words: pip install x"),
     ],
@@ -95,7 +94,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (errno.ENOSPC, "texts/json/x.arrow", "the disk of {}/texts is full: make room there, or set HF_DATASETS_CACHE"),
         (errno.EROFS, "texts", "cannot write to {}/texts (Read-only file system): set HF_DATASETS_CACHE to a folder"),
-        (errno.EACCES, "home/hub/models--x", "set HF_HOME, or HF_HUB_CACHE alone, to a folder that can be written"),
+        (errno.EACCES, "home/hub/models--x", "set HF_HOME to a folder that can be written"),
         (errno.ENOTDIR, "home", "set HF_HOME"),
         (errno.EEXIST, "home/xet", "set HF_HOME to a folder that can be written"),
         (errno.ENOSPC, "tmp/tmpabc/x", "or set TMPDIR to a folder on another one"),
@@ -114,7 +113,15 @@ def test_what_is_no_fault_of_a_disk_is_not_blamed_on_one(caches: Path) -> None:
     for error in (ValueError("x"), FileNotFoundError(errno.ENOENT, "", "x"), PermissionError(13, "", "/home/me/t.txt")):
         assert storage_error(error) is None
     assert "cannot use /home/me/t.txt" in str(explained(PermissionError(13, "Permission denied", "/home/me/t.txt")))
+    assert "refuses to go on: Too many open files" in str(explained(OSError(errno.EMFILE, "Too many open files")))
     assert explained(ZeroDivisionError()) is None  # a fault of ours keeps its traceback
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    code = "from hf_selortho.utils.command_line import run_script; run_script(lambda: print('x\\n' * 200000))"
+    command = f"set -o pipefail; '{sys.executable}' -c \"{code}\" | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")
 
 
 @pytest.mark.parametrize("verbose", [False, True])

@@ -18,6 +18,7 @@ from hf_selortho.formats import load_sae
 from hf_selortho.utils.names import RepoRef, activations_of, local_path, located, repo_id, subfolder_of
 from hf_selortho.utils.options import _READERS, OneLineParser
 
+ODD = ("org/x:main", "git@huggingface.co:org/x", "http://[::1", "org/x@", "@main")
 URL = "https://huggingface.co"
 
 
@@ -29,6 +30,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "link").symlink_to(tmp_path / "runs" / "demo")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "runs")
     return tmp_path
 
 
@@ -39,6 +41,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *((text, "runs/demo") for text in ("runs/./x/../demo", ".\\runs/demo")),
         *((text, "HOME/runs/demo") for text in ("~/runs/demo/", "~\\runs\\demo", " ~/runs//demo")),
         *((text, "HOME/runs/demo") for text in ("file://HOME/runs/demo", "file://localhostHOME/runs/demo/")),
+        *(
+            (text, "runs/demo")
+            for text in ("'runs/demo'", "“runs/demo”", "\u200bruns/demo\xa0", "file:runs/demo", "$RUNS/demo")
+        ),
+        *((text, "HOME/runs/demo") for text in ("~/runs/demo", "FILE://HOME/runs/demo")),
         (" blanks ", " blanks "),
         ("back\\slash", "back\\slash"),
         ("link/../x", "link/../x"),  # of what the link leads to
@@ -56,10 +63,12 @@ def test_a_path_is_what_was_meant(typed: str, path: str, home: Path) -> None:
         ("", "--output_dir is empty"),
         (" \t", "--output_dir is empty"),
         ("a\0b", "NUL byte"),
-        ("~nobody-here/x", "there is no user 'nobody-here'"),
-        ("C:\\Users\\me", "is a path of Windows"),
+        ("~nobody-here/x", "that of an unknown user"),
+        ("C:\\Users\\me", "not an address, a path of Windows"),
         (f"{URL}/org/name", "expected a path of this machine, not an address"),
-        ("file://server/x", "expected a path of this machine"),
+        *((text, "expected a path of this machine") for text in ("file://server/x", "s3://bucket/x", "~~")),
+        ("'\"", "--output_dir is empty"),
+        ("a\ud800", "half a character"),
     ],
 )
 def test_a_path_that_cannot_be_meant_is_refused(typed: str, said: str, home: Path) -> None:
@@ -78,6 +87,9 @@ def test_a_path_that_cannot_be_meant_is_refused(typed: str, said: str, home: Pat
         (f"{URL}/org/name/tree/refs%2Fpr%2F3/sub", "org/name@refs/pr/3/sub"),
         (f"{URL}/org/name/tree/feature%2Fx/sub", "org/name@feature%2Fx/sub"),
         ("hf://org/name@v1//sub/./x/", "org/name@v1/sub/x"),
+        (f"{URL}/org/name/tree/main/a%20b", "org/name@main/a b"),
+        *((f"{URL}/org/name/{page}", "org/name") for page in ("discussions/3", "settings")),
+        *((text, "org/name") for text in ("'org/name'", "org/name.git", "\ufefforg/name")),
         ("org/local", "org/local"),
     ],
 )
@@ -87,7 +99,9 @@ def test_a_place_on_the_hub_is_read_as_it_is_copied(typed: str, place: str, home
     assert ref.is_local == (place == "org/local")  # a folder named like a repository goes before it
 
 
-@pytest.mark.parametrize("typed", ["./nope", "~/nope", "a b/c", "org/name/../x", "org/name@..%2Fx", "", "../org/x"])
+@pytest.mark.parametrize(
+    "typed", ["./nope", "~/nope", "a b/c", "org/name/../x", "org/name@..%2Fx", "", "../org/x", *ODD]
+)
 def test_what_is_no_place_is_refused_in_one_line(typed: str, home: Path) -> None:
     with pytest.raises(SelOrthoError):
         RepoRef.parse(typed)
@@ -98,8 +112,8 @@ def test_what_is_no_place_is_refused_in_one_line(typed: str, home: Path) -> None
     [
         ("SAE", f"{URL}/datasets/org/x", "is among the Hub's datasets: expected one of its models"),
         ("dataset", "https://example.com/org/x", "is no address of https://huggingface.co, the Hub"),
-        ("dataset", f"{URL}/datasets/org/x/tree/main/data", "nor a whole repository"),
-        ("model", "models/llama/7b", "neither a local path nor"),
+        ("dataset", f"{URL}/datasets/org/x/tree/main/data", "a whole repository, of the Hub"),
+        ("model", "models/llama/7b", "a whole repository, of the Hub"),
     ],
 )
 def test_another_kind_of_place_is_refused(kind: Any, typed: str, said: str, home: Path) -> None:
@@ -113,7 +127,8 @@ def test_a_repository_to_write_to_and_cached_activations_are_read_likewise(home:
     for text in ("x", "../x", "org/x@y", "org/x/y", f"{URL}/datasets/org/x", "örg/x"):
         with pytest.raises(SelOrthoError):
             repo_id(text)
-    assert activations_of(f"{URL}/datasets/org/x/tree/v1") == activations_of("hub: org/x@v1/ ") == "hub:org/x@v1"
+    assert activations_of(f"{URL}/datasets/org/x/tree/v1") == activations_of("Hub: org/x@v1/ ") == "hub:org/x@v1"
+    assert str(RepoRef.parse(f"{URL}/datasets/org/x/viewer/default/train", kind="dataset")) == "org/x"
     assert activations_of("~/runs/demo/") == str(home / "runs/demo")
 
 
@@ -154,11 +169,19 @@ def test_every_option_that_names_something_is_read_at_the_door(name: str) -> Non
     options = options_of(name)
     assert "verbose" in options
     words = ("folder", "Folder", "file", "Hub id", "owner/name", "Branch", "repository")
-    plain = {"hub_license", "license", "license_link", "commit_message", "wheel_url", "overwrite_output_dir", "saelens"}
+    plain = {"separator", "encoding", "model_id", "dataset_id"}  # `PublicIds` reads these two itself
+    plain |= {"hub_license", "license", "license_link", "commit_message", "wheel_url", "saelens"}
+    plain.add("overwrite_output_dir")
     for option, action in options.items():
         takes_text = action.nargs != 0 and action.type in (None, str) and not action.choices
         if takes_text and any(word in str(action.help) for word in words):
             assert option in _READERS or option in plain or action.const is not None, (option, action.help)
+
+
+@pytest.mark.parametrize("option", _READERS)
+def test_an_empty_name_is_refused_by_the_name_of_its_option(option: str) -> None:
+    with pytest.raises(SelOrthoError, match=f"^--{option} is empty"):
+        _READERS[option](" ", f"--{option}")
 
 
 def test_a_list_may_have_commas_but_a_name_keeps_its_own(home: Path) -> None:
