@@ -34,6 +34,7 @@ _CROSS_ENTROPY = Contradiction(
     lambda v: "eval_ce_samples" in v.given and v.eval_ce_samples > v.eval_samples > 0,
     "they are some of those contexts; lower --eval_ce_samples or raise --eval_samples",
 )
+_LAYERS = Contradiction("layers", lambda v: len(set(v.layers)) < len(v.layers), "expected each layer once")
 READING = [
     Contradiction(
         "streaming dataset",
@@ -58,7 +59,7 @@ CACHE = [
         lambda v: v.streaming and v.max_tokens is None,
         "a stream has no end that is known beforehand; say with --max_tokens how much to read",
     ),
-    Contradiction("layers", lambda v: len(set(v.layers)) < len(v.layers), "expected each layer once"),
+    _LAYERS,
 ]
 
 _SCHEDULES = [
@@ -114,6 +115,7 @@ _SIZES = [
     _CROSS_ENTROPY,
 ]
 _CHOICES = [
+    _LAYERS,
     Contradiction(
         "layer layers",
         lambda v: {"layer", "layers"} <= v.given and bool(v.layers),
@@ -149,3 +151,19 @@ _CHOICES = [
     *acts_with("ortho_budget_value", "ortho_budget", "gradient"),
 ]
 TRAIN = [*_TEXT, *_SCHEDULES, *_SIZES, *_CHOICES]
+
+_PROPOSAL = Contradiction(
+    "create_pr overwrite",
+    lambda v: v.create_pr and v.overwrite,
+    "a pull request replaces nothing; leave --overwrite out",
+)
+PUSH = [_PROPOSAL, *acts_with("license_link", "license")]
+SPACE = [
+    _PROPOSAL,
+    Contradiction(
+        "wheel_url from_index",
+        lambda v: v.wheel_url and v.from_index,
+        "both say where hf_selortho comes from; choose one",
+    ),
+    Contradiction("sae twin", lambda v: v.sae and v.sae == v.twin, "an SAE is no twin of itself; leave --twin out"),
+]
