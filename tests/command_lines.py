@@ -26,7 +26,7 @@ _START = re.compile(
 def commands_in(text: str) -> Iterator[list[str]]:
     """Yield the command of `selortho` and its arguments, for each line of a text that is a whole command line."""
     for match in _START.finditer(text.replace("\\\n", " ")):
-        line = match[0].strip("> `")
+        line = match[0].strip("> `").split("`")[0]
         if "..." in line or "COMMAND" in line or "FOLDER" in line:
             continue
         try:

@@ -19,8 +19,9 @@ from ..evaluation.tasks import evaluate_on_text
 from ..hub.report import metrics_table
 from ..utils.files import write_json
 from ..utils.memory import where_memory_ends
-from .arguments import EvaluateArguments, parse_evaluate
+from .arguments import parse_evaluate
 from .reading import capture_of, least_tokens, load, load_lm_of, text_source
+from .reading_arguments import EvaluateArguments
 
 
 @where_memory_ends("lower --batch_size or --eval_samples")

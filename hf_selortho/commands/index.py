@@ -22,8 +22,9 @@ from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from ..language_models.loading import LanguageModel
 from ..utils.hub import listed
 from ..utils.memory import where_memory_ends
-from .arguments import IndexArguments, parse_index
+from .arguments import parse_index
 from .reading import capture_of, least_tokens, load, load_lm_of, text_source
+from .reading_arguments import IndexArguments
 
 LanguageModels = dict[tuple[str | None, str | None], LanguageModel]  # by name and revision
 KEPT = "kept, as it was built with these settings; to build it again, name this SAE with --overwrite"

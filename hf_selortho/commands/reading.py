@@ -15,7 +15,7 @@ from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, load_language_model
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.privacy import LOCAL_TEXT
-from .arguments import ReadingArguments
+from .reading_arguments import ReadingArguments
 
 
 def load(name: str, lookup: Mapping[str, str], device: str) -> SelOrthoSAE:

@@ -260,7 +260,7 @@ def test_too_little_text_to_hold_out_is_known_before_training(arguments, tmp_pat
 )
 def test_bad_arguments_of_the_evaluation(argv, message, tmp_path) -> None:
     with pytest.raises(SelOrthoError, match=message):
-        evaluate_sae.main([str(tmp_path / "nothing"), *argv])
+        evaluate_sae.main([str(tmp_path if argv else tmp_path / "nothing"), *argv])
 
 
 def test_an_sae_does_not_fit_another_language_model(arguments, tiny_lm_dir, tmp_path) -> None:
