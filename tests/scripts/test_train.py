@@ -186,6 +186,16 @@ def test_an_output_folder_in_use(arguments, tmp_path) -> None:
     assert not (tmp_path / "run" / "pair_history").exists()
 
 
+def test_to_overwrite_an_unfinished_run_says_how_to_go_on_instead(arguments, tmp_path, caplog) -> None:
+    train.main([*arguments(max_steps=2, eval_samples=0), "--checkpoint_every", "1"])
+    again = [*arguments(max_steps=2, eval_samples=0), "--overwrite_output_dir"]
+    train.main([*again, "--checkpoint_every", "1"])
+    assert "starts again" not in caplog.text, "it was finished"
+    (tmp_path / "run/run.json").unlink()
+    train.main(again)
+    assert "step_2" in caplog.text.replace("0", "") and "--resume_from_checkpoint auto in its place" in caplog.text
+
+
 def test_a_run_that_cannot_start_does_not_replace_another(arguments, tmp_path) -> None:
     train.main(arguments(max_steps=1, eval_samples=0))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
