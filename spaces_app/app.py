@@ -19,7 +19,8 @@ SETTINGS = Path(__file__).with_name("settings.json")  # of a Space: sae, twin, l
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the SAE and serve the page until it is stopped."""
-    from hf_selortho.browser.app import add_options, default_of, launch  # Gradio may be missing: one line says so
+    from hf_selortho.browser.app import launch  # Gradio may be missing: one line says so
+    from hf_selortho.browser.options import add_options, default_of
 
     stored = read_object(SETTINGS) if SETTINGS.is_file() else {}
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

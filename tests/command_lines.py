@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from hf_selortho.commands import browse, convert, evaluate, index, push, space
+from hf_selortho.commands.arguments import PARSERS
 from hf_selortho.commands.main import COMMANDS
 from hf_selortho.data import cache_report
 from hf_selortho.training.arguments import parse_arguments
-from hf_selortho.training.cache_arguments import parse_cache_arguments
-from hf_selortho.training.contradictions import EVALUATE
 from hf_selortho.training.variants import make_variants
-from hf_selortho.utils.options import parse_options
 
 SCRIPTS = {
     "train.py": "train", "cache_activations.py": "cache", "evaluate_sae.py": "evaluate",
@@ -29,7 +26,7 @@ _START = re.compile(
 def commands_in(text: str) -> Iterator[list[str]]:
     """Yield the command of `selortho` and its arguments, for each line of a text that is a whole command line."""
     for match in _START.finditer(text.replace("\\\n", " ")):
-        line = match[0].strip("> `")
+        line = match[0].strip("> `").split("`")[0]
         if "..." in line or "COMMAND" in line or "FOLDER" in line:
             continue
         try:
@@ -52,22 +49,8 @@ def check_command(name: str, argv: list[str]) -> None:
     """Parse a command line and check that its options can be meant together; raises as the command would."""
     if name == "train":
         make_variants(parse_arguments(argv))
-    elif name == "cache":
-        parse_cache_arguments(argv)
-    elif name == "evaluate":
-        parse_options(evaluate.EvaluateArguments, argv, EVALUATE, sae="")
-    elif name == "index":
-        parse_options(index.IndexArguments, argv, sae="")
-    elif name == "push":
-        parse_options(push.PushArguments, argv, run="")
-    elif name == "space":
-        parse_options(space.SpaceArguments, argv)
-    elif name == "convert":
-        with mock.patch.object(convert, "convert", return_value=[]):
-            convert.main(argv)
-    elif name == "browse":
-        with mock.patch("hf_selortho.browser.app.launch"):
-            browse.main(argv)
+    elif name in PARSERS:
+        PARSERS[name](argv)
     else:
         with mock.patch.object(cache_report, "ActivationCache"), mock.patch.object(cache_report, "report_table", str):
             with mock.patch.object(cache_report, "draw_report"), mock.patch("sys.stdout"):

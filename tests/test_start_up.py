@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
+from hf_selortho.commands.main import COMMANDS
 from hf_selortho.utils.imports import after_import
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +32,8 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["--help"], HEAVY),
         (["--version"], HEAVY),
         (["trian"], HEAVY),
-        (["train", "--help"], UNUSED_BY_OPTIONS),
         (["train", "--layer", "x"], UNUSED_BY_OPTIONS),
-        (["cache", "--help"], UNUSED_BY_OPTIONS),
+        (["--help", "of", *COMMANDS], UNUSED_BY_OPTIONS),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -42,7 +42,14 @@ def test_help_and_slips_wait_for_no_heavy_library(command, unused) -> None:
 import atexit, sys
 atexit.register(lambda: sys.stderr.write(" ".join(["\\nimported:", *sys.modules])))
 from hf_selortho.commands.main import main
-main()
+for name in sys.argv[3:] if "of" in sys.argv else ():
+    sys.argv = ["selortho", name, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+else:
+    main()
 """
     done = run_python(code, *command)
     said, imported = done.stderr.split("\nimported: ")

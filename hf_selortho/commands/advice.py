@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -46,7 +45,7 @@ def after_caching(folder: Path, manifest: Manifest, cpu: bool) -> str:
     if manifest.rows < batch:
         options += ["--batch_size", str(1 << manifest.rows.bit_length() - 1)]
     layers = map(str, manifest.layers)
-    report = f"{program('python')} -m hf_selortho.data.cache_report {_word(folder)} --output norms.png"
+    report = f"{program('python')} -m hf_selortho.data.cache_report {shlex.quote(str(folder))} --output norms.png"
     output = ["--output_dir", _free_folder("runs/sae")]
     training = _typed("train", "--activations", folder, "--layers", *layers, "--twin", *options, *output)
     return f"  {training}\n  {report}\n"
@@ -71,11 +70,7 @@ def as_typed(command: str) -> str:
 
 
 def _typed(command: str, *words: str | Path) -> str:
-    return f"{program('selortho')} {command} {' '.join(map(_word, words))}"
-
-
-def _word(word: str | Path) -> str:
-    return shlex.quote(os.fspath(word))
+    return f"{program('selortho')} {command} {shlex.join(map(str, words))}"
 
 
 def _free_folder(name: str) -> str:

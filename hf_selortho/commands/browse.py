@@ -9,20 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..utils.memory import where_memory_ends
-from ..utils.options import OneLineParser
+from .arguments import parse_browse
 
 
 @where_memory_ends("use --lm none")
 def main(argv: Sequence[str] | None = None) -> None:
     """Open the SAE and serve its page until it is stopped."""
-    from ..browser.app import add_options, default_of, launch  # Gradio may be missing: one line says so
+    from ..browser.app import launch  # Gradio may be missing: one line says so
 
-    parser = OneLineParser()
-    parser.add_argument(
-        "sae",
-        nargs="?",
-        default=default_of("sae"),
-        help="folder of an SAE or of a run, or owner/name[@revision][/subfolder] of the Hub",
-    )
-    add_options(parser)
-    launch(**vars(parser.parse_args(argv)))
+    launch(**vars(parse_browse(argv)))

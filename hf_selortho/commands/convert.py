@@ -11,24 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..formats import FORMATS
-from ..formats.convert import TARGETS, convert
-from ..utils.options import OneLineParser
+from ..formats.convert import convert
+from .arguments import parse_convert
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read one format, write another, say how to load it."""
-    parser = OneLineParser()
-    parser.add_argument("source", metavar="SRC", help="Folder or Hub id of the SAE (access token: HF_TOKEN).")
-    parser.add_argument("target", metavar="DST", help="Folder to write: new or empty.")
-    parser.add_argument("--to", required=True, choices=TARGETS, help="Format to write.")
-    parser.add_argument(
-        "--from", dest="format", default="auto", choices=("auto", *FORMATS), help="Format of SRC; auto: by its files."
-    )
-    parser.add_argument("--revision", help="Branch, tag or commit of the SAE.")
-    parser.add_argument("--subfolder", help="Folder of the SAE within its repository.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace a converted SAE that is in DST.")
-    arguments = parser.parse_args(argv)
+    arguments = parse_convert(argv)
     lookup = {key: getattr(arguments, key) for key in ("revision", "subfolder") if getattr(arguments, key)}
     files = convert(
         arguments.source, Path(arguments.target), arguments.to, arguments.format, arguments.overwrite, **lookup

@@ -9,46 +9,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import SelOrthoError
 from ..evaluation.tasks import evaluate_on_text
 from ..hub.report import metrics_table
-from ..training.contradictions import EVALUATE
 from ..utils.files import write_json
 from ..utils.memory import where_memory_ends
-from ..utils.options import Count, CountOrZero, Range, argument, parse_options
-from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
-
-
-@dataclass
-class EvaluateArguments(ReadingArguments):
-    """What to evaluate, and on what; whatever is not given is taken from the SAE's config."""
-
-    batch_size: Count = argument(4096, "Tokens of the batches that correlations are measured on.")
-    eval_samples: Count = argument(1000, "Held-out contexts.")
-    eval_ce_samples: CountOrZero = argument(
-        64, "Of these, contexts on which the language model's own loss is measured."
-    )
-    label_column: str | None = argument(None, "Column of labels of the dataset: probe the features for them.")
-    probing_texts: Annotated[int, Range(lambda v: v >= 8, "at least 8")] = argument(
-        1000, "Labelled held-out texts that are probed, half of them for the test."
-    )
-    first_letter_words: CountOrZero = argument(
-        0, "Words of the first-letter task, which measures absorption; 0: do not."
-    )
-    compare_with: list[str] = argument([], "SAEs of other seeds or methods: how alike their decoder directions are.")
-    output: str | None = argument(None, "JSON file to write the metrics to.")
+from .arguments import parse_evaluate
+from .reading import capture_of, least_tokens, load, load_lm_of, text_source
+from .reading_arguments import EvaluateArguments
 
 
 @where_memory_ends("lower --batch_size or --eval_samples")
 def main(argv: Sequence[str] | None = None) -> None:
     """Load an SAE and the language model it reads, measure, print a table."""
-    arguments, rest = parse_options(EvaluateArguments, argv, EVALUATE, sae="Folder or Hub id of the SAE.")
+    arguments, rest = parse_evaluate(argv)
     if arguments.output and not Path(arguments.output).parent.is_dir():
         raise SelOrthoError(f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}")
     metrics = evaluate(rest.sae, arguments)

@@ -6,6 +6,7 @@ selortho index org/gemma2b-l12 --output index/feature_index --dataset path/to/te
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,27 +22,12 @@ from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from ..language_models.loading import LanguageModel
 from ..utils.hub import listed
 from ..utils.memory import where_memory_ends
-from ..utils.options import argument, parse_options
-from .reading import ReadingArguments, capture_of, least_tokens, load, load_lm_of, text_source
+from .arguments import parse_index
+from .reading import capture_of, least_tokens, load, load_lm_of, text_source
+from .reading_arguments import IndexArguments
 
 LanguageModels = dict[tuple[str | None, str | None], LanguageModel]  # by name and revision
 KEPT = "kept, as it was built with these settings; to build it again, name this SAE with --overwrite"
-
-
-@dataclass
-class IndexArguments(ReadingArguments):
-    """What to build, and on what text; whatever is not given is taken from the SAE's config."""
-
-    twin: str | None = argument(
-        None, "Folder or Hub id of the SAE trained without the penalty; default: the one beside it, NAME_twin."
-    )
-    output: str | None = argument(None, f"Folder of the index; default: {INDEX} in the folder of the SAE.")
-    overwrite: bool = argument(False, "Replace the index that is there.")
-    tokens: int = argument(1_000_000, "Tokens of held-out text to read, as 2_000_000 or 2000000.")
-    max_pairs: int = argument(5000, "Pairs in the index at most, the strongest.")
-    top_contexts: int = argument(10, "Strongest contexts kept of each feature.")
-    labels: str | None = argument(None, 'JSON file of labels by feature: {"12": "import statements"}.')
-    seed: int = argument(0, "Seed of the contexts drawn at random.")
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ class Target:
 @where_memory_ends("lower --max_pairs or --top_contexts, or use another --lm_dtype")
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the index of every SAE of a run, or of the one that is named."""
-    arguments, rest = parse_options(IndexArguments, argv, sae="Folder of an SAE or of a run, or Hub id of an SAE.")
+    arguments, rest = parse_index(argv)
     for output, words in build_indexes(rest.sae, arguments):
         sys.stdout.write(f"{output}: {words}\n")
 
@@ -111,6 +97,8 @@ def find_targets(name: str, arguments: IndexArguments) -> list[Target]:
     else:
         raise SelOrthoError(f"--output is needed: {name} is no folder of this machine to put {INDEX} into")
     for target in targets:
+        if target.twin and os.path.realpath(target.twin) == os.path.realpath(target.source):
+            raise SelOrthoError(f"--twin {target.twin} is the SAE itself: name the one trained without the penalty")
         check_index_folder(target.output)
     return targets
 

@@ -1,6 +1,6 @@
 """The command line `selortho NAME ...`: each name is a file of this folder with a function `main`.
 
-The options of a command that needs seconds to be imported are parsed first, so that --help and slips do not wait.
+The options are parsed before what runs is imported, which takes seconds, so that --help and slips do not wait.
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ COMMANDS = {
     "convert": "turn an SAE into the format of another library, or back",
 }
 
-PARSERS = {
-    "train": ("hf_selortho.training.arguments", "parse_arguments"),
-    "cache": ("hf_selortho.training.cache_arguments", "parse_cache_arguments"),
-}
-
 
 def main() -> None:
     """Run the command that the first argument names; a user's mistake is one line and exit code 2."""
@@ -42,9 +37,7 @@ def _run() -> None:
         sys.stdout.write(f"selortho {__version__}\n")
     elif name in COMMANDS:
         sys.argv = [f"selortho {name}", *sys.argv[2:]]  # what errors and --help call the program
-        if name in PARSERS:
-            module, parse = PARSERS[name]
-            getattr(importlib.import_module(module), parse)(sys.argv[1:])
+        importlib.import_module(".arguments", __package__).PARSERS[name](sys.argv[1:])
         importlib.import_module(f".{name}", __package__).main()  # by name: not every command needs gradio
     else:
         sys.argv[0] = "selortho"

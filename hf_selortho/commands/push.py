@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.cache_manifest import MANIFEST
@@ -22,39 +20,20 @@ from ..hub.repository import RepoKind
 from ..hub.run_folder import read_run, with_others
 from ..training.arguments import PublicIds
 from ..utils.command_line import program
-from ..utils.options import argument, parse_options
+from ..utils.files import temporary_folder
+from .arguments import PushArguments, parse_push
 
 logger = logging.getLogger("hf_selortho.push")
 _OF_SAES = ("include_index", "license_link", "twin", "seeds", "template")
 
 
-@dataclass
-class PushArguments(PublicIds):
-    """Where to, and what beside the weights. The access token is that of `hf auth login`, or HF_TOKEN."""
-
-    repo_id: str = argument(None, "Repository of the Hub, owner/name; it is created if there is none.")
-    private: bool = argument(False, "Make a new repository private.")
-    revision: str | None = argument(None, "Branch to push to; it is created if there is none.")
-    create_pr: bool = argument(False, "Propose the change as a pull request instead of making it.")
-    overwrite: bool = argument(False, "Replace files that somebody else has changed on the Hub since the last push.")
-    include_index: bool = argument(False, "Take the feature index along, where one was built.")
-    license: str | None = argument(None, "Licence of the weights, in the Hub's spelling: apache-2.0, gemma, other, ...")
-    license_link: str | None = argument(None, "Address of its text, where it is not one of the Hub's list.")
-    twin: str | None = argument(None, "Run without the penalty to compare with; default: the folder RUN-twin.")
-    seeds: list[str] = argument([], "The same run with other seeds: the card shows means and spread.")
-    template: str | None = argument(None, "Another template of the model card.")
-    saelens: bool = argument(True, "Add an export that SAELens loads, which doubles the size.")
-    commit_message: str | None = argument(None, "Title of the commit.")
-    dry_run: bool = argument(False, "List the files and print the card; nothing is sent.")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the run or the cache, assemble what is published, send it."""
-    arguments, rest = parse_options(PushArguments, argv, run="Folder of the run, or of `selortho cache`.")
+    arguments, rest = parse_push(argv)
     if not arguments.repo_id:
         raise SelOrthoError("--repo_id is missing: the repository to publish in, owner/name")
-    with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
-        publication = assemble(Path(rest.run), Path(folder), arguments)
+    with temporary_folder("hf_selortho-push-") as folder:
+        publication = assemble(Path(rest.run), folder, arguments)
         if arguments.dry_run:
             sys.stdout.write(f"{publication.listing(arguments.repo_id)}\nREADME.md:\n\n{publication.card}")
         else:
@@ -65,7 +44,7 @@ def assemble(source: Path, folder: Path, arguments: PushArguments) -> Publicatio
     """Put together what is published of a run or a cache.
 
     Raises:
-        SelOrthoError: as [`publish_run`] and [`publish_cache`].
+        SelOrthoError: as [`publish_run`] and [`publish_cache`], or an option is for SAEs and there are none.
     """
     ids = PublicIds(arguments.model_id, arguments.dataset_id)
     if (source / MANIFEST).is_file():

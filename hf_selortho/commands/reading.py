@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ..configuration_selortho import SelOrthoConfig
 from ..data.text_source import TextSource
@@ -17,42 +14,8 @@ from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, load_language_model
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.options import argument
 from ..utils.privacy import LOCAL_TEXT
-
-
-@dataclass
-class ReadingArguments:
-    """What an SAE reads; whatever is not given is taken from its config."""
-
-    revision: str | None = argument(None, "Branch, tag or commit of the SAE.")
-    subfolder: str | None = argument(None, "Folder of the SAE within its repository.")
-    model: str | None = argument(None, "Language model; default: the one that the SAE was trained on.")
-    model_revision: str | None = argument(None, "Its branch, tag or commit; default: that of the training.")
-    layer: int | None = argument(None, "Decoder layer that the SAE reads; default: that of its config.")
-    lm_dtype: str = argument("auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32.")
-    dataset: str | None = argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
-    dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
-    split: str | None = argument(None, "Split of the dataset; default: that of the training.")
-    text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
-    separator: str | None = argument(None, "Separator of csv files; default: that of the training.")
-    encoding: str | None = argument(None, "Encoding of csv, json and txt files; default: that of the training.")
-    streaming: bool = argument(False, "Read the dataset as a stream.")
-    held_out_fraction: float | None = argument(
-        None, "Share of the documents to draw from; default: those held out in training; 1: all, for other text."
-    )
-    min_tokens: int | None = argument(None, "Contexts with fewer tokens are left out; default: as in training.")
-    cpu: bool = argument(False, "Use the CPU even where there is a GPU.")
-
-    @property
-    def device(self) -> str:
-        """Where to compute."""
-        return "cuda" if torch.cuda.is_available() and not self.cpu else "cpu"
-
-    @property
-    def lookup(self) -> dict[str, str]:
-        """Where in a repository the SAE is."""
-        return {key: getattr(self, key) for key in ("revision", "subfolder") if getattr(self, key)}
+from .reading_arguments import ReadingArguments
 
 
 def load(name: str, lookup: Mapping[str, str], device: str) -> SelOrthoSAE:

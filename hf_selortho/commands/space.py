@@ -8,56 +8,34 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import constants
 
 from ..errors import SelOrthoError
 from ..hub.publication import Publication
 from ..hub.space import advice, assemble_space, check_wheel_url, deploy_space, pin_sae
-from ..utils.options import argument, parse_options
+from ..utils.files import temporary_folder
+from .arguments import SpaceArguments, parse_space
 
 logger = logging.getLogger("hf_selortho.space")
 
 MADE = ("requirements.txt", "settings.json", "README.md")  # for this Space; all else is the app's
 
 
-@dataclass
-class SpaceArguments:
-    """Where to, and what is shown."""
-
-    space: str = argument(None, "The Space, owner/name; it is created if there is none.")
-    sae: str = argument(None, "The SAE on the Hub, owner/name[@revision][/subfolder]; its commit of now is pinned.")
-    twin: str | None = argument(None, "An SAE trained without the penalty, on the Hub, to compare with.")
-    title: str | None = argument(None, "Title of the Space.")
-    private: bool = argument(False, "Make a new Space private.")
-    wheel_url: str | None = argument(None, "Install hf_selortho from this wheel, which everybody can read.")
-    from_index: bool = argument(False, "Install hf_selortho from pip's index of packages.")
-    overwrite: bool = argument(False, "Replace another app, or files that somebody else has changed on the Hub.")
-    create_pr: bool = argument(False, "Propose the change as a pull request instead of making it.")
-    commit_message: str | None = argument(None, "Title of the commit.")
-    token: str | None = argument(None, "Access token; default: that of `hf auth login`, or HF_TOKEN.")
-    dry_run: bool = argument(False, "List the files with their sizes; nothing is sent.")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Look at the SAE, put the Space together, send it."""
-    arguments, _ = parse_options(SpaceArguments, argv)
+    arguments, _ = parse_space(argv)
     for name in ("space", "sae"):
         if not getattr(arguments, name):
             raise SelOrthoError(f"--{name} is missing: expected owner/name of the Hub")
-    if arguments.wheel_url and arguments.from_index:
-        raise SelOrthoError("--wheel_url and --from_index both say where hf_selortho comes from: choose one")
     if arguments.wheel_url:
         check_wheel_url(arguments.wheel_url)
     names = {"sae": arguments.sae, "twin": arguments.twin}
     saes = {role: pin_sae(name, arguments.token) for role, name in names.items() if name}
-    with tempfile.TemporaryDirectory(prefix="hf_selortho-space-") as folder:
+    with temporary_folder("hf_selortho-space-") as folder:
         publication = assemble_space(
-            Path(folder),
+            folder,
             saes,
             title=arguments.title,
             wheel_url=arguments.wheel_url,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..utils.files import LOCK, is_full, reason, replace_file, sync
-from ..utils.memory import existing_folder, free_disk, gigabytes
+from ..utils.memory import check_fits, free_disk
 from .cache_manifest import FORMAT, FORMAT_VERSION, MANIFEST, WORK, CacheSettings, Manifest
 
 _SETTINGS = "settings.json"
@@ -119,11 +119,8 @@ class CacheFolder:
 def check_disk(folder: Path, needed: float) -> None:
     """Raise a SelOrthoError if the disk has less room than the shards will take beyond those that are there."""
     present = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-    if needed - present > (free := free_disk(folder)):
-        raise SelOrthoError(
-            f"the activations need about {gigabytes(needed)} of disk, but {existing_folder(folder)} has "
-            f"{gigabytes(free)} free: use --max_tokens, fewer --layers or another --output_dir"
-        )
+    remedy = "use --max_tokens, fewer --layers or another --output_dir"
+    check_fits("disk", {"activations": needed - present}, free_disk(folder), remedy)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -20,7 +20,7 @@ from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, CapturedActivations, TokenOrigins, within_norms
 from ..language_models.contexts import Context
 from ..process_group import SINGLE_PROCESS, ProcessGroup
-from ..utils.memory import available_memory, gigabytes, peak_memory
+from ..utils.memory import available_memory, check_fits, gigabytes, peak_memory
 from .cache_folder import CacheFolder
 from .cache_manifest import (
     HELD_OUT,
@@ -239,12 +239,8 @@ def shard_memory(capture: ActivationCapture, settings: CacheSettings, tokens: fl
     # one shard is computed while the one before it is written, of which one layer is being turned into bytes
     held = min(settings.shard_tokens, tokens)
     shards = (2 + 1 / len(capture.layers)) * disk_bytes(capture, settings, held)
-    available = available_memory(torch.device("cpu"))
-    if available is not None and shards > available:
-        raise SelOrthoError(
-            f"each process needs {gigabytes(shards)} of memory for its shards, {gigabytes(max(0, available))} are "
-            "available: lower --shard_tokens or read fewer --layers"
-        )
+    remedy = "lower --shard_tokens or read fewer --layers"
+    check_fits("memory", {"shards of a process": shards}, available_memory(torch.device("cpu")), remedy)
     return shards
 
 

@@ -103,36 +103,11 @@ def build_feature_index(
         SelOrthoError: no text is held out, no token of it is read, the twin does not fit the SAE, or the language model
             has no final norm.
     """
-    sae, lm = sources.sae, sources.capture.lm
-    find_final_norm(lm)  # of the logit lens: a language model without one is refused before the text is read
+    d_sae, config = len(sources.sae.b_enc), sources.sae.config
+    find_final_norm(sources.capture.lm)  # of the logit lens: without one, no text is read
     pairs = _choose_pairs(sources, settings, progress)
-    features = FeatureStatistics(
-        len(sae.b_enc), sae.config.context_length, settings.top_contexts, settings.seed, sae.device
-    )
-    pair_statistics, twin = PairStatistics(pairs, sae.device), _twin_statistics(sources, pairs)
-    sample = CorrelationSample(len(sae.b_enc))
-    text = TextPass(sae, sources.capture)
-    for batch in _with_bar(text.read(sources.contexts(), settings.tokens), "reading", settings.tokens, progress):
-        features.add(batch)
-        pair_statistics.add(batch)
-        sample.add(batch)
-        if twin is not None:
-            twin.add(batch)
-    _check_text(text.counts, settings)
-    gathered = Gathered(
-        features=features,
-        tokens=text.counts.tokens,
-        sample=sample.active(),
-        pairs=pair_statistics,
-        twin=twin,
-        W_dec=sae.W_dec.float().cpu(),
-        logits=top_logits(lm, sae.W_dec.float() * sae.input_scale.to(sae.device), progress=progress),
-        tokenizer=lm.tokenizer,
-        labels=sources.labels or {},
-        min_support=sae.config.min_support,
-    )
-    records = feature_records(gathered)
-    writer.add_features(tqdm(records, "features", len(sae.b_enc), unit="feature", disable=not progress))
+    gathered, counts, sampled = _read_text(sources, settings, pairs, progress)
+    writer.add_features(tqdm(feature_records(gathered), "features", d_sae, unit="feature", disable=not progress))
     classes: Counter[str] = Counter()
     for record in pair_records(gathered, pairs):
         writer.add_pairs([record])
@@ -140,15 +115,15 @@ def build_feature_index(
     facts = _plan(sources, settings)
     writer.facts = {
         **facts,
-        "text": {**facts["text"], **vars(text.counts)},
-        "correlation_sample_tokens": sample.tokens,
-        "features": {"never_fired": int((features.fires == 0).sum())},
+        "text": {**facts["text"], **vars(counts)},
+        "correlation_sample_tokens": sampled,
+        "features": {"never_fired": int((gathered.features.fires == 0).sum())},
         "pairs": {
             "source": pairs.source,
             "step": pairs.step,
             "selected": pairs.selected,
             "kept": len(pairs),
-            "rule": rule_of_classes(sae.config.min_support),
+            "rule": rule_of_classes(config.min_support),
             "classes": {name: classes[name] for name in PAIR_CLASSES},
         },
         "twin": facts["twin"] if sources.twin else None,
@@ -211,6 +186,49 @@ def weights_sha256(sae: SelOrthoSAE, folder: Path | None = None) -> str:
     return digest.hexdigest()
 
 
+def _read_text(
+    sources: Sources, settings: IndexSettings, pairs: PairList, progress: bool
+) -> tuple[Gathered, TextCounts, int]:
+    """Read the text once; return what its tokens say of features and pairs, their counts, and those of the sample.
+
+    Raises:
+        SelOrthoError: no token is read, or the twin does not fit the SAE.
+    """
+    sae, lm = sources.sae, sources.capture.lm
+    features = FeatureStatistics(
+        len(sae.b_enc), sae.config.context_length, settings.top_contexts, settings.seed, sae.device
+    )
+    pair_statistics, twin = PairStatistics(pairs, sae.device), _twin_statistics(sources, pairs)
+    sample = CorrelationSample(len(sae.b_enc))
+    text = TextPass(sae, sources.capture)
+    for batch in _with_bar(text.read(sources.contexts(), settings.tokens), "reading", settings.tokens, progress):
+        features.add(batch)
+        pair_statistics.add(batch)
+        sample.add(batch)
+        if twin is not None:
+            twin.add(batch)
+    counts = text.counts
+    if counts.tokens == 0:
+        raise SelOrthoError(
+            "no held-out token is left once special and sink tokens are dropped: give longer texts, or more of them"
+        )
+    if counts.tokens + counts.dropped_special + counts.dropped_sinks < settings.tokens:
+        logger.warning("the held-out text is exhausted: %d tokens, %d were asked for", counts.tokens, settings.tokens)
+    gathered = Gathered(
+        features=features,
+        tokens=counts.tokens,
+        sample=sample.active(),
+        pairs=pair_statistics,
+        twin=twin,
+        W_dec=sae.W_dec.float().cpu(),
+        logits=top_logits(lm, sae.W_dec.float() * sae.input_scale.to(sae.device), progress=progress),
+        tokenizer=lm.tokenizer,
+        labels=sources.labels or {},
+        min_support=sae.config.min_support,
+    )
+    return gathered, counts, sample.tokens
+
+
 def _choose_pairs(sources: Sources, settings: IndexSettings, progress: bool) -> PairList:
     """Choose the pairs that the index is about, see [`build_feature_index`]."""
     d_sae, config = len(sources.sae.b_enc), sources.sae.config
@@ -247,15 +265,6 @@ def _with_bar(batches: Iterator[Batch], name: str, tokens: int, progress: bool) 
         for batch in batches:
             yield batch
             bar.update(len(batch.activations))
-
-
-def _check_text(counts: TextCounts, settings: IndexSettings) -> None:
-    if counts.tokens == 0:
-        raise SelOrthoError(
-            "no held-out token is left once special and sink tokens are dropped: give longer texts, or more of them"
-        )
-    if counts.tokens + counts.dropped_special + counts.dropped_sinks < settings.tokens:
-        logger.warning("the held-out text is exhausted: %d tokens, %d were asked for", counts.tokens, settings.tokens)
 
 
 def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:

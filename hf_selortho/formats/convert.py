@@ -13,11 +13,11 @@ from ..training.run_folder import METRICS, RUN, save_sae
 from ..utils.files import write_json
 from ..utils.hub import CONFIG, find_file, located, read_object
 from ..utils.names import local_path
+from ..utils.sae_formats import TARGETS
 from .folders import check_target, whole_folder
 from .load import read_sae
 from .saelens import FILES, write_saelens
 
-TARGETS = ("saelens", "selortho")
 _WRITTEN = FILES | {CONFIG, "model.safetensors", RUN, "sparsity.safetensors"}  # the last one by version 0.1.0
 
 

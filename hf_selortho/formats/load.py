@@ -24,7 +24,7 @@ from ..utils.hub import (
     read_object,
     within_reach,
 )
-from ..utils.sae_formats import is_own, library_of
+from ..utils.sae_formats import FORMATS, is_own, library_of
 from . import gemma_scope, saelens, sparsify
 from .plain import PlainSae
 
@@ -41,7 +41,6 @@ READERS = {
     "sparsify": Reader(sparsify.WEIGHTS, sparsify.read_sparsify),
     "gemma_scope": Reader(gemma_scope.WEIGHTS, gemma_scope.read_gemma_scope),
 }
-FORMATS = ("selortho", *READERS)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import PublicIds
 from ..training.run_folder import CARD, save_sae
+from ..utils.files import temporary_folder
 from ..utils.hub import ATTEMPTS, LOOKUP_ERRORS, listed, pause
 from ..utils.names import repo_id as as_repo_id
 from .gate import refuse_private
@@ -58,16 +58,16 @@ def push_run(
     repo_id = as_repo_id(repo_id)
     card = {key: options.pop(key) for key in _CARD_OPTIONS if key in options}
     card |= {"ids": PublicIds(model_id, dataset_id), "token": options.get("token")}
-    with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
-        publish_run(run, Path(folder), repo_id, **card)
-        return push_folder(Path(folder), repo_id, **options)
+    with temporary_folder("hf_selortho-push-") as folder:
+        publish_run(run, folder, repo_id, **card)
+        return push_folder(folder, repo_id, **options)
 
 
 def push_sae(sae: SelOrthoSAE, repo_id: str, **options: Any) -> Pushed:
     """Publish an SAE by itself, without evaluation; options and errors as [`push_run`]."""
-    with tempfile.TemporaryDirectory(prefix="hf_selortho-push-") as folder:
-        save_sae(sae, Path(folder))
-        return push_run(read_run(Path(folder)), repo_id, **options)
+    with temporary_folder("hf_selortho-push-") as folder:
+        save_sae(sae, folder)
+        return push_run(read_run(folder), repo_id, **options)
 
 
 def push_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..data.python_docs import PYTHON_DOCS
@@ -10,10 +11,6 @@ from ..utils.options import Contradiction, acts_with
 
 def _penalised(v: Any) -> bool:
     return v.penalty != "none" and v.ortho_coefficient > 0
-
-
-def _batches(v: Any) -> int:
-    return v.max_steps * v.gradient_accumulation_steps
 
 
 def _tokens(v: Any, steps: int) -> int:
@@ -34,12 +31,23 @@ _CROSS_ENTROPY = Contradiction(
     lambda v: "eval_ce_samples" in v.given and v.eval_ce_samples > v.eval_samples > 0,
     "they are some of those contexts; lower --eval_ce_samples or raise --eval_samples",
 )
+_LAYERS = Contradiction("layers", lambda v: len(set(v.layers)) < len(v.layers), "expected each layer once")
+
+
+def _of_a_local_path(revision: str, name: str) -> Contradiction:
+    """Make the row of a revision that somebody has typed for what is on this machine, where it says nothing."""
+
+    def holds(v: Any) -> bool:
+        return revision in v.given and os.path.exists(getattr(v, name, None) or "")
+
+    return Contradiction(revision, holds, "what is on this machine has no revisions; leave it out", True)
+
+
+_NAMED = ("revision", "sae"), ("model_revision", "model"), ("dataset_revision", "dataset")
+_IN_MEMORY = "it is in memory; leave --streaming out"
 READING = [
-    Contradiction(
-        "streaming dataset",
-        lambda v: v.streaming and v.dataset == PYTHON_DOCS,
-        "it is in memory; leave --streaming out",
-    )
+    Contradiction("streaming dataset", lambda v: v.streaming and v.dataset == PYTHON_DOCS, _IN_MEMORY),
+    *(_of_a_local_path(revision, name) for revision, name in _NAMED),
 ]
 EVALUATE = [*READING, _CROSS_ENTROPY, *acts_with("probing_texts", "label_column")]
 _TEXT = [
@@ -58,7 +66,7 @@ CACHE = [
         lambda v: v.streaming and v.max_tokens is None,
         "a stream has no end that is known beforehand; say with --max_tokens how much to read",
     ),
-    Contradiction("layers", lambda v: len(set(v.layers)) < len(v.layers), "expected each layer once"),
+    _LAYERS,
 ]
 
 _SCHEDULES = [
@@ -90,7 +98,11 @@ _SCHEDULES = [
     ),
     Contradiction(
         "buffer_reuse refresh_every max_steps",
-        lambda v: "buffer_reuse" in v.given and v.buffer_reuse > 1 and v.refresh_every >= _batches(v),
+        lambda v: (
+            "buffer_reuse" in v.given
+            and v.buffer_reuse > 1
+            and v.refresh_every * v.batch_size >= _tokens(v, v.max_steps)
+        ),
         "the run ends before the buffer is refreshed; lower --refresh_every or leave --buffer_reuse out",
     ),
 ]
@@ -114,6 +126,7 @@ _SIZES = [
     _CROSS_ENTROPY,
 ]
 _CHOICES = [
+    _LAYERS,
     Contradiction(
         "layer layers",
         lambda v: {"layer", "layers"} <= v.given and bool(v.layers),
@@ -149,3 +162,19 @@ _CHOICES = [
     *acts_with("ortho_budget_value", "ortho_budget", "gradient"),
 ]
 TRAIN = [*_TEXT, *_SCHEDULES, *_SIZES, *_CHOICES]
+
+_PROPOSAL = Contradiction(
+    "create_pr overwrite",
+    lambda v: v.create_pr and v.overwrite,
+    "a pull request replaces nothing; leave --overwrite out",
+)
+PUSH = [_PROPOSAL, *acts_with("license_link", "license")]
+SPACE = [
+    _PROPOSAL,
+    Contradiction(
+        "wheel_url from_index",
+        lambda v: v.wheel_url and v.from_index,
+        "both say where hf_selortho comes from; choose one",
+    ),
+    Contradiction("sae twin", lambda v: v.sae and v.sae == v.twin, "an SAE is no twin of itself; leave --twin out"),
+]

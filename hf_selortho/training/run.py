@@ -22,10 +22,10 @@ from ..utils.hub import one_line
 from ..utils.memory import available_memory, check_fits
 from ..utils.privacy import without_paths
 from .arguments import TrainingArguments
-from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of
+from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of, list_checkpoints
 from .data import CachedData, LiveData, TrainingData, open_store
 from .non_finite import NonFinitePolicy
-from .run_folder import TRACKERS, MetricsLog, prepare_output_folder, replaces_run
+from .run_folder import TRACKERS, MetricsLog, holds_unfinished_run, prepare_output_folder, replaces_run
 from .sae_trainer import SAETrainer
 from .stop_signals import StopSignals
 from .trainer import Trainer
@@ -60,6 +60,13 @@ class TrainingRun:
         self.output = Path(run.output_dir)
         resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, self.output)
         self._replaces = replaces_run(self.output, overwrite=run.overwrite_output_dir, resuming=resuming)
+        if self._replaces and accelerator.is_main_process and holds_unfinished_run(self.output):
+            for last in list_checkpoints(self.output)[-1:]:
+                logger.warning(
+                    "--overwrite_output_dir starts again, without %s of the unfinished run; to go on from there, "
+                    "interrupt this one now and type --resume_from_checkpoint auto in its place",
+                    last,
+                )
         self.store = open_store(arguments)
         self.variants = make_variants(arguments)
         settings = all_settings(arguments, self.variants)

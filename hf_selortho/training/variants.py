@@ -66,8 +66,6 @@ def make_variants(arguments: TrainingArguments) -> list[Variant]:
     """
     run = arguments.run
     layers, others = run.layers or [arguments.sae.layer], parse_settings("--variants", run.variants)
-    if len(set(layers)) < len(layers):
-        raise SelOrthoError(f"--layers {' '.join(map(str, layers))}: expected each layer once")
     if run.twin and "twin" in others:
         raise SelOrthoError("--twin and --variants both name a variant 'twin': leave one out")
     others = {**(TWIN if run.twin else {}), **others}

@@ -8,9 +8,14 @@ import json
 import math
 import os
 import re
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -148,6 +153,20 @@ class FolderLock:
             (folder / LOCK).unlink(missing_ok=True)
             folder.rmdir()
         self._lock.release()
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Make a folder that is removed at the end, also where SIGTERM is what ends the process."""
+    ends = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with TemporaryDirectory(prefix=prefix) as folder:
+        if ends:
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            yield Path(folder)
+        finally:
+            if ends:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def target_outside(folder: Path, path: Path) -> Path | None:

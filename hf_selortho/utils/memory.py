@@ -132,14 +132,10 @@ def where_memory_ends(remedy: str) -> Iterator[None]:
         raise out_of_memory(error, remedy) from error
 
 
-def existing_folder(path: Path) -> Path:
-    """Return the folder, or the closest one above it that exists."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
-
-
 def free_disk(folder: Path) -> int:
     """Return the bytes free where a folder is, or would be."""
-    return shutil.disk_usage(existing_folder(folder)).free
+    folder = folder.absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
 
 
 def local_processes() -> int:
@@ -147,7 +143,7 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_fits(kind: str, parts: Mapping[str, int], available: int | None, remedy: str) -> None:
+def check_fits(kind: str, parts: Mapping[str, float], available: int | None, remedy: str) -> None:
     """Raise a SelOrthoError that names the parts, in bytes, if they need more than is available of a kind."""
     needed = sum(parts.values())
     if available is not None and needed > available:

@@ -201,8 +201,9 @@ def parse_options(
         parser.add_argument(name, help=description)
     options, *rest = parser.parse_all(argv)
     check_values(options)
-    refuse_contradictions(table, given_names(argv), vars(options))
-    return options, rest[0] if rest else None
+    others = rest[0] if rest else SimpleNamespace()
+    refuse_contradictions(table, given_names(argv), {**vars(options), **vars(others)})
+    return options, others
 
 
 def check_values(*groups: Any) -> None:

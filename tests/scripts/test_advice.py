@@ -108,7 +108,9 @@ def test_options_are_replaced_however_they_were_written() -> None:
 
 
 def test_a_run_that_could_not_be_published_is_published_as_it_was_meant() -> None:
-    hub = HubArguments(True, "org/x", hub_private=True, hub_revision="my branch", hub_license="mit")
+    hub = HubArguments(
+        push_to_hub=True, hub_model_id="org/x", hub_private=True, hub_revision="my branch", hub_license="mit"
+    )
     ((name, *argv),) = commands_in(to_publish(Path("a b"), hub))
     check_command(name, argv)
     assert [name, *argv] == [

@@ -186,6 +186,16 @@ def test_an_output_folder_in_use(arguments, tmp_path) -> None:
     assert not (tmp_path / "run" / "pair_history").exists()
 
 
+def test_to_overwrite_an_unfinished_run_says_how_to_go_on_instead(arguments, tmp_path, caplog) -> None:
+    train.main([*arguments(max_steps=2, eval_samples=0), "--checkpoint_every", "1"])
+    again = [*arguments(max_steps=2, eval_samples=0), "--overwrite_output_dir"]
+    train.main([*again, "--checkpoint_every", "1"])
+    assert "starts again" not in caplog.text, "it was finished"
+    (tmp_path / "run/run.json").unlink()
+    train.main(again)
+    assert "step_2" in caplog.text.replace("0", "") and "--resume_from_checkpoint auto in its place" in caplog.text
+
+
 def test_a_run_that_cannot_start_does_not_replace_another(arguments, tmp_path) -> None:
     train.main(arguments(max_steps=1, eval_samples=0))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -260,7 +270,7 @@ def test_too_little_text_to_hold_out_is_known_before_training(arguments, tmp_pat
 )
 def test_bad_arguments_of_the_evaluation(argv, message, tmp_path) -> None:
     with pytest.raises(SelOrthoError, match=message):
-        evaluate_sae.main([str(tmp_path / "nothing"), *argv])
+        evaluate_sae.main([str(tmp_path if argv else tmp_path / "nothing"), *argv])
 
 
 def test_an_sae_does_not_fit_another_language_model(arguments, tiny_lm_dir, tmp_path) -> None:

@@ -13,7 +13,8 @@ pytest.importorskip("gradio")  # the extra `space`, which the whole browser need
 
 import hf_selortho.browser
 from hf_selortho import SelOrthoError
-from hf_selortho.browser.app import add_options, default_of, launch
+from hf_selortho.browser.app import launch
+from hf_selortho.browser.options import add_options, default_of
 
 
 def test_the_command_line_goes_before_the_environment_and_that_before_what_is_stored(monkeypatch) -> None:

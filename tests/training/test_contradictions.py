@@ -9,12 +9,13 @@ import pytest
 
 from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import list_presets
-from hf_selortho.training.contradictions import CACHE, EVALUATE, TRAIN
+from hf_selortho.training.contradictions import CACHE, EVALUATE, PUSH, SPACE, TRAIN
 from tests.command_lines import check_command, commands_in
 
 ROOT = Path(__file__).parents[2]
 TRAINS = "train --model org/lm --layer 3"
 CACHED = "train --activations acts"
+PUSHES, SPACES = "push . --repo_id org/x", "space --space org/y --sae org/x"
 CACHES = "cache --model org/lm --layers 3"
 
 # command, its options in two words or more, the last of the message
@@ -47,6 +48,8 @@ REFUSED = [
     (TRAINS, "--push_to_hub", "push_to_hub True with --hub_model_id None"),
     (TRAINS, "--hub_model_id org/x", "push_to_hub False with --hub_model_id org/x"),
     (TRAINS, "--hub_private", "hub_private True with --push_to_hub False"),
+    (TRAINS, "--dataset_id org/x", "dataset_id org/x with --push_to_hub False"),
+    (TRAINS, "--model_id org/x", "model_id org/x with --push_to_hub False"),
     (TRAINS, "--hub_license mit", "hub_license mit with --push_to_hub False"),
     (TRAINS, "--report_to none wandb", "report_to none wandb: none is no tracker"),
     (CACHED, "--model_revision main", "model_revision main with --model None"),
@@ -73,9 +76,21 @@ REFUSED = [
     (CACHES, "--min_tokens 64 --context_length 64", "min_tokens 64 with --context_length 64 and --prepend_bos True"),
     (CACHES, "--eval_samples 9 --held_out_fraction 0", "eval_samples 9 with --held_out_fraction 0.0"),
     ("cache --model org/lm", "--layers 3 3", "layers 3 3: expected each layer once"),
-    ("evaluate runs/x", "--eval_samples 4 --eval_ce_samples 5", "eval_ce_samples 5 with --eval_samples 4"),
-    ("evaluate runs/x", "--probing_texts 50", "probing_texts 50 with --label_column None"),
-    ("evaluate runs/x", "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
+    ("evaluate org/x", "--eval_samples 4 --eval_ce_samples 5", "eval_ce_samples 5 with --eval_samples 4"),
+    ("evaluate org/x", "--probing_texts 50", "probing_texts 50 with --label_column None"),
+    ("index .", "--revision v1", "--revision v1: what is on this machine has no revisions"),
+    ("evaluate .", "--revision v1", "--revision v1: what is on this machine has no revisions"),
+    ("train --model . --layer 1", "--model_revision v1", "--model_revision v1: what is on this machine"),
+    ("cache --model org/lm --layers 1", "--dataset . --dataset_revision v1", "--dataset_revision v1: what is on"),
+    ("index org/x", "--tokens 0", "tokens 0: expected at least 1"),
+    ("index org/x", "--held_out_fraction 1.5", "held_out_fraction 1.5: expected a share in (0, 1]"),
+    ("index org/x", "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
+    (PUSHES, "--create_pr --overwrite", "create_pr True with --overwrite True: a pull request replaces nothing"),
+    (PUSHES, "--license_link https://x", "license_link https://x with --license None"),
+    (SPACES, "--create_pr --overwrite", "create_pr True with --overwrite True: a pull request replaces nothing"),
+    (SPACES, "--from_index --wheel_url x.whl", "wheel_url x.whl with --from_index True: both say where"),
+    (SPACES, "--twin org/x", "sae org/x with --twin org/x: an SAE is no twin of itself"),
+    ("evaluate org/x", "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
 ]
 
 
@@ -91,7 +106,7 @@ def test_every_row_of_the_tables_has_a_case() -> None:
     messages = " ".join(message for _, _, message in REFUSED)
     alike = {"hub_revision", "lm_batch_tokens", "jumprelu_bandwidth", "jumprelu_threshold", "aux_coefficient"}
     alike |= {"selection_space", "correlation_threshold", "carry_decay", "penalty_schedule"}  # of one line of the table
-    for row in (*TRAIN, *CACHE, *EVALUATE):
+    for row in (*TRAIN, *CACHE, *EVALUATE, *PUSH, *SPACE):
         assert row.options.split()[0] in alike or f"{row.options.split()[0]} " in messages, row.options
 
 
@@ -123,10 +138,14 @@ def test_presets_with_any_penalty_and_activation_are_accepted(tmp_path) -> None:
     check_command("train", ["--preset", str(tmp_path / "mine.json")])
 
 
-def test_every_command_line_of_the_documents_is_accepted() -> None:
+def test_every_command_line_of_the_documents_is_accepted(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "hf_selortho" / "commands").glob("*.py")]
     files += [path for name in ("examples", "experiments", "scripts") for path in (ROOT / name).glob("*.py")]
     found = [command for path in files for command in commands_in(path.read_text(encoding="utf-8"))]
     assert len(found) > 40 and {"train", "cache", "evaluate", "index", "push", "space"} <= {name for name, *_ in found}
     for name, *argv in found:
+        for path in (Path(word) for word in argv if word.startswith("path/to/")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         check_command(name, argv)

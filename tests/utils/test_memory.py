@@ -17,7 +17,6 @@ from hf_selortho import SelOrthoError
 from hf_selortho.commands import browse, cache, evaluate, index, train
 from hf_selortho.utils.memory import (
     available_memory,
-    existing_folder,
     free_disk,
     is_out_of_memory,
     room_in_container,
@@ -124,7 +123,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(error) -> None:
 
 
 def test_a_folder_that_does_not_exist_yet(tmp_path) -> None:
-    assert existing_folder(tmp_path / "a" / "b") == tmp_path
     assert free_disk(tmp_path / "a" / "b") > 0
 
 

@@ -1,0 +1,82 @@
+"""Arguments of the commands that read text with an SAE, in a module that imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from ..utils.options import Count, CountOrZero, Range, Seed, argument, one_of
+
+
+@dataclass
+class ReadingArguments:
+    """What an SAE reads; whatever is not given is taken from its config."""
+
+    revision: str | None = argument(None, "Branch, tag or commit of the SAE.")
+    subfolder: str | None = argument(None, "Folder of the SAE within its repository.")
+    model: str | None = argument(None, "Language model; default: the one that the SAE was trained on.")
+    model_revision: str | None = argument(None, "Its branch, tag or commit; default: that of the training.")
+    layer: CountOrZero | None = argument(None, "Decoder layer that the SAE reads; default: that of its config.")
+    lm_dtype: Annotated[str, one_of("auto", "bfloat16", "float32")] = argument(
+        "auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32."
+    )
+    dataset: str | None = argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
+    dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
+    split: str | None = argument(None, "Split of the dataset; default: that of the training.")
+    text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
+    separator: str | None = argument(None, "Separator of csv files; default: that of the training.")
+    encoding: str | None = argument(None, "Encoding of csv, json and txt files; default: that of the training.")
+    streaming: bool = argument(False, "Read the dataset as a stream.")
+    held_out_fraction: Annotated[float, Range(lambda v: 0 < v <= 1, "a share in (0, 1]")] | None = argument(
+        None, "Share of the documents to draw from; default: those held out in training; 1: all, for other text."
+    )
+    min_tokens: Count | None = argument(None, "Contexts with fewer tokens are left out; default: as in training.")
+    cpu: bool = argument(False, "Use the CPU even where there is a GPU.")
+
+    @property
+    def device(self) -> str:
+        """Where to compute."""
+        return "cuda" if torch.cuda.is_available() and not self.cpu else "cpu"
+
+    @property
+    def lookup(self) -> dict[str, str]:
+        """Where in a repository the SAE is."""
+        return {key: getattr(self, key) for key in ("revision", "subfolder") if getattr(self, key)}
+
+
+@dataclass
+class EvaluateArguments(ReadingArguments):
+    """What to evaluate, and on what; whatever is not given is taken from the SAE's config."""
+
+    batch_size: Count = argument(4096, "Tokens of the batches that correlations are measured on.")
+    eval_samples: Count = argument(1000, "Held-out contexts.")
+    eval_ce_samples: CountOrZero = argument(
+        64, "Of these, contexts on which the language model's own loss is measured."
+    )
+    label_column: str | None = argument(None, "Column of labels of the dataset: probe the features for them.")
+    probing_texts: Annotated[int, Range(lambda v: v >= 8, "at least 8")] = argument(
+        1000, "Labelled held-out texts that are probed, half of them for the test."
+    )
+    first_letter_words: CountOrZero = argument(
+        0, "Words of the first-letter task, which measures absorption; 0: do not."
+    )
+    compare_with: list[str] = argument([], "SAEs of other seeds or methods: how alike their decoder directions are.")
+    output: str | None = argument(None, "JSON file to write the metrics to.")
+
+
+@dataclass
+class IndexArguments(ReadingArguments):
+    """What to build, and on what text; whatever is not given is taken from the SAE's config."""
+
+    twin: str | None = argument(
+        None, "Folder or Hub id of the SAE trained without the penalty; default: the one beside it, NAME_twin."
+    )
+    output: str | None = argument(None, "Folder of the index; default: feature_index in the folder of the SAE.")
+    overwrite: bool = argument(False, "Replace the index that is there.")
+    tokens: Count = argument(1_000_000, "Tokens of held-out text to read, as 2_000_000 or 2000000.")
+    max_pairs: CountOrZero = argument(5000, "Pairs in the index at most, the strongest.")
+    top_contexts: Count = argument(10, "Strongest contexts kept of each feature.")
+    labels: str | None = argument(None, 'JSON file of labels by feature: {"12": "import statements"}.')
+    seed: Seed = argument(0, "Seed of the contexts drawn at random.")
