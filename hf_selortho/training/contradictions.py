@@ -49,10 +49,10 @@ READING = [
     Contradiction("streaming dataset", lambda v: v.streaming and v.dataset == PYTHON_DOCS, _IN_MEMORY),
     *(_of_a_local_path(revision, name) for revision, name in _NAMED),
 ]
-EVALUATE = [*READING, _CROSS_ENTROPY, *acts_with("probing_texts", "label_column")]
+EVALUATE = [*READING, _CROSS_ENTROPY, *acts_with("probing_texts", "label_column", harmless=True)]
 _TEXT = [
     *READING,
-    *acts_with("eval_samples", "held_out_fraction"),
+    *acts_with("eval_samples", "held_out_fraction", harmless=True),
     Contradiction(
         "min_tokens context_length prepend_bos",
         lambda v: v.min_tokens > v.context_length - v.prepend_bos,
@@ -146,11 +146,13 @@ _CHOICES = [
     Contradiction(
         "report_to", lambda v: "none" in v.report_to and len(v.report_to) > 1, "none is no tracker; leave it out"
     ),
-    *acts_with("refresh_every buffer_reuse streaming", "activations", None),
-    *acts_with("model_revision lm_dtype lm_batch_tokens", "model"),  # which cached activations do without
+    *acts_with("refresh_every buffer_reuse streaming", "activations", None, harmless=True),
+    *acts_with(
+        "model_revision lm_dtype lm_batch_tokens", "model", harmless=True
+    ),  # which cached activations do without
     *acts_with("hub_private hub_revision hub_license model_id dataset_id", "push_to_hub"),
-    *acts_with("keep_checkpoints", "checkpoint_every"),
-    *acts_with("max_skipped", "non_finite", "skip"),
+    *acts_with("keep_checkpoints", "checkpoint_every", harmless=True),
+    *acts_with("max_skipped", "non_finite", "skip", harmless=True),
     *acts_with("l1_coefficient resample_every", "activation", "relu"),
     *acts_with("l0_coefficient jumprelu_bandwidth jumprelu_threshold", "activation", "jumprelu"),
     *acts_with("aux_k aux_coefficient", "activation", "topk", "batchtopk"),

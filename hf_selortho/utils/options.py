@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 import math
 import os
 import sys
@@ -15,6 +17,8 @@ from transformers import HfArgumentParser
 
 from ..errors import SelOrthoError
 from .names import Kind, RepoRef, activations_of, local_path, repo_id, subfolder_of, trimmed
+
+logger = logging.getLogger(__name__)
 
 
 class Range(NamedTuple):
@@ -53,13 +57,15 @@ class Contradiction(NamedTuple):
     holds: Callable[[Any], bool]
     words: str  # why, and what to do
     everywhere: bool = False  # of several SAEs in a run, it has to hold for all
+    harmless: bool = False  # a warning is enough, as for what command lines of several kinds have in common
 
 
-def acts_with(options: str, other: str, *values: Any) -> list[Contradiction]:
+def acts_with(options: str, other: str, *values: Any, harmless: bool = False) -> list[Contradiction]:
     """List options that do nothing, though somebody has typed them, unless another one has one of some values.
 
     Args:
         options: names. other: name of the other one. values: with which they act; none: with any but 0 and "none".
+        harmless: see [`Contradiction`].
     """
 
     def idle(name: str) -> Callable[[Any], bool]:
@@ -70,11 +76,14 @@ def acts_with(options: str, other: str, *values: Any) -> list[Contradiction]:
 
     named = " or ".join(map(str, values)).join((" ", ""))
     words = f"it acts only {'without' if values == (None,) else 'with'} --{other}{named if any(values) else ''}"
-    return [Contradiction(f"{name} {other}", idle(name), f"{words}; leave one out", True) for name in options.split()]
+    return [
+        Contradiction(f"{name} {other}", idle(name), f"{words}; leave one out", True, harmless)
+        for name in options.split()
+    ]
 
 
 def refuse_contradictions(table: Sequence[Contradiction], given: frozenset[str], *settings: Mapping[str, Any]) -> None:
-    """Raise a SelOrthoError for the first row of a table that holds.
+    """Raise a SelOrthoError for the first row of a table that holds, or warn of one that is harmless.
 
     Args:
         table: the rows. given: names of the options on the command line. settings: values by name, for each SAE.
@@ -84,9 +93,16 @@ def refuse_contradictions(table: Sequence[Contradiction], given: frozenset[str],
         held = [v for v in values if row.holds(v)]
         if held and (len(held) == len(values) or not row.everywhere):
             typed = [_as_typed(name, getattr(held[0], name)) for name in row.options.split()]
-            raise SelOrthoError(
-                f"{' with '.join(typed[:2])}{''.join(f' and {rest}' for rest in typed[2:])}: {row.words}"
-            )
+            said = f"{' with '.join(typed[:2])}{''.join(f' and {rest}' for rest in typed[2:])}: {row.words}"
+            if not row.harmless:
+                raise SelOrthoError(said)
+            warn_once(said)
+
+
+@functools.cache  # a command line may be parsed twice
+def warn_once(text: str) -> None:
+    """Log a warning, the first time."""
+    logger.warning("%s", text)
 
 
 def given_names(argv: Sequence[str]) -> frozenset[str]:

@@ -10,6 +10,7 @@ import pytest
 from hf_selortho import SelOrthoError
 from hf_selortho.training.arguments import list_presets
 from hf_selortho.training.contradictions import CACHE, EVALUATE, PUSH, SPACE, TRAIN
+from hf_selortho.utils.options import warn_once
 from tests.command_lines import check_command, commands_in
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,6 @@ REFUSED = [
     (TRAINS, "--min_support 5000", "min_support 5000 with --batch_size 4096"),
     (TRAINS, "--d_sae 1", "d_sae 1 with --penalty selective"),
     (TRAINS, "--eval_samples 4 --eval_ce_samples 5", "eval_ce_samples 5 with --eval_samples 4"),
-    (TRAINS, "--eval_samples 4 --held_out_fraction 0", "eval_samples 4 with --held_out_fraction 0.0"),
     (TRAINS, "--min_tokens 128", "min_tokens 128 with --context_length 128 and --prepend_bos True"),
     (TRAINS, "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
     (TRAINS, "--layers 3 5", "layer 3 with --layers 3 5"),
@@ -52,13 +52,6 @@ REFUSED = [
     (TRAINS, "--model_id org/x", "model_id org/x with --push_to_hub False"),
     (TRAINS, "--hub_license mit", "hub_license mit with --push_to_hub False"),
     (TRAINS, "--report_to none wandb", "report_to none wandb: none is no tracker"),
-    (CACHED, "--model_revision main", "model_revision main with --model None"),
-    (CACHED, "--lm_dtype float32", "lm_dtype float32 with --model None"),
-    (CACHED, "--refresh-every 9", "refresh_every 9 with --activations acts"),
-    (CACHED, "--buffer_reuse 2", "buffer_reuse 2.0 with --activations acts"),
-    (CACHED, "--streaming", "streaming True with --activations acts"),
-    (TRAINS, "--keep_checkpoints 3", "keep_checkpoints 3 with --checkpoint_every 0"),
-    (TRAINS, "--max_skipped 3", "max_skipped 3 with --non_finite stop"),
     (TRAINS, "--activation topk --k 4 --l1_coefficient 0.1", "l1_coefficient 0.1 with --activation topk"),
     (TRAINS, "--activation topk --k 4 --resample_every 500", "resample_every 500 with --activation topk"),
     (TRAINS, "--l0_coefficient 1", "l0_coefficient 1.0 with --activation relu"),
@@ -74,10 +67,8 @@ REFUSED = [
     (TRAINS, "--d_sae 8 --activation topk --k 9", "k=9: expected at most d_sae=8"),
     (CACHES, "--streaming", "streaming True with --max_tokens None"),
     (CACHES, "--min_tokens 64 --context_length 64", "min_tokens 64 with --context_length 64 and --prepend_bos True"),
-    (CACHES, "--eval_samples 9 --held_out_fraction 0", "eval_samples 9 with --held_out_fraction 0.0"),
     ("cache --model org/lm", "--layers 3 3", "layers 3 3: expected each layer once"),
     ("evaluate org/x", "--eval_samples 4 --eval_ce_samples 5", "eval_ce_samples 5 with --eval_samples 4"),
-    ("evaluate org/x", "--probing_texts 50", "probing_texts 50 with --label_column None"),
     ("index .", "--revision v1", "--revision v1: what is on this machine has no revisions"),
     ("evaluate .", "--revision v1", "--revision v1: what is on this machine has no revisions"),
     ("train --model . --layer 1", "--model_revision v1", "--model_revision v1: what is on this machine"),
@@ -92,6 +83,19 @@ REFUSED = [
     (SPACES, "--twin org/x", "sae org/x with --twin org/x: an SAE is no twin of itself"),
     ("evaluate org/x", "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
 ]
+# The same, where a warning is enough.
+HARMLESS = [
+    (CACHES, "--eval_samples 9 --held_out_fraction 0", "eval_samples 9 with --held_out_fraction 0.0"),
+    (TRAINS, "--eval_samples 4 --held_out_fraction 0", "eval_samples 4 with --held_out_fraction 0.0"),
+    (CACHED, "--model_revision main", "model_revision main with --model None"),
+    (CACHED, "--lm_dtype float32", "lm_dtype float32 with --model None"),
+    (CACHED, "--refresh-every 9", "refresh_every 9 with --activations acts"),
+    (CACHED, "--buffer_reuse 2", "buffer_reuse 2.0 with --activations acts"),
+    (CACHED, "--streaming", "streaming True with --activations acts"),
+    (TRAINS, "--keep_checkpoints 3", "keep_checkpoints 3 with --checkpoint_every 0"),
+    (TRAINS, "--max_skipped 3", "max_skipped 3 with --non_finite stop"),
+    ("evaluate org/x", "--probing_texts 50", "probing_texts 50 with --label_column None"),
+]
 
 
 @pytest.mark.parametrize(("command", "options", "message"), REFUSED, ids=lambda part: part)
@@ -102,8 +106,17 @@ def test_what_contradicts_itself_is_refused_in_a_line_with_both_values_and_a_rem
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("command", "options", "message"), HARMLESS)
+def test_what_has_no_effect_is_named(command, options, message, caplog) -> None:
+    warn_once.cache_clear()
+    name, *argv = f"{command} {options}".split()
+    check_command(name, argv)
+    [warning] = caplog.messages
+    assert message in warning and "it acts only with" in warning and "\n" not in warning
+
+
 def test_every_row_of_the_tables_has_a_case() -> None:
-    messages = " ".join(message for _, _, message in REFUSED)
+    messages = " ".join(message for _, _, message in (*REFUSED, *HARMLESS))
     alike = {"hub_revision", "lm_batch_tokens", "jumprelu_bandwidth", "jumprelu_threshold", "aux_coefficient"}
     alike |= {"selection_space", "correlation_threshold", "carry_decay", "penalty_schedule"}  # of one line of the table
     for row in (*TRAIN, *CACHE, *EVALUATE, *PUSH, *SPACE):
