@@ -107,7 +107,7 @@ def test_tables_and_searches(sae_folder) -> None:
 
 @pytest.mark.parametrize("number", [-1, FEATURES, True, 1.0, "3"])
 def test_no_such_feature(sae_folder, number) -> None:
-    with pytest.raises(SelOrthoError, match=f"expected a number from 0 to {FEATURES - 1}"):
+    with pytest.raises(SelOrthoError, match=f"expected a (whole )?number from 0 to {FEATURES - 1}"):
         FeatureIndex.open(sae_folder).feature(number)
 
 
