@@ -124,7 +124,7 @@ class PackageMethods(PreTrainedModel):
         Raises:
             SelOrthoError: the scale is not a positive number, as with constant activations, or the mean does not fit.
         """
-        mean = self._checked(floats_of(mean, "input mean", axes=1), "input mean")
+        mean = self._checked(floats_of(mean, "input mean", 1, self.W_dec), "input mean")
         if not (math.isfinite(scale) and scale > 0):
             raise SelOrthoError(f"input scale {scale}: the activations do not vary; check the text and the layer")
         self.input_mean.copy_(mean)
