@@ -39,6 +39,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES.values():
+        return import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)

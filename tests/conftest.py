@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before the first import of a Hugging Face library: each reads its environment once. HF_HOME stays the user's, so that
 # the Gemma converted into it serves the next run too; what tests load from temporary files does not belong there.
@@ -67,6 +67,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 FIXTURES_OF_THE_REAL_MODEL = {"embedded_lm", "demo_run"}
 DEMO_STEPS = {"max_steps": 40, "buffer_contexts": 256, "refresh_every": 8, "eval_samples": 40, "eval_ce_samples": 4}
 LONGEST_FILES = {"test_fuzzing.py", "test_faults.py"}
+DEMO_FILES = {"test_demo.py", "test_page_in_browser.py"}
 
 
 def pytest_unconfigure() -> None:
@@ -76,20 +77,28 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest's own `-m` deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that needs the real Gemma is slow, whether or not its author remembered to say so; files with slow ones
-    come first, so that under `pytest -n` no worker begins with one when the others are done. With `--dist loadgroup`
-    the tests of a file stay on one worker, since they share fixtures; so do those of the demo's run."""
-    slow_files, demo_files = set(), set()
+    come first, so that under `pytest -n` no worker begins with one when the others are done."""
+    slow_files = set()
     for item in items:
         if FIXTURES_OF_THE_REAL_MODEL & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow"):
             slow_files.add(item.path)
-        if "demo_run" in getattr(item, "fixturenames", ()):
-            demo_files.add(item.path)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("demo" if item.path in demo_files else item.nodeid.split("::")[0]))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: (item.path.name not in LONGEST_FILES, item.path not in slow_files))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay on one worker, since they share fixtures; so do those of the files of the demo."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "demo" if file.rsplit("/", 1)[-1] in DEMO_FILES else file
+
+    return Scheduling(config, log)
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -138,7 +138,7 @@ def allowed_settings(draw: st.DrawFn) -> dict[str, Any]:
     found["held_out_fraction"] = draw(st.none() | _SHARE)
     for name in ("lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision", "dataset_config"):
         found[name] = draw(_TEXT)
-    found |= {"dataset_split": draw(_TEXT), "text_column": draw(_TEXT)}
+    found |= {name: draw(_TEXT) for name in ("dataset_split", "text_column", "separator", "encoding")}
     return found
 
 

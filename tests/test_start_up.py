@@ -53,7 +53,8 @@ main()
 @pytest.mark.parametrize(
     "imports",
     [
-        "import hf_selortho\nassert 'transformers' not in sys.modules\nfrom transformers import AutoConfig, AutoModel",
+        "import hf_selortho\nassert 'transformers' not in sys.modules\nhf_selortho.penalties\n"
+        "from transformers import AutoConfig, AutoModel",
         "from transformers import AutoConfig, AutoModel\nimport hf_selortho",
     ],
     ids=["package first", "transformers first"],

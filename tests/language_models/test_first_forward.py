@@ -199,6 +199,6 @@ def test_every_command_refuses_it_before_it_writes(command, case, model_dir, sam
         elif command in (evaluate, index):
             command.main([str(tmp_path / "sae"), *text, "--output", str(output), "--held_out_fraction", "0.5"])
         else:
-            layer = ["--layer" if command is train else "--layers", str(LAYER)]
-            command.main([*text, *layer, "--context_length", "32", "--output_dir", str(output)])
+            own = ["--layer", str(LAYER), "--buffer_contexts", "4096"] if command is train else ["--layers", str(LAYER)]
+            command.main([*text, *own, "--context_length", "32", "--output_dir", str(output)])
     assert not output.exists()

@@ -205,7 +205,7 @@ def test_a_proposal_changes_nothing(hub, client, sae) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--space", "page", "--sae", "acme/sae"], "repository 'page': expected owner/name"),
+        (["--space", "page", "--sae", "acme/sae"], "--space 'page': expected owner/name"),
         (["--space", "acme/page"], "--sae is missing"),
         (["--sae", "acme/sae"], "--space is missing"),
         (["--space", "acme/x", "--sae", "acme/none"], 'unknown SAE "acme/none"'),
@@ -214,7 +214,7 @@ def test_a_proposal_changes_nothing(hub, client, sae) -> None:
         (["--space", "acme/x", "--sae", "acme/llama"], "this is no SAE"),
         (["--space", "acme/x", "--sae", "acme/half"], "has an SAE's config without its weights (model.safetensors)"),
         (["--space", "acme/x", "--sae", str(APP)], "publish it with selortho push"),
-        (["--space", "acme/x", "--sae", "not a name"], "expected owner/name[@revision][/subfolder]"),
+        (["--space", "acme/x", "--sae", "not a name"], "owner/name[@revision][/subfolder] of the Hub"),
         (["--space", "acme/x", "--sae", "acme/sae", "--wheel_url", "x.whl"], "--wheel_url: expected https://"),
         (["--space", "acme/x", "--sae", "acme/sae", "--wheel_url", WHEEL, "--from_index"], "choose one"),
         (["--space", "acme/x", "--sae", "acme/sae", "--token", "hf_" + "x" * 34], "check your token"),

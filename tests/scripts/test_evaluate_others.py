@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,12 @@ def gemma_scope(folder: Path) -> Path:
 
 @pytest.mark.parametrize("write", [saelens, sparsify, gemma_scope])
 def test_every_format_gets_the_metrics_of_its_copy_in_ours(write, tiny_lm_dir, sample_text_files, tmp_path) -> None:
-    theirs, ours = write(tmp_path), tmp_path / "ours"
+    theirs, ours, lm = write(tmp_path), tmp_path / "ours", tmp_path / "lm"
+    shutil.copytree(tiny_lm_dir("llama"), lm)
+    config = json.loads((lm / "config.json").read_text())
+    (lm / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))  # as Gemma Scope reads
     load_sae(str(theirs)).save_pretrained(ours)
-    reads = ["--model", str(tiny_lm_dir("llama")), "--lm_dtype", "float32", "--dataset", str(sample_text_files.csv)]
+    reads = ["--model", str(lm), "--lm_dtype", "float32", "--dataset", str(sample_text_files.csv)]
     sizes = ["--batch_size", "128", "--eval_samples", "30", "--eval_ce_samples", "8", "--held_out_fraction", "0.3"]
     tasks = ["--label_column", "label", "--probing_texts", "60", "--compare_with", str(ours)]
     found = {}
