@@ -16,65 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:  # this file also lives on the Hub, without the package
-    from hf_selortho.errors import NonFiniteError, SelOrthoError
-except ImportError:
-    NonFiniteError = SelOrthoError = ValueError  # type: ignore[assignment, misc]
-
-
-def floats_of(
-    value: Any, what: str, axes: int | None = None, like: Tensor | None = None, finite: bool = False
-) -> Tensor:
-    """Take floating-point numbers as a tensor; lists and NumPy arrays become one. Only `finite` looks at the numbers.
-
-    Args:
-        value: what was given. what: its name in an error.
-        axes: how many it must have; default: any but none.
-        like: a tensor on whose device it must be; what is no tensor is put there.
-        finite: refuse NaN and infinity.
-
-    Raises:
-        NonFiniteError: the numbers are to be finite and are not.
-        SelOrthoError: it is something else, holds integers, or is on another device.
-    """
-    tensor = value
-    if not isinstance(value, Tensor):
-        try:
-            if isinstance(value, list | tuple) and value and hasattr(value[0], "__array__"):
-                value = [torch.as_tensor(row) for row in value]
-                tensor = torch.stack(value)
-            elif isinstance(value, list | tuple) or hasattr(value, "__array__"):
-                tensor = torch.tensor(value)
-        except (TypeError, ValueError, RuntimeError):
-            tensor = value
-        if not isinstance(tensor, Tensor):
-            raise SelOrthoError(f"{what}: got {named(value)}, expected a tensor, a NumPy array or lists of numbers")
-        tensor = tensor if like is None else tensor.to(like.device)
-    if not tensor.is_floating_point() or tensor.layout != torch.strided:
-        kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
-        remedy = "token ids are no activations" if not tensor.is_complex() else "take its real part"
-        raise SelOrthoError(f"{what}: got {kind}, expected dense floating-point numbers, as of x.float(); {remedy}")
-    if tensor.ndim == 0 or tensor.ndim != (axes or tensor.ndim):
-        expected = {None: "(..., width)", 1: "(n,)", 2: "two axes, such as (tokens, features)"}[axes]
-        raise SelOrthoError(f"{what} has shape {tuple(tensor.shape)}: expected {expected}")
-    if like is not None and tensor.device != like.device:
-        raise SelOrthoError(f"{what} on {tensor.device}: expected {like.device}, as of x.to({str(like.device)!r})")
-    if finite and not torch.compiler.is_compiling() and not tensor.isfinite().all():
-        rows = (~tensor.reshape(-1, tensor.shape[-1]).isfinite().all(1)).nonzero()[:, 0]
-        raise NonFiniteError(
-            f"{what} hold NaN or infinity in {len(rows)} of {tensor.shape[:-1].numel()} rows, the first is number "
-            f"{int(rows[0])}: expected finite numbers; look for the batch or the weight they came from"
-        )
-    return tensor
-
-
-def named(value: Any) -> str:
-    """Write a value with its type for an error, short."""
-    if value is None or type(value) in (int, float):
-        return str(value)
-    plain = isinstance(value, str | bytes | bool | complex)
-    return f"{value!r:.60} ({type(value).__name__})" if plain else f"an object of type {type(value).__name__}"
-
 
 def activate(
     kind: str, z: Tensor, k: int | None = None, threshold: Tensor | None = None, bandwidth: float = 0.05

@@ -347,6 +347,18 @@ class SelOrthoConfig(PreTrainedConfig):
         """Return the values of the fields declared by this class."""
         return {f.name: getattr(self, f.name) for f in self.own_fields()}
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter and buffer of a `SelOrthoSAE` by name, without making one."""
+        d_in, d_sae = self.d_in, self.d_sae
+        assert d_in is not None and d_sae is not None  # checked above
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
+        shapes |= {"b_dec": (d_in,), "input_mean": (d_in,), "input_scale": ()}
+        if self.activation == "batchtopk":
+            shapes["threshold"] = ()
+        if self.activation == "jumprelu":
+            shapes["log_threshold"] = (d_sae,)
+        return shapes
+
     @property
     def selects_by(self) -> str:
         """The score by which pairs are selected: "activation", "decoder" or "redundancy"."""

@@ -75,9 +75,6 @@ def select_pairs(
         NonFiniteError: the activations hold NaN or infinity.
     """
     features, group = feature_activations(h), group or SINGLE_PROCESS
-    for name, value in {"pair_fraction": pair_fraction, "correlation_threshold": correlation_threshold}.items():
-        finite_number(value, name)
-    whole_number(min_support, "min_support")
     return select(features, pair_fraction, min_support, correlation, method, group, correlation_threshold, score).pairs
 
 
@@ -94,8 +91,10 @@ def select(
     blocks: Blocks = BLOCKS,
 ) -> Selection:
     """Select pairs as [`select_pairs`] does, and remember the batch that they come from."""
-    if not 0 < pair_fraction <= 1:
+    if not 0 < finite_number(pair_fraction, "pair_fraction") <= 1:
         raise SelOrthoError(f"pair_fraction={pair_fraction!r}: expected a share in (0, 1]")
+    finite_number(correlation_threshold, "correlation_threshold")
+    whole_number(min_support, "min_support")
     check_correlation(correlation)
     if method not in ("auto", "tiles", "coactivation"):
         raise SelOrthoError(f"method={method!r}: expected 'auto', 'tiles' or 'coactivation'")

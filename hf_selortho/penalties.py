@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from .activation_functions import floats_of
-from .checks import finite_number, object_of
+from .checks import finite_number, floats_of, object_of
 from .configuration_selortho import SelOrthoConfig
 from .errors import ConfigError, SelOrthoError
 from .pair_selection import Pairs, Selection, check_correlation, feature_norms, select

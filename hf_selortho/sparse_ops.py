@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .activation_functions import floats_of
+from .checks import floats_of
 
 with warnings.catch_warnings():  # said once a process: CSR tensors may lack features; our tests cover those used here
     warnings.simplefilter("ignore")

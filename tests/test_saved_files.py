@@ -209,11 +209,15 @@ def test_an_index_names_safetensors_beside_it(weight_map, message, tmp_path) -> 
         (b"[]", "holds no JSON object"),
         (b'{"model_type": "llama"}', "model_type='llama', expected 'selortho_sae': this is no SAE"),
         (b'{"model_type": []}', r"model_type=\[\], expected 'selortho_sae'"),
-        (b"{}", "d_in is missing"),
+        (b"{}", "model_type=None, expected 'selortho_sae': this is no SAE"),
+        (b'{"config_version": 1}', "d_in is missing"),
         (b'{"d_in": ' + b"9" * 10_000 + b"}", "is not valid JSON"),
-        (b'{"d_in": 8, "d_sae": 1e999}', "d_sae=inf: expected int or None"),
-        (b'{"d_in": 8, "d_sae": 9, "dtype": {"a": "float32"}}', "dtype={'a': 'float32'}: expected"),
-        (b'{"d_in": 8, "d_sae": 9, "ortho_coeficient": 1}', "did you mean ortho_coefficient"),
+        (b'{"config_version": 1, "d_in": 8, "d_sae": 1e999}', "d_sae=inf: expected int or None"),
+        (
+            b'{"config_version": 1, "d_in": 8, "d_sae": 9, "dtype": {"a": "float32"}}',
+            "dtype={'a': 'float32'}: expected",
+        ),
+        (b'{"config_version": 1, "d_in": 8, "d_sae": 9, "ortho_coeficient": 1}', "did you mean ortho_coefficient"),
     ],
 )
 @pytest.mark.parametrize("load", [SelOrthoConfig.from_pretrained, SelOrthoSAE.from_pretrained])

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..language_models.token_text import BYTES
-from ..utils.characters import isolated, visible
+from ..utils.characters import by_itself, isolated, visible
 from .address import Address
 from .charts import HEIGHT, WIDTH
 
@@ -89,6 +89,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         visible=visible,
+        by_itself=by_itself,
         quoted=quoted,
         token_parts=token_parts,
         number=number,

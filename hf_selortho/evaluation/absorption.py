@@ -26,7 +26,7 @@ import torch
 from sklearn.metrics import f1_score
 from torch import Tensor
 
-from ..modeling_selortho import SelOrthoSAE, sae_of
+from ..modeling_selortho import SelOrthoSAE
 
 MIN_SPELLING_ACCURACY = 0.5  # below either of these two, `facts` has a caution
 MIN_PROBE_F1 = 0.5
@@ -118,7 +118,7 @@ def absorption(sae: SelOrthoSAE, task: FirstLetterTask) -> dict[str, float]:
     Raises:
         SelOrthoError: the SAE has another width than the activations of the task.
     """
-    sae_of(sae)
+    SelOrthoSAE.checked(sae)
     h = torch.cat([sae.encode(part.to(sae.device)).float().cpu() for part in task.activations.split(_BATCH_WORDS)])
     fires = (h > 0).any(0)
     # what a feature activation of 1 adds to the reconstruction of a raw activation

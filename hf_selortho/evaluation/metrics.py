@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..activation_functions import floats_of
+from ..checks import floats_of
 from ..errors import SelOrthoError
 from ..pair_selection import feature_norms, select_pairs
 

@@ -29,7 +29,7 @@ from ..data.contexts import Cutter
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.contexts import Context
-from ..modeling_selortho import SelOrthoSAE, sae_of
+from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def sparse_probing(
     Raises:
         SelOrthoError: a k is below 1 or above the number of features.
     """
-    sae_of(sae)
+    SelOrthoSAE.checked(sae)
     for k in ks:
         if not 1 <= whole_number(k, "k") <= len(sae.W_dec):
             raise SelOrthoError(f"k={k}: expected from 1 to d_sae={len(sae.W_dec)} features to probe")

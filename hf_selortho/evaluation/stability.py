@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ..activation_functions import floats_of
+from ..checks import floats_of
 from ..errors import NonFiniteError, SelOrthoError
 
 ROWS = 2048  # directions compared with the others at once

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SelOrthoError
-from ..utils.characters import visible, without_invisible
+from ..utils.characters import by_itself, without_invisible
 from ..utils.hub import one_line
 
 LONGEST_LABEL = 200
 _TOKENS, _LONGEST_OF_TOKENS = 3, 40
-_SPACE = "␣"
 
 
 def label_of_tokens(tokens: Sequence[str], activations: Sequence[float]) -> str:
@@ -24,9 +22,7 @@ def label_of_tokens(tokens: Sequence[str], activations: Sequence[float]) -> str:
     """
     weights: dict[str, float] = {}
     for token, activation in zip(tokens, activations, strict=True):
-        stripped = token.strip()
-        word = visible(stripped) or "".join(_SPACE if unicodedata.category(c) == "Zs" else c for c in visible(token))
-        if word:
+        if word := by_itself(token.strip() or token):
             weights[word] = weights.get(word, 0.0) + activation
     label = ""
     for word in sorted(weights, key=lambda w: -weights[w])[:_TOKENS]:

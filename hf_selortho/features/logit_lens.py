@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import floats_of
 from ..errors import SelOrthoError
 from ..language_models.loading import LanguageModel
 from ..language_models.token_text import TokenTexts
@@ -165,15 +166,9 @@ def written_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tenso
 
 
 def _check(lm: LanguageModel, directions: Tensor) -> None:
-    if directions.ndim != 2 or directions.shape[1] != lm.d_model:
+    if floats_of(directions, "directions", 2, finite=True).shape[1] != lm.d_model:
         raise SelOrthoError(
             f'directions of shape {tuple(directions.shape)}: expected (n, {lm.d_model}), the width of "{lm.name}"'
-        )
-    if not directions.isfinite().all():
-        rows = (~directions.isfinite().all(1)).nonzero()[:, 0].tolist()
-        raise SelOrthoError(
-            f"{len(rows)} directions hold NaN or infinity, the first is number {rows[0]}: expected finite numbers; "
-            "check the weights of the SAE"
         )
 
 

@@ -19,7 +19,7 @@ from ..language_models.capture import ActivationCapture, length_batches
 from ..language_models.contexts import Context, pad_batch
 from ..language_models.loading import LanguageModel, check_context_length, load_language_model
 from ..language_models.token_text import TokenTexts
-from ..modeling_selortho import SelOrthoSAE, sae_of
+from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class FeatureCapture:
     """
 
     def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
-        config = sae_of(sae).config
+        config = SelOrthoSAE.checked(sae).config
         check_site(config)
         if config.layer is None:
             raise SelOrthoError(

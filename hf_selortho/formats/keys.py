@@ -17,13 +17,16 @@ Content: TypeAlias = Mapping[str, Any]
 Refusal: TypeAlias = Callable[[Any, Content], str | None]
 
 
+_KINDS = {str: "a text", int: "a whole number", bool: "true or false", dict: "an object of arguments"}
+
+
 @dataclass(frozen=True)
 class KeyTable:
     """The keys of one object of a config."""
 
-    obeyed: frozenset[str]  # read by the format
-    meaningless: frozenset[str]  # they change nothing at inference: settings of the training, names, devices
-    refused: dict[str, Refusal]
+    obeyed: Mapping[str, type]  # read by the format, each of a type; `object`: the format checks it
+    meaningless: str  # names; they change nothing at inference: settings of the training, names, devices
+    refused: Mapping[str, Refusal]
 
     def check(self, content: Content, path: str, prefix: str = "") -> list[str]:
         """Return the keys that are in none of the three groups, with `prefix` in front.
@@ -34,12 +37,15 @@ class KeyTable:
             prefix: where in the file the object is, such as "metadata.".
 
         Raises:
-            SelOrthoError: a key has a value that changes what the SAE computes or reads, and cannot be obeyed.
+            SelOrthoError: a value cannot be obeyed: it is of another type, or changes what the SAE computes or reads.
         """
-        for key, refusal in self.refused.items():
-            if key in content and (reason := refusal(content[key], content)):
-                raise SelOrthoError(f"{path}: {prefix}{key}={content[key]!r:.80} is not read: {reason}")
-        known = self.obeyed | self.meaningless | self.refused.keys()
+        for key, value in content.items():
+            said, kind = f"{path}: {prefix}{key}={value!r:.80}", self.obeyed.get(key, object)
+            if value is not None and kind is not object and type(value) is not kind:
+                raise SelOrthoError(f"{said}, expected {_KINDS[kind]}: take the file as its library wrote it")
+            if key in self.refused and (reason := self.refused[key](value, content)):
+                raise SelOrthoError(f"{said} is not read: {reason}")
+        known = {*self.obeyed, *self.meaningless.split(), *self.refused}
         return [prefix + key for key in content if key not in known]
 
 
@@ -47,18 +53,6 @@ def unless(*neutral: Any, reason: str) -> Refusal:
     """Refuse a value, for this reason, unless it is one of these, of the same type."""
     allowed = [(type(value), value) for value in neutral]
     return lambda value, _content: None if (type(value), value) in allowed else reason
-
-
-def checked(content: Content, key: str, kind: type, expected: str, path: str, default: Any = None) -> Any:
-    """Return the value of an obeyed key, or the default where it is missing.
-
-    Raises:
-        SelOrthoError: it is of another type, so that nobody knows what is to be obeyed.
-    """
-    value = content.get(key, default)
-    if value is not default and type(value) is not kind:
-        raise SelOrthoError(f"{path}: {key}={value!r:.80}, expected {expected}: take the file as its library wrote it")
-    return value
 
 
 def warn_of_unknown(keys: list[str], path: str) -> None:

@@ -17,9 +17,9 @@ _ORIGINS = {
 }
 # Others are called like the last part of their id.
 _SHORT = (
-    (re.compile(r"gemma-.+"), "google"),
-    (re.compile(r"pythia-.+"), "EleutherAI"),
-    (re.compile(r"qwen(?!-1_8b).+", re.IGNORECASE), "Qwen"),
+    (re.compile(r"gemma-.+"), "google/{}"),
+    (re.compile(r"pythia-.+"), "EleutherAI/{}"),
+    (re.compile(r"qwen(?!-1_8b).+", re.IGNORECASE), "Qwen/{}"),
 )
 # TransformerLens wants these ids whole, but people leave the owner out.
 _WHOLE = (
@@ -40,20 +40,16 @@ def hub_name(model: Any) -> str | None:
         return None
     if "/" in model:
         return model
-    if model in _ORIGINS:
-        return _ORIGINS[model]
-    patterns = (*((pattern, f"{owner}/{{}}") for pattern, owner in _SHORT), *_WHOLE)
-    return next((form.format(model) for pattern, form in patterns if pattern.fullmatch(model)), model)
+    forms = (form.format(model) for pattern, form in (*_SHORT, *_WHOLE) if pattern.fullmatch(model))
+    return _ORIGINS.get(model) or next(forms, model)
 
 
 def lens_name(model: str) -> str:
     """Return what TransformerLens calls a model of the Hub."""
-    for name, origin in _ORIGINS.items():
-        if origin == model:
-            return name
-    owner, _, name = model.partition("/")
-    known = any(owner == theirs and pattern.fullmatch(name) for pattern, theirs in _SHORT)
-    return name if known else model
+    names = {origin: name for name, origin in reversed(_ORIGINS.items())}
+    _, _, name = model.partition("/")
+    known = any(form.format(name) == model and pattern.fullmatch(name) for pattern, form in _SHORT)
+    return names.get(model, name if known else model)
 
 
 def lens_hook(layer: int) -> str:

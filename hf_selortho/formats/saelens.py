@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import NonFiniteError, SelOrthoError
-from ..modeling_selortho import SelOrthoSAE, sae_of
+from ..modeling_selortho import SelOrthoSAE
 from ..utils.files import jsonable
 from ..utils.hub import is_commit, read_object, read_tensors
 from . import saelens_keys
 from .folders import whole_folder
-from .keys import checked, warn_of_unknown
+from .keys import warn_of_unknown
 from .names import can_be_centred, hub_name, layer_of, lens_hook, lens_name
 from .plain import PlainSae, checked_k, needed_files, weight_shapes
 from .saelens_keys import REGISTRY
@@ -24,8 +24,8 @@ from .saelens_keys import REGISTRY
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = {CONFIG, WEIGHTS}
 VERSION = "6.54.0"  # of SAELens, whose format this is
+_ARGUMENTS = "model_from_pretrained_kwargs"  # with which SAELens loads the language model
 _ARCHITECTURES = ("standard", "topk", "jumprelu")
-_NAMES = ("model_name", "hf_model_name", "hf_model_revision", "hf_hook_name", "hook_point", "dataset_path")
 
 
 def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[Path]:
@@ -46,7 +46,7 @@ def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | 
         SelOrthoError: there is no room, the folder cannot be written or holds something else, or a weight is not
             finite. Nothing is left in the folder then, nothing in it changed.
     """
-    plain, folder = PlainSae.of(sae_of(sae)), Path(folder)
+    plain, folder = PlainSae.of(SelOrthoSAE.checked(sae)), Path(folder)
     tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
     if plain.threshold is not None:
         tensors["threshold"] = plain.threshold
@@ -111,21 +111,23 @@ def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
     else:  # before version 6 all was in one, and what is not said of the heads is told by the hook
         heads = "hook_z" in str(content.get("hook_name") or content.get("hook_point"))
         metadata = content = ({"reshape_activations": "hook_z"} if heads else {}) | content
-    kind, k = _kind(content, path)
-    facts, unknown = _facts(metadata, path)
-    unknown += saelens_keys.CONFIG.check(content, path)
+    unknown = saelens_keys.CONFIG.check(content, path)
     if metadata is not content:
-        unknown += saelens_keys.METADATA.check(metadata, path, "metadata.")
+        unknown += saelens_keys.CONFIG.check(metadata, path, "metadata.")
+    arguments = metadata.get(_ARGUMENTS) or {}
+    unknown += saelens_keys.LANGUAGE_MODEL.check(arguments, path, f"{_ARGUMENTS}.")
+    unknown += [key for key in saelens_keys.NAMES if not isinstance(metadata.get(key), str | None)]
     warn_of_unknown(unknown, path)
+    kind, k = _kind(content, path)
+    facts = _facts(metadata, arguments, path)
     shapes = weight_shapes(content.get("d_in"), content.get("d_sae"), kind == "jumprelu", name)
-    rescales = checked(content, "rescale_acts_by_decoder_norm", bool, "true or false", path, False)
-    subtracts = checked(content, "apply_b_dec_to_input", bool, "true or false", path, True)
     tensors = {key: tensor.float() for key, tensor in read_tensors(name, [weights], shapes).items()}
-    if kind == "topk" and rescales:
+    if kind == "topk" and content.get("rescale_acts_by_decoder_norm"):
         norms = tensors["W_dec"].double().norm(dim=1)
         tensors["W_enc"] = (tensors["W_enc"] * norms).float()
         tensors["b_enc"] = (tensors["b_enc"] * norms).float()
         tensors["W_dec"] = (tensors["W_dec"] / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).float()
+    subtracts = content.get("apply_b_dec_to_input") in (None, True)
     shift = tensors["b_dec"] if subtracts else torch.zeros_like(tensors["b_dec"])
     return PlainSae(**tensors, shift=shift, k=k, facts=facts, metadata=metadata)
 
@@ -147,49 +149,40 @@ def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
     return kind, checked_k(k, path) if kind == "topk" else None
 
 
-def _facts(metadata: Mapping[str, Any], path: str) -> tuple[dict[str, Any], list[str]]:
-    """Tell what the SAE reads, in our terms, and which arguments of its language model are unknown.
-
-    Names of another type than expected are left out, and listed with these.
+def _facts(metadata: Mapping[str, Any], arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Tell what the SAE reads, in our terms; `arguments` are those with which SAELens loads the language model.
 
     Raises:
-        SelOrthoError: hook, contexts or language model are not said in a way that can be obeyed.
+        SelOrthoError: contexts or language model are not said in a way that can be obeyed.
     """
-
-    def name_of(key: str) -> str | None:
-        return metadata[key] if type(metadata.get(key)) is str else None
-
-    hook = checked(metadata, "hook_name", str, "the name of a hook", path) or name_of("hook_point")
-    module = (name_of("hf_hook_name") or "").removesuffix(".output")
-    context = checked(metadata, "context_size", int, "a number of tokens", path)
+    names: dict[str, str] = {k: v for k in saelens_keys.NAMES if isinstance(v := metadata.get(k), str)}
+    hook = metadata.get("hook_name") or names.get("hook_point")
+    module = names.get("hf_hook_name", "").removesuffix(".output")
+    context = metadata.get("context_size")
     if context is not None and not 2 <= context < 1 << 31:
         raise SelOrthoError(f"{path}: context_size={context}, expected at least 2 tokens; choose another SAE")
+    lm_name = names.get("hf_model_name") or hub_name(names.get("model_name"))
+    centred = arguments.get("center_writing_weights") and can_be_centred(lm_name, hook)
     facts = {
-        "lm_name": name_of("hf_model_name") or hub_name(metadata.get("model_name")),
-        "lm_revision": name_of("hf_model_revision"),
+        "lm_name": lm_name,
+        "lm_revision": names.get("hf_model_revision") or _revision(arguments, lm_name, path),
         "layer": layer_of(hook or module),
         "hook_name": module or hook,
-        "dataset": name_of("dataset_path"),
+        "dataset": names.get("dataset_path"),
         "context_length": context,
-        "prepend_bos": checked(metadata, "prepend_bos", bool, "true or false", path),
+        "prepend_bos": metadata.get("prepend_bos"),
+        "centered": True if centred else None,
     }
-    key = "model_from_pretrained_kwargs"
-    arguments = checked(metadata, key, dict, "an object of arguments", path) or {}
-    unknown = saelens_keys.LANGUAGE_MODEL.check(arguments, path, f"{key}.")
-    unknown += [name for name in _NAMES if not isinstance(metadata.get(name), str | None)]
-    centred = checked(arguments, "center_writing_weights", bool, "true or false", f"{path}: {key}")
-    facts["centered"] = True if centred and can_be_centred(facts["lm_name"], hook) else None
-    facts["lm_revision"] = facts["lm_revision"] or _revision(arguments, facts["lm_name"], f"{path}: {key}")
-    return {key: value for key, value in facts.items() if value is not None}, unknown
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _revision(arguments: Mapping[str, Any], lm_name: str | None, path: str) -> str | None:
     """Return the revision of the language model that SAELens loads with these arguments, if not the default one."""
-    if (step := checked(arguments, "checkpoint_value", int, "a step of the training", path)) is None:
-        return checked(arguments, "revision", str, "a branch, tag or commit", path)
+    if (step := arguments.get("checkpoint_value")) is None:
+        return arguments.get("revision")
     if not (lm_name or "").startswith("EleutherAI/pythia"):
         raise SelOrthoError(
-            f"{path}: checkpoint_value={step} is not read: only the checkpoints of Pythia are revisions of its "
-            "repository; choose an SAE of the finished language model"
+            f"{path}: {_ARGUMENTS}.checkpoint_value={step} is not read: only the checkpoints of Pythia are revisions "
+            "of its repository; choose an SAE of the finished language model"
         )
     return f"step{step}"

@@ -15,8 +15,8 @@ from .plain import PlainSae, checked_k, needed_files, weight_shapes
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _TRANSCODER = unless(None, False, reason="this is a transcoder; choose an SAE, trained without")
 _KEYS = KeyTable(
-    obeyed=frozenset({"d_in", "k", "num_latents", "expansion_factor"}),
-    meaningless=frozenset({"normalize_decoder", "multi_topk"}),  # they act in training only
+    obeyed=dict.fromkeys(("d_in", "k", "num_latents", "expansion_factor"), object),
+    meaningless="normalize_decoder multi_topk",  # they act in training only
     refused={
         "activation": unless("topk", reason="expected 'topk'"),
         "transcode": _TRANSCODER,

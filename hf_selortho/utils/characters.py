@@ -22,6 +22,12 @@ def visible(text: str, alone: bool = True) -> str:
     return f"◌{shown}" if alone and shown and unicodedata.category(shown[0])[0] == "M" else shown
 
 
+def by_itself(token: str) -> str:
+    """Show a token away from its text: as [`visible`] does, and of spaces alone each as ␣."""
+    shown = visible(token)
+    return shown if token.strip() else "".join("␣" if unicodedata.category(c) == "Zs" else c for c in shown)
+
+
 def isolated(text: str) -> str:
     """Keep a text that is written from right to left from turning round what stands beside it in plain text."""
     return f"\u2068{text}\u2069" if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in text) else text

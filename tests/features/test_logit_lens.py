@@ -141,7 +141,7 @@ def test_errors(tiny_lm, directions) -> None:
     with pytest.raises(SelOrthoError, match=r"directions of shape \(7, 31\): expected \(n, 32\)"):
         top_logits(lm, directions[:, :31])
     directions[3, 0] = torch.nan
-    with pytest.raises(SelOrthoError, match="1 directions hold NaN or infinity, the first is number 3"):
+    with pytest.raises(SelOrthoError, match="directions hold NaN or infinity in 1 of 7 rows, the first is number 3"):
         top_logits(lm, directions)
 
 

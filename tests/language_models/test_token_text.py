@@ -97,6 +97,7 @@ def test_a_character_stands_on_the_token_that_completes_it_and_spaces_are_kept(m
         ("\u202e", "‹202E›"),
         ("\ufe0f", "‹FE0F›"),
         ("\ud83d", "‹D83D›"),
+        (" ", "␣"),  # else it would look like none
     ],
 )
 def test_a_token_of_a_list_is_visible_and_turns_round_nothing(token: str, shown: str) -> None:

@@ -16,7 +16,7 @@ import evaluate
 import torch
 from torch import Tensor
 
-from hf_selortho.activation_functions import floats_of, named
+from hf_selortho.checks import floats_of, named
 from hf_selortho.errors import SelOrthoError
 from hf_selortho.evaluation.metrics import Correlations, CrossEntropy, LossRecovered, Reconstruction, Sparsity
 
