@@ -24,7 +24,6 @@ from datasets.data_files import DataFilesList, _get_data_files_patterns, sanitiz
 from datasets.packaged_modules.json.json import JsonConfig
 from fsspec.utils import glob_translate
 from huggingface_hub import metadata_load
-from yaml import YAMLError
 
 from ..errors import SelOrthoError
 from ..utils.files import fingerprint
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 PEEK = 1000  # rows of a stream looked at before it is read
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-_FORMATS |= {".arrow": "arrow"}
+_FORMATS |= {".ndjson": "json", ".arrow": "arrow"}
 _COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
     **{".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open},
     ".zst": lambda path: pyarrow.input_stream(str(path), compression="zstd"),
@@ -175,7 +174,7 @@ def _card_patterns(folder: Path, config: str | None) -> dict[str, list[str]] | N
     readme = folder / "README.md"
     try:
         rows = (metadata_load(readme) or {}).get("configs") if readme.is_file() else ()
-    except (ValueError, YAMLError):  # a page of another kind
+    except Exception:  # no YAML, whose errors have no parent that could be named here
         rows = ()
     rows = [row for row in rows or () if isinstance(row, dict) and isinstance(row.get("data_files"), (str, list))]
     files = {str(row.get("config_name", "default")): row for row in rows}
@@ -215,14 +214,15 @@ def _file_arguments(path: Path, kind: str, source: TextSource) -> dict[str, Any]
     text, encoding = _decode(path, start, source.encoding)
     if not text.strip():
         raise empty(str(path))
+    packed, array = path.suffix.lower() in _COMPRESSIONS, kind == "json" and text.startswith("[")
+    if encoding != "utf-8" and ((packed and (array or kind == "text")) or (array and start.startswith(b"["))):
+        what = "an array" if array else "compressed"  # of which `datasets` forgets the encoding
+        raise SelOrthoError(f'"{path}" is {what} in {encoding}, which is not read: save it as utf-8')
     arguments: dict[str, Any] = {} if encoding == "utf-8" else {"encoding": encoding}
     if kind == "json":
-        _check_json(path, text, encoding, PEEK if source.streaming else None)
+        _check_json(path, text, encoding, source)
         if "parse_agent_traces" in JsonConfig.__dataclass_fields__:  # which would read chats by a library of their own
             arguments["parse_agent_traces"] = False
-        plain = encoding == "utf-8" or (start.isascii() and b"\0" not in start)
-        if start.startswith(b"[") and not plain:  # `datasets` takes it for utf-8
-            raise SelOrthoError(f'"{path}" is an array in {encoding}: save it as utf-8, or as JSON lines')
         if _WIDE.match(encoding):  # `datasets` cuts at a byte, not at a character
             arguments["chunksize"] = -1
     elif _holds_objects(text):
@@ -289,12 +289,13 @@ def _holds_objects(text: str) -> bool:
         return False
 
 
-def _check_json(path: Path, text: str, encoding: str, most: int | None) -> None:
-    """Look for null rows at so many lines or all, where pyarrow ends the process (apache/arrow#47409), and for shapes.
+def _check_json(path: Path, text: str, encoding: str, source: TextSource) -> None:
+    """Look for null rows, where pyarrow ends the process (apache/arrow#47409), and for shapes, in a stream's start.
 
     Raises:
         SelOrthoError: a row is null, or the file is one object that holds a whole table, or no JSON.
     """
+    most = PEEK if source.streaming else None
     with _open(path) as file:
         lines = io.TextIOWrapper(file, encoding=encoding)
         try:
@@ -315,7 +316,11 @@ def _check_json(path: Path, text: str, encoding: str, most: int | None) -> None:
     except (ValueError, RecursionError):
         return
     whole = table if isinstance(table, dict) and not start[end:].strip() else {}
-    if whole and all(isinstance(value, (dict, list)) for value in whole.values()):
+    if (
+        whole
+        and "." not in (source.text_column or "")
+        and all(isinstance(value, (dict, list)) for value in whole.values())
+    ):
         said = f'"{path}" is one object of {listed(whole)}, not one a row'
         raise SelOrthoError(f"{said}: save it as JSON lines, an object with the text a line, or as an array of them")
 

@@ -177,7 +177,8 @@ _IN_OUR_WORDS = {
     "them, or a folder of files that are alike",
     r"(?:Expected (\d+) fields in line|Error tokenizing)": "has rows that do not fit its header: put texts that hold "
     "the separator into quotes, or say another --separator",
-    r"JSON parse error: (.*?)\.?(?: / |$)": "is not JSON as expected, an object a line or an array of objects: {0}",
+    r"(?:JSON parse error: |(?=Expected object or value|Trailing data|Un\w+ [^/]*when decoding))(.*?)\.?(?: / |$)": "is"
+    " not JSON as expected, an object a line or an array of objects: {0}",
     r"ot a gzipped file|nvalid data stream|supported by decoder|frame descriptor|end-of-stream": "is cut off or not "
     "compressed as its name says: get it again, or name it for what it is",
     r"zst(d|andard)": "is compressed with zstandard: run `pip install zstandard`, or decompress it first",
@@ -191,9 +192,9 @@ def read_error(name: str, error: BaseException, split: str | None = None) -> Sel
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
     if isinstance(cause, UnicodeDecodeError) and text_format(Path(name)) != "parquet":  # else it is damaged
         return wrong_encoding(name, cause)
-    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-        return empty(name)
     message = " ".join(f"{error} / {cause}".split())
+    if isinstance(error, StopIteration) or re.search("corresponds to no data|BatchSize must be greater", message):
+        return empty(name)
     for pattern, words in _IN_OUR_WORDS.items():
         if match := re.search(pattern, message):
             return SelOrthoError(f'"{name}" {words.format(*match.groups(), split=split)[:300]}')
@@ -229,14 +230,15 @@ def _leaves(path: tuple[str, ...], feature: Any) -> Iterator[tuple[tuple[str, ..
 
 
 def _text_column(name: str, features: Features, wanted: str | None) -> tuple[str, ...]:
-    """Find the column that is wanted or, if none is, `text` or the only one that holds text, also in lists."""
+    """Find the column that is wanted or, if none is, `text` or the only one that holds text at any depth."""
     # "null" is what a column is called that holds nothing; whoever asks for it learns that the texts are empty.
     kinds = dict(_leaves((), dict(features)))
-    lists = [column for column, feature in features.items() if hasattr(feature, "feature")]
-    texts = [path for path, kind in kinds.items() if kind in _STRINGS and (len(path) == 1 or path[0] in lists)]
+    if not kinds:
+        raise empty(name)
+    texts = [path for path, kind in kinds.items() if kind in _STRINGS]
     default = [("text",)] if ("text",) in kinds else texts if len(texts) == 1 else []
-    candidates = [path for path in default if path[0] not in lists] if wanted is None else kinds
-    path = next((path for path in candidates if wanted in (None, ".".join(path))), None)
+    candidates = kinds if wanted else [path for path in default if not hasattr(features[path[0]], "feature")]  # a list
+    path = next((path for path in candidates if not wanted or ".".join(path) == wanted), None)
     if path is None or kinds[path] not in (*_STRINGS, "null"):
         columns = ", ".join(f"{'.'.join(path)} ({kind})" for path, kind in kinds.items())
         reason = "does not say which column holds the text" if texts else "has no column of text"
