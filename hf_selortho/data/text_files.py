@@ -174,7 +174,7 @@ def _card_patterns(folder: Path, config: str | None) -> dict[str, list[str]] | N
     readme = folder / "README.md"
     try:
         rows = (metadata_load(readme) or {}).get("configs") if readme.is_file() else ()
-    except Exception:  # no YAML, whose errors have no parent that could be named here
+    except Exception:  # noqa: BLE001  it is no YAML; the errors of that library are not ours to import
         rows = ()
     rows = [row for row in rows or () if isinstance(row, dict) and isinstance(row.get("data_files"), (str, list))]
     files = {str(row.get("config_name", "default")): row for row in rows}
