@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow
 from datasets.data_files import DataFilesList, _get_data_files_patterns, sanitize_patterns
 from datasets.packaged_modules.json.json import JsonConfig
-from fsspec.utils import glob_translate
 from huggingface_hub import metadata_load
 
 from ..errors import SelOrthoError
@@ -58,6 +57,7 @@ _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.B
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after utf-32, which starts with the same
 _CONTROL = bytes({*range(32)} - {*b"\t\n\v\f\r\x1a\x1b"})
 _WIDE = re.compile(r"u(tf)?[-_ ]?(16|32)", re.IGNORECASE)
+_GLOB = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}  # as regular expressions
 _SEPARATORS = (",", ";", "\t", "|")
 _ABOUT = re.compile(  # beside the data
     r"(readme|licen[cs]e|copying|notice|changelog|authors|requirements)\.txt|(config|dataset_(infos?|dict))\.json", re.I
@@ -161,8 +161,13 @@ def _main_kind(folder: Path, names: list[str]) -> list[str]:
 
 
 def _matching(names: Sequence[str], *patterns: str) -> list[str]:
-    globs = [re.compile(glob_translate(str(pattern).removeprefix("./"))) for pattern in patterns]
-    return [name for name in names if any(glob.match(name) for glob in globs)]
+    parts = [re.findall(r"\*\*/?|\[[^]]+\]|.", str(pattern).removeprefix("./")) for pattern in patterns]
+    globs = ["".join(_GLOB.get(part) or _literal(part) for part in pattern) for pattern in parts]
+    return [name for name in names if any(re.fullmatch(glob, name) for glob in globs)]
+
+
+def _literal(part: str) -> str:
+    return part.replace("[!", "[^") if len(part) > 1 else re.escape(part)
 
 
 def _card_patterns(folder: Path, config: str | None) -> dict[str, list[str]] | None:
