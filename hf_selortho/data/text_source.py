@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import SelOrthoError
 from ..utils.names import located
 
 
@@ -33,3 +35,18 @@ class TextSource:
     def __post_init__(self) -> None:
         self.dataset, lookup = located(self.dataset, {"revision": self.dataset_revision}, "dataset")
         self.dataset_revision = lookup["revision"]
+        if not 0 <= self.held_out_fraction <= 1:
+            raise SelOrthoError(f"held_out_fraction is {self.held_out_fraction}: expected a number from 0 to 1")
+        self.separator = {r"\t": "\t", "tab": "\t"}.get(self.separator or "", self.separator)
+        if self.separator is not None and len(self.separator) != 1:
+            raise SelOrthoError(f"--separator {self.separator!r}: expected one character, such as ; or \\t")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError as error:
+            raise SelOrthoError(
+                f"--encoding {self.encoding!r}: expected an encoding of text, such as utf-8, utf-16 or cp1252"
+            ) from error
+        if self.streaming and re.search(r"[\[+]", self.split):
+            raise SelOrthoError(
+                f'--split "{self.split}": a stream cannot be cut or joined; leave --streaming out, or name one split'
+            )

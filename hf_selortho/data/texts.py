@@ -8,7 +8,6 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ READ_ERRORS: tuple[type[Exception], ...] = (
     *(ImportError, KeyError, RuntimeError, TypeError, StopIteration),
 )
 
+_STRINGS = ("string", "large_string")
 _FETCH = 256  # rows read at once: one by one, Arrow spends most of its time on the way to them
 _SHUFFLE_BUFFER = 10_000  # documents that a stream holds to draw from
 
@@ -59,11 +59,8 @@ class Documents:
         self, source: TextSource, dataset: Dataset | IterableDataset, revision: str | None, fingerprint: str | None
     ) -> None:
         self.dataset, self.revision, self.fingerprint = dataset, revision, fingerprint
-        self.name, self.split, self.held_out_fraction = (
-            official_name(source.dataset),
-            source.split,
-            source.held_out_fraction,
-        )
+        self.name = official_name(source.dataset)
+        self.split, self.held_out_fraction = source.split, source.held_out_fraction
         self.count = None if isinstance(dataset, IterableDataset) else len(dataset)
         if self.count == 0:
             raise empty(self.name)
@@ -72,10 +69,8 @@ class Documents:
         self._texts = dataset.select_columns([self._path[0]])
         start = self._texts.take(PEEK) if isinstance(self._texts, IterableDataset) else np.arange(len(self._texts))
         if next(self._read(start), None) is None:
-            raise SelOrthoError(
-                f'"{self.name}" holds no text: empty in its first {self.count or PEEK} rows; choose another '
-                "--text_column or file"
-            )
+            rows = self.count or PEEK
+            raise SelOrthoError(f'"{self.name}" holds no text in its first {rows} rows: choose another --text_column')
 
     def train(self, epoch: int, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, str]]:
         """Read the documents of one epoch for training, in an order drawn from seed and epoch.
@@ -107,7 +102,7 @@ class Documents:
         """Read the texts of a stream, which have no number, or of the numbered rows."""
         try:
             streamed = isinstance(rows, IterableDataset)
-            for number, text in ((None, self._text(row)) for row in rows) if streamed else self._fetched(rows):
+            for number, text in ((None, _join(row, self._path)) for row in rows) if streamed else self._fetched(rows):
                 if text and not text.isspace():
                     yield number, text
         except READ_ERRORS as error:  # bytes that are no text, which only a look at them shows
@@ -121,9 +116,6 @@ class Documents:
     def texts(self, numbers: list[int]) -> list[str]:
         """Return the texts of these rows, empty ones too."""
         return [_join(value, self._path[1:]) for value in self._texts[numbers][self._path[0]]]
-
-    def _text(self, row: dict[str, Any]) -> str:
-        return _join(row[self._path[0]], self._path[1:])
 
 
 def _join(value: Any, path: Sequence[str]) -> str:
@@ -144,7 +136,6 @@ def open_documents(source: TextSource) -> Documents:
             that is not what its name says.
     """
     name, path, revision, identity = source.dataset, Path(source.dataset), None, None
-    source = _check(source)
     if name == PYTHON_DOCS:
         return Documents(source, *_python_docs(source), None)
     try:
@@ -154,9 +145,8 @@ def open_documents(source: TextSource) -> Documents:
                     f'"{name}" is local and has no revision "{source.dataset_revision}": leave the revision out'
                 )
             arguments, identity = local_arguments(path, source)
-        elif text_format(path) is not None or name.startswith((".", "/", "~")):
-            folder = "; names are taken as they stand, a folder reads all its files" if set(name) & set("*?[") else ""
-            raise SelOrthoError(f"no such file or folder of texts: {name}{folder}")
+        elif text_format(path) is not None:
+            raise SelOrthoError(f"no such file or folder of texts: {name}")
         else:
             revision = resolve_commit("dataset", name, source.dataset_revision)
             if revision is None and not _is_cached(name):
@@ -172,44 +162,25 @@ def open_documents(source: TextSource) -> Documents:
         raise read_error(name, error, source.split) from error
 
 
-def _check(source: TextSource) -> TextSource:
-    """Return the settings with the separator as one character; refuse what no file is read with."""
-    if not 0 <= source.held_out_fraction <= 1:
-        raise SelOrthoError(
-            f"held_out_fraction is {source.held_out_fraction}: expected a number from 0 to 1, such as 0.1"
-        )
-    separator = {r"\t": "\t", "tab": "\t"}.get(source.separator or "", source.separator)
-    if separator is not None and len(separator) != 1:
-        raise SelOrthoError(f"--separator {separator!r}: expected one character, such as ; or \\t")
-    try:
-        "".encode(source.encoding or "utf-8")
-    except LookupError as error:
-        raise SelOrthoError(
-            f"--encoding {source.encoding!r}: expected the name of an encoding of text, such as utf-8, utf-16 or cp1252"
-        ) from error
-    if source.streaming and re.search(r"[\[+]", source.split):
-        raise SelOrthoError(
-            f'--split "{source.split}": a stream cannot be cut or joined; leave --streaming out, or name one split'
-        )
-    return replace(source, separator=separator)
-
-
 # What `datasets` and pyarrow say, and what to say instead; {0} is the first group.
 _IN_OUR_WORDS = {
-    r"Config name is missing.*?(\[.*?\])": "has several configurations: choose --dataset_config from {0}",
-    r"BuilderConfig .* not found. Available: (\[.*\])": "has no such configuration: choose --dataset_config from {0}",
+    r"(?:Unknown|Bad) split.*?(\['.*?'\])": 'has no split "{split}": choose one of {0}',
+    r"Unrecognized instruction format|Requested slice": 'has no part "{split}": expected --split as in train[:10%]',
+    r"(?:Config name is missing|BuilderConfig .* not found).*?(\[.*?\])": "has several configurations: choose "
+    "--dataset_config from {0}",
     r"doesn't have a '(sep|encoding)' key": "holds no csv files: leave --separator and --encoding out",
     r"scripts are no longer supported": "is a script, which is not run: give --dataset_revision refs/convert/parquet, "
     "where the Hub keeps a converted copy of many, or another --dataset",
-    r"No \(supported\) data files|doesn't contain any data files": "holds no files of texts: choose another --dataset",
-    r"Couldn't infer the same data file format": "holds files of several kinds: name a folder of one kind",
-    r"must have the same columns, but (.*?)\. This": "holds files whose columns differ ({0}): name one of them, or a "
-    "folder of files that are alike",
+    r"No \(supported\) data files|doesn't contain any data files|Couldn't infer the same data file format": "holds no "
+    "files of texts of one kind: choose another --dataset, of parquet, json, csv or txt files",
+    r"must have the same columns|Schema at index \d+ was different": "holds files whose columns differ: name one of "
+    "them, or a folder of files that are alike",
     r"(?:Expected (\d+) fields in line|Error tokenizing)": "has rows that do not fit its header: put texts that hold "
     "the separator into quotes, or say another --separator",
-    r"JSON parse error: (.*)": "is not JSON as expected, an object a line or an array of objects: {0}",
-    r"(ot a gzipped file|nvalid data stream|supported by decoder|frame descriptor|end-of-stream)": "is cut off or "
-    "not compressed as its name says ({0}): get it again, or name it for what it is",
+    r"(?:JSON parse error: |(?=Expected object or value|Trailing data|Un\w+ [^/]*when decoding))(.*?)\.?(?: / |$)": "is"
+    " not JSON as expected, an object a line or an array of objects: {0}",
+    r"ot a gzipped file|nvalid data stream|supported by decoder|frame descriptor|end-of-stream": "is cut off or not "
+    "compressed as its name says: get it again, or name it for what it is",
     r"zst(d|andard)": "is compressed with zstandard: run `pip install zstandard`, or decompress it first",
 }
 
@@ -221,16 +192,12 @@ def read_error(name: str, error: BaseException, split: str | None = None) -> Sel
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
     if isinstance(cause, UnicodeDecodeError) and text_format(Path(name)) != "parquet":  # else it is damaged
         return wrong_encoding(name, cause)
-    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-        return empty(name)
     message = " ".join(f"{error} / {cause}".split())
-    if splits := re.search(r"(?:Unknown|Bad) split.*?(\['.*?'\])", message):
-        return SelOrthoError(f'"{name}" has no split "{split}": choose one of {splits[1]}')
-    if re.search("Unrecognized instruction format|Requested slice", message):
-        return SelOrthoError(f'--split "{split}" of "{name}": expected a split or a part of it, such as train[:10%]')
+    if isinstance(error, StopIteration) or re.search("corresponds to no data|BatchSize must be greater", message):
+        return empty(name)
     for pattern, words in _IN_OUR_WORDS.items():
         if match := re.search(pattern, message):
-            return SelOrthoError(f'"{name}" {words.format(*match.groups())[:300]}')
+            return SelOrthoError(f'"{name}" {words.format(*match.groups(), split=split)[:300]}')
     return SelOrthoError(f'cannot read the dataset "{name}": {one_line(cause)}')
 
 
@@ -263,16 +230,20 @@ def _leaves(path: tuple[str, ...], feature: Any) -> Iterator[tuple[tuple[str, ..
 
 
 def _text_column(name: str, features: Features, wanted: str | None) -> tuple[str, ...]:
+    """Find the column that is wanted or, if none is, `text` or the only one that holds text at any depth."""
     # "null" is what a column is called that holds nothing; whoever asks for it learns that the texts are empty.
     kinds = dict(_leaves((), dict(features)))
-    texts = [(column,) for column, feature in features.items() if _kind(feature) in ("string", "large_string")]
-    plain = ("text",) in kinds and not hasattr(features["text"], "feature")
-    default = ("text",) if plain else texts[0] if len(texts) == 1 else None
-    path = default if wanted is None else next((path for path in kinds if ".".join(path) == wanted), None)
-    if path is None or kinds[path] not in ("string", "large_string", "null"):
-        listed = ", ".join(f"{'.'.join(path)} ({kind})" for path, kind in kinds.items())
-        reason = "does not say which column holds the text" if path is wanted else f'has no column of text "{wanted}"'
-        raise SelOrthoError(f'"{name}" {reason}: choose --text_column from: {listed}')
+    if not kinds:
+        raise empty(name)
+    texts = [path for path, kind in kinds.items() if kind in _STRINGS]
+    default = [("text",)] if ("text",) in kinds else texts if len(texts) == 1 else []
+    candidates = kinds if wanted else [path for path in default if not hasattr(features[path[0]], "feature")]  # a list
+    path = next((path for path in candidates if not wanted or ".".join(path) == wanted), None)
+    if path is None or kinds[path] not in (*_STRINGS, "null"):
+        columns = ", ".join(f"{'.'.join(path)} ({kind})" for path, kind in kinds.items())
+        reason = "does not say which column holds the text" if texts else "has no column of text"
+        reason = f'has no column of text "{wanted}"' if wanted else reason
+        raise SelOrthoError(f'"{name}" {reason}: choose --text_column from: {columns}')
     return path
 
 

@@ -165,6 +165,9 @@ def _set_up_logging() -> None:
     logging.getLogger("hf_selortho").setLevel(logging.INFO)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which complains of a home that cannot be written
     after_import("transformers.utils.logging", _quieten_transformers)
+    after_import(
+        "datasets.utils.logging", lambda: logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    )  # it raises the same
 
 
 def _quieten_transformers() -> None:

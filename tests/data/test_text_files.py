@@ -75,7 +75,7 @@ def test_paths_that_the_reader_of_files_would_take_apart_are_refused(tmp_path) -
     _write(tmp_path / "a", "text\nANOTHER FILE\n")
     with pytest.raises(SelOrthoError, match=r'has "::" in its path.*rename it'):
         _read(_write(tmp_path / "a::b.csv", CSV))
-    with pytest.raises(SelOrthoError, match="no such file or folder of texts.*names are taken as they stand"):
+    with pytest.raises(SelOrthoError, match="no such file or folder of texts"):
         _read(tmp_path / "*.csv")
 
 
@@ -110,6 +110,9 @@ CHATS = "".join(
         ("strings.json", json.dumps(TEXTS), {}),
         ("paragraphs.txt.gz", gzip.compress("\n\n".join(TEXTS).encode(), mtime=0), {}),
         ("chats.jsonl", CHATS, {"text_column": "messages.content"}),
+        ("body.ndjson", "".join(json.dumps({"doc": {"body": t, "n": 1}}) + "\n" for t in TEXTS), {}),
+        ("traces.jsonl", "".join(json.dumps({"type": "user", "text": t, "message": {}}) + "\n" for t in TEXTS), {}),
+        ("u16.json", _array(ROWS).encode("utf-16"), {}),
         ("part.csv", CSV, {"split": "train[:3]"}),
     ],
 )
@@ -125,13 +128,13 @@ def test_what_is_certain_is_read(name: str, content: str | bytes, settings, stre
 @pytest.mark.parametrize(
     ("name", "content", "settings", "message"),
     [
-        ("sheet.csv", _zip(), {}, "looks like a zip archive or an Excel workbook, not .csv: unpack it"),
-        ("table.jsonl", _parquet(), {}, "looks like parquet, not .jsonl: name it .parquet"),
-        ("packed.txt", gzip.compress(b"words", mtime=0), {}, "looks like gzip, not .txt: add .gz"),
+        ("sheet.csv", _zip(), {}, "looks like a zip archive or an Excel workbook, not csv: unpack it"),
+        ("table.jsonl", _parquet(), {}, "looks like parquet, not json: name it .parquet"),
+        ("packed.txt", gzip.compress(b"words", mtime=0), {}, "looks like gzip, not text: add .gz"),
         ("plain.csv.gz", CSV, {}, "plain.csv.gz.*not compressed as its name says"),
         ("pointer.parquet", "version https://git-lfs.github.com/spec/v1\n", {}, "Git LFS.*git lfs pull"),
-        ("lines.csv", LINES, {}, "looks like JSON lines, not .csv: name it .jsonl"),
-        ("lines.txt", LINES, {}, "looks like JSON lines, not .txt: name it .jsonl"),
+        ("lines.csv", LINES, {}, "looks like JSON lines, not csv: name it .jsonl"),
+        ("lines.txt", LINES, {}, "looks like JSON lines, not text: name it .jsonl"),
         ("table.json", CSV, {}, "is not JSON: expected an object a line"),
         ("zeros.csv", bytes(1000), {}, "holds control characters"),
         ("noise.txt", bytes(range(256)) * 9, {"encoding": "latin-1"}, "holds control characters"),
@@ -139,10 +142,12 @@ def test_what_is_certain_is_read(name: str, content: str | bytes, settings, stre
         ("mark.csv", "\ufeff \n", {}, "is empty"),
         *((f"latin.{kind}", CSV.encode("latin-1"), {}, "not utf-8 text.*--encoding") for kind in ("csv", "txt")),
         ("latin.json", _array(ROWS).encode("latin-1"), {}, "not utf-8 text.*--encoding"),
+        ("bom.txt.gz", gzip.compress(CSV.encode("utf-8-sig"), mtime=0), {}, "is compressed in utf-8-sig.*as utf-8"),
+        ("latin.json", _array(ROWS).encode("cp1252"), {"encoding": "cp1252"}, "an array in cp1252, .*save it as utf-8"),
         ("late.csv", "text\n" + "words\n" * 200_000 + "\udce9\n", {}, "not utf-8 text.*--encoding"),
         ("bom.csv", CSV.encode("utf-8-sig"), {"encoding": "latin-1"}, "byte-order mark.*leave --encoding out"),
         ("x.csv", CSV, {"encoding": "utf-16"}, "does not look like utf-16"),
-        ("x.csv", CSV, {"encoding": "nope"}, "--encoding 'nope': expected the name of an encoding"),
+        ("x.csv", CSV, {"encoding": "nope"}, "--encoding 'nope': expected an encoding of text"),
         ("x.csv", CSV, {"separator": ";;"}, "--separator ';;': expected one character"),
         ("x.jsonl", LINES, {"separator": ";"}, "--separator is a setting of csv files"),
         ("x.csv", CSV, {"dataset_config": "en"}, "has no configuration.*leave --dataset_config out"),
@@ -152,6 +157,9 @@ def test_what_is_certain_is_read(name: str, content: str | bytes, settings, stre
         ("late.csv", "text\n" + "Hello\n" * 300 + "Bye, moon\n", {}, "rows that do not fit its header.*into quotes"),
         ("whole.json", json.dumps({"text": TEXTS}), {}, "is one object of text, not one a row: save it as JSON lines"),
         ("chats.jsonl", CHATS, {"text_column": "messages"}, r"--text_column from: messages.role .*messages.content"),
+        ("ids.jsonl", '{"id": "a", "messages": [{"content": "b"}]}\n' * 2, {}, "which column.*messages.content"),
+        ("type.jsonl", '{"type": "user", "message": {"content": "b"}}\n' * 2, {}, "which column.*type .*message"),
+        ("squad.json", '{"version": "v2", "data": [{"title": "b"}]}', {}, "which column .*version .*data.title"),
         ("lists.jsonl", '{"text": ["a"]}\n{"text": ["b"]}\n', {}, "which column holds the text: choose --text_column"),
     ],
 )  # fmt: skip
@@ -183,6 +191,9 @@ ENGLISH, FRENCH = {"en/a.jsonl": LINES}, {"fr/b.jsonl": '{"text": "bonjour"}\n'}
         ({"a.csv": "text,x\na,1\n", "b.csv": "text,y\na,1\n"}, {}, SelOrthoError("files whose columns differ")),
         ({"a.csv": ""}, {}, SelOrthoError("is empty")),
         ({"README.md": CARD, **ENGLISH, **FRENCH}, {"dataset_config": "en"}, "left out README.md, fr/b.jsonl"),
+        ({"README.md": CARD, **ENGLISH, "x.csv": CSV}, {"dataset_config": "en"}, "left out README.md, x.csv"),
+        ({"README.md": "---\nconfigs: [\n---\n", "x.csv": CSV}, {}, "left out README.md"),
+        ({"README.md": "---\nconfigs: [a, {data_files: 3}]\n---\n", "x.csv": CSV}, {}, "left out README.md"),
         ({"README.md": CARD, **ENGLISH, **FRENCH}, {}, SelOrthoError("choose --dataset_config from en, fr")),
     ],
 )

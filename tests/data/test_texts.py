@@ -121,7 +121,7 @@ def test_text_column_is_found_or_the_columns_are_listed(tmp_path) -> None:
         ("array.json", '[null, {"text": "a"}]', "has a row that is null"),
         ("nan.json", '[NaN, {"text": "a"}]', "has a row that is null"),
         ("broken.parquet", "PAR1 not at all", "cannot read the dataset"),
-        ("mixed.jsonl", '{"text": "a"}\n{"text": 3}\n', "no column of text"),
+        ("mixed.jsonl", '{"text": "a"}\n{"text": 3}\n', "has no column of text"),
         ("picture.png", "PNG", "is or holds no file of texts: expected .csv"),
     ],
 )
