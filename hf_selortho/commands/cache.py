@@ -132,8 +132,9 @@ def training_tokens(estimate: float | None, max_tokens: int | None) -> float:
 
 def closing_words(folder: Path, manifest: Manifest, speed: float, memory: int, cpu: bool) -> str:
     """Write the last lines on the screen: the report, the speed, and what to type next."""
+    shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
     return (
-        f"\n{report_table(manifest)}\n{folder}/ holds {manifest.rows:,} tokens and {manifest.held_out_rows:,} held-out "
-        f"ones, in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)} of the first\n"
+        f"\n{report_table(manifest)}\n{folder}/ holds {manifest.rows:,} tokens in {shards}, and "
+        f"{manifest.held_out_rows:,} held-out ones\n"
         f"{speed:,.0f} tokens/s; peak memory {gigabytes(memory)}\n\nNext:\n{after_caching(folder, manifest, cpu)}"
     )
