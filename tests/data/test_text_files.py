@@ -75,7 +75,7 @@ def test_paths_that_the_reader_of_files_would_take_apart_are_refused(tmp_path) -
     _write(tmp_path / "a", "text\nANOTHER FILE\n")
     with pytest.raises(SelOrthoError, match=r'has "::" in its path.*rename it'):
         _read(_write(tmp_path / "a::b.csv", CSV))
-    with pytest.raises(SelOrthoError, match="no such file or folder of texts"):
+    with pytest.raises(SelOrthoError, match="neither on the Hub nor a local path"):
         _read(tmp_path / "*.csv")
 
 

@@ -161,7 +161,7 @@ def test_what_does_not_exist_is_named(tmp_path, sample_text_files) -> None:
     local = str(sample_text_files.csv)
     (tmp_path / "empty").mkdir()
     for arguments, message in [
-        ({"dataset": str(tmp_path / "no.csv")}, "no such file or folder"),
+        ({"dataset": str(tmp_path / "no.csv")}, "neither on the Hub nor a local path"),
         ({"dataset": "texts/no.jsonl"}, "no such file or folder"),
         ({"dataset": str(tmp_path / "empty")}, "is or holds no file of texts"),
         ({"dataset": local, "split": "test"}, r"no split \"test\": choose one of \['train'\]"),
