@@ -145,11 +145,13 @@ print(cache.manifest.rows, cache.manifest.lm_name, len(cache.read(cache.manifest
     assert client.run(code) == "16 local:model 9\n"
 
 
-@pytest.mark.parametrize("option", ["--include_index", "--license_link=x", "--twin=x", "--seeds=x", "--template=x"])
+@pytest.mark.parametrize(
+    "option", ["--include_index", "--license=other --license_link=x", "--twin=x", "--seeds=x", "--template=x"]
+)
 def test_options_of_saes_are_refused_for_a_cache(option, hub, client, tmp_path) -> None:
     write_cache(tmp_path, [9], (5,))
-    done = client.script("push_to_hub", str(tmp_path), "--repo_id", "acme/acts-of", option)
-    assert done.code == 2 and f"{option.partition('=')[0]}: {tmp_path} holds cached activations" in done.err
+    done = client.script("push_to_hub", str(tmp_path), "--repo_id", "acme/acts-of", *option.split())
+    assert done.code == 2 and f"{option.split()[-1].partition('=')[0]}: {tmp_path} holds cached activations" in done.err
 
 
 def test_a_space_holds_no_canary(hub, client, run) -> None:

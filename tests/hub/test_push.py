@@ -282,7 +282,7 @@ def test_mistakes_on_the_command_line(hub, client, tmp_path) -> None:
     (tmp_path / "acts").mkdir()
     (tmp_path / "acts/manifest.json").write_text("{}")
     done = client.script("push_to_hub", str(tmp_path / "acts"), "--repo_id", "acme/x", "--include_index")
-    assert done.code == 2 and "holds cached activations, not SAEs" in done.err
+    assert done.code == 2 and "holds cached activations, and no SAE" in done.err
     done = client.script("push_to_hub", str(run), "--repo_id", "acme/x", "--overwirte")
     assert done.code == 2 and "unknown arguments: --overwirte" in done.err
 

@@ -110,7 +110,7 @@ def test_labels(run, tmp_path) -> None:
         (["--tokens", "0"], "tokens 0: expected at least 1"),
         (["--subfolder", "layer_9"], "layer_9"),
         (["--subfolder", "layer_1", "--dataset", "nothing.csv"], "nothing.csv"),
-        (["--subfolder", "layer_1", "--held_out_fraction", "0"], "held-out fraction 0"),
+        (["--subfolder", "layer_1", "--held_out_fraction", "0"], "held_out_fraction 0.0: expected a share"),
     ],
 )
 def test_mistakes(trained, argv, message) -> None:

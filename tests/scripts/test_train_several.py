@@ -159,7 +159,7 @@ def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvest
         ({"layer": 3}, "holds no layer 3: choose from 1, 2"),
         ({"layer": 1, "context_length": 64}, "--context_length 64: .* were cached with 256"),
         ({"layer": 1, "activations": "nowhere"}, "nowhere holds no cache of activations: write one with"),
-        ({"layer": 1, "activations": "hub:acme"}, "--activations 'hub:acme': expected hub:owner/name"),
+        ({"layer": 1, "activations": "hub:acme"}, '--activations: unknown dataset "acme"'),
         ({"layers": [1, 1]}, "expected each layer once"),
         ({"layer": 1, "variants": '{"a b": {}}'}, "names a variant 'a b'"),
         ({"layer": 1, "variants": '{"x": {"k": 4}}'}, "layer_1_x: k=4: only"),
