@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, SelOrthoError
@@ -39,9 +40,9 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES.values():
-        return import_module(f".{name}", __name__)
     if name not in _MODULES:
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return value

@@ -54,7 +54,8 @@ def floats_of(
         raise SelOrthoError(f"{what} has shape {tuple(tensor.shape)}: expected {expected}")
     if like is not None and tensor.device != like.device:
         raise SelOrthoError(f"{what} on {tensor.device}: expected {like.device}, as of x.to({str(like.device)!r})")
-    if finite and not torch.compiler.is_compiling() and not tensor.isfinite().all():
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if finite and not traced and not tensor.isfinite().all():
         rows = (~tensor.reshape(-1, tensor.shape[-1]).isfinite().all(1)).nonzero()[:, 0]
         raise NonFiniteError(
             f"{what} hold NaN or infinity in {len(rows)} of {tensor.shape[:-1].numel()} rows, the first is number "

@@ -39,7 +39,9 @@ except ImportError:  # it is missing, or of a version without these
 
         capture, select_pairs, push_to_hub = map(_missing, ("capture", "select_pairs", "push_to_hub"))
 
-        def _checked(self, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        def _checked(self, value: Tensor, what: str, width: str = "d_in", **_: Any) -> Tensor:
+            if value.shape[-1] != (expected := getattr(self.config, width)):
+                raise ValueError(f"{what} of shape {tuple(value.shape)}: this SAE has {width}={expected}")
             return value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +34,8 @@ class PackageMethods(PreTrainedModel):
     @classmethod
     def checked(cls, value: Any) -> Any:
         """Take an SAE; raise a SelOrthoError for anything else, such as the path of one."""
+        if isinstance(value, PackageMethods):  # code that was copied to the Hub has a class of its own
+            return value
         return object_of(value, cls, "sae", "load it, as with SelOrthoSAE.from_pretrained(name)")
 
     @classmethod
@@ -55,9 +56,10 @@ class PackageMethods(PreTrainedModel):
         name, lookup = hub.located(name_of(pretrained_model_name_or_path, "the SAE"), lookup)
         lookup = hub.at_one_commit(name, lookup)
         config = kwargs.pop("config", None)
-        if not isinstance(config, SelOrthoConfig):
-            settings = {key: kwargs.pop(key) for key in SelOrthoConfig.describe().keys() & kwargs.keys()}
-            config = SelOrthoConfig.from_pretrained(name if config is None else config, **lookup, **settings)
+        kind: Any = cls.config_class  # of code that was copied to the Hub, the copy's own
+        if not isinstance(config, kind):
+            settings = {key: kwargs.pop(key) for key in kind.describe().keys() & kwargs.keys()}
+            config = kind.from_pretrained(name if config is None else config, **lookup, **settings)
         files = hub.weight_files(name, lookup, kwargs.get("variant"))
         hub.check_tensors(name, files, config.weight_shapes())  # so that none is missing, to be filled in at random
         kwargs["use_safetensors"] = True
@@ -106,16 +108,29 @@ class PackageMethods(PreTrainedModel):
         """
         return importlib.import_module("hf_selortho.hub.push").push_sae(self, repo_id, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save weights and config in a folder; with `push_to_hub=True`, publish as [`push_to_hub`] does, too."""
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save weights and config in a folder; with `push_to_hub=True`, publish as [`push_to_hub`] does, too.
+
+        Raises:
+            SelOrthoError: `push_to_hub=True` without `repo_id="owner/name"`, or as [`push_to_hub`].
+        """
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
         if not push_to_hub:
-            kwargs["push_to_hub"] = push_to_hub
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        repo_id = kwargs.pop("repo_id", None) or os.path.basename(save_directory)
+            return super().save_pretrained(save_directory, **kwargs)
+        if not (repo_id := kwargs.pop("repo_id", None)):
+            raise SelOrthoError('push_to_hub=True needs repo_id="owner/name": nothing was saved')
         names = ("private", "revision", "create_pr", "commit_message", "model_id", "dataset_id")
         push = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self.push_to_hub(repo_id, token=kwargs.get("token"), **push)
+        super().save_pretrained(save_directory, **kwargs)
+        if is_main_process:
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **push)
 
     @torch.no_grad()
     def set_input_statistics(self, mean: Tensor, scale: float) -> None:

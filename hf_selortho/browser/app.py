@@ -21,10 +21,11 @@ def _check_port(host: str, port: int | None) -> None:
         with socket.socket(family, kind) as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:  # the latter: a host that no name can be
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
             raise SelOrthoError(f"--port {port} of {host} is in use: choose another --port, or none") from error
-        if error.errno == errno.EACCES:
+        if number == errno.EACCES:
             raise SelOrthoError(f"--port {port} is not open to you: choose a --port from 1024 on") from error
         raise SelOrthoError(f"--host {host} is not this machine: choose 127.0.0.1, or 0.0.0.0 for all") from error
 
@@ -74,6 +75,7 @@ def launch(
             prevent_thread_lock=True,
         )
     except OSError as error:  # no port is free
-        raise SelOrthoError(f"no port from 7860 on is free on {host}: choose a --port") from error
+        said = f"port {port} of {host} is in use" if port else f"no port from 7860 on is free on {host}"
+        raise SelOrthoError(f"{said}: choose a --port") from error
     live.start_loading()  # not before: Gradio gives up if its own page takes more than seconds to answer
     blocks.block_thread()

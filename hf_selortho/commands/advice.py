@@ -30,7 +30,8 @@ def after_training(run: TrainingRun, command: str) -> str:
         lines.append(_typed("evaluate", first, *options))
         lines.append(_typed("index", run.output, *options, *again))
     lines.append(_typed("browse", run.output))
-    config, twin = run.configs[0], first.with_name(f"{first.name}-twin")
+    here = first if first.name else first.absolute()
+    config, twin = run.configs[0], here.with_name(f"{here.name}-twin")
     penalised = config.penalty != "none" and config.ortho_coefficient > 0
     if not run.variants[0].name and penalised and not twin.exists() and twin_beside(first) is None:
         changes = {"ortho_coefficient": "0", "output_dir": str(twin)}

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = CacheFolder(Path(arguments.output_dir))
     if accelerator.is_main_process:
         check_disk(folder.folder, disk_bytes(capture, settings, tokens))
-    shard_memory(capture, settings, tokens)
+    shard_memory(capture, settings, tokens / group.size)
     if arguments.dry_run:
         if accelerator.is_main_process:
             sys.stdout.write(forecast(capture, stream, settings, tokens))

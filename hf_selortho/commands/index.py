@@ -133,4 +133,5 @@ def open_sources(target: Target, arguments: IndexArguments, lms: LanguageModels)
         labels=labels,
         min_tokens=least_tokens(config, arguments),
         dataset_config=source.dataset_config,
+        text_settings=vars(source),
     )

@@ -231,7 +231,7 @@ def disk_bytes(capture: ActivationCapture, settings: CacheSettings, tokens: floa
 
 
 def shard_memory(capture: ActivationCapture, settings: CacheSettings, tokens: float) -> float:
-    """Return the bytes of memory that the shards of a process take, of `tokens` in all.
+    """Return the bytes of memory that the shards of a process take, of its `tokens`.
 
     Raises:
         SelOrthoError: there is too little.
@@ -250,8 +250,9 @@ def forecast(capture: ActivationCapture, stream: ContextStream, settings: CacheS
     Args:
         capture, settings: of the cache in full. stream: contexts, endless.
     """
-    speed = settings.processes / probe_capture(capture, stream, PROBE_SECONDS)[1]
-    shards, peak = shard_memory(capture, settings, tokens), peak_memory(capture.device)
+    most = min(settings.shard_tokens, 2 * capture.batch_tokens)  # what is read stays in memory
+    speed = settings.processes / probe_capture(capture, stream, PROBE_SECONDS, most=most)[1]
+    shards, peak = shard_memory(capture, settings, tokens / settings.processes), peak_memory(capture.device)
     return (
         f"{tokens:,.0f} tokens at {speed:,.0f} tokens/s: {timedelta(seconds=round(tokens / speed))}\n"
         f"peak memory of a process {gigabytes(peak)} and {gigabytes(shards)} of shards; "

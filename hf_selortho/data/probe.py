@@ -18,13 +18,17 @@ _GROWTH = 4  # times as many tokens in each reading as in the one before
 
 
 def probe_capture(
-    capture: ActivationCapture, stream: ContextStream, seconds: float, group: ProcessGroup = SINGLE_PROCESS
+    capture: ActivationCapture,
+    stream: ContextStream,
+    seconds: float,
+    group: ProcessGroup = SINGLE_PROCESS,
+    most: float = math.inf,
 ) -> tuple[list[CapturedActivations], float]:
     """Read a context, which brings in the weights, then more and more until the time is up; sinks are kept.
 
     Args:
         capture: the layers to read. stream: of contexts, endless. seconds: that this may take, beyond two contexts.
-        group: the processes that do so together.
+        group: the processes that do so together. most: tokens in a reading.
 
     Returns:
         What was read, and the seconds that the last reading took for a token.
@@ -37,8 +41,8 @@ def probe_capture(
         took = group.mean(time.perf_counter() - started, capture.device) or 0.0
         spent += took
         wanted *= 1 if len(parts) == 1 else _GROWTH
-        ended = (
-            spent + (_GROWTH * took if len(parts) > 2 else took) > seconds or wanted > _GROWTH * capture.batch_tokens
+        ended = spent + (_GROWTH * took if len(parts) > 2 else took) > seconds or wanted > min(
+            _GROWTH * capture.batch_tokens, most
         )
         if ended and len(parts) > 1:
             return parts, took / count_tokens(contexts)

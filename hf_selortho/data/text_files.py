@@ -90,7 +90,11 @@ def local_arguments(path: Path, source: TextSource) -> tuple[dict[str, Any], str
     for name, kinds in (("separator", {"csv"}), ("encoding", {"csv", "json", "text"})):
         if getattr(source, name) is not None and kind not in kinds:
             raise SelOrthoError(f"--{name} is a setting of {', '.join(sorted(kinds))} files: leave it out for {path}")
-    arguments = _joined(path, [_file_arguments(file, kind, source) for file in files])
+    looks = {file: look for file in files if (look := _file_arguments(file, kind, source)) is not None}
+    if not looks:
+        raise empty(str(path))
+    splits = {split: kept for split, part in splits.items() if (kept := [file for file in part if file in looks])}
+    files, arguments = list(looks), _joined(path, list(looks.values()))
     identity = fingerprint(files)
     # Not as names, which `datasets` takes for patterns. Its cache keeps what it read by this list.
     found = {
@@ -205,12 +209,12 @@ def _saved_to_disk(folder: Path) -> dict[str, list[Path]]:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _file_arguments(path: Path, kind: str, source: TextSource) -> dict[str, Any]:
-    """Look at the start of a file and return how `datasets` reads it; raises as [`local_arguments`]."""
+def _file_arguments(path: Path, kind: str, source: TextSource) -> dict[str, Any] | None:
+    """Look at the start of a file and return how `datasets` reads it, None if it is blank; raises as its caller."""
     with _open(path) as file:
         start = file.read(_SAMPLE)
     if not start:
-        raise empty(str(path))
+        return None
     what, remedy = next((found for magic, found in _MAGIC.items() if start.startswith(magic)), (kind, ""))
     if what != kind:
         raise SelOrthoError(f'"{path}" looks like {what}, not {kind}: {remedy}')
@@ -218,7 +222,7 @@ def _file_arguments(path: Path, kind: str, source: TextSource) -> dict[str, Any]
         return {}
     text, encoding = _decode(path, start, source.encoding)
     if not text.strip():
-        raise empty(str(path))
+        return None
     packed, array = path.suffix.lower() in _COMPRESSIONS, kind == "json" and text.startswith("[")
     if encoding != "utf-8" and ((packed and (array or kind == "text")) or (array and start.startswith(b"["))):
         what = "an array" if array else "compressed"  # of which `datasets` forgets the encoding
@@ -369,7 +373,7 @@ def _table(text: str, separator: str) -> list[list[str]]:
             rows += [row] if row else []
     except csv.Error:  # a longer field than Python's csv reads
         pass
-    return rows[:-1] if len(rows) in range(2, _ROWS) and len(text) >= _SAMPLE else rows or [[""]]
+    return rows[:-1] if len(rows) in range(2, _ROWS) and len(text.encode()) >= _SAMPLE - 4 else rows or [[""]]
 
 
 def _is_no_name(name: str) -> bool:

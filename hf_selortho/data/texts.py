@@ -236,7 +236,8 @@ def _text_column(name: str, features: Features, wanted: str | None) -> tuple[str
     if not kinds:
         raise empty(name)
     texts = [path for path, kind in kinds.items() if kind in _STRINGS]
-    default = [("text",)] if ("text",) in kinds else texts if len(texts) == 1 else []
+    plain = [path for path in texts if len(path) > 1 or not hasattr(features[path[0]], "feature")]  # no list of tags
+    default = [("text",)] if ("text",) in kinds else plain if len(plain) == 1 else []
     candidates = kinds if wanted else [path for path in default if not hasattr(features[path[0]], "feature")]  # a list
     path = next((path for path in candidates if not wanted or ".".join(path) == wanted), None)
     if path is None or kinds[path] not in (*_STRINGS, "null"):

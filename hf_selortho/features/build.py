@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Sources:
     labels: Mapping[int, str] | None = None
     min_tokens: int = 8  # of a context
     dataset_config: str | None = None  # as the text was opened with
+    text_settings: Mapping[str, Any] = field(default_factory=dict)  # all of them
 
     def contexts(self) -> Iterator[Context]:
         """Read the held-out contexts, from the start."""
@@ -271,6 +272,7 @@ def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:
     """Return what an index is built from, on which alone its content depends."""
     sae, documents, capture = sources.sae, sources.documents, sources.capture
     labels = json.dumps(sorted(sources.labels.items())) if sources.labels else ""
+    read = json.dumps([sae.config.own_settings(), dict(sources.text_settings)], sort_keys=True, default=str)
     return {
         "hf_selortho": __version__,
         "sae": {
@@ -301,6 +303,7 @@ def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:
             "seed": settings.seed,
             "tokens": settings.tokens,
             "min_tokens": sources.min_tokens,
+            "inputs_sha256": hashlib.sha256(read.encode()).hexdigest(),  # of the SAE's config and how the text is read
             "labels_sha256": hashlib.sha256(labels.encode()).hexdigest() if labels else None,
         },
         "twin": {"name": sources.twin_name or None, "weights_sha256": sources.twin_weights_sha256 or None},

@@ -237,7 +237,7 @@ class _Run:
             self.feature_acts.append(torch.zeros(hidden.shape[1], 0))
             return hidden
         kept = self._steering._capture.keep_mask(input_ids, torch.ones_like(input_ids), hidden)[..., None]  # (1, t, 1)
-        x = hidden.to(self._steering.sae.device)
+        x = hidden.where(kept | hidden.isfinite(), 0).to(self._steering.sae.device)
         acts = self._steering.sae.encode(x)[..., self._features].float()  # (1, t, steers)
         targets = torch.where(self._clamped, self._values, self._values * acts)
         shift = ((targets - acts) @ self._directions).to(hidden.device)  # (1, t, d_in)

@@ -135,7 +135,8 @@ class FeatureCapture:
         input_ids, mask = pad_batch(contexts, self.lm.pad_id)
         hidden = self.activations.hidden_states(input_ids, mask)[self.activations.layer]  # (b, t, d_in)
         kept = self.activations.keep_mask(input_ids, mask, hidden).cpu()
-        feature_acts = self.sae.encode(hidden.to(self.sae.device)).float().cpu()
+        shown = kept.to(hidden.device)[..., None] | hidden.isfinite()  # what is hidden may be infinite, as in float16
+        feature_acts = self.sae.encode(hidden.where(shown, 0).to(self.sae.device)).float().cpu()
         return [
             (kept[row, : len(c.input_ids)], feature_acts[row, : len(c.input_ids)]) for row, c in enumerate(contexts)
         ]
@@ -165,7 +166,7 @@ def inspect(
 def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:
     """Warn, with both names, if a language model or its commit is not the one that the SAE was trained on."""
     trained = (config.lm_name, config.lm_revision)
-    if config.lm_name is None or config.lm_revision == lm.revision:
+    if config.lm_name is None or (lm.revision is not None and config.lm_revision == lm.revision):
         return
     if config.lm_name == lm.name and config.lm_revision is None:
         return

@@ -100,7 +100,8 @@ def publish_run(
     lm = run.saes[0].config.get("lm_name")
     names = PublicNames.of(run.saes[0].config, ids or PublicIds(), token)
     run = replace(run, saes=tuple(_public(sae, names) for sae in run.saes), run=names.clean(run.run))
-    card = SaeCard(run.saes, run.run, repo_id, saelens, license, license_link, template, terms_of(lm)).render()
+    terms = terms_of(lm) or terms_of(names.settings.get("lm_name"))
+    card = SaeCard(run.saes, run.run, repo_id, saelens, license, license_link, template, terms).render()
     with _assembling(run.folder, folder):
         for sae in run.saes:
             _copy_sae(run, sae, folder / sae.name, saelens, names)
@@ -135,7 +136,7 @@ def publish_cache(
     manifest = ActivationCache(str(cache)).manifest
     names = PublicNames.of(vars(manifest), ids or PublicIds(), token)
     public = replace(manifest, **names.settings)
-    card = render_shards_card(public, repo_id, license, terms_of(manifest.lm_name))
+    card = render_shards_card(public, repo_id, license, terms_of(manifest.lm_name) or terms_of(public.lm_name))
     with _assembling(cache, folder):
         for path in (Path(path) for entry in (*manifest.shards, *manifest.held_out) for path in entry.files):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)

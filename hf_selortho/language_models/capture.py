@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteError, SelOrthoError
@@ -24,6 +25,10 @@ _PROBED = 8  # tokens of a row of the first forward pass
 
 class _SitesRead(Exception):  # noqa: N818 - control flow, not an error
     """Ends the language model's forward pass once all sites have been read: the layers above never run."""
+
+
+# Language models whose activations a first forward pass has shown to be readable, with the layers.
+_PROBED_LAYERS: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,10 @@ class ActivationCapture:
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
         self.on_non_finite: Callable[[NonFiniteActivationsError], None] | None = None
         self._special_ids = torch.tensor(sorted(set(lm.tokenizer.all_special_ids)), dtype=torch.int64)
-        self._probe()
+        probed = _PROBED_LAYERS.setdefault(lm.model, set())
+        if not probed.issuperset(self.layers):
+            self._probe()
+            probed.update(self.layers)
 
     @property
     def layer(self) -> int:
@@ -270,7 +278,8 @@ def _sees_later_tokens(hidden: Tensor, strict: bool) -> bool:
     So it does in BERT and its kind, which load as causal models too and say `is_decoder=False` (as GPT-NeoX does, which
     is one). Of other models in half precision, rows that are rounded in other ways pass, unless `strict`.
     """
-    *earlier, last = (hidden[0] - hidden[1]).float().abs().amax(-1).tolist()
+    size = hidden.float().abs().amax((0, 2)).clamp_min(1e-30)  # of each position: that of a sink is a thousandfold
+    *earlier, last = ((hidden[0] - hidden[1]).float().abs().amax(-1) / size).tolist()
     return bool(max(earlier) > last * (1e-4 if strict else max(1e-4, 4 * torch.finfo(hidden.dtype).eps)))
 
 

@@ -22,7 +22,11 @@ def _scheduled(v: Any) -> float:
 
 
 def _too_few_to_resample(v: Any) -> bool:
-    last = 0 if v.resample_every == 0 else (v.max_steps - 1) // v.resample_every * v.resample_every
+    last = (
+        0
+        if v.resample_every == 0 or v.activation != "relu"
+        else (v.max_steps - 1) // v.resample_every * v.resample_every
+    )
     return last > 0 and _tokens(v, last) < v.dead_after_tokens
 
 
@@ -38,7 +42,8 @@ def _of_a_local_path(revision: str, name: str) -> Contradiction:
     """Make the row of a revision that somebody has typed for what is on this machine, where it says nothing."""
 
     def holds(v: Any) -> bool:
-        return revision in v.given and os.path.exists(getattr(v, name, None) or "")
+        pinned = (getattr(v, revision, None) or "").startswith(("local-", "gguf-"))  # which is compared
+        return revision in v.given and not pinned and os.path.exists(getattr(v, name, None) or "")
 
     return Contradiction(revision, holds, "what is on this machine has no revisions; leave it out", True)
 
@@ -77,7 +82,7 @@ _SCHEDULES = [
     ),
     Contradiction(
         "resample_every max_steps",
-        lambda v: v.resample_every >= v.max_steps,
+        lambda v: "resample_every" in v.given and v.resample_every >= v.max_steps,
         "no step before the last would resample; lower --resample_every or raise --max_steps",
     ),
     Contradiction(
@@ -89,12 +94,14 @@ _SCHEDULES = [
         "dead_after_tokens max_steps batch_size",
         lambda v: "dead_after_tokens" in v.given and v.dead_after_tokens > _tokens(v, v.max_steps),
         "no feature could ever count as dead; lower --dead_after_tokens or raise --max_steps",
+        harmless=True,
     ),
     Contradiction(
         "selection_interval max_steps",
         lambda v: "selection_interval" in v.given and _penalised(v) and v.selection_interval > v.max_steps,
         "pairs would be selected once, with the weight of more steps than there are; lower --selection_interval",
         everywhere=True,
+        harmless=True,
     ),
     Contradiction(
         "buffer_reuse refresh_every max_steps",
@@ -104,6 +111,7 @@ _SCHEDULES = [
             and v.refresh_every * v.batch_size >= _tokens(v, v.max_steps)
         ),
         "the run ends before the buffer is refreshed; lower --refresh_every or leave --buffer_reuse out",
+        harmless=True,
     ),
 ]
 _SIZES = [

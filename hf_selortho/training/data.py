@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..language_models.contexts import Context
 from ..language_models.loading import LanguageModel, check_context_length, find_revision, load_language_model
+from ..utils.names import located
 from ..utils.privacy import LOCAL_MODEL
 from .arguments import DataArguments, TrainingArguments
 from .non_finite import NonFinitePolicy
@@ -158,9 +160,11 @@ class CachedData:
         if "model" not in self.arguments.given:
             return
         revision, unnamed = cached.lm_revision, cached.lm_name == LOCAL_MODEL
-        if unnamed or (self._measures_loss and model.model == cached.lm_name):
+        name = located(str(model.model), {}, "model")[0]
+        same = name == cached.lm_name or (not os.path.exists(name) and name.lower() == cached.lm_name.lower())
+        if unnamed or (self._measures_loss and same):
             revision = find_revision(str(model.model), model.model_revision)
-        if revision != cached.lm_revision or (model.model != cached.lm_name and not unnamed):
+        if revision != cached.lm_revision or not (same or unnamed):
             raise SelOrthoError(
                 f"--model {model.model} at revision {revision}: the activations of {self.store.source} are those of "
                 f'"{cached.lm_name}" at {cached.lm_revision}; give these as --model and --model_revision to have the '
@@ -186,7 +190,8 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
     for group, names in ((arguments.sae, of_sae), (arguments.data, ("min_tokens", *of_text))):
         for name in names:
             given, cached = getattr(group, name), getattr(store.manifest, name)
-            if name in arguments.given and given != cached:
+            typed = name in arguments.given or (name == "dataset_revision" and given and "dataset" in arguments.given)
+            if typed and given != cached:
                 raise SelOrthoError(
                     f"--{name} {given}: the activations of {store.source} were cached with {cached}; leave it out, or "
                     "cache them again"

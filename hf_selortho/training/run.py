@@ -60,7 +60,7 @@ class TrainingRun:
         self.output = Path(run.output_dir)
         resuming = run.resume_from_checkpoint == "auto" or is_checkpoint_of(self.checkpoint, self.output)
         self._replaces = replaces_run(self.output, overwrite=run.overwrite_output_dir, resuming=resuming)
-        if self._replaces and accelerator.is_main_process and holds_unfinished_run(self.output):
+        if self._replaces and not run.dry_run and accelerator.is_main_process and holds_unfinished_run(self.output):
             for last in list_checkpoints(self.output)[-1:]:
                 logger.warning(
                     "--overwrite_output_dir starts again, without %s of the unfinished run; to go on from there, "

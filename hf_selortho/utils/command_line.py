@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -36,6 +37,8 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `... | head` has read enough
+        if not _screen_is_gone():  # but another process
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)  # as if SIGPIPE had ended it
     except SelOrthoError as error:
@@ -52,6 +55,15 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         said.__cause__ = error
         _end(said)
+
+
+def _screen_is_gone() -> bool:
+    """Tell whether nobody reads the standard output any more."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _end(error: SelOrthoError) -> NoReturn:

@@ -35,7 +35,6 @@ def one_of(*values: str) -> Range:
 
 Count = Annotated[int, Range(lambda v: v >= 1, "at least 1")]
 CountOrZero = Annotated[int, Range(lambda v: v >= 0, "at least 0")]
-NotNegative = Annotated[float, Range(lambda v: v >= 0, "at least 0")]
 Above0 = Annotated[float, Range(lambda v: v > 0, "a number above 0")]
 Positive = Annotated[float, Range(lambda v: 0 < v < math.inf, "a finite number above 0")]
 Seed = Annotated[int, Range(lambda v: 0 <= v < 1 << 32, "a number from 0 to 4294967295")]
@@ -46,7 +45,10 @@ Share = Annotated[float, Range(lambda v: 0 <= v < 1, "a number in [0, 1)")]
 
 Steps = Annotated[
     float,
-    Range(lambda v: 0 <= v < 1 or float(v).is_integer(), "a whole number of steps, or a share of max_steps below 1"),
+    Range(
+        lambda v: 0 <= v < 1 or (v >= 1 and float(v).is_integer()),
+        "a whole number of steps, or a share of max_steps below 1",
+    ),
 ]
 
 

@@ -64,7 +64,7 @@ def without_paths(
         return [without_paths(item, known, revisions, key) for item in value]
     if not isinstance(value, str):
         return value
-    if value in known:
+    if value in known and (key in _PLACEHOLDERS or key == "name" or re.search(r"[/\\]", value)):  # else just a word
         return known[value]
     if key in _PLACEHOLDERS and is_path(value) and not value.startswith("hub:"):
         return _PLACEHOLDERS[key]
@@ -141,7 +141,7 @@ def _hosts() -> set[str]:
 
 
 def _home_patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
-    """Match the last two parts of the home folder: "home/alice" is told from other words without its slash."""
+    """Match the last two parts of the home folder: which are told from other words without the first slash."""
     homes = [re.search(r"(?:[^/\\]+|^)[/\\][^/\\]+$", home) for home in _homes()]
     return [pair for home in homes if home for pair in _patterns(rb"(?<![\w.-])", home[0])]
 

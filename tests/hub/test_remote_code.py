@@ -99,6 +99,21 @@ for trusted in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
     assert hub.asked("GET", "config.json") and not hub.asked("GET", r"\.py$") and not hub.asked("HEAD", r"\.py$")
 
 
+@pytest.mark.slow
+def test_code_of_the_repository_works_beside_a_package_that_nobody_has_imported(hub, tmp_path) -> None:
+    code = """
+import torch
+from transformers import AutoModel
+sae = AutoModel.from_pretrained("acme/one", trust_remote_code=True)
+from hf_selortho import SelOrthoSAE
+x = torch.randn(3, sae.config.d_in)
+assert torch.equal(sae.encode(x), SelOrthoSAE.from_pretrained("acme/one").encode(x))
+assert SelOrthoSAE.checked(sae) is sae
+"""
+    done = hub.run(code, tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_repository_carries_the_files_that_the_model_imports_and_no_other() -> None:
     package = Path(hf_selortho.__file__).parent
     files = {name.removesuffix(".py"): (package / name).read_text(encoding="utf-8") for name in SOURCE}

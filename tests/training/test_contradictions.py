@@ -30,12 +30,10 @@ REFUSED = [
     (TRAINS, "--warmup_steps 0.5 --decay_steps 600", "warmup_steps 0.5 with --decay_steps 600.0 and --max_steps 1000"),
     (TRAINS, "--warmup_steps 1001", "warmup_steps 1001.0 with --decay_steps 0 and --max_steps 1000"),
     (TRAINS, "--warmup_steps 2.5", "warmup_steps 2.5: expected a whole number of steps"),
+    (TRAINS, "--decay_steps -5", "decay_steps -5.0: expected a whole number of steps"),
     (TRAINS, "--decay_steps inf", "decay_steps inf: expected a whole number of steps"),
     (TRAINS, "--resample_every 1000", "resample_every 1000 with --max_steps 1000"),
     (TRAINS, "--resample_every 10 --max_steps 12", "resample_every 10 with --dead_after_tokens 200000 and"),
-    (TRAINS, "--dead_after_tokens 5000000", "dead_after_tokens 5000000 with --max_steps 1000 and --batch_size 4096"),
-    (TRAINS, "--selection_interval 9 --max_steps 8", "selection_interval 9 with --max_steps 8"),
-    (TRAINS, "--buffer_reuse 2 --max_steps 24", "buffer_reuse 2.0 with --refresh_every 24 and --max_steps 24"),
     (TRAINS, "--batch_size 65536", "refresh_every 24 with --batch_size 65536 and --buffer_contexts 2048 and --context"),
     (TRAINS, "--min_support 5000", "min_support 5000 with --batch_size 4096"),
     (TRAINS, "--d_sae 1", "d_sae 1 with --penalty selective"),
@@ -85,6 +83,9 @@ REFUSED = [
 ]
 # The same, where a warning is enough.
 HARMLESS = [
+    (TRAINS, "--dead_after_tokens 5000000", "dead_after_tokens 5000000 with --max_steps 1000 and --batch_size 4096"),
+    (TRAINS, "--selection_interval 9 --max_steps 8", "selection_interval 9 with --max_steps 8"),
+    (TRAINS, "--buffer_reuse 2 --max_steps 24", "buffer_reuse 2.0 with --refresh_every 24 and --max_steps 24"),
     (CACHES, "--eval_samples 9 --held_out_fraction 0", "eval_samples 9 with --held_out_fraction 0.0"),
     (TRAINS, "--eval_samples 4 --held_out_fraction 0", "eval_samples 4 with --held_out_fraction 0.0"),
     (CACHED, "--model_revision main", "model_revision main with --model None"),
@@ -112,7 +113,7 @@ def test_what_has_no_effect_is_named(command, options, message, caplog) -> None:
     name, *argv = f"{command} {options}".split()
     check_command(name, argv)
     [warning] = caplog.messages
-    assert message in warning and "it acts only with" in warning and "\n" not in warning
+    assert message in warning and "\n" not in warning
 
 
 def test_every_row_of_the_tables_has_a_case() -> None:

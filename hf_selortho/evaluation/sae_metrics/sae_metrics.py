@@ -8,7 +8,7 @@ sums after `compute()`. Several processes cannot share it as they would share ta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -145,12 +145,18 @@ class SaeMetrics(evaluate.Metric):
     def _as_tensor(self, name: str, value: Any) -> Tensor:
         if value is None:
             raise SelOrthoError(f"{self.config_name} needs {name}: pass {' and '.join(self.metric.inputs)}")
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            value = list(value)  # a column of a data set has no other way to a tensor
         if self.metric.inputs[name] == IDS:
             with contextlib.suppress(TypeError, ValueError):
                 value = torch.as_tensor(value).flatten()
             if not isinstance(value, Tensor) or value.dtype in (torch.bool, torch.float32, torch.float64):
                 raise SelOrthoError(f"references: got {named(value)}, expected token ids")
             return value
+        if not isinstance(value, Tensor):  # `evaluate` declares the inputs as float32, which whole numbers become
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                numbers = torch.as_tensor(value)
+                value = value if numbers.dtype == torch.bool or numbers.is_complex() else numbers.float()
         tensor = floats_of(value, name, finite=True).detach()
         if self.metric.inputs[name] == SCALARS:
             return tensor.flatten()
