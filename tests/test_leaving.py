@@ -15,6 +15,7 @@ PROCESS = """
 import sys
 import torch
 from accelerate import Accelerator
+from hf_selortho import SelOrthoSAE  # as in a training, where transformers is there before a group is
 from hf_selortho.process_group import ProcessGroup, leave_process_group
 from tests.gloo_threads import gloo_threads, gloo_threads_stay, make_them_late
 

@@ -126,6 +126,7 @@ def real_activations() -> torch.Tensor:
 def assert_numbers_are_those_of(metrics: dict, card: str) -> None:
     """The table and the metadata of a card say what metrics.json says."""
     rows = [line[2:].split(" | ") for line in card.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if len(row) > 1]
     table = {row[0]: row[1] for row in reversed(rows)}  # the first table that has a row, not that beside the twin
     evaluation, compared = metrics["evaluation"], 0
     for metric in METRICS:
