@@ -24,7 +24,7 @@ from ..formats import write_saelens
 from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import PublicIds
 from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN
-from ..utils.files import jsonable
+from ..utils.files import jsonable, refuse_outside
 from ..utils.hub import CONFIG, read_object
 from ..utils.library_errors import storage_error
 from .card_results import SaeReport
@@ -139,6 +139,7 @@ def publish_cache(
     card = render_shards_card(public, repo_id, license, terms_of(manifest.lm_name) or terms_of(public.lm_name))
     with _assembling(cache, folder):
         for path in (Path(path) for entry in (*manifest.shards, *manifest.held_out) for path in entry.files):
+            refuse_outside(cache, cache / path)
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(cache / path, folder / path)
         (folder / MANIFEST).write_bytes(manifest_bytes(public))
@@ -182,7 +183,8 @@ def _copy_index(index: Path, folder: Path, names: PublicNames) -> None:
         raise SelOrthoError(f"--include_index: there is no {index}; build the feature index first, or leave it out")
     folder.mkdir()
     for path in (index / name for name in FILES):
-        if path.is_symlink() or not path.is_file():
+        refuse_outside(index.parent, path)
+        if not path.is_file():
             continue
         if path.name == FACTS:
             _write(folder / FACTS, names.clean(read_object(path)), ensure_ascii=False)
@@ -192,6 +194,8 @@ def _copy_index(index: Path, folder: Path, names: PublicNames) -> None:
 
 def _copy_texts(place: Path, folder: Path, names: PublicNames) -> None:
     """Copy metrics and arguments; secrets and names of this machine stay here."""
+    for name in (METRICS, RUN, METRICS_LOG):
+        refuse_outside(place, place / name)
     for name in (METRICS, RUN):
         if (place / name).is_file():
             _write(folder / name, jsonable(names.clean(read_object(place / name))))

@@ -10,7 +10,7 @@ from typing import Any
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..training.run_folder import METRICS, PICTURES, RUN
-from ..utils.files import target_outside
+from ..utils.files import refuse_outside
 from ..utils.hub import CONFIG, read_object
 from ..utils.names import local_path
 from .card_results import TWIN, SaeReport, beside_twins
@@ -146,8 +146,7 @@ def _read_sae(folder: Path, name: str) -> SaeReport:
     place = folder / name
     drawn = sorted((place / PICTURES).glob("*.png"))
     for path in (*(place / file for file in (CONFIG, WEIGHTS, METRICS, RUN)), *drawn):
-        if outside := target_outside(folder, path):
-            raise SelOrthoError(f"{path} leads out of {folder}, to {outside}: put the file itself into the folder")
+        refuse_outside(folder, path)
     order = _content(place / RUN).get("pictures")  # in which the training has drawn them
     if isinstance(order, list):
         drawn.sort(key=lambda path: (*map(str, order), f"{PICTURES}/{path.name}").index(f"{PICTURES}/{path.name}"))

@@ -181,6 +181,12 @@ def target_outside(folder: Path, path: Path) -> Path | None:
     return None if target.is_relative_to(root) or target.parent in blobs else target
 
 
+def refuse_outside(folder: Path, path: Path) -> None:
+    """Raise a SelOrthoError if a file of `folder` is a link that leads out of it."""
+    if outside := target_outside(folder, path):
+        raise SelOrthoError(f"{path} leads out of {folder}, to {outside}: put the file itself into the folder")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: readers see the old one or the new one, also after a power cut.
 

@@ -202,6 +202,16 @@ def test_the_feature_index_goes_along(hub, client, tmp_path) -> None:
     assert hub.files("acme/index")["feature_index/features.parquet"] == b"PAR1"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "pictures/c.png", "feature_index/features.parquet"])
+def test_a_link_that_leads_out_of_the_run_is_refused(name, hub, client, tmp_path) -> None:
+    run, elsewhere = save_run(tmp_path / "run"), tmp_path / "secret"
+    elsewhere.write_text("{}")
+    (run / "feature_index").mkdir()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(elsewhere)
+    assert f"leads out of {run}" in refused(client, run, "acme/links", "--include_index")
+
+
 def test_an_sae_publishes_itself(hub, client, tmp_path) -> None:
     run = save_run(tmp_path / "run")
     code = f"""
