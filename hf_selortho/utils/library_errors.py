@@ -73,7 +73,7 @@ def one_line(error: BaseException) -> str:
         return reason(error)
     sentence = re.split(r"(?<=[.;]) (?=[A-Z])", text, maxsplit=1)[0].rstrip(".:;")
     if not sentence or _CODE.search(sentence):
-        return f"{type(error).__name__}"
+        return f"{type(error).__name__}, of which --verbose shows all"
     return sentence if len(sentence) <= _LONGEST else sentence[: _LONGEST - 3] + "..."
 
 
