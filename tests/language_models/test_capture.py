@@ -37,6 +37,7 @@ def test_layers_above_the_hook_never_run_and_no_hook_is_left_behind(arch, tiny_l
     lm = tiny_lm(arch)
     before = [dict(layer._forward_hooks) for layer in lm.layers]  # transformers leaves some of its own
     ran: list[int] = []
+    ActivationCapture(lm, 1)  # which looks at the model in a first short pass, unless one has before
     handles = [
         layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
         for number, layer in enumerate(lm.layers)
@@ -46,7 +47,7 @@ def test_layers_above_the_hook_never_run_and_no_hook_is_left_behind(arch, tiny_l
     finally:
         for handle in handles:
             handle.remove()
-    assert ran == [0, 1, 0, 1]  # in the first short pass, and in the reading
+    assert ran == [0, 1]
     with pytest.raises(ZeroDivisionError), ActivationCapture(lm, 1).splice(lambda h: h):
         _ = 1 / 0
     assert [dict(layer._forward_hooks) for layer in lm.layers] == before
