@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import os
@@ -141,7 +142,7 @@ def _hosts() -> set[str]:
 
 
 def _home_patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
-    """Match the last two parts of the home folder: which are told from other words without the first slash."""
+    """Match the last two parts of the home folder, which are told from other words without the first slash."""
     homes = [re.search(r"(?:[^/\\]+|^)[/\\][^/\\]+$", home) for home in _homes()]
     return [pair for home in homes if home for pair in _patterns(rb"(?<![\w.-])", home[0])]
 
@@ -155,14 +156,20 @@ def _user_patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
 
 def _host_patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
     """Match a host name as a word; one that may be a word or a number of a text, only as the host of an address."""
-    own = Path(__file__).parents[1].joinpath("configuration_selortho.py").read_text(encoding="utf-8").lower()
     pairs = []
     for host in _hosts():
-        is_word = len(host) < 6 or host.isdigit() or host.lower() in own
+        is_word = len(host) < 6 or host.isdigit() or host.lower() in _words_of_ours()
         pairs += _patterns(rb"(?:[\w.-]{1,64}@|(?<=//))" if is_word else rb"(?:[\w.-]{1,64}@|(?<![\w-]))", host)
     return pairs
 
 
+@functools.cache
+def _words_of_ours() -> str:
+    """Read the text of the settings, whose words are those of many others."""
+    return Path(__file__).parents[1].joinpath("configuration_selortho.py").read_text(encoding="utf-8").lower()
+
+
+@functools.cache  # asked for at every string of the settings and every file that is pushed
 def _patterns(before: bytes, name: str) -> list[tuple[bytes, re.Pattern[bytes]]]:
     """Return each spelling of a name with its pattern behind `before`: a search for words alone is quicker."""
     pattern = rb"%s%s(?![\w-])"
