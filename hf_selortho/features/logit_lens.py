@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import floats_of
 from ..errors import SelOrthoError
 from ..language_models.loading import LanguageModel
-from ..language_models.token_text import TokenTexts
+from ..language_models.token_text import TokenTexts, special_ids
 from .records import TokenEffect
 
 _CHUNK_BYTES = 48 * 2**20
@@ -154,8 +154,7 @@ def written_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tenso
 
     All but special tokens, `<unused0>` and other placeholders, and ids that the tokenizer does not know.
     """
-    special = set(tokenizer.all_special_ids)
-    special |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(range(min(vocabulary, len(tokenizer)))))
     kept = [
         token_id

@@ -27,6 +27,7 @@ from ..utils.hub import LOOKUP_ERRORS, find_file, hub_error, located, official_n
 from ..utils.library_errors import TOKENIZER_REMEDY, storage_error
 from ..utils.privacy import LOCAL_MODEL
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
+from .token_text import special_ids
 
 _ADAPTER = "adapter_config.json"  # of PEFT
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -177,9 +178,7 @@ def _check_tokenizer(lm: LanguageModel) -> None:
     Special tokens count only where they are written: text that spells them stays text.
     """
     tokenizer = lm.tokenizer
-    special = set(tokenizer.all_special_ids)
-    special |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    written = set(tokenizer.get_vocab().values()) - (special - {tokenizer.bos_token_id})
+    written = set(tokenizer.get_vocab().values()) - (special_ids(tokenizer) - {tokenizer.bos_token_id})
     if len(written) < 2:  # what transformers makes of a folder without one
         raise SelOrthoError(f'the tokenizer of "{lm.name}" knows no tokens; {TOKENIZER_REMEDY}')
     if max(written) >= lm.vocabulary:

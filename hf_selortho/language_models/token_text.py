@@ -17,6 +17,12 @@ _OTHERS = [byte for byte in range(256) if byte not in _OWN]  # these as U+0100 a
 _BYTE_LEVEL = {chr(byte): byte for byte in _OWN} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of a tokenizer's special tokens, those that were added to its vocabulary included."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {*tokenizer.all_special_ids, *added}
+
+
 class TokenTexts:
     """Writes the tokens of a tokenizer as the text that they stand for, spaces included.
 
@@ -27,8 +33,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._special = {*tokenizer.all_special_ids}
-        self._special |= {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = special_ids(tokenizer)
         # some decoders drop a space from the first token of a text: each token is decoded after this one
         self._anchor: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         self._suffixed = str(tokenizer.convert_ids_to_tokens(self._anchor)).endswith("</w>']")
