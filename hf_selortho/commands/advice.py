@@ -10,6 +10,7 @@ from ..data.cache_manifest import Manifest
 from ..features.index_writer import INDEX
 from ..hub.run_folder import twin_beside
 from ..training.arguments import HubArguments, RunArguments
+from ..training.contradictions import penalised
 from ..training.run import TrainingRun
 from ..utils.command_line import changed_command, program
 
@@ -32,8 +33,7 @@ def after_training(run: TrainingRun, command: str) -> str:
     lines.append(_typed("browse", run.output))
     here = first if first.name else first.absolute()
     config, twin = run.configs[0], here.with_name(f"{here.name}-twin")
-    penalised = config.penalty != "none" and config.ortho_coefficient > 0
-    if not run.variants[0].name and penalised and not twin.exists() and twin_beside(first) is None:
+    if not run.variants[0].name and penalised(config) and not twin.exists() and twin_beside(first) is None:
         changes = {"ortho_coefficient": "0", "output_dir": str(twin)}
         lines.append(as_typed(changed_command(command, **changes, **dict.fromkeys(_NOT_OF_TWIN))))
         note = "The last one trains its twin baseline, the same run without the penalty.\n"

@@ -9,8 +9,9 @@ from ..data.python_docs import PYTHON_DOCS
 from ..utils.options import Contradiction, acts_with
 
 
-def _penalised(v: Any) -> bool:
-    return v.penalty != "none" and v.ortho_coefficient > 0
+def penalised(settings: Any) -> bool:
+    """Tell whether settings of an SAE, or its config, have a penalty that acts."""
+    return settings.penalty != "none" and settings.ortho_coefficient > 0
 
 
 def _tokens(v: Any, steps: int) -> int:
@@ -98,7 +99,7 @@ _SCHEDULES = [
     ),
     Contradiction(
         "selection_interval max_steps",
-        lambda v: "selection_interval" in v.given and _penalised(v) and v.selection_interval > v.max_steps,
+        lambda v: "selection_interval" in v.given and penalised(v) and v.selection_interval > v.max_steps,
         "pairs would be selected once, with the weight of more steps than there are; lower --selection_interval",
         everywhere=True,
         harmless=True,
@@ -142,7 +143,7 @@ _CHOICES = [
     ),
     Contradiction(
         "twin penalty ortho_coefficient",
-        lambda v: v.twin and not _penalised(v),
+        lambda v: v.twin and not penalised(v),
         "a twin is trained without the penalty, and there is none; leave --twin out, or choose a penalty",
         everywhere=True,
     ),

@@ -17,6 +17,7 @@ from ..penalties import PenaltyPlan
 from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..sparse_ops import FeatureActivations
 from .arguments import RunArguments
+from .contradictions import penalised
 
 
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup: float = 0, decay: float = 0) -> float:
@@ -67,7 +68,7 @@ class PenaltySchedule:
         self, config: SelOrthoConfig, group: ProcessGroup = SINGLE_PROCESS, arguments: RunArguments | None = None
     ) -> None:
         self.config, self.group = config, group
-        self.acts = config.penalty != "none" and config.ortho_coefficient > 0
+        self.acts = penalised(config)
         self.pairs: Pairs | None = None
         averages = config.carry_decay > 0 and config.penalty == "selective"
         self._average = CoactivationEMA.of_config(config) if averages else None
