@@ -132,6 +132,5 @@ def open_sources(target: Target, arguments: IndexArguments, lms: LanguageModels)
         history=read_pair_history(target.folder, d_sae) if target.folder else (),
         labels=labels,
         min_tokens=least_tokens(config, arguments),
-        dataset_config=source.dataset_config,
         text_settings=vars(source),
     )

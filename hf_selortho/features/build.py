@@ -76,8 +76,7 @@ class Sources:
     history: Sequence[PairSnapshot] = ()
     labels: Mapping[int, str] | None = None
     min_tokens: int = 8  # of a context
-    dataset_config: str | None = None  # as the text was opened with
-    text_settings: Mapping[str, Any] = field(default_factory=dict)  # all of them
+    text_settings: Mapping[str, Any] = field(default_factory=dict)  # that the text was opened with
 
     def contexts(self) -> Iterator[Context]:
         """Read the held-out contexts, from the start."""
@@ -287,7 +286,7 @@ def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:
         "lm": {"name": capture.lm.name, "revision": capture.lm.revision, "dtype": str(capture.lm.model.dtype)},
         "text": {
             "dataset": documents.name,
-            "config": sources.dataset_config,
+            "config": sources.text_settings.get("dataset_config"),
             "split": documents.split,
             "revision": documents.revision,
             "fingerprint": documents.fingerprint,
