@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 try:  # this file also lives on the Hub, without the package
     from hf_selortho.errors import ConfigError
     from hf_selortho.utils import hub
+    from hf_selortho.utils.names import located
     from hf_selortho.utils.sae_formats import check_own
 except ModuleNotFoundError:
     hub = None  # type: ignore[assignment]
@@ -280,7 +281,7 @@ class SelOrthoConfig(PreTrainedConfig):
         name = os.fspath(pretrained_model_name_or_path)
         lookup = {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs}
         if not os.path.isfile(name):
-            name, lookup = hub.located(name, lookup)
+            name, lookup = located(name, lookup)
         path = Path(name) if os.path.isfile(name) else hub.find_config(name, lookup)
         content = hub.read_object(path)
         check_own(content, path, cls.model_type)

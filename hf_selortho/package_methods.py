@@ -16,6 +16,8 @@ from .configuration_selortho import SelOrthoConfig
 from .errors import SelOrthoError
 from .penalties import select_by_config
 from .utils import hub
+from .utils.library_errors import one_line, storage_error
+from .utils.names import located
 
 ROWS_IN_CACHE = 512  # decoder rows handled at once on a CPU
 
@@ -53,7 +55,7 @@ class PackageMethods(PreTrainedModel):
         if pretrained_model_name_or_path is None:  # whoever calls has the weights
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         lookup = {key: kwargs.pop(key) for key in hub.LOOKUP if key in kwargs}
-        name, lookup = hub.located(name_of(pretrained_model_name_or_path, "the SAE"), lookup)
+        name, lookup = located(name_of(pretrained_model_name_or_path, "the SAE"), lookup)
         lookup = hub.at_one_commit(name, lookup)
         config = kwargs.pop("config", None)
         kind: Any = cls.config_class  # of code that was copied to the Hub, the copy's own
@@ -66,8 +68,8 @@ class PackageMethods(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(files[0].parent, *args, config=config, **kwargs)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            said = f"cannot load the SAE {name!r}: {hub.one_line(error)}"
-            raise hub.storage_error(error) or SelOrthoError(said) from error
+            said = f"cannot load the SAE {name!r}: {one_line(error)}"
+            raise storage_error(error) or SelOrthoError(said) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.store_by_feature()
         model.name_or_path = model.config.name_or_path = name

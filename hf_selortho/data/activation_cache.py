@@ -25,7 +25,8 @@ from torch import Tensor
 from ..language_models.capture import ORIGIN_NAMES, TokenOrigins
 from ..language_models.contexts import Context
 from ..utils.files import target_outside
-from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, resolve_commit
+from ..utils.hub import LOOKUP_ERRORS, hub_error, resolve_commit
+from ..utils.library_errors import one_line
 from ..utils.names import RepoRef, activations_of
 from .cache_manifest import HELD_OUT, MANIFEST, TRAIN, WORK, CacheError, ShardEntry, parse_manifest, shard_path
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import SelOrthoError
-from ..utils.hub import one_line
+from ..utils.library_errors import one_line
 from .text_source import TextSource
 
 FORMAT, FORMAT_VERSION = "hf_selortho.activations", 3

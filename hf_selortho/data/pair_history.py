@@ -23,7 +23,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..pair_selection import Pairs
 from ..utils.files import reason, replace_file, sync, target_outside, when_there_is_room
-from ..utils.hub import one_line
+from ..utils.library_errors import one_line
 
 PAIR_HISTORY = "pair_history"
 KEPT = 20_000  # pairs of a snapshot

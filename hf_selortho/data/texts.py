@@ -20,8 +20,8 @@ from datasets.naming import camelcase_to_snakecase
 from pyarrow import ArrowException
 
 from ..errors import SelOrthoError
-from ..utils.hub import LOOKUP_ERRORS, is_commit, official_name, one_line, resolve_commit, unreachable
-from ..utils.library_errors import storage_error
+from ..utils.hub import LOOKUP_ERRORS, is_commit, official_name, resolve_commit, unreachable
+from ..utils.library_errors import one_line, storage_error
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
 from .text_files import PEEK, empty, local_arguments, text_format, wrong_encoding
 from .text_source import TextSource

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 
 from ..checks import name_of, text_of, whole_number
 from ..errors import SelOrthoError
-from ..utils.hub import LOOKUP, at_one_commit, find_file, located, one_line, read_object
+from ..utils.hub import LOOKUP, at_one_commit, find_file, read_object
+from ..utils.library_errors import one_line
+from ..utils.names import located
 from .index_files import RowReader, open_rows
 from .index_writer import (
     FACTS,

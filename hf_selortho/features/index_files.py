@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfFileSystem, constants
 
 from ..errors import SelOrthoError
-from ..utils.hub import LOOKUP_ERRORS, find_file, in_subfolder, one_line
-from ..utils.library_errors import no_answer
+from ..utils.hub import LOOKUP_ERRORS, find_file, in_subfolder
+from ..utils.library_errors import no_answer, one_line
 
 _CACHED_GROUPS = 16
 _HTTP_ERRORS = LOOKUP_ERRORS[2]  # of the HTTP library; HfHubHTTPError is one of them

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import SelOrthoError
 from ..utils.characters import by_itself, without_invisible
-from ..utils.hub import one_line
+from ..utils.library_errors import one_line
 
 LONGEST_LABEL = 200
 _TOKENS, _LONGEST_OF_TOKENS = 3, 40

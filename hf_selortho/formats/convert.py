@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..training.run_folder import METRICS, RUN, save_sae
 from ..utils.files import write_json
-from ..utils.hub import CONFIG, find_file, located, read_object
-from ..utils.names import local_path
+from ..utils.hub import CONFIG, find_file, read_object
+from ..utils.names import local_path, located
 from ..utils.sae_formats import TARGETS
 from .folders import check_target, whole_folder
 from .load import read_sae

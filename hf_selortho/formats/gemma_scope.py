@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ..errors import SelOrthoError
-from ..utils.hub import listed, one_line
+from ..utils.hub import listed
+from ..utils.library_errors import one_line
 from .plain import PlainSae, needed_files, weight_shapes
 
 logger = logging.getLogger(__name__)

@@ -13,17 +13,8 @@ from ..checks import name_of
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.hub import (
-    CONFIG,
-    LOOKUP,
-    at_one_commit,
-    find_file,
-    in_subfolder,
-    listed,
-    located,
-    read_object,
-    within_reach,
-)
+from ..utils.hub import CONFIG, LOOKUP, at_one_commit, find_file, in_subfolder, listed, read_object, within_reach
+from ..utils.names import located
 from ..utils.sae_formats import FORMATS, is_own, library_of
 from . import gemma_scope, saelens, sparsify
 from .plain import PlainSae

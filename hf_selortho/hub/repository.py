@@ -14,8 +14,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..errors import SelOrthoError
 from ..utils.files import sha256_of
-from ..utils.hub import LOOKUP_ERRORS, one_line, patiently
-from ..utils.library_errors import no_answer, storage_error
+from ..utils.hub import LOOKUP_ERRORS, patiently
+from ..utils.library_errors import no_answer, one_line, storage_error
 
 RepoKind: TypeAlias = Literal["model", "dataset", "space"]
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from .. import __version__
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..features.index_writer import INDEX
-from ..utils.hub import LOOKUP_ERRORS, hub_error, one_line, patiently
-from ..utils.library_errors import storage_error
+from ..utils.hub import LOOKUP_ERRORS, hub_error, patiently
+from ..utils.library_errors import one_line, storage_error
 from ..utils.names import RepoRef
 from .model_card import EMBEDDED_MODEL, base_model
 from .publication import Publication

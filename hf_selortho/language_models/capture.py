@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteError, SelOrthoError
-from ..utils.hub import listed, one_line
+from ..utils.hub import listed
+from ..utils.library_errors import one_line
 from .contexts import Context, pad_batch
 from .loading import LanguageModel
 from .sites import decoder_layer_output

@@ -23,8 +23,9 @@ from transformers import (
 
 from ..errors import SelOrthoError
 from ..utils.files import fingerprint
-from ..utils.hub import LOOKUP_ERRORS, find_file, hub_error, located, official_name, one_line, resolve_commit
-from ..utils.library_errors import TOKENIZER_REMEDY, storage_error
+from ..utils.hub import LOOKUP_ERRORS, find_file, hub_error, official_name, resolve_commit
+from ..utils.library_errors import TOKENIZER_REMEDY, one_line, storage_error
+from ..utils.names import located
 from ..utils.privacy import LOCAL_MODEL
 from .embedded import EMBEDDED_MODEL, GGUF_SHA256, embedded_model_dir
 from .token_text import special_ids

@@ -18,7 +18,7 @@ from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..penalties import full_penalty_bytes
 from ..utils.environment import on_cpu, use_all_cores
-from ..utils.hub import one_line
+from ..utils.library_errors import one_line
 from ..utils.memory import available_memory, check_fits
 from ..utils.privacy import without_paths
 from .arguments import TrainingArguments

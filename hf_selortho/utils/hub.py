@@ -19,11 +19,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, SelOrthoError
 from .files import target_outside
-from .library_errors import no_answer
-from .library_errors import one_line as one_line
-from .library_errors import storage_error as storage_error
+from .library_errors import no_answer, one_line, storage_error
 from .names import Kind
-from .names import located as located
 
 logger = logging.getLogger(__name__)
 
