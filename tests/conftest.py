@@ -60,6 +60,8 @@ from transformers import (
 
 if TYPE_CHECKING:
     from hf_selortho.language_models.loading import LanguageModel
+    from tests.hub_client import HubClient
+    from tests.loopback_hub import LoopbackHub
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(4, torch.get_num_threads()))  # on models this small, more only wait for one another
@@ -296,6 +298,24 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "held-out evaluation" in done.stdout and "Next:" in done.stdout
     return folder
+
+
+@pytest.fixture(scope="module")
+def hub() -> Generator[LoopbackHub, None, None]:
+    """A Hub on loopback, of the tests of a file."""
+    from tests.loopback_hub import LoopbackHub
+
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Generator[HubClient, None, None]:
+    """A process that works with that Hub, in a home folder of its own."""
+    from tests.hub_client import HubClient
+
+    with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
+        yield client
 
 
 class SmallDisk:

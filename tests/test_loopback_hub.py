@@ -5,10 +5,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 
-import pytest
-
-from tests.hub_client import HubClient
-from tests.loopback_hub import Fault, LoopbackHub
+from tests.loopback_hub import Fault
 
 SETUP = """
 import os, pathlib, hashlib
@@ -16,18 +13,6 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download, CommitOpe
 from huggingface_hub import errors
 api = HfApi()
 """
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
-        yield client
 
 
 def test_who_may_do_what(hub, client) -> None:

@@ -33,12 +33,6 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def client(hub, home):
     environment = {**hub.environment(home / "hf"), "HOME": str(home), "USER": USER, "LOGNAME": USER}
     with HubClient(environment) as client:

@@ -23,18 +23,6 @@ OF_AN_SAE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
-        yield client
-
-
 def push(client: HubClient, run: Path, repo: str, *arguments: str) -> str:
     """What the script prints."""
     done = client.script("push_to_hub", str(run), "--repo_id", repo, *arguments)

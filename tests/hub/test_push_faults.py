@@ -14,12 +14,6 @@ from tests.loopback_hub import Fault, LoopbackHub
 LARGE = {"d_sae": 20_000, "d_in": 32}  # weights of 5 MB
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
 @pytest.fixture(autouse=True)
 def _no_faults_left(hub):
     yield

@@ -29,7 +29,6 @@ from hf_selortho.hub.space import PinnedSae, assemble_space, check_wheel_url
 from hf_selortho.utils.names import RepoRef
 from tests.finished_run import save_run
 from tests.hub_client import HubClient
-from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "spaces_app"
@@ -39,18 +38,6 @@ MADE = {"README.md", "requirements.txt", "settings.json"}
 COMMIT = "c" * 40
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs [space]")
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LoopbackHub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with HubClient(hub.environment(tmp_path_factory.mktemp("home"))) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
