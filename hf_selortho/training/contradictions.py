@@ -23,11 +23,9 @@ def _scheduled(v: Any) -> float:
 
 
 def _too_few_to_resample(v: Any) -> bool:
-    last = (
-        0
-        if v.resample_every == 0 or v.activation != "relu"
-        else (v.max_steps - 1) // v.resample_every * v.resample_every
-    )
+    if v.resample_every == 0 or v.activation != "relu":
+        return False
+    last = (v.max_steps - 1) // v.resample_every * v.resample_every
     return last > 0 and _tokens(v, last) < v.dead_after_tokens
 
 

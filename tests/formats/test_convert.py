@@ -11,8 +11,9 @@ import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.commands.convert import main
-from hf_selortho.formats import load_sae, write_saelens
+from hf_selortho.formats import FORMATS, load_sae, write_saelens
 from hf_selortho.formats.convert import convert
+from hf_selortho.formats.load import READERS
 from hf_selortho.utils.command_line import run_script
 
 
@@ -154,3 +155,7 @@ def test_unknown_formats_and_arguments(own) -> None:
         load_sae(own / "sub")
     with pytest.raises(SelOrthoError, match="dtype says nothing"):
         load_sae(own, dtype="float32")
+
+
+def test_the_formats_that_the_command_offers_are_those_that_are_read() -> None:
+    assert FORMATS == ("selortho", *READERS)
