@@ -22,7 +22,9 @@ class ReadingArguments:
     lm_dtype: Annotated[str, one_of("auto", "bfloat16", "float32")] = argument(
         "auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32."
     )
-    dataset: str | None = argument(None, "Hub id, local file or folder, or python-docs; default: that of the training.")
+    dataset: str | None = argument(
+        None, "Hub id, local file or folder, sae-probes or python-docs; default: that of the training."
+    )
     dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
     split: str | None = argument(None, "Split of the dataset; default: that of the training.")
     text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")

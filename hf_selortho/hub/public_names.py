@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.python_docs import PYTHON_DOCS
+from ..data.text_source import EMBEDDED_TEXTS
 from ..errors import SelOrthoError
 from ..language_models.embedded import EMBEDDED_MODEL
 from ..training.arguments import PublicIds
@@ -94,7 +94,7 @@ def _on_the_hub(
     """Return name and revision under which a language model or text is published."""
     if name and (match := _SNAPSHOT.search(name)):
         name, revision = match[1].replace("--", "/"), match[2]
-    is_local = name not in (None, EMBEDDED_MODEL, PYTHON_DOCS) and not is_commit(revision)
+    is_local = name not in (None, EMBEDDED_MODEL, *EMBEDDED_TEXTS) and not is_commit(revision)
     is_local = is_local and (str(revision).startswith("local-") or is_path(str(name)))
     if given:
         if name not in (None, given.partition("@")[0]) and not is_local:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..data.python_docs import PYTHON_DOCS
+from ..data.text_source import EMBEDDED_TEXTS
 from ..utils.options import Contradiction, acts_with
 
 
@@ -50,7 +50,7 @@ def _of_a_local_path(revision: str, name: str) -> Contradiction:
 _NAMED = ("revision", "sae"), ("model_revision", "model"), ("dataset_revision", "dataset")
 _IN_MEMORY = "it is in memory; leave --streaming out"
 READING = [
-    Contradiction("streaming dataset", lambda v: v.streaming and v.dataset == PYTHON_DOCS, _IN_MEMORY),
+    Contradiction("streaming dataset", lambda v: v.streaming and v.dataset in EMBEDDED_TEXTS, _IN_MEMORY),
     *(_of_a_local_path(revision, name) for revision, name in _NAMED),
 ]
 EVALUATE = [*READING, _CROSS_ENTROPY, *acts_with("probing_texts", "label_column", harmless=True)]
