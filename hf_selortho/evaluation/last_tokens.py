@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,6 +21,11 @@ from ..language_models.contexts import Context, pad_batch
 from ..utils.files import reason, replace_file
 
 logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return where activations of last tokens are kept, for every SAE of the same language model and layer."""
+    return Path(constants.HF_HOME) / "hf_selortho" / "probes"
 
 
 def read_last_tokens(

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import constants
 from torch import Tensor
 
 from ..data.sae_probes import ProbeSet, read_probe_set
@@ -77,11 +76,6 @@ class FeatureAucs(NamedTuple):
     train: Tensor  # (d_sae,) float64, at least 0.5, on the train rows: choose features by it
     test: Tensor  # (d_sae,) float64, on the test rows, in the direction that the train rows say
     negated: Tensor  # (d_sae,) bool, whether the feature marks class 0
-
-
-def cache_folder() -> Path:
-    """Return where activations of last tokens are kept, unless a caller says otherwise."""
-    return Path(constants.HF_HOME) / "hf_selortho" / "probes"
 
 
 def last_token_activations(
