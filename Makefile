@@ -16,6 +16,8 @@ SAE ?= runs/demo
 EXTRAS := demo,test,interop,space
 ARGS ?=
 CONSTRAINTS := constraints.txt
+# The texts that the demo is trained on and probed with; of this package only the data files are read.
+TEXTS := sae-probes==0.4.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -74,12 +76,15 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo]"
+	$(PIP) install --quiet --no-deps $(TEXTS)
 	@touch $@
 
 $(VENV)/.stamp-space: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo,space]"
+	$(PIP) install --quiet --no-deps $(TEXTS)
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	$(PIP) install --quiet --no-deps $(TEXTS)
 	@touch $@ $(VENV)/.stamp-demo $(VENV)/.stamp-space

@@ -287,10 +287,10 @@ def embedded_lm() -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of `accelerate launch scripts/train.py --preset demo --twin`, only shorter: two SAEs of the real Gemma."""
+    """Folder of `accelerate launch scripts/train.py --preset demo`, only shorter: two SAEs of the real Gemma."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     shorter = [part for key, value in DEMO_STEPS.items() for part in (f"--{key}", str(value))]
-    command = ["-m", "accelerate.commands.launch", "scripts/train.py", "--preset", "demo", "--twin", *shorter]
+    command = ["-m", "accelerate.commands.launch", "scripts/train.py", "--preset", "demo", *shorter]
     done = subprocess.run(
         [sys.executable, *command, "--output_dir", str(folder)],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=1500, check=False,

@@ -34,6 +34,7 @@ from ..utils.command_line import check_launcher, launch_command, say
 from ..utils.environment import hardware, library_versions
 from ..utils.files import FolderLock
 from ..utils.memory import peak_memory, where_memory_ends
+from ..utils.progress import stages
 from .advice import after_training, to_go_on, to_publish
 
 logger = logging.getLogger("hf_selortho.train")
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 Repository(str(arguments.hub.hub_model_id), "model", arguments.hub.hub_revision, None).check_account()
                 check_ids(arguments.hub)
             stack.enter_context(FolderLock(Path(arguments.run.output_dir), "training"))
+            stack.enter_context(stages())
         accelerator.wait_for_everyone()
         run = TrainingRun(arguments, accelerator)
         check_probes(arguments.evaluation.probes, *(variant.arguments.sae.d_sae for variant in run.variants))

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ORIGIN_NAMES, ActivationCapture, TokenOrigins, within_norms
 from ..process_group import ProcessGroup
+from ..utils.progress import Bar
 from .contexts import ContextStream
 
 _CHUNK = 16384  # rows that are held in float64 at once
@@ -126,7 +126,7 @@ class ActivationBuffer:
         shape, dtype = (self.capacity, capture.lm.d_model), capture.lm.model.dtype
         self._activations = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in capture.layers}
         self._origins = torch.empty(self.capacity, len(ORIGIN_NAMES), dtype=torch.int64)
-        with tqdm(total=self.capacity, desc="filling the buffer", unit="token", disable=not progress) as bar:
+        with Bar("filling the buffer", total=self.capacity, unit="token", disable=not progress) as bar:
             norms = self._replace(torch.arange(self.capacity), bar)
         medians = [ProcessGroup.of_run().mean(float(column.median()), device) or 0.0 for column in norms.T]
         capture.max_norms = tuple(None if ratio is None else ratio * median for median in medians)
@@ -209,7 +209,7 @@ class ActivationBuffer:
         self._uses[leaving] = 0
         self._shuffle()
 
-    def _replace(self, rows: Tensor, progress: tqdm | None = None) -> Tensor:
+    def _replace(self, rows: Tensor, progress: Bar | None = None) -> Tensor:
         """Put fresh activations into these rows of the buffer; returns their norms (rows, layers).
 
         A few more are read than there are rows; these are thrown away.

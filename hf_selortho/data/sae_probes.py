@@ -134,7 +134,8 @@ def sae_probes_texts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    # Not the hash of the text alone: by that one documents are held out, and the first by it would all be.
+    return hashlib.sha256(f"{SAE_PROBES}\0{text}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _columns(name: str) -> tuple[list[str], list[str]]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, length_batches
 from ..language_models.contexts import Context, pad_batch
 from ..modeling_selortho import SelOrthoSAE
+from ..utils.progress import Bar
 from .metrics import (
     Correlations,
     Figures,
@@ -115,7 +115,7 @@ def _token_batches(
     shorter."""
     generator = torch.Generator().manual_seed(seed)
     rest: list[dict[int, Tensor]] = []
-    with tqdm(total=len(contexts), desc="evaluating", unit="context", disable=not progress) as bar:
+    with Bar("evaluating", total=len(contexts), unit="context", disable=not progress) as bar:
         for group in _groups(contexts, _POOL_BATCHES * batch_size):
             parts = rest + [captured.by_layer for captured in capture.capture_batches(group)]
             bar.update(len(group))
@@ -204,7 +204,7 @@ def _measure_cross_entropy(
     lm = capture.lm.model
     batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * lm.dtype.itemsize)
     pad_id = capture.lm.pad_id
-    with tqdm(total=len(contexts), desc="cross-entropy", unit="context", disable=not progress) as bar:
+    with Bar("cross-entropy", total=len(contexts), unit="context", disable=not progress) as bar:
         for numbers in length_batches(contexts, batch_tokens):
             tokens = pad_batch([contexts[number] for number in numbers], pad_id)
             clean = next_token_losses(capture, *tokens)

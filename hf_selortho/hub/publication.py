@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from ..data.cache_folder import manifest_bytes
 from ..data.cache_manifest import MANIFEST
 from ..errors import SelOrthoError
 from ..features.index_writer import FACTS, FILES, INDEX
+from ..features.top_contexts import WINDOW
 from ..formats import write_saelens
 from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import PublicIds
@@ -33,6 +35,8 @@ from .gate import refuse_private
 from .model_card import SAELENS_FOLDER, SaeCard, terms_of
 from .public_names import PublicNames
 from .run_folder import WEIGHTS, FinishedRun
+
+logger = logging.getLogger(__name__)
 
 # The source with which `trust_remote_code=True` works where this package is not installed: the file of the model and
 # those that it imports from its folder. transformers looks for them at the top, also for the SAE of a sub-folder.
@@ -187,7 +191,14 @@ def _copy_index(index: Path, folder: Path, names: PublicNames) -> None:
         if not path.is_file():
             continue
         if path.name == FACTS:
-            _write(folder / FACTS, names.clean(read_object(path)), ensure_ascii=False)
+            facts = names.clean(read_object(path))
+            _write(folder / FACTS, facts, ensure_ascii=False)
+            logger.info(
+                "the feature index shows pieces of the text %s, of at most %d tokens each: publish it where the terms "
+                "of that text allow it",
+                facts.get("text", {}).get("dataset", "that it was built from"),
+                WINDOW,
+            )
         else:
             _link_or_copy(path, folder / path.name)
 

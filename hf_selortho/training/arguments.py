@@ -6,13 +6,15 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 from ..configuration_selortho import SelOrthoConfig
-from ..data.text_source import TextSource
+from ..data.python_docs import PYTHON_DOCS
+from ..data.sae_probes import INSTALL, is_installed
+from ..data.text_source import SAE_PROBES, TextSource
 from ..errors import SelOrthoError
 from ..utils.names import Kind, RepoRef
 from ..utils.options import (
@@ -30,6 +32,7 @@ from ..utils.options import (
     check_values,
     given_names,
     one_of,
+    warn_once,
 )
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
@@ -243,7 +246,8 @@ def parse_groups(
     parser = OneLineParser(groups)
     parser.add_argument("--preset", help=preset_help)
     name, options = parser.parse_known_args(argv)[0].preset, list[str]()
-    for key, value in (adapt(load_preset(name)) if name else {}).items():
+    preset = with_texts_here(load_preset(name), given_names(argv)) if name else {}
+    for key, value in adapt(preset).items():
         if value is None:  # which no option says
             if not any(type(None) in get_args(get_type_hints(group).get(key)) for group in groups):
                 raise SelOrthoError(f"preset {name}: {key} is null, expected a value: leave it out, or give it one")
@@ -251,6 +255,21 @@ def parse_groups(
         else:
             options += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return parser.parse_all([*options, *argv])
+
+
+def with_texts_here(preset: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Return a preset that does without the texts of sae-probes where these are not installed, and say so.
+
+    Args:
+        given: names of the options that are typed, which stay as they are.
+    """
+    if is_installed() or not preset.get("dataset") == SAE_PROBES or "dataset" in given:
+        return preset
+    warn_once(
+        f"the texts of {SAE_PROBES} are not installed, so the preset trains on {PYTHON_DOCS}, which is far less worth "
+        f"looking at, and probes nothing: run `{INSTALL}`"
+    )
+    return {key: value for key, value in preset.items() if key != "probes"} | {"dataset": PYTHON_DOCS}
 
 
 def list_presets() -> list[str]:

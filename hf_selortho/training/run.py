@@ -21,12 +21,14 @@ from ..utils.environment import on_cpu, use_all_cores
 from ..utils.library_errors import one_line
 from ..utils.memory import available_memory, check_fits
 from ..utils.privacy import without_paths
+from ..utils.progress import expect_stages
 from .arguments import TrainingArguments
 from .checkpoint import Checkpoints, agreed_checkpoint, is_checkpoint_of, list_checkpoints
 from .data import CachedData, LiveData, TrainingData, open_store
 from .non_finite import NonFinitePolicy
 from .run_folder import TRACKERS, MetricsLog, holds_unfinished_run, prepare_output_folder, replaces_run
 from .sae_trainer import SAETrainer
+from .stage_costs import stage_costs
 from .stop_signals import StopSignals
 from .trainer import Trainer
 from .variants import all_settings, make_variants
@@ -113,6 +115,7 @@ class TrainingRun:
             self.data = CachedData(self.store, self.arguments, layers, self.accelerator)
         self.configs = [variant.config(**self.data.provenance(variant.layer)) for variant in self.variants]
         check_memory(self.data, self.configs, self.arguments.run.batch_size, self.accelerator.device)
+        expect_stages(stage_costs(self.data, self.arguments, self.configs))
         return self.data
 
     def new_saes(self) -> list[SelOrthoSAE]:

@@ -8,13 +8,14 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..data.buffer import BatchSource
 from ..errors import NonFiniteError
+from ..utils.progress import Bar
 from .arguments import RunArguments
 from .checkpoint import Checkpoints
 from .sae_trainer import SAETrainer
+from .stage_costs import training_words
 from .stop_signals import StopSignals
 
 # figures of a step that the progress bar shows, the name there, and the format
@@ -99,17 +100,17 @@ class Trainer:
         received = torch.tensor(-(self.signals.received or 0), device=self.saes[0].accelerator.device)
         return -int(self.saes[0].group.minimum(received)) or None
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
+    def _progress_bar(self) -> Bar:
+        return Bar(
+            training_words(len(self.saes)),
             total=self.arguments.max_steps,
             initial=self.step,
             disable=not self.saes[0].accelerator.is_main_process,
-            desc="training" if len(self.saes) == 1 else f"training {len(self.saes)} SAEs",
             unit="step",
         )
 
 
-def _show(progress: tqdm, report: dict[str, Any] | None) -> None:
+def _show(progress: Bar, report: dict[str, Any] | None) -> None:
     """Move the bar on. A screen that is gone, as with a pipe whose reader has ended, is no reason to stop."""
     with suppress(OSError):
         progress.update()

@@ -93,6 +93,7 @@ def test_a_published_run_holds_no_canary(hub, client, run) -> None:
     done = client.script("push_to_hub", str(run), "--repo_id", "acme/run", "--include_index")
     assert done.code == 0, done.err
     assert "publish the model and say where with --model_id" in done.err and "--dataset_id" in done.err
+    assert "shows pieces of the text local:text, of at most 48 tokens each" in done.err
     files = searched(hub, "acme/run")
     config = json.loads(files["config.json"])
     assert (config["lm_name"], config["dataset"]) == ("local:model", "local:text")

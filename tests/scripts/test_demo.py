@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def run(demo_run) -> Path:
-    return demo_run / "layer_8"
+    return demo_run / "layer_9"
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_it_learns_something_of_the_real_gemma(run) -> None:
 @pytest.mark.slow
 def test_both_ways_of_loading_give_the_same_outputs(run, embedded_lm) -> None:
     ids = embedded_lm.tokenizer("Return a list of the names in the current local scope.")["input_ids"]
-    activations = ActivationCapture(embedded_lm, 8).capture_all([Context(0, ids)]).by_layer[8]
+    activations = ActivationCapture(embedded_lm, 9).capture_all([Context(0, ids)]).by_layer[9]
     sae, auto = SelOrthoSAE.from_pretrained(run), AutoModel.from_pretrained(run)
     assert sae.config.lm_revision == embedded_lm.revision
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_it_is_published_and_everybody_can_use_it(run, tmp_path) -> None:
         bare_python = make_bare_environment(tmp_path / "bare")
         check = "\nprint(tuple(h.shape), tuple(x_hat.shape), bool((h > 0).any()))\n"
         done = hub.run(snippets[1] + check, tmp_path / "home-2", bare_python=bare_python)
-        assert done.stdout == "(3, 1280) (3, 640) True\n", done.stderr[-2000:]
+        assert done.stdout == "(3, 4096) (3, 640) True\n", done.stderr[-2000:]
 
         activations = tmp_path / "x.pt"
         torch.save(real_activations(), activations)
@@ -120,7 +120,7 @@ print((x_hat - own.decode(own.encode(x))).abs().max().item() < 1e-5 * x.abs().ma
 def real_activations() -> torch.Tensor:
     lm = load_language_model("gemma-3-270m")
     ids = lm.tokenizer("The minister built two bridges near the coast, and a company sold cheap phones.")["input_ids"]
-    return ActivationCapture(lm, 8).capture_all([Context(0, ids)]).by_layer[8].float()
+    return ActivationCapture(lm, 8).capture_all([Context(0, ids)]).by_layer[9].float()
 
 
 def assert_numbers_are_those_of(metrics: dict, card: str) -> None:
