@@ -7,18 +7,20 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, NonFiniteActivationsError, length_batches
 from ..language_models.contexts import Context, pad_batch
+from ..language_models.loading import check_context_length
 from ..utils.files import reason, replace_file
+from ..utils.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -51,30 +53,39 @@ def read_last_tokens(
         progress: whether to show a bar.
 
     Raises:
-        SelOrthoError: the tokenizer has no BOS, or the language model produced NaN or infinity.
+        SelOrthoError: the tokenizer has no BOS, or the language model reads fewer tokens, or it produced NaN or
+            infinity.
     """
+    check_context_length(capture.lm, tokens)
     occurrences = Counter(text for texts in sets.values() for text in texts)
     shared: dict[str, dict[int, Tensor]] = {}  # activations of texts that several sets have
-    for name, texts in tqdm(sets.items(), desc="probe sets", unit="set", disable=not progress):
-        files = {layer: _file_of(capture, layer, name, texts, tokens, prepend_bos, cache) for layer in capture.layers}
-        by_layer = {layer: rows for layer, file in files.items() if (rows := _load(file, len(texts))) is not None}
-        if missing := [layer for layer in files if layer not in by_layer]:
-            known = [n for n, text in enumerate(texts) if text in shared]
-            unknown = [n for n, text in enumerate(texts) if text not in shared]
-            fresh = _read(capture, [texts[n] for n in unknown], tokens, prepend_bos)
-            for layer in missing:
-                rows = by_layer[layer] = torch.empty(len(texts), capture.lm.d_model)
-                rows[unknown] = fresh[layer]
-                for n in known:
-                    rows[n] = shared[texts[n]][layer]
-                _store(files[layer], rows)
-        for n, text in enumerate(texts):
-            if occurrences[text] > 1 and text not in shared:
-                shared[text] = {layer: rows[n].clone() for layer, rows in by_layer.items()}
-        yield name, by_layer
+    with Bar("probing", total=sum(map(len, sets.values())), unit="text", disable=not progress) as bar:
+        for name, texts in sets.items():
+            identity = [capture.lm.name, capture.lm.revision, str(capture.lm.model.dtype), tokens, prepend_bos, texts]
+            files = {layer: _file_of(cache, name, [layer, *identity]) for layer in capture.layers}
+            by_layer = {layer: rows for layer, file in files.items() if (rows := _load(file, len(texts))) is not None}
+            if missing := [layer for layer in files if layer not in by_layer]:
+                unknown = [n for n, text in enumerate(texts) if text not in shared]
+                fresh = _read(capture, [texts[n] for n in unknown], tokens, prepend_bos, bar)
+                for layer in missing:
+                    rows = by_layer[layer] = torch.empty(len(texts), capture.lm.d_model)
+                    rows[unknown] = fresh[layer]
+                    for n, text in enumerate(texts):
+                        if text in shared:
+                            rows[n] = shared[text][layer]
+                    _store(files[layer], rows)
+                bar.update(len(texts) - len(unknown))
+            else:
+                bar.update(len(texts))
+            for n, text in enumerate(texts):
+                if occurrences[text] > 1 and text not in shared:
+                    shared[text] = {layer: rows[n].clone() for layer, rows in by_layer.items()}
+            yield name, by_layer
 
 
-def _read(capture: ActivationCapture, texts: Sequence[str], tokens: int, prepend_bos: bool) -> dict[int, Tensor]:
+def _read(
+    capture: ActivationCapture, texts: Sequence[str], tokens: int, prepend_bos: bool, bar: Bar
+) -> dict[int, Tensor]:
     """Run the language model over the ends of texts, those of similar length at once, padded on the right."""
     lm, result = capture.lm, {layer: torch.empty(len(texts), capture.lm.d_model) for layer in capture.layers}
     if prepend_bos and lm.tokenizer.bos_token_id is None:
@@ -104,24 +115,15 @@ def _read(capture: ActivationCapture, texts: Sequence[str], tokens: int, prepend
                     f"{NonFiniteActivationsError.advice}"
                 )
             result[layer][numbers] = rows
+        bar.update(len(batch))
     return result
 
 
-def _file_of(
-    capture: ActivationCapture,
-    layer: int,
-    name: str,
-    texts: Sequence[str],
-    tokens: int,
-    prepend_bos: bool,
-    cache: Path | None,
-) -> Path | None:
+def _file_of(cache: Path | None, name: str, identity: Sequence[Any]) -> Path | None:
     """Name the file of a set in the cache by everything that its activations depend on."""
     if cache is None:
         return None
-    lm = capture.lm
-    facts = [lm.name, lm.revision, str(lm.model.dtype), layer, tokens, prepend_bos, list(texts)]
-    digest = hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256(repr(identity).encode("utf-8", "surrogatepass")).hexdigest()
     return cache / f"{name}-{digest[:24]}.safetensors"
 
 

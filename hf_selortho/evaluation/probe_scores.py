@@ -151,8 +151,8 @@ def sparse_aucs(
 
     train = torch.cat(list(encode(split.train)))  # (n_train, d_sae)
     y_train, y_test = labels[split.train], labels[split.test]
-    ranked = ranked_features(_over_mean(train), torch.from_numpy(y_train == 1))[: ks[-1]]
-    train, test = train[:, ranked], torch.cat([h[:, ranked] for h in encode(split.test)])
+    chosen = ranked(train, y_train)[: ks[-1]]
+    train, test = train[:, chosen], torch.cat([h[:, chosen] for h in encode(split.test)])
     return {str(k): probe_auc(train[:, :k], y_train, test[:, :k], y_test) for k in ks}
 
 
@@ -179,10 +179,10 @@ def probe_auc(x_train: Tensor, y_train: np.ndarray, x_test: Tensor, y_test: np.n
     return float(roc_auc_score(y_test, best.predict_proba(x_test.double().numpy())[:, 1]))
 
 
-def _over_mean(h: Tensor) -> Tensor:
-    """Divide each feature (n, d_sae) by the mean of its activations where it fires."""
+def ranked(h: Tensor, labels: np.ndarray) -> Tensor:
+    """Rank features (n, d_sae) by the difference of their means between classes, each over its mean where it fires."""
     mean = h.abs().sum(0) / ((h != 0).sum(0) + 1e-6)
-    return h / (mean + 1e-6)
+    return ranked_features(h / (mean + 1e-6), torch.from_numpy(labels == 1))
 
 
 def _rows(texts: ProbeTexts) -> Iterator[tuple[bool, np.ndarray | slice, np.ndarray, Split]]:
