@@ -108,7 +108,7 @@ def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
         return [None] * len(run.saes)
     logger.info("evaluating on %d held-out contexts", len(data.held_out))
     settings, (capture, batches) = run.arguments.evaluation, data.evaluation_inputs(batch_size)
-    sizes = {"batch_size": batch_size, "ce_samples": settings.eval_ce_samples}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "ce_samples": settings.eval_ce_samples}
     evaluations = evaluate_saes(run.saes, capture, data.held_out, batches=batches, **sizes)
     if settings.probes != "none" and capture is not None:
         probes = measure_probes(run.saes, capture, settings.probes, prepend_bos=run.arguments.sae.prepend_bos)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ _LOGITS_BYTES = 256 * 2**20
 class Evaluation:
     """What `evaluate_saes` found. Figures that the data do not define (e.g. no eligible pair) are absent."""
 
-    metrics: Figures
+    metrics: dict[str, Any]  # figures, and the probes where there are some
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # for the pictures, see `plots`
 
 
@@ -155,7 +156,7 @@ class _FeatureMetrics:
         self.arrays: dict[str, np.ndarray] = {}
 
     def add(self, batch: Mapping[int, Tensor]) -> None:
-        x = self.sae.center(batch[_layer_of(self.sae, tuple(batch))].to(self.sae.device).float())  # (B, d_in)
+        x = self.sae.center(batch[layer_of(self.sae, tuple(batch))].to(self.sae.device).float())  # (B, d_in)
         h = self.sae.encode(x)  # (B, d_sae)
         self.reconstruction += Reconstruction.of(x, self.sae.decode(h))
         self.sparsity += Sparsity.of(h)
@@ -184,7 +185,7 @@ class _FeatureMetrics:
         return Evaluation(metrics, arrays)
 
 
-def _layer_of(sae: SelOrthoSAE, layers: Sequence[int]) -> int:
+def layer_of(sae: SelOrthoSAE, layers: Sequence[int]) -> int:
     """Which of the layers the SAE reads; the only one where its config says none of them."""
     wanted = sae.config.layer
     if wanted is not None and wanted in layers:
@@ -200,7 +201,7 @@ def _measure_cross_entropy(
     if not contexts:
         return [{} for _ in saes]
     totals = [LossRecovered() for _ in saes]
-    sites = [capture.at(_layer_of(sae, capture.layers)) for sae in saes]
+    sites = [capture.at(layer_of(sae, capture.layers)) for sae in saes]
     lm = capture.lm.model
     batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * lm.dtype.itemsize)
     pad_id = capture.lm.pad_id

@@ -27,6 +27,7 @@ from ..data.sae_probes import probe_set_names, read_probe_set
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
+from .evaluator import layer_of
 from .last_tokens import cache_folder, read_last_tokens
 from .metrics import Interval
 from .probe_sets import (
@@ -106,7 +107,7 @@ def measure_probes(
     for name, by_layer in read:
         dense = {layer: dict(_dense_figures(texts[name], activations)) for layer, activations in by_layer.items()}
         for sae, measured in zip(saes, rows, strict=True):
-            layer = sae.config.layer if len(by_layer) > 1 else capture.layer
+            layer = layer_of(sae, capture.layers)
             measured.append(_figures(sae, texts[name], by_layer[layer], dense[layer]))
     return [{"sets": sets, **cap._asdict(), **summary(measured), "per_set": measured} for measured in rows]
 

@@ -51,5 +51,5 @@ def stage_costs(
         training_words(len(configs)): tokens * _TRAINING * weights + tokens_read * reading,
         "evaluating": samples * (reading + 2 * weights),
         "cross-entropy": losses,
-        "probing": _PROBED[evaluation.probes] * reading,
+        "probing": _PROBED[evaluation.probes] * reading if data.held_out else 0.0,
     }
