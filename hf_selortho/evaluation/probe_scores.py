@@ -119,7 +119,9 @@ def summary(per_set: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups = {}
         for group, trained in (("clean", False), ("trained_on", True)):
             own = [v for v, row in zip(values, per_set, strict=True) if row["trained_on"] == trained]
-            groups[group] = {**Interval.of(own)._asdict(), "sets": len(own)}
+            mean, low, high = Interval.of(own)
+            bounds = {"low": low and max(low, 0.0), "high": high and min(high, 1.0)}  # an AUC is within them
+            groups[group] = {"mean": mean, **bounds, "sets": len(own)}
         return groups
 
     figures: dict[str, Any] = {
