@@ -2,6 +2,7 @@
 
 selortho evaluate runs/demo
 selortho evaluate org/gemma2b-l12 --dataset path/to/texts.jsonl --eval_samples 200
+selortho evaluate runs/demo --probes --sets all
 selortho evaluate runs/demo --label_column label --first_letter_words 2000 --compare_with runs/demo-seed1
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import SelOrthoError
+from ..evaluation.probe_scores import check_probes
 from ..evaluation.tasks import evaluate_on_text
 from ..hub.report import metrics_table
 from ..utils.files import write_json
@@ -38,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     """Metrics of the SAE by name."""
+    sets = arguments.sets if arguments.probes else "none"
+    check_probes(sets)
     sae = load(name, arguments.lookup, arguments.device)
     config = sae.config
+    check_probes(sets, config.d_sae)
     others = {other: load_other(other, sae) for other in arguments.compare_with}
     source = text_source(config, arguments)
     capture = capture_of(config, load_lm_of(config, arguments), arguments)
@@ -56,6 +61,7 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
         cutting,
         {"probing_texts": arguments.probing_texts, "first_letter_words": arguments.first_letter_words},
         others=others,
+        probes=sets,
         samples=arguments.eval_samples,
         ce_samples=arguments.eval_ce_samples,
         batch_size=arguments.batch_size,

@@ -64,6 +64,10 @@ class EvaluateArguments(ReadingArguments):
     first_letter_words: CountOrZero = argument(
         0, "Words of the first-letter task, which measures absorption; 0: do not."
     )
+    probes: bool = argument(False, "Probe the features on texts of sae-probes, beside the language model itself.")
+    sets: Annotated[str, one_of("quick", "all")] = argument(
+        "quick", "Which: a dozen sets, a part of each (minutes), or the benchmark of all 113 (hours without a GPU)."
+    )
     compare_with: list[str] = argument([], "SAEs of other seeds or methods: how alike their decoder directions are.")
     output: str | None = argument(None, "JSON file to write the metrics to.")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
+from ..evaluation.probe_scores import check_probes, measure_probes
 from ..hub.card_results import SaeReport
 from ..hub.public_names import check_ids
 from ..hub.push import push_run
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stack.enter_context(stages())
         accelerator.wait_for_everyone()
         run = TrainingRun(arguments, accelerator)
+        check_probes(arguments.evaluation.probes, *(variant.arguments.sae.d_sae for variant in run.variants))
         signal = run.train()
         leave_process_group(accelerator)
         if signal is not None:
@@ -105,15 +107,14 @@ def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
     if not data.held_out:
         return [None] * len(run.saes)
     logger.info("evaluating on %d held-out contexts", len(data.held_out))
-    capture, batches = data.evaluation_inputs(batch_size)
-    return evaluate_saes(
-        run.saes,
-        capture,
-        data.held_out,
-        batches=batches,
-        batch_size=batch_size,
-        ce_samples=run.arguments.evaluation.eval_ce_samples,
-    )
+    settings, (capture, batches) = run.arguments.evaluation, data.evaluation_inputs(batch_size)
+    sizes = {"batch_size": batch_size, "ce_samples": settings.eval_ce_samples}
+    evaluations = evaluate_saes(run.saes, capture, data.held_out, batches=batches, **sizes)
+    if settings.probes != "none" and capture is not None:
+        probes = measure_probes(run.saes, capture, settings.probes, prepend_bos=run.arguments.sae.prepend_bos)
+        for evaluation, measured in zip(evaluations, probes, strict=True):
+            evaluation.metrics["probes"] = measured
+    return evaluations
 
 
 def publish(output: Path, hub: HubArguments) -> None:

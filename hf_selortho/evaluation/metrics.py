@@ -10,12 +10,14 @@ Reconstruction, sparsity and the cross-entropies are sums: `total += Sparsity.of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from ..checks import floats_of
@@ -368,3 +370,20 @@ def _upper_gram_blocks(unit: Tensor) -> Iterator[Tensor]:
         gram = unit[:, start : start + _GRAM_BLOCK].T @ unit[:, start:]  # (block, n - start)
         upper = torch.ones_like(gram, dtype=torch.bool).triu(1)
         yield gram[upper]
+
+
+class Interval(NamedTuple):
+    """A mean of measurements with its 95% interval; None where there are too few of them."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Interval:
+        """Take the mean, and the interval by Student's t."""
+        if len(values) < 2:
+            return Interval(values[0] if values else None, None, None)
+        mean, n = statistics.fmean(values), len(values)
+        half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+        return Interval(mean, mean - half, mean + half)

@@ -18,6 +18,7 @@ from .absorption import absorption
 from .evaluator import evaluate_saes
 from .first_letter import FirstLetterTask, first_letter_task
 from .labelled_text import labelled_documents
+from .probe_scores import measure_probes
 from .probing import LabelledTexts, dense_probing, read_labelled_texts, sparse_probing
 from .stability import stability
 
@@ -85,6 +86,7 @@ def evaluate_on_text(
     sizes: Mapping[str, Any],
     *,
     others: Mapping[str, Tensor],
+    probes: str = "none",
     samples: int = 1000,
     ce_samples: int = 64,
     batch_size: int = 4096,
@@ -96,6 +98,7 @@ def evaluate_on_text(
         source: the text, of which the held-out documents are read.
         label_column, cutting, sizes: as in [`prepare_tasks`].
         others: decoder directions (n, d_in) of other SAEs, by name.
+        probes: sets of sae-probes to probe on, "quick" or "all", or "none".
         samples, ce_samples: contexts, and those of them on which the cross-entropies are measured.
         batch_size: tokens of the batches that correlations are measured on.
 
@@ -111,6 +114,8 @@ def evaluate_on_text(
     figures |= {key: value for key, value in tasks.facts.items() if not key.startswith("no_")} | tasks.measure(sae)
     if sizes["first_letter_words"] and tasks.first_letter is None:
         logger.warning("no first-letter task: %s", tasks.facts["no_first_letter"])
+    if probes != "none":
+        (figures["probes"],) = measure_probes([sae], capture, probes, prepend_bos=cutting["prepend_bos"])
     if others:
         W_dec = sae.W_dec.detach().float().cpu()
         figures["compared_with"] = {name: stability(W_dec, other) for name, other in others.items()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..evaluation.metrics import Interval
 from .markdown import Markdown, code, number
 
 TWIN = "_twin"  # how the name of a twin ends
@@ -58,6 +59,8 @@ TASK_METRICS = (
     Metric("absorption_fraction", "First-letter absorption, fraction"),
     Metric("first_letter_f1", "F1 of first-letter features"),
 )
+# Means over the probe sets that are not trained on, by the number of features of a probe.
+_PROBED = {"probe_auc_k1": "1", "probe_auc_k16": "16"}
 _BY_KEY = {metric.key: metric for metric in METRICS}
 _TRAINING = ("fvu", "l0", "top_correlation", "peak_correlation", "unique_features", "dead_features")
 # What stands beside the twin: what the penalty is for first, then what it costs.
@@ -70,7 +73,9 @@ _COLUMNS = {
     "fvu": "FVU", "l0": "L0", "top_correlation": "top corr.", "peak_correlation": "peak corr.",
     "mean_correlation": "mean corr.", "max_decoder_cosine": "decoder cos.", "unique_features": "in pairs",
     "active_features": "active", "dead_features": "dead", "loss_recovered": "loss rec.",
+    "probe_auc_k1": "AUC, k=1", "probe_auc_k16": "AUC, k=16",
 }  # fmt: skip
+_GROUPS = ("clean", "trained_on")  # of probe sets
 _CAPTIONS = {
     "training_curves": "Training: single batches pale, their running mean dark",
     "correlations": "Correlations between features over one batch of held-out tokens, the selected tail marked",
@@ -106,6 +111,8 @@ class SaeReport:
     def figure(self, key: str) -> float | None:
         """Return a figure of the evaluation on held-out text, or else of the end of the training."""
         figures = self.metrics.get("evaluation") or self.metrics.get("training") or {}
+        if key in _PROBED:
+            return figures["probes"]["k"][_PROBED[key]]["clean"]["mean"] if figures.get("probes") else None
         return figures.get(key)
 
 
@@ -149,6 +156,7 @@ def results_of(sae: SaeReport) -> dict[str, Any]:
         "compared": [rows[key] for key in _COMPARED if key in rows and rows[key].twin],
         "dead": rows["dead_features"].value if evaluation.get("dead_features") else None,
         "has_twin": any(row.twin for row in rows.values()),
+        "probes": probes_of(sae.metrics, sae.twin),
         # How many seeds the means are over, this SAE's included; 0 where there is only the one.
         "seeds": 1 + len(sae.seeds) if sae.seeds else 0,
         "twin_seeds": 1 + len(sae.twin_seeds) if sae.twin and sae.twin_seeds else 0,
@@ -161,9 +169,69 @@ def results_of(sae: SaeReport) -> dict[str, Any]:
     }
 
 
+def probes_of(metrics: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Prepare the probes of a metrics.json for readers, beside those of a twin that were made on the same texts.
+
+    Returns:
+        None where there are none; else "clean" and "trained_on", how many sets there are of each, "texts" and "tokens",
+        what was read at most of a set and of a text, "twin", whether there is one, "benchmark", the means over all rows
+        of the sets, and "rows", each a name and by group of sets a cell, the twin's and the difference from it.
+    """
+    probes = ((metrics or {}).get("evaluation") or {}).get("probes")
+    if not probes:
+        return None
+    other = ((twin or {}).get("evaluation") or {}).get("probes") or {}
+    same = [[row["name"] for row in made.get("per_set", ())] for made in (probes, other)]
+    beside = same[0] == same[1] and all(probes[key] == other[key] for key in ("texts", "tokens"))
+    rows = [(_features(k), k) for k in probes["k"]]
+    return {
+        **{group: probes["dense"][group]["sets"] for group in _GROUPS},
+        **{key: probes[key] for key in ("texts", "tokens")},
+        "twin": beside,
+        "benchmark": _benchmark(probes.get("benchmark")),
+        "rows": [
+            (Markdown(name), [_probe_cells(probes, other if beside else None, k, group) for group in _GROUPS])
+            for name, k in (*rows, ("the activations (dense)", None))
+        ],
+    }
+
+
+def _probe_cells(
+    probes: Mapping[str, Any], twin: Mapping[str, Any] | None, k: str | None, group: str
+) -> tuple[Markdown, Markdown, Markdown]:
+    """Return a mean with its interval, the twin's mean, and the mean difference from it over the same sets."""
+    if k is None:  # which an SAE plays no part in
+        return _with_interval(probes["dense"][group]), Markdown(), Markdown()
+    own = _with_interval(probes["k"][k][group])
+    if twin is None:
+        return own, Markdown(), Markdown()
+    pairs = zip(probes["per_set"], twin["per_set"], strict=True)
+    changes = [a["auc"][k] - b["auc"][k] for a, b in pairs if bool(a["trained_on"]) == (group == "trained_on")]
+    return own, _with_interval(twin["k"][k][group]), _with_interval(Interval.of(changes)._asdict(), "+")
+
+
+def _features(k: str) -> str:
+    return "1 feature" if k == "1" else f"{int(k)} features"
+
+
+def _with_interval(figures: Mapping[str, Any], sign: str = "") -> Markdown:
+    mean, low, high = (figures[key] for key in ("mean", "low", "high"))
+    if mean is None:
+        return Markdown("-")
+    return Markdown(f"{mean:{sign}.3f}" + ("" if low is None else f" ({low:{sign}.3f} to {high:{sign}.3f})"))
+
+
+def _benchmark(figures: Mapping[str, Any] | None) -> Markdown | None:
+    if not figures:
+        return None
+    words = [f"{auc:.3f} with {_features(k)}" for k, auc in figures["k"].items()]
+    return Markdown(f"{', '.join(words)}, {figures['dense']:.3f} with the activations, over {figures['sets']:d} sets")
+
+
 def summary_rows(saes: Sequence[SaeReport]) -> list[list[str]]:
     """Put the SAEs of a run side by side, headings first; where there are several layers, their mean by variant too."""
-    metrics = [_BY_KEY[key] for key in _COLUMNS if any(sae.figure(key) is not None for sae in saes)]
+    known = [key for key in _COLUMNS if any(sae.figure(key) is not None for sae in saes)]
+    metrics = [_BY_KEY.get(key, Metric(key, _COLUMNS[key])) for key in known]
     rows = [["layer", "variant", *(_COLUMNS[metric.key] for metric in metrics)]]
     for sae in saes:
         layer = "-" if sae.layer is None else str(sae.layer)

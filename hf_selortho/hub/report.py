@@ -21,7 +21,7 @@ from ..training.run_folder import CARD, METRICS, PICTURES, RUN
 from ..training.sae_trainer import LAST_STEPS
 from ..utils.files import write_json, write_text
 from .card_results import METRICS as EVALUATION_METRICS
-from .card_results import TASK_METRICS, SaeReport, beside_twins, summary_rows
+from .card_results import TASK_METRICS, SaeReport, beside_twins, probes_of, summary_rows
 from .markdown import number
 from .model_card import SaeCard, render_model_card
 
@@ -145,4 +145,22 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
             f"  decoder beside {name}: matched cosine {other['matched_cosine']:.4f}, shared features "
             f"{other['shared_features']:.1%}"
         )
-    return "\n".join([title, *lines])
+    return "\n".join([title, *lines, *_probe_lines(metrics)])
+
+
+def _probe_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Align the probes, where there are any."""
+    probes = probes_of(metrics)
+    if probes is None:
+        return []
+    rows = [
+        ("", f"{probes['clean']} sets not trained on", f"{probes['trained_on']} trained on"),
+        *((name, *(cells[0] for cells in groups)) for name, groups in probes["rows"]),
+    ]
+    texts = f"{probes['texts']} texts a set, " if probes["texts"] else ""
+    lines = [f"probes, test AUC (95% interval over sets; {texts}last {probes['tokens']} tokens)"]
+    lines += [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, (23, 24, 24), strict=True)).rstrip()
+        for row in rows
+    ]
+    return [*lines, *([f"  on the benchmark's own rows: {probes['benchmark']}"] if probes["benchmark"] else [])]

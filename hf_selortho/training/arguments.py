@@ -161,6 +161,9 @@ class EvaluationArguments:
     eval_ce_samples: CountOrZero = argument(
         64, "Of these, contexts on which the language model's own loss is measured."
     )
+    probes: Annotated[str, one_of("none", "quick", "all")] = argument(
+        "none", "Probe the features on texts of sae-probes: a dozen sets, a part of each (quick), or all 113."
+    )
 
 
 @dataclass

@@ -48,7 +48,8 @@ _DAMAGED = "damaged_"
 # Arguments that may differ between a checkpoint and the run that resumes from it: they do not change a step.
 _FREE_ARGUMENTS = {
     "output_dir", "overwrite_output_dir", "report_to", "checkpoint_every", "keep_checkpoints", "resume_from_checkpoint",
-    "eval_samples", "eval_ce_samples", "cpu", "cpu_threads", "dry_run", "logging_steps", "non_finite", "max_skipped",
+    "eval_samples", "eval_ce_samples", "probes", "cpu", "cpu_threads", "dry_run", "logging_steps", "non_finite",
+    "max_skipped",
 }  # fmt: skip
 
 

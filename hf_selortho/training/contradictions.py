@@ -53,7 +53,12 @@ READING = [
     Contradiction("streaming dataset", lambda v: v.streaming and v.dataset in EMBEDDED_TEXTS, _IN_MEMORY),
     *(_of_a_local_path(revision, name) for revision, name in _NAMED),
 ]
-EVALUATE = [*READING, _CROSS_ENTROPY, *acts_with("probing_texts", "label_column", harmless=True)]
+EVALUATE = [
+    *READING,
+    _CROSS_ENTROPY,
+    *acts_with("probing_texts", "label_column", harmless=True),
+    *acts_with("sets", "probes"),
+]
 _TEXT = [
     *READING,
     *acts_with("eval_samples", "held_out_fraction", harmless=True),
@@ -153,6 +158,13 @@ _CHOICES = [
     Contradiction(
         "report_to", lambda v: "none" in v.report_to and len(v.report_to) > 1, "none is no tracker; leave it out"
     ),
+    Contradiction(
+        "probes activations",
+        lambda v: {"probes", "activations"} <= v.given and v.probes != "none" and "model" not in v.given,
+        "the language model has to read other texts; give it as --model, or leave --probes out",
+    ),
+    *acts_with("probes", "eval_samples"),
+    *acts_with("probes", "held_out_fraction"),
     *acts_with("refresh_every buffer_reuse streaming", "activations", None, harmless=True),
     *acts_with(
         "model_revision lm_dtype lm_batch_tokens", "model", harmless=True

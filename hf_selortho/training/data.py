@@ -116,7 +116,7 @@ class CachedData:
                 "%s holds %d held-out contexts, %d were asked for", store.source, len(self.held_out), samples
             )
         self._measures_loss = "model" in arguments.given and bool(
-            self.held_out and arguments.evaluation.eval_ce_samples
+            self.held_out and (arguments.evaluation.eval_ce_samples or arguments.evaluation.probes != "none")
         )
         self._check_model()
         self.source = self.make_source()

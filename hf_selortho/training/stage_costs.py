@@ -10,6 +10,11 @@ from .data import LiveData, TrainingData
 
 # Multiplications for a parameter and a token, forwards; a training step of an SAE goes back as well, and selects pairs.
 _FORWARD, _TRAINING = 1.0, 6.0
+_PROBED = {
+    "none": 0,
+    "quick": 113_000,
+    "all": 18_000_000,
+}  # tokens that the probes read, counted with Gemma's tokenizer
 
 
 def training_words(saes: int) -> str:
@@ -46,4 +51,5 @@ def stage_costs(
         training_words(len(configs)): tokens * _TRAINING * weights + tokens_read * reading,
         "evaluating": samples * (reading + 2 * weights),
         "cross-entropy": losses,
+        "probing": _PROBED[evaluation.probes] * reading,
     }

@@ -12,7 +12,9 @@ from huggingface_hub import ModelCard
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.hub.card_results import SaeReport, beside_twins
+from hf_selortho.evaluation.probe_scores import summary as probe_summary
+from hf_selortho.evaluation.probe_sets import FULL, QUICK, Cap
+from hf_selortho.hub.card_results import SaeReport, beside_twins, summary_rows
 from hf_selortho.hub.model_card import SaeCard, render_model_card
 from hf_selortho.language_models.loading import load_language_model
 
@@ -109,11 +111,24 @@ CARDS = {
         twin_seeds=[evaluated(TWIN, fvu=0.1002), evaluated(TWIN, fvu=0.1022)],
     ),
     "three seeds": lambda: render_model_card(settings(), METRICS, RUN, seeds=[evaluated(fvu=0.1041), evaluated()]),
+    "probes": lambda: render_model_card(settings(), probed(METRICS, 0.7), RUN),
+    "probes beside a twin": lambda: render_model_card(settings(), probed(METRICS, 0.7), RUN, twin=probed(TWIN, 0.6)),
+    "probes of the benchmark": lambda: render_model_card(settings(), probed(METRICS, 0.7, cap=FULL), RUN),
     "three layers": lambda: card_of_layers(5, 12, 19),
     "three layers, no metrics": lambda: SaeCard(
         [SaeReport(f"layer_{layer}", settings(layer=layer), {}) for layer in (5, 12, 19)]
     ).render(),
 }
+
+
+def probed(metrics: dict, auc: float, cap: Cap = QUICK) -> dict:
+    """Metrics with probes on three clean sets, whose mean is `auc`, and one that is trained on."""
+    rows = [
+        {"name": f"{n}_x", "trained_on": n == 3, "leak": 0.1, "auc": dict.fromkeys(("1", "2", "5", "16"), auc + d)}
+        for n, d in enumerate((-0.1, 0.0, 0.1, 0.2))
+    ]
+    rows = [{**row, "dense": 0.95} | ({} if cap.texts else {"benchmark": {**row, "dense": 0.95}}) for row in rows]
+    return evaluated(metrics, probes={"sets": "quick", **cap._asdict(), **probe_summary(rows), "per_set": rows})
 
 
 def evaluated(metrics: dict = METRICS, **changes) -> dict:
@@ -168,6 +183,27 @@ def test_every_card_is_well_formed_and_its_metadata_what_the_hub_takes(name):
             assert metrics and all(isinstance(metric["value"], int | float) and metric["type"] for metric in metrics)
             named = [(metric["type"], metric["name"]) for metric in metrics]
             assert len(set(named)) == len(named)
+
+
+def test_probes_stand_beside_the_twin_and_the_dense_baseline():
+    text = CARDS["probes beside a twin"]().text
+    own, other = "0.700 (0.452 to 0.948)", "0.600 (0.352 to 0.848)"
+    changed = f"{own} | {other} | +0.100 (+0.100 to +0.100)"
+    assert f"| 16 features | {changed} | 0.900 | 0.800 | +0.100 |" in text
+    assert "| the activations (dense) | 0.950 (0.950 to 0.950) |  |  | 0.950 |  |  |" in text
+    assert "at most 400 texts were read" in text and "last 48 tokens" in text and "benchmark itself" not in text
+    assert "| 1 feature | 0.700 (0.452 to 0.948) | 0.900 |" in CARDS["probes"]().text
+    assert "0.750 with 16 features, 0.950 with the activations, over 4 sets" in CARDS["probes of the benchmark"]().text
+    alike = render_model_card(settings(), probed(METRICS, 0.7), RUN, twin=probed(TWIN, 0.6, cap=FULL)).text
+    assert "| Twin | Change |" not in alike  # probed on other texts
+
+
+def test_the_table_of_several_saes_has_their_probes():
+    saes = [
+        SaeReport(name, settings(), probed(METRICS, auc)) for name, auc in (("layer_12", 0.7), ("layer_12_twin", 0.6))
+    ]
+    heading, own, twin = summary_rows(saes)
+    assert [row[heading.index("AUC, k=16")] for row in (own, twin)] == ["0.7000", "0.6000"]
 
 
 def test_seeds_are_shown_as_mean_and_spread():
@@ -330,6 +366,7 @@ def test_a_template_of_ones_own(tmp_path):
         ("config", {**SETTINGS, "d_sae": "wide"}),
         ("metrics", {"evaluation": {"fvu": 10**400}}),
         ("metrics", {"training": {"steps": "many", "tokens": 5}}),
+        ("metrics", {"evaluation": {"probes": {"k": {"<b>": 1}}}}),
         ("run", {"arguments": [1]}),
         ("repo_id", 5),
         ("license_link", 5),

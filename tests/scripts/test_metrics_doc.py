@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from hf_selortho.evaluation import probe_scores
+from hf_selortho.evaluation.probe_sets import Cap
 from hf_selortho.hub.card_results import METRICS
 from scripts import train
 
@@ -62,3 +65,17 @@ def test_a_run_of_several_saes(known, arguments, tmp_path) -> None:
     for sae in content["saes"].values():
         assert sae.keys() - {"layer", "variant"} == known["metrics.json"] - {"saes"} and sae["evaluation"] == {}
     assert "## SAEs" in (tmp_path / "run/README.md").read_text()
+
+
+def test_the_probes_of_a_run_are_in_its_metrics_and_cards(known, arguments, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(probe_scores, "QUICK_SETS", ("54_cs_tf", "125_world_country_Italy"))
+    monkeypatch.setattr(probe_scores, "QUICK", Cap(64, 12))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    train.main([*arguments(layer=None, max_steps=2), "--layers", "0", "--twin", "--probes", "quick"])
+    content = json.loads((tmp_path / "run/metrics.json").read_text())
+    for name, sae in content["saes"].items():
+        assert sae["evaluation"].keys() == known["evaluation"] | {"probes"}
+        assert sae["evaluation"]["probes"].keys() == known["probes"] - {"benchmark"}
+        assert json.loads((tmp_path / f"run/{name}/metrics.json").read_text())["evaluation"] == sae["evaluation"]
+    assert "AUC, k=1" in capsys.readouterr().out
+    assert "| 16 features |" in (tmp_path / "run/README.md").read_text()
