@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..data.sae_probes import TRAINED_ON, probe_set_names
 from ..errors import SelOrthoError
+from ..evaluation.last_tokens import cache_folder
 from ..evaluation.probe_sets import (
     ENCODED_ROWS,
     QUICK_SETS,
-    cache_folder,
     last_token_activations,
     single_feature_aucs,
     split_rows,
