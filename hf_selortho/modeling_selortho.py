@@ -47,6 +47,11 @@ except ImportError:  # it is missing, or of a version without these
 
 logger = logging.getLogger(__name__)
 
+# Of a feature's encoder weights at the start. Where L1 has to bring activations down, a smaller norm gets there sooner:
+# with relu on Gemma-3-270m, FVU 0.12 at L0 207 after 250 steps instead of 0.15 at 247 (SAELens's 0.1: 0.12 at 209, but
+# features of small SAEs die at once). Where the k largest are kept, it leaves more features dead.
+ENCODER_NORMS = {"relu": 0.3, "topk": 1.0, "batchtopk": 1.0, "jumprelu": 1.0}
+
 
 @dataclass
 class SelOrthoOutput(ModelOutput):
@@ -113,13 +118,13 @@ class SelOrthoSAE(PackageMethods):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Random unit decoder rows, the encoder their transpose, biases and input mean 0, input scale 1."""
+        """Random unit decoder rows, the encoder a multiple of them, biases and input mean 0, input scale 1."""
         if module is not self:
             return
         # these functions of transformers leave alone what has been loaded
         directions = torch.nn.functional.normalize(torch.randn_like(self.W_dec), dim=1)  # (d_sae, d_in)
         init.copy_(self.W_dec, directions)
-        init.copy_(self.W_enc, directions.T)
+        init.copy_(self.W_enc, ENCODER_NORMS[self.config.activation] * directions.T)
         for zero in (self.b_enc, self.b_dec, self.input_mean):
             init.zeros_(zero)
         init.ones_(self.input_scale)

@@ -171,8 +171,11 @@ class PackageMethods(PreTrainedModel):
         return self.W_enc.shape[0] // 2 if config.aux_k is None else config.aux_k
 
     @torch.no_grad()
-    def update_threshold(self, batch_threshold: Tensor, momentum: float = 0.99) -> None:
-        """Let the fixed threshold of batchtopk follow those of the training batches, as an exponential average."""
+    def update_threshold(self, batch_threshold: Tensor, momentum: float = 0.95) -> None:
+        """Let the fixed threshold of batchtopk follow those of the training batches, as an exponential average.
+
+        Over some 20 batches: of a short run, a longer average lags behind and lets fewer than k features fire.
+        """
         follow = torch.where(self.threshold > 0, self.threshold.lerp(batch_threshold, 1 - momentum), batch_threshold)
         self.threshold.copy_(follow)
 

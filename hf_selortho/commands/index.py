@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.pair_history import read_pair_history
+from ..data.sae_probes import is_installed
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
 from ..features.build import IndexSettings, Sources, build_feature_index, holds_index, in_words, weights_sha256
@@ -57,7 +58,8 @@ def build_indexes(name: str, arguments: IndexArguments) -> Iterator[tuple[Path, 
     Raises:
         SelOrthoError: nothing can be built; whatever shows before the first text is read, before anything is written.
     """
-    settings = IndexSettings(arguments.tokens, arguments.max_pairs, arguments.top_contexts, arguments.seed)
+    concepts = ("quick" if is_installed() else "none") if arguments.concepts == "auto" else arguments.concepts
+    settings = IndexSettings(arguments.tokens, arguments.max_pairs, arguments.top_contexts, arguments.seed, concepts)
     lms: LanguageModels = {}
     targets = find_targets(name, arguments)
     kept = [

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ..configuration_selortho import score_of_selection
 from ..evaluation.metrics import Interval
 from .markdown import Markdown, code, number
 
@@ -34,7 +35,7 @@ METRICS = (
     Metric("active_features", "Active features", "count", "Features with a mean activation above 10⁻⁶"),
     Metric("dead_features", "Dead features", "count", "Features that fired on none of these tokens"),
     Metric("top_correlation", "Top correlation", "",
-           "Mean correlation of the selected pairs, the most correlated ones of a batch"),
+           "Mean correlation of the most correlated pairs of a batch"),
     Metric("selected_pairs", "Selected pairs", "count", "Number of them in a batch"),
     Metric("unique_features", "Features in selected pairs", "count", "Different features among them"),
     Metric("peak_correlation", "Peak correlation", "", "Largest correlation between two features of a batch"),
@@ -160,13 +161,27 @@ def results_of(sae: SaeReport) -> dict[str, Any]:
         # How many seeds the means are over, this SAE's included; 0 where there is only the one.
         "seeds": 1 + len(sae.seeds) if sae.seeds else 0,
         "twin_seeds": 1 + len(sae.twin_seeds) if sae.twin and sae.twin_seeds else 0,
-        "last_steps": [(_BY_KEY[key].name, _shown(_BY_KEY[key], training)) for key in _TRAINING if key in training],
+        "last_steps": [
+            (_name_in_training(key, sae.config), _shown(_BY_KEY[key], training)) for key in _TRAINING if key in training
+        ],
         "pictures": [
             (Markdown(_CAPTIONS.get(match[2], code(match[2]))), Markdown(match[0]))
             for match in map(_PICTURE.fullmatch, map(str, sae.pictures))
             if match  # only plain relative paths are taken
         ],
     }
+
+
+def selects_by(config: Mapping[str, Any]) -> str:
+    """Return by which score the training of an SAE has selected pairs, "activation" or "decoder"."""
+    space, selection = config.get("penalty_space", "activation"), config.get("selection_space", "same")
+    acts = config.get("penalty") == "selective" and config.get("ortho_coefficient", 0) > 0
+    return score_of_selection(space, selection) if acts else "activation"
+
+
+def _name_in_training(key: str, config: Mapping[str, Any]) -> str:
+    name = _BY_KEY[key].name  # the figures are of the selected pairs, by what they were selected by
+    return name.replace("correlation", "decoder cosine") if selects_by(config) == "decoder" else name
 
 
 def probes_of(metrics: Mapping[str, Any], twin: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from ..training.run_folder import CARD, METRICS, PICTURES, RUN
 from ..training.sae_trainer import LAST_STEPS
 from ..utils.files import write_json, write_text
 from .card_results import METRICS as EVALUATION_METRICS
-from .card_results import TASK_METRICS, SaeReport, beside_twins, probes_of, summary_rows
+from .card_results import TASK_METRICS, TWIN, SaeReport, beside_twins, probes_of, summary_rows
 from .markdown import number
 from .model_card import SaeCard, render_model_card
 
@@ -42,10 +42,10 @@ def report_run(run: TrainingRun, evaluations: list[Evaluation] | list[None], inf
     Args:
         info: what run.json says besides the arguments.
     """
-    reports = []
+    all_metrics: dict[str, dict[str, Any]] = {}
     for variant, trainer, evaluation in zip(run.variants, run.trainers, evaluations, strict=True):
         assert trainer.log is not None
-        metrics = {
+        all_metrics[variant.name] = {
             "schema_version": 1,
             "evaluation": evaluation.metrics if evaluation else {},
             "training": {
@@ -56,6 +56,9 @@ def report_run(run: TrainingRun, evaluations: list[Evaluation] | list[None], inf
             "training_start": trainer.log.mean_of_first(LAST_STEPS),
             "data": {**run.totals, "held_out_fraction": run.arguments.data.held_out_fraction},
         }
+    reports = []
+    for variant, trainer, evaluation in zip(run.variants, run.trainers, evaluations, strict=True):
+        assert trainer.log is not None
         arguments = {**variant.arguments.flat(), "output_dir": str(run.output / variant.name)}
         arrays = evaluation.arrays if evaluation else {}
         reports.append(
@@ -63,10 +66,11 @@ def report_run(run: TrainingRun, evaluations: list[Evaluation] | list[None], inf
                 run.output,
                 variant.name,
                 trainer.sae.config,
-                metrics,
+                all_metrics[variant.name],
                 {**info, "arguments": arguments},
                 trainer.log.rows,
                 arrays,
+                all_metrics.get(f"{variant.name}{TWIN}"),
             )
         )
     if run.variants[0].name:
@@ -93,6 +97,7 @@ def write_report(
     run: dict[str, Any],
     log_rows: list[dict[str, Any]],
     arrays: dict[str, np.ndarray],
+    twin: dict[str, Any] | None = None,
 ) -> SaeReport:
     """Write everything but the weights into the folder of an SAE.
 
@@ -102,13 +107,14 @@ def write_report(
         config, metrics, run: what the files of these names say.
         log_rows: figures by step.
         arrays: what the evaluation has for pictures.
+        twin: metrics of the twin of the same run.
     """
     folder = run_folder / name
     drawn = draw_pictures(folder, log_rows, arrays)
     run = {**run, "pictures": [path.relative_to(folder).as_posix() for path in drawn]}
     write_json(folder / METRICS, metrics)
     write_json(folder / RUN, run)
-    card = render_model_card(config.own_settings(), metrics, run)
+    card = render_model_card(config.own_settings(), metrics, run, twin=twin)
     write_text(folder / CARD, str(card))
     pictures = [path.relative_to(run_folder).as_posix() for path in drawn]
     return SaeReport(name, config.own_settings(), metrics, pictures)

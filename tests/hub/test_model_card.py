@@ -395,6 +395,12 @@ def test_facts_that_no_training_writes_are_refused(part, value):
     ],
 )  # fmt: skip
 def test_the_card_says_what_the_penalty_squares_and_by_what_pairs_are_chosen(changes, loss, pairs) -> None:
-    text = render_model_card(settings(**changes), METRICS, RUN).text
+    of_selected = {"top_correlation": 0.25, "peak_correlation": 0.5}
+    metrics = {**METRICS, "training": of_selected, "training_start": of_selected}
+    text = render_model_card(settings(**changes), metrics, RUN).text
     sentence = loss.replace("0.1%", "0.1% of feature pairs")
     assert f"the loss {sentence}" in text and f"pairs of largest {pairs} among" in text
+    of_training = "decoder cosine" if pairs.startswith("decoder") else "correlation"
+    assert f"Top {of_training} 0.2500; Peak {of_training} 0.5000" in text, "the score of the selected pairs"
+    assert ("The decoder cosine of the selected pairs" in text) == (of_training == "decoder cosine")
+    assert ("the pairs selected by the same rule" in text) == (of_training == "correlation")

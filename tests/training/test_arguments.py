@@ -38,7 +38,7 @@ def test_presets_hold_the_papers_numbers() -> None:
 def test_every_preset_parses_and_says_what_it_is() -> None:
     assert {"demo", "gemma2-2b-l12-exclusion", "gemma2-2b-l12-paper"} <= set(list_presets())
     for name in list_presets():
-        (variant,) = make_variants(parse_arguments(["--preset", name]))
+        variant, *_ = make_variants(parse_arguments(["--preset", name]))  # and its twin
         assert variant.config(d_in=4000).d_in == 4000 and "description" not in load_preset(name)
 
 
@@ -61,7 +61,7 @@ def test_a_preset_of_ones_own(tmp_path) -> None:
     [
         ([], "no language model given: pass --model"),
         (["--model", "org/lm"], "no layer given: pass --layer"),
-        (["--preset", "nosuch"], "unknown preset 'nosuch': expected one of demo, gemma2"),
+        (["--preset", "nosuch"], "unknown preset 'nosuch': expected one of demo, demo-paper, gemma2"),
         ([*GIVEN, "--max_steps", "0"], "--max_steps 0: expected at least 1"),
         ([*GIVEN, "--learning_rate", "nan"], "--learning_rate nan"),
         ([*GIVEN, "--lm_dtype", "int8"], "--lm_dtype int8: expected auto, bfloat16 or float32"),
