@@ -28,8 +28,8 @@ _REFUSAL = re.compile(
     r"as an ai\b)",
     re.IGNORECASE,
 )
-_LIST = re.compile(r"\[([\d\s,;]*)\]")
-_BARE_LIST = re.compile(r"\s*(\d+(?:(?:\s*[,;]\s*|\s+and\s+|\s+)\d+)*)\s*\.?\s*")
+_LIST = re.compile(r"\[([\d ,;]*)\]")
+_BARE_LIST = re.compile(r"(\d+(?:(?: ?[,;] ?| and | )\d+)*) ?\.?")
 _NONE = re.compile(r"\W*none(?: of (?:them|the excerpts))?\W*", re.IGNORECASE)
 
 _EXPLAIN = """\
@@ -171,7 +171,7 @@ def read_detection(answer: str, excerpts: int) -> set[int]:
     Raises:
         UnreadableAnswerError: there is no such list, or it holds a number that no excerpt has.
     """
-    text = without_thoughts(answer)
+    text = " ".join(without_thoughts(answer).split())
     if lists := _LIST.findall(text):
         found = lists[-1]
     elif match := _BARE_LIST.fullmatch(text):

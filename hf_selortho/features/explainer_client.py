@@ -9,6 +9,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -26,7 +27,7 @@ _OPENAI = "api.openai.com"  # the only host that OPENAI_API_KEY is sent to
 _ATTEMPTS = 4
 _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the endpoint asks for
 _ROOM_TO_THINK = 4096  # tokens of an answer, once a model has been seen to think aloud
-_LARGEST_ANSWER = 1 << 22  # bytes
+_LARGEST_ANSWER = 1 << 20  # bytes
 _BYTES_PER_TOKEN = 3  # few, so that estimates are high: English text has 4
 _PASSING = {408, 409, 425, 429}  # HTTP statuses after which it is worth asking again, beside all from 500 on
 _REMEDIES = {
@@ -147,11 +148,11 @@ class ChatClient:
                 return _json_object(_read(response, time.monotonic() + self.timeout))
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last of a host that can be none
             cause = getattr(error, "reason", error)
             if isinstance(cause, TimeoutError):
                 raise _PassingError(f"no answer in {self.timeout:g} seconds", working=True) from None
-            never = isinstance(error, urllib.error.URLError)  # there was no connection
+            never = isinstance(error, (urllib.error.URLError, UnicodeError))  # there was no connection
             said = getattr(cause, "strerror", None) or type(cause).__name__
             raise _PassingError(
                 f"no connection: {said}" if never else "the answer breaks off", working=not never
@@ -159,13 +160,10 @@ class ChatClient:
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         """Make the error of an HTTP status that is none of success."""
-        status, raw = error.code, b""
-        try:
-            with error:
-                raw = error.read(10_000)
-        except (OSError, http.client.HTTPException):
-            pass
-        said = plain_line(without_secrets(_message(raw)))
+        status, message = error.code, ""
+        with error, suppress(OSError, http.client.HTTPException, EndpointError):
+            message = _message(_json_object(_read(error, time.monotonic() + self.timeout)))
+        said = plain_line(without_secrets(message))
         words = f"HTTP status {status}{f' ({said})' if said else ''}"
         if status in _PASSING or status >= 500:
             return _PassingError(words, _seconds(error.headers.get("Retry-After")))
@@ -176,7 +174,7 @@ class ChatClient:
             )
         if status in _REMEDIES:
             return SelOrthoError(f"--explain_url {self.url} answers with {words}: {_REMEDIES[status]}")
-        return _OtherSettingsError() if self._adapts(_message(raw)) else EndpointError(words)
+        return _OtherSettingsError() if self._adapts(message) else EndpointError(words)
 
     def _adapts(self, message: str) -> bool:
         """Ask from now on as newer models of OpenAI want it, if a message says so; tell whether that is new."""
@@ -241,7 +239,7 @@ def _text_of(content: dict[str, Any]) -> tuple[str, bool]:
         message = choice["message"]
         text, refusal = message.get("content"), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError):
-        said = plain_line(without_secrets(_message(json.dumps(content).encode()))) if "error" in content else ""
+        said = plain_line(without_secrets(_message(content)))
         raise _PassingError(f"an answer without a message{f' ({said})' if said else ''}") from None
     if isinstance(text, list):  # of parts
         text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
@@ -257,14 +255,10 @@ def _used(content: dict[str, Any], most: int) -> int:
     return total if type(total) is int and total > 0 else most
 
 
-def _message(raw: bytes) -> str:
-    """Return what the body of an error says."""
-    try:
-        content = json.loads(raw)
-        error = content.get("error", content)
-        return str(error.get("message", "") if isinstance(error, dict) else error)
-    except (ValueError, RecursionError, AttributeError):
-        return ""
+def _message(content: dict[str, Any]) -> str:
+    """Return what an answer says of an error, "" where it says nothing."""
+    error = content.get("error", content)
+    return str(error.get("message", "") if isinstance(error, dict) else error)
 
 
 def _seconds(text: str | None) -> float:

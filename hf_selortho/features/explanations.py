@@ -156,7 +156,7 @@ def explain_index(
     """
     index = FeatureIndex.open(folder)
     answers = AnswerFile.beside(folder, index.facts, client.model)
-    labels = {feature: label for feature, label in answers.read().items() if feature < len(index)}
+    labels = {feature: label for feature, label in answers.read().items() if 0 <= feature < len(index)}
     wanted = features_to_explain(index, labels)
     failed, stopped = 0, None
     if len(labels) < features and wanted:
@@ -166,7 +166,7 @@ def explain_index(
         logger.info("%s", _estimate(questions, client, answers.path))
         with tqdm(questions, "explaining", unit="feature", disable=not progress) as bar:
             failed, stopped = _ask_all(bar, client, answers, labels)
-    if any(label not in index.feature(feature).labels for feature, label in labels.items()):
+    if not all(_holds(index.feature(feature), label) for feature, label in labels.items()):
         _write(folder, index, labels, client.model)
     if isinstance(stopped, SelOrthoError):
         raise stopped
@@ -253,6 +253,11 @@ def _write(folder: Path, index: FeatureIndex, labels: Mapping[int, Label], model
         writer.facts = {**kept, "explanations": {"model": model, "features": len(labels), "prompt": PROMPT_VERSION}}
 
 
+def _holds(record: FeatureRecord, label: Label) -> bool:
+    """Tell whether a label is among those of a feature, which have their scores in single precision."""
+    return replace(label, score=0.0) in [replace(one, score=0.0) for one in record.labels]
+
+
 def _with_label(record: FeatureRecord, label: Label) -> FeatureRecord:
     """Put an explanation among the labels of a feature; the best one is shown, unless one was given by hand."""
     labels = sorted([*(one for one in record.labels if one.source != "model"), label], key=lambda one: -one.score)
@@ -270,5 +275,9 @@ def _in_words(
         f"{len(labels):,} features explained by {client.model}, {shown:,} of them shown with it as the best label; "
         f"{client.spent:,} tokens"
         + (f"; {failed:,} gave no readable answer: the same command asks again" if failed else "")
-        + ("; --explain_budget is spent: the same command goes on with a new one" if stopped else "")
+        + (
+            f"; --explain_budget {client.budget:,} ends it: a larger one, or the command again, goes on"
+            if stopped
+            else ""
+        )
     )
