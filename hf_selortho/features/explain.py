@@ -23,6 +23,7 @@ _MARKED = 0.3  # of the excerpt's largest activation: tokens below are not marke
 _THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>.*?(</\1>|$)", re.DOTALL | re.IGNORECASE)
 _END_OF_THOUGHTS = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)  # begun in the chat template
 _LABEL = re.compile(r"\W*label\W*:\s*(.*\w.*)", re.IGNORECASE)
+_NO_LABEL = re.compile(r"\W*label\W*", re.IGNORECASE)
 _REFUSAL = re.compile(
     r"\W*(?:(?:i['’]?m|i am|we['’]?re) (?:\w+ )?(?:sorry|unable|not able)|sorry\b|i (?:can['’]?t|cannot|won['’]?t)\b|"
     r"as an ai\b)",
@@ -129,10 +130,12 @@ def excerpt(tokens: Sequence[str], marks: Sequence[bool] | None = None) -> str:
     """Write tokens in a line; runs of marked ones stand between << and >>, which the text itself then has not."""
     parts, open_ = list[str](), False
     for token, mark in zip(tokens, marks or [False] * len(tokens), strict=True):
+        text = visible(token, alone=False).replace("<<", "< <").replace(">>", "> >")
+        word = text.lstrip(" ") if mark and not open_ else text  # a space before a run stands before its mark
         if mark != open_:
-            parts.append("<<" if mark else ">>")
+            parts += [text[: len(text) - len(word)], "<<"] if mark else [">>"]
             open_ = mark
-        parts.append(visible(token, alone=False).replace("<<", "< <").replace(">>", "> >"))
+        parts.append(word)
     return "".join([*parts, ">>" if open_ else ""]).strip()
 
 
@@ -145,6 +148,7 @@ def read_explanation(answer: str) -> str:
         UnreadableAnswerError: the answer is empty or a refusal.
     """
     lines = [line.strip() for line in without_thoughts(answer).splitlines() if re.search(r"\w", line)]
+    lines = [line for line in lines if not _NO_LABEL.fullmatch(line)]
     if not lines:
         raise UnreadableAnswerError("an empty answer")
     labels = [match[1] for match in map(_LABEL.match, lines) if match]

@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 DENSE = 0.1  # of the tokens: features that fire on more are not explained
 MOST_FAILURES, MOST_UNREADABLE = 3, 10  # in a row, after which nothing more is asked
-_POOL_TOKENS = 1 << 15  # of text, from which excerpts are drawn in which a feature does not fire
 _SPACING, _PER_DOCUMENT = 128, 4  # of these: tokens to one excerpt, contexts of one document
 _LEAST_TOKENS = 8  # of an excerpt
 
@@ -63,11 +62,11 @@ class SilentExcerpts:
 
     @classmethod
     @torch.inference_mode()
-    def read(cls, sources: Sources) -> SilentExcerpts:
-        """Draw excerpts from the beginning of the text, few of each document."""
+    def read(cls, sources: Sources, tokens: int) -> SilentExcerpts:
+        """Draw excerpts from so many tokens at the beginning of the text, few of each document."""
         draw, texts = random.Random(0), TokenTexts(sources.capture.lm.tokenizer)
         excerpts, firing = list[str](), list[Tensor]()
-        for batch in TextPass(sources.sae, sources.capture).read(_few_of_each(sources.contexts()), _POOL_TOKENS):
+        for batch in TextPass(sources.sae, sources.capture).read(_few_of_each(sources.contexts()), tokens):
             for row, length in enumerate(batch.lengths.tolist()):
                 for begin in range(0, length, _SPACING):
                     room = min(length - begin, _SPACING)
@@ -142,13 +141,19 @@ class AnswerFile:
 
 
 def explain_index(
-    folder: Path, sources: Sources, client: ChatClient, features: int = 100, progress: bool = True
+    folder: Path,
+    sources: Sources,
+    client: ChatClient,
+    features: int = 100,
+    silent_tokens: int = 1 << 15,
+    progress: bool = True,
 ) -> str:
     """Add explanations by a language model to the labels of an index, and say in a line what has come of it.
 
     Contexts of the text are sent to the client's endpoint. Answers are kept as they come ([`AnswerFile`]); at the end
     the index is written anew with them, whole or not at all. Features are asked about in the order of
-    [`features_to_explain`] until `features` of them have an explanation, earlier commands' included.
+    [`features_to_explain`] until `features` of them have an explanation, earlier commands' included. Excerpts in which
+    they do not fire are drawn from the first `silent_tokens` tokens of the text.
 
     Raises:
         SelOrthoError: the endpoint takes no request or fails repeatedly (what it has answered is in the index then),
@@ -160,7 +165,7 @@ def explain_index(
     wanted = features_to_explain(index, labels)
     failed, stopped = 0, None
     if len(labels) < features and wanted:
-        silent = SilentExcerpts.read(sources)
+        silent = SilentExcerpts.read(sources, silent_tokens)
         possible = (make_question(index.feature(number), silent.of(number)) for number in wanted)
         questions = list(itertools.islice(filter(None, possible), features - len(labels)))
         logger.info("%s", _estimate(questions, client, answers.path))

@@ -80,7 +80,7 @@ def test_a_small_model_explains_features_over_a_real_server(
         build_feature_index(sources, IndexSettings(tokens=4000), writer, progress=False)
     client = ChatClient(url, str(model), budget=100_000)
     with caplog.at_level(logging.INFO, "hf_selortho"):
-        words = explain_index(folder, sources, client, features=2, progress=False)
+        words = explain_index(folder, sources, client, features=2, silent_tokens=4000, progress=False)
     labels = AnswerFile.beside(folder, FeatureIndex.open(folder).facts, str(model)).read()
     (estimate,) = [record.getMessage() for record in caplog.records if "tokens in" in record.getMessage()]
     most = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:tokens in|out)", estimate)]
