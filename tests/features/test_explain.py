@@ -13,6 +13,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from hf_selortho import SelOrthoError
+from hf_selortho.commands import index
 from hf_selortho.commands.arguments import parse_index
 from hf_selortho.features.build import IndexSettings, build_feature_index
 from hf_selortho.features.explain import (
@@ -490,6 +491,25 @@ def test_newer_models_are_asked_in_their_words(serve) -> None:
     server = serve(modern)
     assert client_of(server).ask("why?") == "fine"
     assert server.requests[-1]["max_completion_tokens"] == 150 and len(server.requests) == 3
+
+
+def test_the_command_keeps_an_index_that_is_there_and_adds_to_it(
+    sources, sample_text_files, tmp_path, serve, capsys
+) -> None:
+    sources.sae.save_pretrained(tmp_path / "sae")
+    argv = [str(tmp_path / "sae"), "--dataset", str(sample_text_files.txt), "--held_out_fraction", "0.5", "--tokens"]
+    argv += ["4000", "--cpu", "--lm_dtype", "float32"]
+    index.main(argv)
+    before = FeatureIndex.open(tmp_path / "sae")
+    server = serve(lambda request: "[1]" if "described as" in request["messages"][0]["content"] else "LABEL: words")
+    asked = ["--explain", "--explain_url", server.url, "--explain_model", "m", "--explain_features", "2"]
+    for requests in (4, 4):  # the second time, all is known
+        index.main([*argv, *asked])
+        assert "2 features explained by m" in capsys.readouterr().out and len(server.requests) == requests
+    after = FeatureIndex.open(tmp_path / "sae")
+    with_words = [n for n in range(len(after)) if any(one.text == "words" for one in after.feature(n).labels)]
+    assert len(with_words) == 2 and set(with_words) <= set(features_to_explain(before, {}))
+    assert after.pair_table.equals(before.pair_table)
 
 
 def test_nothing_is_asked_without_an_address() -> None:
