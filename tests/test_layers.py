@@ -35,7 +35,7 @@ ALLOWED = {
     "training": BELOW,
     "activations": {"data", "utils"},  # the report under its earlier name
     "evaluation": BELOW,
-    "features": BELOW,
+    "features": BELOW | {"evaluation"},
     "formats": BELOW | {"training"},
     "hub": BELOW | {"training", "evaluation", "features", "formats"},
     "browser": BELOW | {"training", "evaluation", "features", "hub", "formats"},

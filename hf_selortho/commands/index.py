@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.pair_history import read_pair_history
+from ..data.sae_probes import is_installed
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
 from ..features.build import IndexSettings, Sources, build_feature_index, holds_index, in_words, weights_sha256
@@ -60,7 +61,8 @@ def build_indexes(name: str, arguments: IndexArguments) -> Iterator[tuple[Path, 
     Raises:
         SelOrthoError: nothing can be built; whatever shows before the first text is read, before anything is written.
     """
-    settings = IndexSettings(arguments.tokens, arguments.max_pairs, arguments.top_contexts, arguments.seed)
+    concepts = ("quick" if is_installed() else "none") if arguments.concepts == "auto" else arguments.concepts
+    settings = IndexSettings(arguments.tokens, arguments.max_pairs, arguments.top_contexts, arguments.seed, concepts)
     client = None
     if arguments.explain:
         client = ChatClient(arguments.explain_url or "", arguments.explain_model or "", arguments.explain_budget)

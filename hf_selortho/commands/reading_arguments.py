@@ -80,6 +80,10 @@ class IndexArguments(ReadingArguments):
     tokens: Count = argument(1_000_000, "Tokens of held-out text to read, as 2_000_000 or 2000000.")
     max_pairs: CountOrZero = argument(5000, "Pairs in the index at most, the strongest.")
     top_contexts: Count = argument(10, "Strongest contexts kept of each feature.")
+    concepts: Annotated[str, one_of("auto", "quick", "all", "none")] = argument(
+        "auto",
+        "Sets of texts of the package sae-probes to name features after; auto: a quick dozen, where it is installed.",
+    )
     labels: str | None = argument(None, 'JSON file of labels by feature: {"12": "import statements"}.')
     seed: Seed = argument(0, "Seed of the contexts drawn at random.")
     explain: bool = argument(

@@ -25,14 +25,17 @@ from ..modeling_selortho import SelOrthoSAE
 from ..pair_selection import select_pairs
 from ..utils.files import sha256_of
 from ..utils.progress import EstimatedBar
+from .concept_labels import Concepts, measure_concepts
 from .feature_records import Gathered, feature_records, pair_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
+from .gallery import Gallery
 from .index import FeatureIndex
 from .index_writer import IndexWriter
+from .labels import THRESHOLD
 from .logit_lens import find_final_norm, top_logits
 from .neighbours import CorrelationSample
 from .pair_statistics import PairList, PairStatistics, TwinStatistics, pairs_of_training, rule_of_classes
-from .records import PAIR_CLASSES
+from .records import LABEL_SOURCES, PAIR_CLASSES
 from .text_pass import TextCounts, TextPass
 from .top_contexts import WINDOW, Batch
 
@@ -50,6 +53,7 @@ class IndexSettings:
     max_pairs: int = 5000
     top_contexts: int = 10  # of each feature
     seed: int = 0  # of the contexts drawn at random
+    concepts: str = "none"  # probe sets that features are named after: "quick", "all" or "none"
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("max_pairs", 0), ("top_contexts", 1)):
@@ -106,8 +110,14 @@ def build_feature_index(
     d_sae, config = len(sources.sae.b_enc), sources.sae.config
     find_final_norm(sources.capture.lm)  # of the logit lens: without one, no text is read
     pairs = _choose_pairs(sources, settings, progress)
-    gathered, counts, sampled = _read_text(sources, settings, pairs, progress)
-    writer.add_features(tqdm(feature_records(gathered), "features", d_sae, unit="feature", disable=not progress))
+    concepts = measure_concepts(sources.sae, sources.capture, settings.concepts, config.prepend_bos, progress)
+    gathered, counts, sampled = _read_text(sources, settings, pairs, concepts, progress)
+    gallery, named = Gallery(), Counter[str]()
+    for record in tqdm(feature_records(gathered), "features", d_sae, unit="feature", disable=not progress):
+        writer.add_features([record])
+        gallery.add(record)
+        named[record.label_source] += 1
+    writer.concepts = concepts.rows
     classes: Counter[str] = Counter()
     for record in pair_records(gathered, pairs):
         writer.add_pairs([record])
@@ -118,6 +128,12 @@ def build_feature_index(
         "text": {**facts["text"], **vars(counts)},
         "correlation_sample_tokens": sampled,
         "features": {"never_fired": int((gathered.features.fires == 0).sum())},
+        "labels": {
+            "counts": {source: named[source] for source in LABEL_SOURCES if named[source]},
+            "threshold": THRESHOLD,
+            "probe_sets": concepts.sets,
+        },
+        "gallery": gallery.items(),
         "pairs": {
             "source": pairs.source,
             "step": pairs.step,
@@ -155,10 +171,12 @@ def holds_index(folder: Path, sources: Sources, settings: IndexSettings, *, repl
 
 def in_words(facts: Mapping[str, Any]) -> str:
     """Say in a line what has been built."""
-    text, pairs, features = facts["text"], facts["pairs"], facts["features"]
+    text, pairs, features, labels = (facts[part] for part in ("text", "pairs", "features", "labels"))
+    named = sum(number for source, number in labels["counts"].items() if source not in ("unclear", "none"))
     classes = ", ".join(f"{number:,} {name}" for name, number in pairs["classes"].items() if number)
     return (
-        f"{facts['sae']['d_sae']:,} features, {features['never_fired']:,} of which never fired; {pairs['kept']:,} pairs"
+        f"{facts['sae']['d_sae']:,} features, {features['never_fired']:,} of which never fired, {named:,} with a clear "
+        f"label; {pairs['kept']:,} pairs"
         f"{f' ({classes})' if classes else ''}; from {text['tokens']:,} tokens of {text['documents']:,} documents"
     )
 
@@ -187,7 +205,7 @@ def weights_sha256(sae: SelOrthoSAE, folder: Path | None = None) -> str:
 
 
 def _read_text(
-    sources: Sources, settings: IndexSettings, pairs: PairList, progress: bool
+    sources: Sources, settings: IndexSettings, pairs: PairList, concepts: Concepts, progress: bool
 ) -> tuple[Gathered, TextCounts, int]:
     """Read the text once; return what its tokens say of features and pairs, their counts, and those of the sample.
 
@@ -224,7 +242,7 @@ def _read_text(
         logits=top_logits(lm, sae.W_dec.float() * sae.input_scale.to(sae.device), progress=progress),
         tokenizer=lm.tokenizer,
         labels=sources.labels or {},
-        concepts={},
+        concepts=concepts.labels,
         min_support=sae.config.min_support,
     )
     return gathered, counts, sample.tokens
@@ -302,6 +320,7 @@ def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:
             "max_pairs": settings.max_pairs,
             "seed": settings.seed,
             "tokens": settings.tokens,
+            "concepts": settings.concepts,
             "min_tokens": sources.min_tokens,
             "inputs_sha256": hashlib.sha256(read.encode()).hexdigest(),  # of the SAE's config and how the text is read
             "labels_sha256": hashlib.sha256(labels.encode()).hexdigest() if labels else None,

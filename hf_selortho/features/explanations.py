@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,15 +36,15 @@ from .explain import (
     read_explanation,
 )
 from .explainer_client import BudgetSpentError, ChatClient, EndpointError, tokens_of
+from .gallery import DENSE, Gallery
 from .index import FeatureIndex
 from .index_writer import IndexWriter
 from .labels import choose_label
-from .records import FeatureRecord, Label
+from .records import LABEL_SOURCES, FeatureRecord, Label
 from .text_pass import TextPass
 
 logger = logging.getLogger(__name__)
 
-DENSE = 0.1  # of the tokens: features that fire on more are not explained
 MOST_FAILURES, MOST_UNREADABLE = 3, 10  # in a row, after which nothing more is asked
 _SPACING, _PER_DOCUMENT = 128, 4  # of these: tokens to one excerpt, contexts of one document
 _LEAST_TOKENS = 8  # of an excerpt
@@ -246,16 +247,24 @@ def _explained(client: ChatClient, question: Question) -> Label:
 
 def _write(folder: Path, index: FeatureIndex, labels: Mapping[int, Label], model: str) -> None:
     """Write an index anew with explanations among its labels."""
+    gallery, named = Gallery(), Counter[str]()
     with IndexWriter(folder) as writer:
-        records = (index.feature(number) for number in range(len(index)))
-        writer.add_features(
-            _with_label(record, labels[record.feature]) if record.feature in labels else record for record in records
-        )
+        for record in map(index.feature, range(len(index))):
+            if record.feature in labels:
+                record = _with_label(record, labels[record.feature])
+            writer.add_features([record])
+            gallery.add(record)
+            named[record.label_source] += 1
         pairs = index.pair_table.select(["a", "b"]).to_pylist()
         writer.add_pairs(index.pair(**pair) for pair in pairs)
         writer.concepts = index.concepts()
-        kept = {key: value for key, value in index.facts.items() if key not in ("schema_version", "row_groups")}
-        writer.facts = {**kept, "explanations": {"model": model, "features": len(labels), "prompt": PROMPT_VERSION}}
+        counts = {source: named[source] for source in LABEL_SOURCES if named[source]}
+        writer.facts = {
+            **{key: value for key, value in index.facts.items() if key not in ("schema_version", "row_groups")},
+            "labels": {**index.facts.get("labels", {}), "counts": counts},
+            "gallery": gallery.items(),
+            "explanations": {"model": model, "features": len(labels), "prompt": PROMPT_VERSION},
+        }
 
 
 def _holds(record: FeatureRecord, label: Label) -> bool:

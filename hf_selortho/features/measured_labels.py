@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,6 +17,7 @@ LEAST_FIRINGS = 5  # in each half of the documents
 _WORDS, _FORMS, _TRIED = 3, 2, 8  # of a label, of one of its words, that are tried for it
 _KEPT = 6  # candidates of a feature
 _WORTH = 0.01  # by which another word has to raise the score
+_Sums: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 def label_score(purity: float, coverage: float, by_chance: tuple[float, float] = (0.0, 0.0)) -> float:
@@ -36,14 +38,13 @@ class _Half:
     tokens: int
     occurrences: np.ndarray  # (values,) tokens with each value
 
-    def measure(
-        self, activations: np.ndarray, firings: np.ndarray, values: Sequence[int]
-    ) -> tuple[float, float, float]:
+    def measure(self, sums: _Sums, values: Sequence[int]) -> tuple[float, float, float]:
         """Return score, purity and coverage of a set of values.
 
         Args:
-            activations, firings: (values,) summed over the tokens with each value.
+            sums: activations (values,) and firings (values,) of a feature on the tokens with each value.
         """
+        activations, firings = sums
         label, fired = float(self.occurrences[list(values)].sum()), float(firings.sum())
         both = min(float(firings[list(values)].sum()), label)
         if not label or not fired:
@@ -86,30 +87,31 @@ class TokenLabels:
     def _candidates(self, name: str, firings: Firings, held_out: np.ndarray) -> Iterator[Label]:
         column, halves = self._columns[name]
         values, places = np.unique(column[firings.tokens], return_inverse=True)
-        sums = []
+        sums = list[_Sums]()
         for inside in (~held_out, held_out):
             weights = firings.weights * inside
-            sums.append([np.bincount(places, w, len(values)) for w in (weights * firings.activations, weights)])
+            activations = np.bincount(places, weights * firings.activations, len(values))
+            sums.append((activations, np.bincount(places, weights, len(values))))
         choosing, scoring = (_Half(half.tokens, half.occurrences[values]) for half in halves)
         if "kind" in name:
-            scores = [choosing.measure(*sums[0], [n])[0] for n in range(len(values))]
+            scores = [choosing.measure(sums[0], [n])[0] for n in range(len(values))]
             chosen = [max(range(len(values)), key=scores.__getitem__)]
         else:
             chosen = self._set(choosing, sums[0], values)
         if text := self._text(name, [int(values[n]) for n in chosen]):
-            score, purity, coverage = scoring.measure(*sums[1], chosen)
-            detail = f"{_percent(purity)} of its activation is there; it fires on {_percent(coverage)} of such tokens"
+            score, purity, coverage = scoring.measure(sums[1], chosen)
+            detail = f"{percent(purity)} of its activation is there; it fires on {percent(coverage)} of such tokens"
             yield Label("token" if name.startswith("own") else "context", text, score, detail)
 
-    def _set(self, half: _Half, sums: list[np.ndarray], values: np.ndarray) -> list[int]:
+    def _set(self, half: _Half, sums: _Sums, values: np.ndarray) -> list[int]:
         """Choose words that together say best where a feature fires: the best one, and others that raise the score."""
         tried = np.argsort(-sums[0], kind="stable")[:_TRIED].tolist()
-        chosen = [max(tried, key=lambda n: half.measure(*sums, [n])[0])]
-        score, stems = half.measure(*sums, chosen)[0], [stem(self._words.names[values[chosen[0]]])]
+        chosen = [max(tried, key=lambda n: half.measure(sums, [n])[0])]
+        score, stems = half.measure(sums, chosen)[0], [stem(self._words.names[values[chosen[0]]])]
         for n in tried:
             own = stem(self._words.names[values[n]])
             room = stems.count(own) < _FORMS and len({*stems, own}) <= _WORDS
-            if n not in chosen and room and (wider := half.measure(*sums, [*chosen, n])[0]) > score + _WORTH:
+            if n not in chosen and room and (wider := half.measure(sums, [*chosen, n])[0]) > score + _WORTH:
                 chosen, score = [*chosen, n], wider
                 stems.append(own)
         return chosen
@@ -138,5 +140,6 @@ def stem(word: str) -> str:
     return low
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Write a share as "93%"."""
     return f"{math.floor(100 * share + 0.5)}%"

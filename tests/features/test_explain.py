@@ -7,6 +7,7 @@ import logging
 import random
 import re
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -31,12 +32,12 @@ from hf_selortho.features.explain import (
 )
 from hf_selortho.features.explainer_client import BudgetSpentError, ChatClient, EndpointError, tokens_of
 from hf_selortho.features.explanations import (
-    DENSE,
     AnswerFile,
     SilentExcerpts,
     explain_index,
     features_to_explain,
 )
+from hf_selortho.features.gallery import DENSE
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import FILES, IndexWriter, check_index_folder
 from hf_selortho.features.labels import THRESHOLD
@@ -301,6 +302,9 @@ def test_explanations_enter_the_index_with_the_score_of_the_answers(
     assert after.pair_table.equals(before.pair_table) and after.concepts() == before.concepts()
     assert all(after.pair(**pair) == before.pair(**pair) for pair in before.pair_table.select(["a", "b"]).to_pylist())
     assert after.facts["explanations"]["model"] == "small"
+    sources_shown = Counter(after.feature_table["label_source"].to_pylist())
+    assert after.facts["labels"] == {**before.facts["labels"], "counts": dict(sources_shown)}
+    assert any(item["source"] == "model" for item in after.facts["gallery"]) == bool(sources_shown["model"])
     check_index_folder(folder)
     assert {path.name for path in folder.iterdir()} <= set(FILES) and not list(folder.parent.glob("*.tmp"))
     written = (folder / "index.json").stat().st_mtime_ns
@@ -498,7 +502,7 @@ def test_the_command_keeps_an_index_that_is_there_and_adds_to_it(
 ) -> None:
     sources.sae.save_pretrained(tmp_path / "sae")
     argv = [str(tmp_path / "sae"), "--dataset", str(sample_text_files.txt), "--held_out_fraction", "0.5", "--tokens"]
-    argv += ["4000", "--cpu", "--lm_dtype", "float32"]
+    argv += ["4000", "--cpu", "--lm_dtype", "float32", "--concepts", "none"]
     index.main(argv)
     before = FeatureIndex.open(tmp_path / "sae")
     server = serve(lambda request: "[1]" if "described as" in request["messages"][0]["content"] else "LABEL: words")
