@@ -9,7 +9,7 @@ from functools import partial
 
 from ..training.arguments import PublicIds, parse_arguments
 from ..training.cache_arguments import parse_cache_arguments
-from ..training.contradictions import EVALUATE, PUSH, READING, SPACE
+from ..training.contradictions import EVALUATE, INDEX, PUSH, SPACE
 from ..utils.options import OneLineParser, argument, parse_options
 from ..utils.sae_formats import FORMATS, TARGETS
 from .reading_arguments import EvaluateArguments, IndexArguments
@@ -55,7 +55,7 @@ class SpaceArguments:
 
 parse_evaluate = partial(parse_options, EvaluateArguments, table=EVALUATE, sae="Folder or Hub id of the SAE.")
 parse_index = partial(
-    parse_options, IndexArguments, table=READING, sae="Folder of an SAE or of a run, or Hub id of an SAE."
+    parse_options, IndexArguments, table=INDEX, sae="Folder of an SAE or of a run, or Hub id of an SAE."
 )
 parse_push = partial(parse_options, PushArguments, table=PUSH, run="Folder of the run, or of `selortho cache`.")
 parse_space = partial(parse_options, SpaceArguments, table=SPACE)

@@ -2,6 +2,7 @@
 
 selortho index runs/demo --tokens 2_000_000
 selortho index org/gemma2b-l12 --output index/feature_index --dataset path/to/texts.jsonl
+selortho index runs/demo --explain --explain_url http://127.0.0.1:8000/v1 --explain_model NAME
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ..data.sae_probes import is_installed
 from ..data.texts import open_documents
 from ..errors import SelOrthoError
 from ..features.build import IndexSettings, Sources, build_feature_index, holds_index, in_words, weights_sha256
+from ..features.explainer_client import ChatClient
+from ..features.explanations import explain_index
 from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folder
 from ..features.labels import read_labels
 from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
@@ -60,6 +63,9 @@ def build_indexes(name: str, arguments: IndexArguments) -> Iterator[tuple[Path, 
     """
     concepts = ("quick" if is_installed() else "none") if arguments.concepts == "auto" else arguments.concepts
     settings = IndexSettings(arguments.tokens, arguments.max_pairs, arguments.top_contexts, arguments.seed, concepts)
+    client = None
+    if arguments.explain:
+        client = ChatClient(arguments.explain_url or "", arguments.explain_model or "", arguments.explain_budget)
     lms: LanguageModels = {}
     targets = find_targets(name, arguments)
     kept = [
@@ -69,13 +75,16 @@ def build_indexes(name: str, arguments: IndexArguments) -> Iterator[tuple[Path, 
         if holds_index(target.output, open_sources(target, arguments, lms), settings, replace=arguments.overwrite)
     ]
     for target in targets:
-        if target in kept:
+        if target in kept and client is None:
             yield target.output, KEPT
             continue
         sources = open_sources(target, arguments, lms)
-        with IndexWriter(target.output) as writer:
-            facts = build_feature_index(sources, settings, writer)
-        yield target.output, in_words(facts)
+        if target not in kept:
+            with IndexWriter(target.output) as writer:
+                facts = build_feature_index(sources, settings, writer)
+            yield target.output, in_words(facts)
+        if client is not None:
+            yield target.output, explain_index(target.output, sources, client, arguments.explain_features)
 
 
 def find_targets(name: str, arguments: IndexArguments) -> list[Target]:

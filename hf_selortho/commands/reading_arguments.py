@@ -90,3 +90,20 @@ class IndexArguments(ReadingArguments):
     )
     labels: str | None = argument(None, 'JSON file of labels by feature: {"12": "import statements"}.')
     seed: Seed = argument(0, "Seed of the contexts drawn at random.")
+    explain: bool = argument(
+        False,
+        "Label features by a language model, which is sent contexts of the text and asked at --explain_url; again with "
+        "the same arguments, an index that is there is kept and only what is missing is asked.",
+    )
+    explain_url: str | None = argument(
+        None,
+        "OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1: contexts of the text are sent there. Its key "
+        "is read from EXPLAIN_API_KEY, for api.openai.com also from OPENAI_API_KEY.",
+    )
+    explain_model: str | None = argument(None, "Name of the language model at that endpoint.")
+    explain_features: Count = argument(
+        100, "Features to explain at most: those whose label is unclear first, the most frequent first."
+    )
+    explain_budget: Count = argument(
+        1_000_000, "Tokens that the requests may take together; with 1, the cost is estimated and nothing is sent."
+    )

@@ -10,6 +10,7 @@ from .records import FeatureRecord
 
 LARGEST, DENSE = 24, 0.1  # features of a gallery; more frequent ones are dense
 _BEFORE, _AFTER = 16, 8  # tokens shown
+_SOURCES = ("token", "context", "concept", "model")
 
 
 class Gallery:
@@ -21,7 +22,7 @@ class Gallery:
     def add(self, record: FeatureRecord) -> None:
         """Consider a feature."""
         score, top = record.label_score or 0.0, next((c for c in record.contexts if c.kind == "top"), None)
-        if top is None or record.label_source not in ("token", "context", "concept") or record.frequency > DENSE:
+        if top is None or record.label_source not in _SOURCES or record.frequency > DENSE:
             return
         start = max(top.peak - _BEFORE, 0)
         shown = slice(start, top.peak + _AFTER + 1)

@@ -59,6 +59,16 @@ EVALUATE = [
     *acts_with("probing_texts", "label_column", harmless=True),
     *acts_with("sets", "probes"),
 ]
+INDEX = [
+    *READING,
+    *acts_with("explain_url explain_model explain_features explain_budget", "explain"),
+    Contradiction(
+        "explain explain_url explain_model",
+        lambda v: v.explain and not (v.explain_url and v.explain_model),
+        "it takes an OpenAI-compatible endpoint and the name of a model there, such as --explain_url "
+        "http://127.0.0.1:8000/v1 --explain_model NAME; contexts of the text are sent to that address alone",
+    ),
+]
 _TEXT = [
     *READING,
     *acts_with("eval_samples", "held_out_fraction", harmless=True),

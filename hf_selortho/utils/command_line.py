@@ -22,7 +22,8 @@ from ..errors import SelOrthoError, is_out_of_memory, out_of_memory
 from .imports import after_import
 
 _SECRETS = (
-    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_TOKEN"
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_TOKEN",
+    "EXPLAIN_API_KEY", "OPENAI_API_KEY"
 )  # fmt: skip
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _PARENT_DEATH_SIGNAL = 1  # of Linux' prctl

@@ -65,6 +65,32 @@ def trimmed(text: str, argument: str = "revision") -> str:
     return _stripped(text, argument)
 
 
+def endpoint(text: str, argument: str = "endpoint") -> str:
+    """Return the base address of an OpenAI-compatible endpoint without a slash, or the path of a request, at its end.
+
+    Raises:
+        SelOrthoError: it is no http or https address, or holds a user name, a password or a query.
+    """
+    address = _stripped(text, argument)
+    try:
+        parts = urlsplit(address)
+        fits = (
+            parts.scheme.lower() in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+        )
+    except ValueError:
+        parts, fits = urlsplit(""), False
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise SelOrthoError(
+            f"{argument} holds a user name, a password or a query: leave them out; the key is that of EXPLAIN_API_KEY"
+        )
+    if not fits or re.search(r"[\s\0-\x1f]", address) or not address.isascii():
+        expected = "expected an address such as http://127.0.0.1:8000/v1"
+        raise SelOrthoError(f"{argument} {address:.200}: {expected}")
+    return address.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+
+
 def subfolder_of(text: str, argument: str = "subfolder") -> str | None:
     r"""Return a folder within a repository without `./`, `\`, doubled and trailing slashes; None for the top.
 

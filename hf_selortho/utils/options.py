@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hint
 from transformers import HfArgumentParser
 
 from ..errors import SelOrthoError
-from .names import Kind, RepoRef, activations_of, local_path, repo_id, subfolder_of, trimmed
+from .names import Kind, RepoRef, activations_of, endpoint, local_path, repo_id, subfolder_of, trimmed
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,8 @@ _READERS: dict[str, Callable[[str, str], str | None]] = {
     **dict.fromkeys(("model", "lm"), _place("model")),
     "dataset": _place("dataset"),
     **dict.fromkeys(("repo_id", "hub_model_id"), lambda text, argument: repo_id(text, argument=argument)),
+    "explain_url": endpoint,
+    "explain_model": trimmed,
     "space": lambda text, argument: repo_id(text, "Space", argument),
     **dict.fromkeys(("revision", "model_revision", "dataset_revision", "hub_revision"), trimmed),
     "subfolder": subfolder_of,
