@@ -67,7 +67,8 @@ class Address:
 def parse_address(query: str) -> Address:
     """Return the address that a query means.
 
-    A view "pair" is that of "pairs" with a pair open, "feature" without a number the table of all; a text alone is read.
+    A view "pair" is that of "pairs" with a pair open, a view "feature" without a number the table of all features; a
+    text without a view is read.
 
     Raises:
         SelOrthoError: the view is unknown, a number is none, or the query is too long.
