@@ -56,7 +56,8 @@ class Address:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "view" and value != field.default:
-                parts[field.name] = "1" if value is True else str(value)
+                text = "1" if value is True else str(value)
+                parts[field.name] = text.removesuffix(".0") if isinstance(value, float) else text
         return "?" + urlencode(parts)
 
     def to(self, **changes: Any) -> Address:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import SelOrthoError
 from ..features.records import ConceptRow
@@ -46,23 +46,19 @@ def concept_page(address: Address, entries: Sequence[CatalogEntry]) -> str:
     Raises:
         SelOrthoError: there is no such concept.
     """
-    concepts, *others = [concepts_of(entry) for entry in entries]
-    if not concepts:
+    measured = [concepts_of(entry) for entry in entries]
+    concepts = {name: concept for one in reversed(measured) for name, concept in one.items()}
+    if not measured[0]:
         what = f"No concepts were measured for {entries[0].title}: build its index with {HOW_TO_GET_CONCEPTS}"
         return note(address, "Concepts", f"{what}, which finds the features that tell labelled texts apart.")
-    chosen = choose(concepts, address.concept)
-    sides: list[dict[str, Any]] = [
-        {"entry": entry, "concept": measured.get(chosen.name)}
-        for entry, measured in zip(entries, [concepts, *others], strict=True)
-    ]
+    chosen = choose(concepts if address.concept else measured[0], address.concept)
     return view(
         "concepts.html",
         address,
         f"Concept: {chosen.title[:40]}",
-        concepts=[(one, [other.get(one.name) for other in others]) for one in concepts.values()],
-        titles=[entry.title for entry in entries],
+        concepts=[(concepts[name], [one.get(name) for one in measured]) for name in {**measured[0], **concepts}],
         chosen=chosen,
-        sides=sides,
+        sides=[(entry, one.get(chosen.name)) for entry, one in zip(entries, measured, strict=True)],
     )
 
 
