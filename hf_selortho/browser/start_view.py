@@ -17,6 +17,7 @@ from .rendering import view
 
 CARDS = 12
 _CANDIDATES, _RARE = 400, 1.0  # of an index without a gallery: so many features, on less than 1% of the tokens
+_BEFORE, _BEHIND = 16, 12  # tokens of a card around its peak
 _NOT_SHOWN = ("unclear", "none")
 # In metrics.json, with name and meaning; of the last three, the first one that is known.
 _FIGURES = (
@@ -126,7 +127,15 @@ def gallery(index: FeatureIndex) -> list[dict[str, Any]]:
     for item in items:
         by_source.setdefault(item["source"], []).append(item)
     in_turn = chain.from_iterable(zip_longest(*by_source.values()))
-    return [item for item in in_turn if item is not None][:CARDS]
+    return [_cropped(item) for item in in_turn if item is not None][:CARDS]
+
+
+def _cropped(card: dict[str, Any]) -> dict[str, Any]:
+    """Cut the context of a card to what stands near its peak."""
+    start = max(0, card["peak"] - _BEFORE)
+    shown = slice(start, card["peak"] + _BEHIND)
+    cut = {name: card[name][shown] for name in ("tokens", "activations")}
+    return {**card, **cut, "peak": card["peak"] - start}
 
 
 def _chosen(index: FeatureIndex) -> list[dict[str, Any]]:
