@@ -122,8 +122,8 @@ class Endpoints:
             total: how many features there are of this kind, text and frequency; features: the first of them.
         """
         index = self._views.index(sae)
-        bounds = {"low": float(low), "high": float(high)}
-        found = sorted_features(index, Address(sort=sort, up=bool(ascending), only=kind, q=text, **bounds))
+        address = Address(sort=sort, up=bool(ascending), only=kind, q=text, low=float(low), high=float(high))
+        found = sorted_features(index, address)
         return {"total": len(found), "features": feature_rows(index, found[: _within(limit)])}
 
     def concepts(self, concept: str = "", sae: str = "main") -> dict[str, Any]:

@@ -167,10 +167,10 @@ def _kept(index: FeatureIndex, address: Address) -> np.ndarray:
     if address.only:
         if address.only not in LABEL_SOURCES:
             raise SelOrthoError(f"only={address.only!r:.50}: expected one of {', '.join(LABEL_SOURCES)}")
-        kept &= pc.equal(table["label_source"], address.only).to_numpy()
+        kept &= pc.equal(table["label_source"], address.only).fill_null(False).to_numpy()
     wanted = address.q.strip().lower()
     if wanted:
-        matches = pc.match_substring(pc.utf8_lower(table["label"]), wanted).to_numpy()
+        matches = pc.match_substring(pc.utf8_lower(table["label"]), wanted).fill_null(False).to_numpy()
         kept &= matches | (_column(index, "feature") == float(wanted)) if wanted.isdecimal() else matches
     return kept
 

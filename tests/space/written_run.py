@@ -87,7 +87,7 @@ def write_run(folder: Path, *, concepts: bool = True, gallery: bool = True) -> P
                     if seed == 0 or place != 1
                     for rank in range(10)
                 ]
-            facts = {part: {} for part in ("sae", "lm", "text", "features", "pairs")}
+            facts: dict[str, object] = {part: {} for part in ("sae", "lm", "text", "features", "pairs")}
             writer.facts = {**facts, "gallery": [_card(record) for record in records[8:32]]} if gallery else facts
     return folder
 
