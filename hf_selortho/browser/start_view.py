@@ -113,8 +113,9 @@ def _auc(entry: CatalogEntry, kept: str, *path: str) -> float | None:
 def _number(part: Any, name: str) -> float | None:
     """A finite number of an object that strangers may have written, None where there is none."""
     value = part.get(name) if isinstance(part, dict) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def gallery(index: FeatureIndex) -> list[dict[str, Any]]:

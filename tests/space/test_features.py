@@ -60,7 +60,7 @@ def test_the_page_opens_on_what_the_sae_is_and_twelve_features_of_every_kind(vie
     assert f"{FEATURES} features of layer 2 of org/lm" in text and "trained on 640 tokens of org/texts" in text
     for here, twin in (("0.103", "0.123"), ("7.25", "7.25"), ("0.189", "0.214"), ("0.78", "0.73"), ("0.87", "0.82")):
         assert f"{here} its twin {twin}" in text
-    assert "Twin baseline: the same run without the penalty" in text and "6 sets of texts not trained on" in text
+    assert "beside the twin baseline: the same run without the penalty" in text and "6 sets of texts not trained on" in text
     cards = page.split('<li class="so-card">')[1:]
     assert len(cards) == 12 and {card.split("so-kind-")[1].split('"')[0] for card in cards[:5]} == {
         RECORDS[feature].label_source for feature in range(5)
