@@ -141,7 +141,7 @@ def test_every_option_that_a_page_names_exists() -> None:
     options = json.loads((ROOT / "tests/public_surface.json").read_text(encoding="utf-8"))["options"]
     known = {word for line in options for word in line.split() if word.startswith("--")}
     known |= {f"--{action.dest}" for make in LAUNCHERS.values() for action in make()._actions} | {"--help"}
-    known |= {"--repo-type", "--memory", "--extra-index-url", "--index-url", "--no-deps"}  # of hf, of the benchmark, of pip
+    known |= {"--repo-type", "--memory", "--extra-index-url", "--index-url", "--no-deps"}  # of hf, a benchmark, pip
     named = {(page.name, name) for page in PAGES for name in re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text())}
     assert len(named) > 60 and {pair for pair in named if pair[1] not in known} == set()
 
