@@ -83,6 +83,7 @@ def test_a_published_feature_index_opens_and_says_what_it_did() -> None:
     assert [index.label(number) for number in range(len(index))] == expected["labels"]
     record = index.feature(expected["feature"])
     assert record.fires == expected["fires"]
+    assert (record.label_score, record.labels, index.concepts()) == (None, [], [])  # version 1 had none
     assert record.max_activation == pytest.approx(expected["max_activation"], rel=1e-5)
     for context, before in zip(record.contexts, expected["contexts"], strict=False):
         assert list(context.tokens) == before["tokens"]

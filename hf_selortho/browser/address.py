@@ -12,8 +12,11 @@ from ..errors import SelOrthoError
 MAX_CHARACTERS = 2000  # of a text
 MAIN, TWIN = "main", "twin"  # keys of the SAEs of the page
 VIEWS = {
+    "start": "Start",
     "text": "Text",
-    "feature": "Feature",
+    "features": "Features",
+    "feature": "Feature",  # one of them
+    "concepts": "Concepts",
     "pairs": "Pairs",
     "search": "Search",
     "steer": "Steer",
@@ -27,7 +30,7 @@ _LONGEST = 3 * MAX_CHARACTERS + 500  # a text, percent-encoded, and the rest
 class Address:
     """The query of the page's address; what is not there keeps its default."""
 
-    view: str = "text"
+    view: str = "start"
     sae: str = MAIN
     q: str = ""  # a text, prompt or search phrase
     id: int | None = None  # the feature of the view "feature"
@@ -36,9 +39,12 @@ class Address:
     a: int | None = None
     b: int | None = None
     by: str = "label"  # what a search looks at
-    sort: str = ""  # of the table of pairs; "": by what they were chosen
+    sort: str = ""  # of a table; "": of pairs, by what they were chosen; of features, by how good their labels are
     up: bool = False  # the smallest first
-    only: str = ""  # a class of pairs
+    only: str = ""  # a class of pairs, or a kind of labels
+    low: float | None = None  # percent of the tokens on which the features of the table fire at least
+    high: float | None = None  # ... and below which they stay
+    concept: str = ""  # whose features are shown
     page: int = 1
     mode: str = "clamp"
     value: float | None = None
@@ -59,7 +65,9 @@ class Address:
 
 
 def parse_address(query: str) -> Address:
-    """Return the address that a query means; a view "pair" is that of "pairs" with a pair open.
+    """Return the address that a query means.
+
+    A view "pair" is that of "pairs" with a pair open, "feature" without a number the table of all; a text alone is read.
 
     Raises:
         SelOrthoError: the view is unknown, a number is none, or the query is too long.
@@ -69,9 +77,10 @@ def parse_address(query: str) -> Address:
             f"this address has {len(query):,} characters, expected at most {_LONGEST:,}: shorten its text"
         )
     fields = {name: values[-1] for name, values in parse_qs(query.lstrip("?")).items()}
-    if fields.get("view") == "pair":
-        fields["view"] = "pairs"
-    if fields.get("view", "text") not in VIEWS:
+    named = fields.setdefault("view", "text" if "q" in fields else "start")
+    if named == "pair" or (named == "feature" and "id" not in fields):
+        fields["view"] = f"{named}s"
+    if fields["view"] not in VIEWS:
         raise SelOrthoError(f"there is no view {fields['view']!r:.50}: choose {', '.join(VIEWS)}")
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Address)}
     return Address(**{name: _parse(name, text, kinds[name]) for name, text in fields.items() if name in kinds})

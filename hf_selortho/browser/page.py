@@ -51,8 +51,8 @@ class Page:
             router = gr.HTML("", js_on_load=_CONNECT_ROUTER, elem_id="so-router")
             for name in VIEWS:
                 with gr.Column(elem_id=f"so-view-{name}", elem_classes="so-pane"):
-                    if name != "run":  # where nothing is asked
-                        getattr(self, f"_{name}")()
+                    if form := getattr(self, f"_{name}", None):
+                        form()
                     self._shown[name] = gr.HTML(
                         "", elem_id=f"so-out-{name}", elem_classes="so-out", apply_default_css=False
                     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from ..utils.library_errors import one_line
 from ..utils.names import located
 from .index_files import RowReader, open_rows
 from .index_writer import (
+    CONCEPTS_FILE,
     FACTS,
     FEATURE_SUMMARY,
     FEATURE_TABLE_FILE,
@@ -29,17 +31,20 @@ from .index_writer import (
 )
 from .records import (
     BINS,
+    CONCEPTS,
     FEATURE_TABLE,
     FEATURES,
     PAIR_TABLE,
     PAIRS,
     SCHEMA_VERSION,
+    ConceptRow,
     FeatureContext,
     FeatureRecord,
     FeatureSummary,
     JointContext,
     PairRecord,
     from_row,
+    of_version,
 )
 
 R = TypeVar("R")
@@ -53,15 +58,25 @@ class FeatureIndex:
     """
 
     def __init__(
-        self, facts: Mapping[str, Any], features: RowReader, pairs: RowReader, tables: tuple[pa.Table, pa.Table]
+        self,
+        facts: Mapping[str, Any],
+        features: RowReader,
+        pairs: RowReader,
+        tables: tuple[pa.Table, pa.Table],
+        concepts: list[ConceptRow],
     ) -> None:
         self.facts = facts  # index.json
-        self._features, self._pairs = features, pairs
-        self._table, self.pair_table = tables  # the second one sorted by (a, b), columns as in records.PAIR_TABLE
+        self._features, self._pairs, self._concepts = features, pairs, concepts
+        # a row for each feature in order, columns as in index_writer.FEATURE_SUMMARY; for each pair sorted by (a, b),
+        # columns as in records.PAIR_TABLE
+        self.feature_table, self.pair_table = tables
         keys = zip(self.pair_table["a"].to_pylist(), self.pair_table["b"].to_pylist(), strict=True)
         self._pair_rows = {pair: row for row, pair in enumerate(keys)}
-        self._labels_lower = pc.utf8_lower(self._table["label"])
-        self._firing: list[int] = self._table["feature"].filter(pc.greater(self._table["fires"], 0)).to_pylist()
+        table = self.feature_table
+        self._labels_lower = pc.utf8_lower(table["label"])
+        self._firing: list[int] = table["feature"].filter(pc.greater(table["fires"], 0)).to_pylist()
+        unclear = pc.is_in(table["label_source"], pa.array(["unclear", "none"])).to_numpy()
+        self._order = np.lexsort((-table["frequency"].to_numpy(), unclear))  # as features are listed
 
     @classmethod
     def open(cls, name: str | os.PathLike[str], **lookup: Any) -> FeatureIndex:
@@ -92,13 +107,17 @@ class FeatureIndex:
         facts = read_object(facts_file)
         _check_facts(str(facts_file), facts)
         rows = facts["rows_in_group"]
-        features = open_rows(name, FEATURES_FILE, where, FEATURES, rows)
+        version = facts["schema_version"]
+        features = open_rows(name, FEATURES_FILE, where, of_version(FEATURES, version), rows)
         pairs = open_rows(name, PAIRS_FILE, where, PAIRS, rows)
-        feature_table = _small_table(name, FEATURE_TABLE_FILE, where, FEATURE_SUMMARY)
+        feature_table = _small_table(name, FEATURE_TABLE_FILE, where, of_version(FEATURE_SUMMARY, version))
+        if version == 1:
+            feature_table = feature_table.append_column("label_score", pa.nulls(len(feature_table), pa.float32()))
         pair_table = _small_table(name, PAIR_TABLE_FILE, where, PAIR_TABLE)
         if (len(feature_table), len(pair_table)) != (len(features), len(pairs)):
             raise SelOrthoError(f"the feature index of {name!r} has files of several builds: build it again")
-        return cls(facts, features, pairs, (feature_table, pair_table))
+        concepts = _concepts(name, where, len(features)) if version > 1 else []
+        return cls(facts, features, pairs, (feature_table, pair_table), concepts)
 
     def __len__(self) -> int:
         """Number of features, those that never fire included."""
@@ -116,7 +135,8 @@ class FeatureIndex:
             SelOrthoError: there is no such feature, or the record is damaged.
         """
         number = self._check(number)
-        return _checked(FeatureRecord, self._features.row(number), {"feature": number}, _fits)
+        row = {"label_score": None, "labels": [], **self._features.row(number)}  # version 1 has neither
+        return _checked(FeatureRecord, row, {"feature": number}, _fits)
 
     def pair(self, a: int, b: int) -> PairRecord:
         """All about a pair, in either order.
@@ -132,6 +152,10 @@ class FeatureIndex:
                 f"{self.facts.get('pairs', {}).get('selected', 'the')} selected pairs"
             )
         return _checked(PairRecord, self._pairs.row(row), {"a": min(a, b), "b": max(a, b)}, _pair_fits)
+
+    def concepts(self) -> list[ConceptRow]:
+        """The features that find what the probe sets are about, by set and rank; empty where none was measured."""
+        return self._concepts
 
     def has_pair(self, a: int, b: int) -> bool:
         """Whether the index holds the pair, in either order."""
@@ -150,23 +174,26 @@ class FeatureIndex:
             SelOrthoError: there is no such feature.
         """
         number = self._check(number)
-        (row,) = self._table.slice(number, 1).select(FEATURE_TABLE.names).to_pylist()
+        (row,) = self.feature_table.slice(number, 1).select(FEATURE_TABLE.names).to_pylist()
         return FeatureSummary(**row)
 
     def label(self, number: int) -> str:
         """Label of a feature, "" where there is none; data of others, to be escaped where it is shown."""
-        return self._table["label"][self._check(number)].as_py() or ""
+        return self.feature_table["label"][self._check(number)].as_py() or ""
 
     def firing_features(self) -> list[int]:
         """The features that fired, in order."""
         return self._firing
 
     def most_frequent(self, k: int = 50) -> list[FeatureSummary]:
-        """The features that fire most often, at most `k`."""
+        """The features that fire most often, those without a good label last, at most `k`."""
         return self._summaries(self._firing, k)
 
     def search_labels(self, text: str, k: int = 50) -> list[FeatureSummary]:
-        """Features whose label holds a text, upper or lower case: the most frequent first, at most `k`."""
+        """Features whose label holds a text, upper or lower case, at most `k`.
+
+        The most frequent come first, those whose label is unclear last.
+        """
         if not text_of(text, "text").strip():
             return []
         found = pc.match_substring(self._labels_lower, text.strip().lower())
@@ -177,7 +204,7 @@ class FeatureIndex:
         wanted, k = text_of(token, "token").strip().lower(), whole_number(k, "k", 1)
         if not wanted:
             return []
-        column = self._table["promotes"].combine_chunks()
+        column = self.feature_table["promotes"].combine_chunks()
         hits = pc.indices_nonzero(pc.equal(pc.utf8_lower(pc.utf8_trim_whitespace(column.flatten())), wanted))
         features = pc.list_parent_indices(column).take(hits)
         ranks = pc.subtract(hits.cast("int64"), column.offsets.take(features).cast("int64"))
@@ -186,9 +213,8 @@ class FeatureIndex:
 
     def _summaries(self, features: list[int], k: int) -> list[FeatureSummary]:
         k = whole_number(k, "k", 1)
-        frequency = self._table["frequency"]
-        order = sorted(features, key=lambda feature: (-frequency[feature].as_py(), feature))[:k]
-        return [self.summary(feature) for feature in order]
+        order = self._order[np.isin(self._order, features)][:k]
+        return [self.summary(feature) for feature in order.tolist()]
 
     def _check(self, number: int) -> int:
         return whole_number(number, "feature", end=len(self))
@@ -215,6 +241,7 @@ def _fits(record: FeatureRecord) -> bool:
     return (
         len(record.histogram) == BINS
         and math.isfinite(record.max_activation)
+        and all(None not in vars(label).values() for label in record.labels)
         and all(_context_fits(context, context.activations) for context in record.contexts)
     )
 
@@ -236,10 +263,10 @@ def _check_facts(path: str, facts: Mapping[str, Any]) -> None:
     version = facts.get("schema_version")
     if facts.get("kind") != INDEX or not isinstance(version, int):
         raise SelOrthoError(f"{path} is not that of a feature index: build it with selortho index")
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         raise SelOrthoError(
-            f"{path} has schema_version {version}, this hf_selortho reads {SCHEMA_VERSION}: build the index again, or "
-            "install the hf_selortho that wrote it"
+            f"{path} has schema_version {version}, this hf_selortho reads 1 to {SCHEMA_VERSION}: build the index "
+            "again, or install the hf_selortho that wrote it"
         )
     for part in ("sae", "lm", "text", "features", "pairs"):
         if not isinstance(facts.get(part), dict):
@@ -247,6 +274,30 @@ def _check_facts(path: str, facts: Mapping[str, Any]) -> None:
     rows = facts.get("rows_in_group")
     if type(rows) is not int or not 0 < rows <= 1 << 16:
         raise SelOrthoError(f"{path} does not say how its rows are grouped: build the feature index again")
+    _check_gallery(path, facts.get("gallery", []))
+
+
+def _check_gallery(path: str, gallery: Any) -> None:
+    """Refuse a gallery that cannot be shown."""
+    try:
+        for item in gallery:
+            tokens, activations = item["tokens"], item["activations"]
+            fits = 0 <= item["peak"] < len(tokens) == len(activations) and 0 <= item["feature"]
+            texts, numbers = [item["label"], item["source"], *tokens], [item["score"], *activations]
+            typed = all(isinstance(text, str) for text in texts) and all(type(n) in (int, float) for n in numbers)
+            if not (fits and typed and type(item["peak"]) is type(item["feature"]) is int):
+                raise TypeError
+    except (TypeError, KeyError) as error:
+        raise SelOrthoError(f"{path} has a damaged gallery: build the feature index again") from error
+
+
+def _concepts(name: str, where: Mapping[str, Any], features: int) -> list[ConceptRow]:
+    if find_file(name, CONCEPTS_FILE, where) is None:
+        return []
+    rows = _small_table(name, CONCEPTS_FILE, where, CONCEPTS).to_pylist()
+    if any(None in row.values() or not 0 <= row["feature"] < features for row in rows):
+        raise SelOrthoError(f"{CONCEPTS_FILE} of the feature index of {name!r} is damaged: build it again")
+    return [ConceptRow(**row) for row in sorted(rows, key=lambda row: (row["concept"], row["rank"]))]
 
 
 def _small_table(name: str, file: str, where: Mapping[str, Any], schema: pa.Schema) -> pa.Table:

@@ -15,13 +15,25 @@ import pyarrow.parquet as pq
 
 from ..errors import SelOrthoError
 from ..utils.files import reason, sync
-from .records import FEATURE_TABLE, FEATURES, PAIR_TABLE, PAIRS, SCHEMA_VERSION, FeatureRecord, PairRecord, as_row
+from .records import (
+    CONCEPTS,
+    FEATURE_TABLE,
+    FEATURES,
+    PAIR_TABLE,
+    PAIRS,
+    SCHEMA_VERSION,
+    ConceptRow,
+    FeatureRecord,
+    PairRecord,
+    as_row,
+)
 
 INDEX = "feature_index"  # folder of the index, beside the config.json of its SAE
 FACTS = "index.json"
 FEATURES_FILE, FEATURE_TABLE_FILE = "features.parquet", "feature_table.parquet"
 PAIRS_FILE, PAIR_TABLE_FILE = "pairs.parquet", "pair_table.parquet"
-FILES = (FACTS, FEATURES_FILE, FEATURE_TABLE_FILE, PAIRS_FILE, PAIR_TABLE_FILE)
+CONCEPTS_FILE = "concepts.parquet"  # only where probe sets were read
+FILES = (FACTS, FEATURES_FILE, FEATURE_TABLE_FILE, PAIRS_FILE, PAIR_TABLE_FILE, CONCEPTS_FILE)
 ROWS_IN_GROUP = 64  # features or pairs read at once: some hundred kilobytes
 # The small columns of a feature, and the tokens of its top positive logits, for the search.
 FEATURE_SUMMARY = pa.schema([*FEATURE_TABLE, ("promotes", pa.list_(pa.string()))])
@@ -40,6 +52,7 @@ class IndexWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.facts: dict[str, Any] = {}
+        self.concepts: list[ConceptRow] = []
         self._temporary = folder.with_name(f".{folder.name}.tmp")
         check_index_folder(folder)
 
@@ -85,10 +98,13 @@ class IndexWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _finish(self) -> None:
-        for file, rows, schema in (
+        tables = [
             (FEATURE_TABLE_FILE, self._features.table_rows, FEATURE_SUMMARY),
             (PAIR_TABLE_FILE, self._pairs.table_rows, PAIR_TABLE),
-        ):
+        ]
+        if self.concepts:
+            tables.append((CONCEPTS_FILE, [as_row(row) for row in self.concepts], CONCEPTS))
+        for file, rows, schema in tables:
             table = pa.Table.from_pylist(rows, schema=schema)
             pq.write_table(table, self._temporary / file, compression="zstd", store_schema=False)
         facts = {

@@ -8,11 +8,14 @@ from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_orig
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # version 1: without label_score, labels and concepts
 # Activations are counted in bins of equal ratio: three to a doubling, from 2^-14 to 2^16, whatever the SAE's scale.
 BINS_PER_DOUBLING, FIRST_DOUBLING, LAST_DOUBLING = 3, -14, 16
 BINS = BINS_PER_DOUBLING * (LAST_DOUBLING - FIRST_DOUBLING)
 JOINT_KINDS = ("both", "a", "b")  # of a pair: both fire, only a, only b
+# "token", "context": the word on which it fires, or beside it; "concept": a probe set; "model": a language model's
+# explanation; "file": given by hand; "unclear": nothing good enough; "none": it never fired; "tokens": of version 1.
+LABEL_SOURCES = ("token", "context", "concept", "model", "file", "unclear", "none", "tokens")
 PAIR_CLASSES = ("duplicate", "nested", "co-occurring", "unmeasured")
 
 # The types of the parquet columns; a dataclass of them is a row, within another one a struct.
@@ -63,12 +66,36 @@ class FeatureContext:
 
 
 @dataclass(frozen=True)
+class Label:
+    """A name of a feature, and how well it tells where the feature fires."""
+
+    source: Text  # one of LABEL_SOURCES
+    text: Text  # data of others: escape it wherever it is shown
+    score: Number  # in [0, 1], see docs/feature_index.md
+    detail: Text  # how the score was got, in words
+
+
+@dataclass(frozen=True)
+class ConceptRow:
+    """A feature that tells the two classes of a probe set apart by itself."""
+
+    concept: Text  # name of the probe set
+    title: Text  # what the feature finds: "Python code"
+    trained_on: Annotated[bool, pa.bool_()]  # whether the corpus "sae-probes" holds the texts of the set
+    rank: Small  # among the features of the set, the best is 0
+    feature: Small
+    auc: Number  # area under the ROC curve on the set's test texts, at least 0.5
+    negated: Annotated[bool, pa.bool_()]  # the feature marks the set's class 0
+
+
+@dataclass(frozen=True)
 class FeatureSummary:
     """The small columns of a feature, which the feature table holds."""
 
     feature: Small
     label: Text  # data of others: escape it wherever it is shown
-    label_source: Text  # "tokens": from its strongest tokens; "file": given by hand; "none": it never fired
+    label_source: Text  # one of LABEL_SOURCES
+    label_score: Number | None = field(default=None, kw_only=True)  # of the label, in [0, 1]; None: not measured
     fires: Count  # tokens on which it fires
     frequency: Number  # the share of all tokens
     max_activation: Number  # 0 if it never fires
@@ -79,6 +106,7 @@ class FeatureSummary:
 class FeatureRecord(FeatureSummary):
     """All that an index knows of a feature."""
 
+    labels: list[Label] = field(default_factory=list, kw_only=True)  # all candidates for its label, the best first
     histogram: list[
         Count
     ]  # tokens by activation, BINS counts between `bin_edges`; the outer ones take what lies beyond
@@ -188,3 +216,10 @@ def _arrow(hint: Any) -> pa.DataType:
 
 FEATURE_TABLE, FEATURES = schema_of(FeatureSummary), schema_of(FeatureRecord)
 PAIR_TABLE, PAIRS = schema_of(PairSummary), schema_of(PairRecord)
+CONCEPTS = schema_of(ConceptRow)
+_NEW_IN_2 = {"label_score", "labels"}
+
+
+def of_version(schema: pa.Schema, version: int) -> pa.Schema:
+    """Return the schema of a feature file as an earlier version of the index wrote it."""
+    return schema if version > 1 else pa.schema([column for column in schema if column.name not in _NEW_IN_2])

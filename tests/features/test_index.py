@@ -16,7 +16,18 @@ import pytest
 from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.features import FeatureIndex, FeatureRecord, PairRecord
 from hf_selortho.features.index_writer import FILES, INDEX, ROWS_IN_GROUP, IndexWriter
-from hf_selortho.features.records import BINS, FeatureContext, JointContext, Neighbour, TokenEffect
+from hf_selortho.features.records import (
+    BINS,
+    ConceptRow,
+    FeatureContext,
+    JointContext,
+    Label,
+    Neighbour,
+    TokenEffect,
+)
+from hf_selortho.features.records import (
+    CONCEPTS as CONCEPT_TABLE,
+)
 from tests.hub_client import HubClient
 from tests.loopback_hub import LoopbackHub
 
@@ -25,12 +36,19 @@ WORDS = [" the", " import", "<b>", "é", "\n", "", "🙂", " of"]
 FACTS = {
     "sae": {"d_sae": FEATURES}, "lm": {"name": "org/lm"}, "text": {}, "features": {"never_fired": 1},
     "pairs": {"source": "training", "selected": 500},
+    "gallery": [{"feature": 3, "label": "where", "source": "token", "score": 0.9, "tokens": ["a", " where"],
+                 "activations": [0.0, 2.0], "peak": 1}],
 }  # fmt: skip
+CONCEPTS = [ConceptRow("159_code_Python", "Python code", True, rank, 7 - rank, 0.75, rank == 1) for rank in range(2)]
 
 
 def exact(value: float) -> float:
     """As float32 holds it."""
     return float(np.float32(value))
+
+
+def source_of(number: int) -> str:
+    return "none" if number == 9 else "unclear" if number % 100 == 29 else "token"
 
 
 def feature_record(number: int) -> FeatureRecord:
@@ -42,8 +60,9 @@ def feature_record(number: int) -> FeatureRecord:
     near = [Neighbour((number + 1) % FEATURES, exact(0.3), exact(0.2), 17)]
     fires = 0 if number == 9 else number + 1
     return FeatureRecord(
-        number, f"Label {number}" if fires else "", "tokens" if fires else "none", fires, exact(fires / 10_000),
+        number, f"Label {number}" if fires else "", source_of(number), fires, exact(fires / 10_000),
         2.0, 1.0, [rng.randint(0, 5) for _ in range(BINS)], promoted, [TokenEffect(7, "x", -1.0)], near, near, contexts,
+        label_score=exact(0.8) if fires else None, labels=[Label("context", "after 'of'", 0.75, "on 3 of 4")] * 2,
     )  # fmt: skip
 
 
@@ -64,7 +83,7 @@ def write(folder: Path, label: str = "Label") -> Path:
             numbers = range(start, min(start + 50, FEATURES))
             writer.add_features(replace(feature_record(n), label=f"{label} {n}" if n != 9 else "") for n in numbers)
         writer.add_pairs(pair_record(a, b) for a, b in PAIRS)
-        writer.facts = FACTS
+        writer.facts, writer.concepts = FACTS, CONCEPTS
     return folder
 
 
@@ -83,6 +102,8 @@ def assert_it_is_whole(index: FeatureIndex) -> None:
         assert index.feature(number) == feature_record(number)
     assert index.pair(*PAIRS[-1]) == pair_record(*PAIRS[-1])
     assert index.pair(1, 0) == pair_record(0, 1)
+    assert index.concepts() == CONCEPTS and index.facts["gallery"] == FACTS["gallery"]
+    assert (index.summary(5).label_source, index.summary(5).label_score) == ("token", exact(0.8))
 
 
 def test_what_was_written_is_read(sae_folder) -> None:
@@ -95,7 +116,9 @@ def test_tables_and_searches(sae_folder) -> None:
     index = FeatureIndex.open(sae_folder)
     assert index.label(5) == "Label 5" and index.label(9) == ""
     assert index.firing_features() == [n for n in range(FEATURES) if n != 9]
-    assert [s.feature for s in index.search_labels("bel 12")] == [129, 128, 127, 126, 125, 124, 123, 122, 121, 120, 12]
+    found = [s.feature for s in index.search_labels("bel 12")]  # the most frequent first, but the unclear 129 last
+    assert found == [128, 127, 126, 125, 124, 123, 122, 121, 120, 12, 129]
+    assert [s.feature for s in index.most_frequent(1000)][-2:] == [129, 29]
     assert len(index.search_labels("LABEL", k=7)) == 7 and index.search_labels(" ") == []
     found = [s.feature for s in index.search_promoted("WORD3", k=1000)]
     rank = {n: (3 - n) % 10 for n in found}
@@ -148,10 +171,19 @@ def damaged(folder: Path, how: str) -> str:
     if how == "another version":
         facts = json.loads((folder / "index.json").read_text())
         (folder / "index.json").write_text(json.dumps({**facts, "schema_version": 99}))
-        return "has schema_version 99, this hf_selortho reads 1"
+        return "has schema_version 99, this hf_selortho reads 1 to 2"
     if how == "other facts":
         (folder / "index.json").write_text('{"kind": "feature_index", "schema_version": 1}')
         return "lacks 'sae'"
+    if how == "gallery":
+        facts = json.loads((folder / "index.json").read_text())
+        facts["gallery"][0]["peak"] = 2
+        (folder / "index.json").write_text(json.dumps(facts))
+        return "has a damaged gallery"
+    if how == "concepts":
+        rows = [{**vars(CONCEPTS[0]), "feature": FEATURES}]
+        pq.write_table(pa.Table.from_pylist(rows, CONCEPT_TABLE), folder / "concepts.parquet", store_schema=False)
+        return "concepts.parquet .* is damaged"
     if how == "cut":
         data = (folder / "features.parquet").read_bytes()
         (folder / "features.parquet").write_bytes(data[: len(data) // 2])
@@ -168,7 +200,18 @@ def damaged(folder: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "how", ["no facts", "another version", "other facts", "cut", "other columns", "other build", "a file is missing"]
+    "how",
+    [
+        "no facts",
+        "another version",
+        "other facts",
+        "gallery",
+        "concepts",
+        "cut",
+        "other columns",
+        "other build",
+        "gone",
+    ],
 )
 def test_damage_is_named(sae_folder, tmp_path, how) -> None:
     shutil.copytree(sae_folder / INDEX, tmp_path / INDEX)

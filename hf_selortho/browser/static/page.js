@@ -1,19 +1,23 @@
 // Addresses of the views: links and buttons of the page change the query, and the query says what is shown.
 window.selortho = (() => {
-  const VIEWS = ["text", "feature", "pairs", "search", "steer", "compare", "run"];
+  const VIEWS = [
+    "start", "text", "features", "feature", "concepts", "pairs", "search", "steer", "compare", "run",
+  ];
   let ask = null; // hands a query to the server
   let waiting = null; // a query from before the page was connected
 
   function viewOf(query) {
-    const view = new URLSearchParams(query).get("view") || "text";
-    return view === "pair" ? "pairs" : VIEWS.includes(view) ? view : "text";
+    const fields = new URLSearchParams(query);
+    const view = fields.get("view") || (fields.has("q") ? "text" : "start");
+    if (view === "pair" || (view === "feature" && !fields.get("id"))) return view + "s";
+    return VIEWS.includes(view) ? view : "start";
   }
 
   function show(query) {
     const view = viewOf(query);
     document.body.dataset.view = view;
     document.querySelectorAll("#so-nav a").forEach((link) => {
-      if (link.dataset.view === view) link.setAttribute("aria-current", "page");
+      if (link.dataset.view === (view === "feature" ? "features" : view)) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     });
     const sae = new URLSearchParams(query).get("sae") || "main";
@@ -42,7 +46,7 @@ window.selortho = (() => {
   function set(changes, view) {
     const query = new URLSearchParams(location.search);
     if (view) query.set("view", view);
-    else if (!query.get("view")) query.set("view", document.body.dataset.view || "text");
+    else if (!query.get("view")) query.set("view", document.body.dataset.view || "start");
     for (const [name, value] of Object.entries(changes)) {
       if (value === null || value === undefined || value === "") query.delete(name);
       else query.set(name, value);
@@ -81,6 +85,52 @@ window.selortho = (() => {
       const [name, value] = button.dataset.set.split("=");
       set({ [name]: value });
     }
+  });
+
+  // A form within a view: what its fields say becomes the address, from the first page on.
+  document.addEventListener("submit", (event) => {
+    const form = event.target.closest("form[data-view]");
+    if (!form) return;
+    event.preventDefault();
+    set({ page: "", ...Object.fromEntries(new FormData(form)) }, form.dataset.view);
+  });
+
+  // Bars of a histogram that are dragged over: from the lowest to the highest of them. A bar alone is a link.
+  let brushed = null; // the bar where the drag began, and whether it has reached another one
+  const bars = () => [...document.querySelectorAll("#so-view-" + document.body.dataset.view + " [data-low]")];
+  const barAt = (event) => {
+    const under = document.elementFromPoint(event.clientX, event.clientY);
+    return under && under.closest("[data-low]");
+  };
+  const between = (a, b) => {
+    const all = bars();
+    const [first, last] = [all.indexOf(a), all.indexOf(b)].sort((x, y) => x - y);
+    return all.slice(first, last + 1);
+  };
+  document.addEventListener("pointerdown", (event) => {
+    const bar = event.button === 0 && event.target.closest("[data-low]");
+    brushed = bar ? { bar, end: bar } : null;
+  });
+  document.addEventListener("pointermove", (event) => {
+    const bar = brushed && barAt(event);
+    if (!bar || bar === brushed.end) return;
+    brushed.end = bar;
+    brushed.moved = true;
+    const within = between(brushed.bar, bar);
+    bars().forEach((one) => one.classList.toggle("so-within", within.includes(one)));
+  });
+  document.addEventListener("pointerup", () => {
+    if (!brushed || !brushed.moved) return;
+    const within = between(brushed.bar, brushed.end);
+    set({ low: within[0].dataset.low, high: within[within.length - 1].dataset.high, page: "" });
+    const swallow = (event) => event.preventDefault(); // the click that ends the drag
+    document.addEventListener("click", swallow, { capture: true, once: true });
+    setTimeout(() => document.removeEventListener("click", swallow, { capture: true }), 0);
+    brushed = null;
+  });
+  document.addEventListener("pointercancel", () => (brushed = null));
+  document.addEventListener("dragstart", (event) => {
+    if (event.target.closest && event.target.closest("[data-low]")) event.preventDefault();
   });
   window.addEventListener("popstate", () => go(location.search, false));
   const start = () => show(location.search);
