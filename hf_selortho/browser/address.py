@@ -57,7 +57,8 @@ class Address:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "view" and value != field.default:
-                parts[field.name] = "1" if value is True else str(value)
+                text = "1" if value is True else str(value)
+                parts[field.name] = text.removesuffix(".0") if isinstance(value, float) else text
         return "?" + urlencode(parts)
 
     def to(self, **changes: Any) -> Address:
@@ -68,7 +69,8 @@ class Address:
 def parse_address(query: str) -> Address:
     """Return the address that a query means.
 
-    A view "pair" is that of "pairs" with a pair open, "feature" without a number the table of all; a text alone is read.
+    A view "pair" is that of "pairs" with a pair open, a view "feature" without a number the table of all features; a
+    text without a view is read.
 
     Raises:
         SelOrthoError: the view is unknown, a number is none, or the query is too long.

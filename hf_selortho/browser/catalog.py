@@ -20,6 +20,7 @@ from ..utils.files import target_outside
 from ..utils.hub import CONFIG, at_one_commit, find_file, read_object
 from ..utils.names import RepoRef
 from .address import MAIN, TWIN
+from .rendering import full_label
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,14 @@ class CatalogEntry:
     card: str = ""  # the model card, Markdown
 
     def label(self, feature: int) -> str:
-        """Return the label of a feature, "" where there is none; data of others, to be escaped where it is shown."""
-        return "" if self.index is None else self.index.label(feature)
+        """Return the label of a feature, "" where there is none; data of others, to be escaped where it is shown.
+
+        Before a label that is not good enough stands "unclear".
+        """
+        if self.index is None:
+            return ""
+        summary = self.index.summary(feature)
+        return full_label(summary.label, summary.label_source)
 
 
 def open_catalog(sae: str, twin: str | None) -> dict[str, CatalogEntry]:

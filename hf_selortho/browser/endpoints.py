@@ -14,6 +14,8 @@ from ..errors import SelOrthoError
 from ..features import Sampling
 from ..utils.library_errors import one_line
 from .address import MAIN, TWIN, Address
+from .concept_view import choose, concepts_of
+from .feature_table import feature_rows, sorted_features
 from .pairs import find_pairs
 from .steering_view import DEFAULT_STRENGTH, PEAK, steers_of
 from .text_view import counterparts
@@ -28,7 +30,8 @@ _MOST = 100  # rows of an answer
 def add_endpoints(views: Views) -> None:
     """Add the endpoints to the Blocks that are being built; each takes and gives plain JSON."""
     api = Endpoints(views)
-    for function in (api.inspect_text, api.feature, api.pair, api.pairs, api.search, api.steer, api.compare, api.run):
+    tables = (api.features, api.concepts, api.pairs)
+    for function in (api.inspect_text, api.feature, api.pair, *tables, api.search, api.steer, api.compare, api.run):
         limit = STEERING_LIMIT if function == api.steer else {}
         gr.api(_without_traceback(function), api_name=function.__name__, **limit)
 
@@ -90,6 +93,64 @@ class Endpoints:
             sae: "main" or "twin".
         """
         return asdict(self._views.index(sae).feature(int(feature)))
+
+    def features(
+        self,
+        sort: str = "",
+        ascending: bool = False,
+        kind: str = "",
+        text: str = "",
+        low: float = 0.0,
+        high: float = 100.0,
+        limit: int = 50,
+        sae: str = "main",
+    ) -> dict[str, Any]:
+        """The features of the sparse autoencoder: label, how it was got, its score, frequency; best labels first.
+
+        Args:
+            sort: "" for the best labels first, else feature, label, label_source, label_score, frequency or
+                max_activation.
+            ascending: the smallest first.
+            kind: of label: token, context, concept, model, file, unclear, none or tokens; "" for all.
+            text: a feature's number, or a piece of a label; "" for all.
+            low: percent of the tokens on which a feature fires at least.
+            high: percent of the tokens below which it stays; 100 for no limit.
+            limit: at most so many features, 100 at most.
+            sae: "main" or "twin".
+
+        Returns:
+            total: how many features there are of this kind, text and frequency; features: the first of them.
+        """
+        index = self._views.index(sae)
+        bounds = {"low": float(low), "high": float(high)}
+        found = sorted_features(index, Address(sort=sort, up=bool(ascending), only=kind, q=text, **bounds))
+        return {"total": len(found), "features": feature_rows(index, found[: _within(limit)])}
+
+    def concepts(self, concept: str = "", sae: str = "main") -> dict[str, Any]:
+        """The concepts that were measured, and the features that find one of them by themselves.
+
+        Args:
+            concept: name of a concept, as in the answer; "" for the one that a feature finds best.
+            sae: "main" or "twin".
+
+        Returns:
+            concepts: name, title, whether the training may have read its texts, and test AUC of its best feature;
+            features: those of the concept, the best first, with label, AUC and whether they mark the other class.
+        """
+        self._views.index(sae)
+        entry = self._views.entry(sae)
+        measured = concepts_of(entry)
+        if not measured:
+            return {"concepts": [], "concept": None, "features": []}
+        chosen = choose(measured, concept)
+        return {
+            "concepts": [
+                {"concept": one.name, "title": one.title, "trained_on": one.trained_on, "auc": one.auc}
+                for one in measured.values()
+            ],
+            "concept": chosen.name,
+            "features": [{**vars(row), "label": entry.label(row.feature)} for row in chosen.rows],
+        }
 
     def pair(self, a: int, b: int, sae: str = "main") -> dict[str, Any]:
         """All that is known of a pair of features that the penalty acted on: class, correlations, contexts.

@@ -54,6 +54,11 @@ class LiveModel:
             self._why_absent = "its owner has switched live text off (LM=none)"
             self._loaded.set()
 
+    @property
+    def why_absent(self) -> str | None:
+        """Why there is no live text; None where there is, or where the language model is still loading."""
+        return self._why_absent
+
     def start_loading(self) -> None:
         """Load the language model and the SAEs in the background."""
         if not self._loaded.is_set():

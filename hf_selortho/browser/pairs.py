@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SelOrthoError
 from ..features.index import FeatureIndex
+from ..features.words import is_wordless
 from .address import Address
 from .charts import curves
-from .rendering import view
+from .feature_table import DENSE
+from .rendering import readable, view
 
 PAIRS_ON_A_PAGE = 50
-DENSE = 0.1  # a feature that fires on a larger share of tokens is dense
 # What the table of pairs can be sorted by: the column, its heading and what it means.
 PAIR_COLUMNS = {
     "difference": ("difference", "correlation less that in the twin; sorted by its size"),
@@ -126,8 +126,7 @@ def find_pairs(index: FeatureIndex, address: Address) -> PairRows:
 
 def holds_words(label: str) -> bool:
     """Tell whether a label is more than white space, however it is written, and punctuation."""
-    rest = "".join(c for c in label.replace("line break", "") if c not in "↵␣⇥␍⍽")
-    return any(unicodedata.category(c)[0] in "LMN" or unicodedata.category(c) in ("So", "Sc") for c in rest)
+    return not all(is_wordless(part) for part in readable(label).split(", "))
 
 
 def _is_dull(index: FeatureIndex, feature: int) -> bool:

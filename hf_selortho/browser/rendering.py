@@ -15,6 +15,21 @@ from .address import Address
 from .charts import HEIGHT, WIDTH
 
 _NAME = re.compile(r"<[^<>\s]+>")
+_CHARACTERS = {"↵": "line break", "⇥": "tab", "␍": "line break", "⍽": "space", "␣": "space"}  # alone in a label
+# How a label was got, by its source in the index: in a word, and what its score says.
+LABEL_KINDS = {
+    "token": ("token", "it fires on one word; the score says how purely"),
+    "context": ("context", "it fires beside one word; the score says how purely"),
+    "concept": ("concept", "it tells labelled texts apart by itself; the score is the test AUC"),
+    "model": (
+        "language model",
+        "explained by a language model, which then told by it where it fires; balanced accuracy",
+    ),
+    "file": ("by hand", "given by a person; not measured"),
+    "tokens": ("strongest tokens", "the tokens on which it fires most; not measured"),
+    "unclear": ("unclear", "no label tells well enough where it fires"),
+    "none": ("never fired", "it never fired on the text of the index"),
+}
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -41,6 +56,19 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.2g}%" if share < 0.0995 else f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 
+def score(value: float | None) -> str:
+    """Format a score in [0, 1] with two digits, "–" where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def amount(count: float) -> str:
+    """Format a large number in words: 2.9 million."""
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,.0f}"
+
+
 def quoted(token: str) -> str:
     """Write a token within plain text, such as a title."""
     return isolated(repr(token))
@@ -51,6 +79,18 @@ def token_parts(token: str) -> list[tuple[str, bool]]:
     if _NAME.fullmatch(token):
         return [(token, True)]
     return [(part, BYTES.fullmatch(part) is not None) for part in BYTES.split(token) if part]
+
+
+def readable(label: str) -> str:
+    """Write a label with its lone signs of white space as words: "↵" is a line break."""
+    parts = [_CHARACTERS.get(part[:1], part) if len(set(part)) == 1 else part for part in label.split(", ")]
+    return visible(", ".join(dict.fromkeys(parts))) if label.strip() else "white space" if label else ""
+
+
+def full_label(label: str, source: str) -> str:
+    """Return a label with "unclear" before it where no label of the feature is good enough; "" where it never fired."""
+    words = {"unclear": f"unclear: {label}" if label else "unclear", "none": ""}
+    return words.get(source, label)
 
 
 def share_of(value: float, scale: float) -> float:
@@ -94,14 +134,19 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         visible=visible,
+        readable=readable,
         by_itself=by_itself,
         quoted=quoted,
         token_parts=token_parts,
         number=number,
         signed=signed,
         percent=percent,
+        score=score,
+        amount=amount,
         share_of=share_of,
         thousands="{:,}".format,
     )
-    environment.globals.update(href=href, zip=functools.partial(zip, strict=True), WIDTH=WIDTH, HEIGHT=HEIGHT)
+    environment.globals.update(
+        href=href, zip=functools.partial(zip, strict=True), WIDTH=WIDTH, HEIGHT=HEIGHT, LABEL_KINDS=LABEL_KINDS
+    )
     return environment

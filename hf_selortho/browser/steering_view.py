@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from ..errors import SelOrthoError
 from ..features import FeatureIndex, Generation, Sampling, Steer
-from ..features.records import FeatureSummary
-from ..utils.characters import visible
 from .address import Address
 from .live_model import LiveModel, NotLiveError
-from .pairs import DENSE, holds_words
-from .rendering import note, number, problem, view
+from .rendering import note, number, problem, readable, view
+from .start_view import gallery
 
 PEAK = "peak"  # beside the modes of `Steer`: hold at a multiple of the largest activation that the index knows
 MODES = {PEAK: "times its largest activation", "clamp": "held at this activation", "scale": "times what it is"}
@@ -70,33 +66,18 @@ def offered(index: FeatureIndex | None, typed: str = "") -> list[tuple[str, int]
         return []
     typed = typed.strip()
     if not typed:
-        found = worth_a_look(index, _OFFERED)
-    else:
-        numbered = _NUMBER.match(typed)
-        exact = [int(numbered[1])] if numbered and int(numbered[1]) < len(index) else []
-        words = typed[numbered.end() :].strip() if exact and numbered else typed
-        labelled = index.search_labels(words, _OFFERED) if words else []
-        found = [index.summary(n) for n in exact] + [one for one in labelled if one.feature not in exact]
-    return [(shown(index, one.feature), one.feature) for one in found]
+        return [(shown(index, card["feature"]), card["feature"]) for card in gallery(index)]
+    number = _NUMBER.match(typed)
+    found = [int(number[1])] if number and int(number[1]) < len(index) else []
+    words = typed[number.end() :].strip() if number else typed
+    found += [one.feature for one in (index.search_labels(words, _OFFERED) if words else [])]
+    return [(shown(index, feature), feature) for feature in dict.fromkeys(found)]
 
 
 def shown(index: FeatureIndex | None, feature: int) -> str:
     """Write a feature as the boxes show it: number and label."""
-    known = index is not None and 0 <= feature < len(index)
-    return f"{feature} {visible(index.label(feature))[:60]}".strip() if known and index else str(feature)
-
-
-def worth_a_look(index: FeatureIndex, k: int) -> list[FeatureSummary]:
-    """Return features to start with: those of the index's gallery, else the best labelled ones that fire seldom."""
-    if gallery := index.facts.get("gallery"):
-        return [index.summary(item["feature"]) for item in gallery[:k] if item["feature"] < len(index)]
-    table = index.feature_table
-    frequency, largest = table["frequency"].to_numpy(), table["max_activation"].to_numpy()
-    score = np.nan_to_num(table["label_score"].to_numpy().astype(float))
-    order = np.lexsort((-largest, -score))
-    seldom = order[(largest[order] > 0) & (frequency[order] <= DENSE / 10)]
-    best = (feature for feature in seldom.tolist() if holds_words(index.label(feature)))
-    return [index.summary(feature) for _, feature in zip(range(k), best, strict=False)]
+    label = readable(index.label(feature)) if index is not None and 0 <= feature < len(index) else ""
+    return f"{feature} {label[:60]}".strip()
 
 
 def steering_views(

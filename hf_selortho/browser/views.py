@@ -7,7 +7,6 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from ..errors import SelOrthoError
@@ -17,9 +16,12 @@ from ..utils.names import RepoRef
 from .address import TWIN, VIEWS, Address
 from .catalog import CatalogEntry
 from .charts import curves, histogram
+from .concept_view import concept_page
+from .feature_table import feature_table
 from .live_model import LiveModel, NotLiveError
 from .pairs import pair_page, pair_table
 from .rendering import note, percent, problem, view
+from .start_view import start_page, without_folders
 from .text_view import activations_on, compared_values, text_values
 
 logger = logging.getLogger(__name__)
@@ -102,17 +104,34 @@ class Views:
         reading = self.live.capture(address.q, entry.key)
         return view("text.html", address, f"Text: {address.q[:40]}", **text_values(address, entry, reading))
 
+    def start(self, address: Address) -> str:
+        """Show what the SAE is, and features worth a look."""
+        example = None if self.live.why_absent else next(iter(self.examples), None)
+        return start_page(address, self._beside(address), example)
+
+    def features(self, address: Address) -> str:
+        """Show the table of all features."""
+        return feature_table(address, self.index(address.sae))
+
+    def concepts(self, address: Address) -> str:
+        """Show the features that find a concept."""
+        self.index(address.sae)
+        return concept_page(address, self._beside(address))
+
+    def _beside(self, address: Address) -> list[CatalogEntry]:
+        """The SAE of the address, then the others of the page."""
+        entry = self.entry(address.sae)
+        return [entry, *(other for other in self.catalog.values() if other is not entry)]
+
     def feature(self, address: Address) -> str:
-        """Show all about a feature, or the most frequent features."""
+        """Show all about a feature."""
         index = self.index(address.sae)
-        if address.id is None:
-            return view("features.html", address, "Features", index=index)
-        record = index.feature(address.id)
+        record = index.feature(address.id)  # type: ignore[arg-type]
         return view(
             "feature.html",
             address,
             f"Feature {record.feature}",
-            index=index,
+            entry=self.entry(address.sae),
             record=record,
             steps=_steps(index.firing_features(), record.feature),
             histogram=histogram(record.histogram),
@@ -176,8 +195,7 @@ class Views:
 
     def run(self, address: Address) -> str:
         """Show the settings of the training, what was measured beside the twin, and the curves of the training."""
-        entry = self.entry(address.sae)
-        entries = [entry, *(other for other in self.catalog.values() if other is not entry)]
+        entry, *_ = entries = self._beside(address)
         measured = [_evaluation(one) for one in entries]
         charts = {
             title: curves({one.title: [(row["step"], row.get(key)) for row in one.rows] for one in entries if one.rows})
@@ -188,8 +206,8 @@ class Views:
             address,
             "Run",
             config=entry.config,
-            lm_name=_without_folders(entry.config.lm_name if entry.config else None),
-            dataset=_without_folders(entry.config.dataset if entry.config else None),
+            lm_name=without_folders(entry.config.lm_name if entry.config else None),
+            dataset=without_folders(entry.config.dataset if entry.config else None),
             titles=[one.title for one in entries],
             rows=[
                 (names, [metrics.get(key) for metrics in measured])
@@ -223,10 +241,3 @@ def _context_groups(record: FeatureRecord) -> list[tuple[str, list[FeatureContex
 def _evaluation(entry: CatalogEntry) -> dict[str, Any]:
     evaluation = entry.metrics.get("evaluation")
     return evaluation if isinstance(evaluation, dict) else {}
-
-
-def _without_folders(name: str | None) -> str:
-    """A Hub id as it is; of a path of the owner's machine, which is nobody's business, the last part."""
-    if not name:
-        return "not said"
-    return Path(name).name if name.startswith(("/", "~", ".")) or "\\" in name else name

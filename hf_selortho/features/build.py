@@ -224,6 +224,7 @@ def _read_text(
         logits=top_logits(lm, sae.W_dec.float() * sae.input_scale.to(sae.device), progress=progress),
         tokenizer=lm.tokenizer,
         labels=sources.labels or {},
+        concepts={},
         min_support=sae.config.min_support,
     )
     return gathered, counts, sample.tokens

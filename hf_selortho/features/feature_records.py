@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from ..language_models.token_text import TokenTexts
 from ..sparse_ops import ActiveFeatures
 from .feature_statistics import BANDS, PER_BAND, FeatureStatistics, quantiles
-from .labels import label_of_tokens
+from .labels import choose_label, label_of_tokens
 from .logit_lens import TopLogits
+from .measured_labels import TokenLabels
 from .neighbours import cosines, nearest_features
 from .pair_statistics import PairList, PairStatistics, TwinStatistics, class_of, correlations
-from .records import PAIR_TABLE, FeatureContext, FeatureRecord, JointContext, PairRecord
+from .records import PAIR_TABLE, FeatureContext, FeatureRecord, JointContext, Label, PairRecord
 from .top_contexts import TopContexts
+from .words import words_of
 
 _OF_TWIN = [name for name in PAIR_TABLE.names if name.startswith("twin_")]
 
@@ -36,6 +38,7 @@ class Gathered:
     logits: list[TopLogits]  # of each feature
     tokenizer: PreTrainedTokenizerBase
     labels: Mapping[int, str]  # given by hand
+    concepts: Mapping[int, Sequence[Label]]  # of features that find what a probe set is about
     min_support: int
 
     @functools.cached_property
@@ -51,17 +54,24 @@ def feature_records(gathered: Gathered) -> Iterator[FeatureRecord]:
     features.sample.cpu()
     histogram = features.histogram.cpu()
     maxima, sums = features.maxima.tolist(), features.sums.tolist()
+    tokens = features.firings.tokens()
+    measured = TokenLabels(tokens, words_of(tokens, gathered.texts))
+    firings = features.firings.by_feature()
     neighbours = nearest_features(gathered.W_dec, gathered.sample, gathered.min_support)
     for number, (by_cosine, by_correlation) in enumerate(neighbours):
         fires = int(histogram[number].sum())
         share = functools.partial(quantiles, histogram=histogram[number], largest=maxima[number])
         top = _contexts(gathered, number, features.top, "top", share)
         sample = _banded(_contexts(gathered, number, features.sample, "sample", share))
-        label, source = _label(gathered, number, top)
+        labels = [*measured.of(firings[number]), *gathered.concepts.get(number, ())]
+        labels.sort(key=lambda label: -label.score)
+        label, source, score = _label(gathered, number, top, labels)
         yield FeatureRecord(
             feature=number,
             label=label,
             label_source=source,
+            label_score=score,
+            labels=labels,
             fires=fires,
             frequency=fires / gathered.tokens,
             max_activation=maxima[number],
@@ -75,12 +85,15 @@ def feature_records(gathered: Gathered) -> Iterator[FeatureRecord]:
         )
 
 
-def _label(gathered: Gathered, feature: int, top: list[FeatureContext]) -> tuple[str, str]:
+def _label(
+    gathered: Gathered, feature: int, top: list[FeatureContext], labels: list[Label]
+) -> tuple[str, str, float | None]:
     if gathered.labels.get(feature):
-        return gathered.labels[feature], "file"
+        return gathered.labels[feature], "file", None
     if not top:
-        return "", "none"
-    return label_of_tokens([c.tokens[c.peak] for c in top], [c.activation for c in top]), "tokens"
+        return "", "none", None
+    peaks = label_of_tokens([c.tokens[c.peak] for c in top], [c.activation for c in top])
+    return choose_label(labels, peaks)
 
 
 def _contexts(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .firings import FiringSample
 from .records import BINS, bin_edges
 from .top_contexts import Batch, TopContexts
 
@@ -45,6 +46,7 @@ class FeatureStatistics:
         self.maxima = torch.zeros(d_sae, device=device)
         self.top = TopContexts(d_sae, top_contexts, 1, device)
         self.sample = TopContexts(d_sae, SAMPLES, 1, device)
+        self.firings = FiringSample(d_sae)
         self._features = torch.arange(d_sae, device=device)
 
     @property
@@ -60,20 +62,22 @@ class FeatureStatistics:
         self.maxima = torch.maximum(self.maxima, batch.peaks.amax(1))
         entries = _true_places(h.flatten() > 0)
         features, places = entries // h.shape[1], entries % h.shape[1]
-        bins = bins_of(h.flatten().index_select(0, entries))
+        activations = h.flatten().index_select(0, entries)
+        bins = bins_of(activations)
         self.histogram.view(-1).index_add_(0, features * BINS + bins, torch.ones_like(bins))
         owners = self._features[:, None]
         self.top.add(
             batch, batch.peaks, batch.documents, owners, lambda owners, contexts: batch.h[owners, contexts].argmax(1)
         )
-        self._draw(batch, features, places)
-
-    def _draw(self, batch: Batch, features: Tensor, places: Tensor) -> None:
-        """Offer one firing token (nnz,) of each feature in each context, drawn at random, for the sample."""
-        _, contexts, width = batch.h.shape
-        positions = torch.arange(width, device=places.device)
-        tokens = batch.numbers[:, None] * self._context_length + positions  # (b, t) in the whole text
+        _, _, width = batch.h.shape
+        tokens = batch.numbers[:, None] * self._context_length + torch.arange(width, device=h.device)  # of the text
         draws = uniform_draws(tokens.flatten()[places], features, self._seed)
+        self._draw(batch, features, places, draws)
+        self.firings.add(batch, features, places, activations, draws)
+
+    def _draw(self, batch: Batch, features: Tensor, places: Tensor, draws: Tensor) -> None:
+        """Offer the firing token (nnz,) of each feature in each context with the largest draw for the sample."""
+        _, contexts, width = batch.h.shape
         cells = features * contexts + places // width
         best = draws.new_zeros(len(self._features) * contexts).scatter_reduce_(0, cells, draws, "amax")
         drawn = draws == best[cells]

@@ -1,4 +1,4 @@
-"""Names of features: from the tokens on which they fire most, or from a file of a person."""
+"""Names of features: the best of what was measured, or from a file of a person."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SelOrthoError
-from ..utils.characters import by_itself, without_invisible
+from ..utils.characters import without_invisible
 from ..utils.library_errors import one_line
+from .records import Label
+from .words import kind_of, name_of
 
 LONGEST_LABEL = 200
+THRESHOLD = 0.7  # of the score of a label; below it is "unclear"
 _TOKENS, _LONGEST_OF_TOKENS = 3, 40
+
+
+def choose_label(labels: Sequence[Label], description: str = "") -> tuple[str, str, float | None]:
+    """Return the label to show, its source and its score, of a feature that fires.
+
+    Args:
+        labels: its candidates, the best first.
+        description: that stands for a label where there is no candidate.
+    """
+    if not labels:
+        return description, "unclear", None
+    best = labels[0]
+    return best.text, best.source if best.score >= THRESHOLD else "unclear", best.score
 
 
 def label_of_tokens(tokens: Sequence[str], activations: Sequence[float]) -> str:
@@ -22,7 +38,7 @@ def label_of_tokens(tokens: Sequence[str], activations: Sequence[float]) -> str:
     """
     weights: dict[str, float] = {}
     for token, activation in zip(tokens, activations, strict=True):
-        if word := by_itself(token.strip() or token):
+        if word := name_of(token, kind_of(token)):
             weights[word] = weights.get(word, 0.0) + activation
     label = ""
     for word in sorted(weights, key=lambda w: -weights[w])[:_TOKENS]:

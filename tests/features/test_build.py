@@ -253,7 +253,7 @@ def test_pairs_of_a_training(lm, sample_text_files, tmp_path) -> None:
 def test_the_same_sources_give_the_same_bytes_and_another_seed_other_samples(sources, index, tmp_path) -> None:
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         write(sources, tmp_path / name, seed=seed)
-    for name in FILES:
+    for name in set(FILES) - {"concepts.parquet"}:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     number = max(range(D_SAE), key=lambda n: index.feature(n).fires)
     record, other = index.feature(number), FeatureIndex.open(tmp_path / "other").feature(number)
@@ -271,7 +271,7 @@ def test_an_index_may_hold_no_pairs_and_labels_given_by_hand(sources, index, tmp
     assert other.feature(5).label_source == "file"
     assert (index.feature(5).label, index.feature(5).label_source) == ("", "none")
     named = [index.feature(n) for n in range(D_SAE) if index.feature(n).fires]
-    assert all(record.label and record.label_source == "tokens" and len(record.label) <= 40 for record in named)
+    assert all(record.label and record.label_source in ("token", "context", "unclear") for record in named)
 
 
 def test_sinks_are_not_read(lm, sample_text_files, tmp_path) -> None:

@@ -49,7 +49,7 @@ def test_no_token_becomes_markup(token, activation) -> None:
     reading = SimpleNamespace(tokens=[token], trained_on=torch.tensor([True]))
     joint = JointContext("both", 0, 0, 0, [token], [activation], [0.5])
     for page in (
-        components.text(reading, [activation], 1.0, Address(q="x")),
+        components.text(reading, [activation], 1.0, Address(view="text", q="x")),
         components.joint_context(joint, (1.0, 1.0)),
         components.label(token),
         components.token_code(token),

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
-from hf_selortho.browser.address import MAX_CHARACTERS, Address, parse_address
+from hf_selortho.browser.address import MAX_CHARACTERS, VIEWS, Address, parse_address
 from hf_selortho.browser.catalog import CatalogEntry, card_markdown, open_catalog
 from hf_selortho.browser.live_model import LiveModel
 from hf_selortho.browser.page import Page
@@ -98,19 +98,20 @@ def links(page: str) -> list[str]:
     return [html.unescape(href) for href in re.findall(r'href="([^"]*)"', page)]
 
 
-def test_the_first_page_offers_examples(views) -> None:
-    assert links(views.render(Address())) == [Address(q=text).query() for text in EXAMPLES]
+def test_the_view_of_a_text_offers_examples(views) -> None:
+    text = Address(view="text")
+    assert links(views.render(text)) == [text.to(q=example).query() for example in EXAMPLES]
 
 
 def test_a_text_shows_its_tokens_and_the_strongest_features(views, live) -> None:
-    page = views.render(Address(q=SENTENCE))
+    page = views.render(Address(view="text", q=SENTENCE))
     reading = live.capture(SENTENCE)
     shown = page.split('<div class="so-reading" dir="auto">')[1].split("</div>")[0]
-    assert links(shown) == [Address(q=SENTENCE, token=place).query() for place in range(len(reading))]
+    assert links(shown) == [Address(view="text", q=SENTENCE, token=place).query() for place in range(len(reading))]
     assert html.unescape(re.sub("<[^>]*>", "", shown)) == "".join(reading.tokens)
     first, *_ = re.findall(r"<tr><td>(.*?)</tr>", page, re.DOTALL)
     feature, activation = reading.strongest(1)[0]
-    assert Address(q=SENTENCE, feature=feature).query() in links(first) and number(activation) in first
+    assert Address(view="text", q=SENTENCE, feature=feature).query() in links(first) and number(activation) in first
     assert Address(view="feature", id=feature).query() in links(first)
     assert "The hatched token is no input of the SAE" in page and "so-unread" in page
     api = inspect(live.sae(), SENTENCE)
@@ -119,18 +120,18 @@ def test_a_text_shows_its_tokens_and_the_strongest_features(views, live) -> None
 
 def test_a_token_lists_its_features(views, live) -> None:
     reading = live.capture(SENTENCE)
-    page = views.render(Address(q=SENTENCE, token=3))
+    page = views.render(Address(view="text", q=SENTENCE, token=3))
     fires = int((reading.feature_acts[3] > 0).sum())
     assert f"“{reading.tokens[3]}”: {fires} features fire" in words(page)
     feature, activation = reading.top(1)[3][0]
-    assert links(page)[len(reading)] == Address(q=SENTENCE, token=3, feature=feature).query()
+    assert links(page)[len(reading)] == Address(view="text", q=SENTENCE, token=3, feature=feature).query()
     assert number(activation) in page
-    assert "the SAE does not read this token" in words(views.render(Address(q=SENTENCE, token=0)))
+    assert "the SAE does not read this token" in words(views.render(Address(view="text", q=SENTENCE, token=0)))
 
 
 def test_a_chosen_feature_shades_the_text_and_opens_beside_it(views, live, catalog) -> None:
     feature, activation = live.capture(SENTENCE).strongest(2)[1]
-    page = views.render(Address(q=SENTENCE, feature=feature))
+    page = views.render(Address(view="text", q=SENTENCE, feature=feature))
     most = catalog["main"].index.feature(feature).max_activation
     assert f"shaded by feature {feature}" in page and number(most) in page.split("<aside")[1]
     shades = re.findall(r"--s:([\d.]+)", page.split('<div class="so-reading" dir="auto">')[1].split("</div>")[0])
@@ -228,7 +229,7 @@ def test_a_card_shows_its_own_pictures_only(catalog) -> None:
     assert card.startswith("# The card") and "![p](data:image/png;base64,cGljdHVyZQ==) *q*" in card
 
 
-@pytest.mark.parametrize("view", ["text", "feature", "pairs", "search", "compare", "run"])
+@pytest.mark.parametrize("view", sorted(VIEWS.keys() - {"steer"}))
 @pytest.mark.parametrize("feature", [3, 7])
 def test_hostile_text_and_labels_stay_text(views, view, feature) -> None:
     page = views.render(Address(view=view, q=HOSTILE, id=feature, feature=feature, by="phrase"))
@@ -241,8 +242,8 @@ def test_hostile_text_and_labels_stay_text(views, view, feature) -> None:
 
 def test_without_a_language_model_all_but_live_text_works(catalog) -> None:
     views = Views(catalog, LiveModel(catalog, lm="none"))
-    live = (Address(q=SENTENCE), Address(view="compare", q=SENTENCE), Address(view="search", q="x", by="phrase"))
-    for address in live:
+    for view, by in (("text", "label"), ("compare", "label"), ("search", "phrase")):
+        address = Address(view=view, q=SENTENCE, by=by)
         assert "there is no live text here: its owner has switched live text off" in words(views.render(address))
     assert "<tbody>" in views.render(Address(view="pairs"))
     page = words(views.render(Address(view="feature", id=5, q=SENTENCE)))
@@ -255,9 +256,9 @@ def test_without_a_language_model_all_but_live_text_works(catalog) -> None:
         (Address(view="feature", id=96), "feature 96: expected a number from 0 to 95"),
         (Address(view="pairs", sort="colour"), "sort='colour'"),
         (Address(view="pairs", a=0, b=0), "are no pair of this index"),
-        (Address(q="x" * (MAX_CHARACTERS + 1)), "this page reads at most 2,000"),
-        (Address(q=" word" * 300), "tokens: this page reads at most 256"),
-        (Address(sae="/etc"), "this page shows main and twin"),
+        (Address(view="text", q="x" * (MAX_CHARACTERS + 1)), "this page reads at most 2,000"),
+        (Address(view="text", q=" word" * 300), "tokens: this page reads at most 256"),
+        (Address(view="text", sae="/etc"), "this page shows main and twin"),
         (Address(view="compare", q="x", other="org/other"), "unknown SAE 'org/other'"),
     ],
 )
@@ -294,7 +295,7 @@ def test_pairs_lead_with_the_largest_difference_to_the_twin_and_hide_dense_and_w
     assert (found.hidden, found.classes["nested"]) == (3, 3)
     assert find_pairs(index, Address(view="pairs", hidden=True)).classes["nested"] == 6
     page = pair_table(Address(view="pairs"), index)
-    assert "3 pairs of dense features" in words(page) and "hidden. Show them" in words(page) and "−0.70" in words(page)
+    assert "3 pairs of dense features" in words(page) and "are hidden. Show them" in words(page) and "−0.70" in words(page)
     assert Address(view="pairs", hidden=True).query() in links(page)
     alone = with_pairs(index, [{**pair, "twin_correlation": None} for pair in pairs], labels, [])
     page = words(pair_table(Address(view="pairs"), alone))
@@ -304,8 +305,8 @@ def test_pairs_lead_with_the_largest_difference_to_the_twin_and_hide_dense_and_w
 
 @pytest.mark.parametrize(
     ("label", "expected"),
-    [("where", True), ("7", True), ("東京", True), ("❤️", True), ("$", True), ("line break", False), ("", False)]
-    + [(text, False) for text in ("↵", ", . ;", "␣␣", "—", "line break, ↵", "= +")],
+    [(text, True) for text in ("where", "7", "東京", "❤️", "€", "line break, where", "after a line break")]
+    + [(text, False) for text in ("line break", "↵", ".", "␣␣", "—", "line break, ↵", "= +", "full stop, comma")],
 )
 def test_which_labels_hold_words(label, expected) -> None:
     assert holds_words(label) is expected

@@ -1,0 +1,149 @@
+"""Activations of the last token of texts, by which a causal language model represents each whole, kept on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture, NonFiniteActivationsError, length_batches
+from ..language_models.contexts import Context, pad_batch
+from ..utils.files import reason, replace_file
+
+logger = logging.getLogger(__name__)
+
+
+def read_last_tokens(
+    capture: ActivationCapture,
+    sets: Mapping[str, Sequence[str]],
+    tokens: int,
+    *,
+    prepend_bos: bool,
+    cache: Path | None,
+    progress: bool = True,
+) -> Iterator[tuple[str, dict[int, Tensor]]]:
+    """Yield the name of each set of texts with their last tokens by layer, (texts, d_in) in float32 on the CPU.
+
+    A text that is in several sets is read once, and a set whose activations are in the cache not at all; a file there
+    is whole or absent, and one that is damaged is made again.
+
+    Args:
+        capture: a language model at one or several layers; its limits on norms play no role.
+        sets: texts by name of the set, each once in a set.
+        tokens: of a longer text, so many are read, BOS included: its end.
+        prepend_bos: whether texts start with the tokenizer's BOS.
+        cache: folder in which the activations are kept, a file for each set and layer; None: nowhere.
+        progress: whether to show a bar.
+
+    Raises:
+        SelOrthoError: the tokenizer has no BOS, or the language model produced NaN or infinity.
+    """
+    occurrences = Counter(text for texts in sets.values() for text in texts)
+    shared: dict[str, dict[int, Tensor]] = {}  # activations of texts that several sets have
+    for name, texts in tqdm(sets.items(), desc="probe sets", unit="set", disable=not progress):
+        files = {layer: _file_of(capture, layer, name, texts, tokens, prepend_bos, cache) for layer in capture.layers}
+        by_layer = {layer: rows for layer, file in files.items() if (rows := _load(file, len(texts))) is not None}
+        if missing := [layer for layer in files if layer not in by_layer]:
+            known = [n for n, text in enumerate(texts) if text in shared]
+            unknown = [n for n, text in enumerate(texts) if text not in shared]
+            fresh = _read(capture, [texts[n] for n in unknown], tokens, prepend_bos)
+            for layer in missing:
+                rows = by_layer[layer] = torch.empty(len(texts), capture.lm.d_model)
+                rows[unknown] = fresh[layer]
+                for n in known:
+                    rows[n] = shared[texts[n]][layer]
+                _store(files[layer], rows)
+        for n, text in enumerate(texts):
+            if occurrences[text] > 1 and text not in shared:
+                shared[text] = {layer: rows[n].clone() for layer, rows in by_layer.items()}
+        yield name, by_layer
+
+
+def _read(capture: ActivationCapture, texts: Sequence[str], tokens: int, prepend_bos: bool) -> dict[int, Tensor]:
+    """Run the language model over the ends of texts, those of similar length at once, padded on the right."""
+    lm, result = capture.lm, {layer: torch.empty(len(texts), capture.lm.d_model) for layer in capture.layers}
+    if prepend_bos and lm.tokenizer.bos_token_id is None:
+        raise SelOrthoError(
+            f'the tokenizer of "{lm.name}" has no beginning-of-sequence token, with which the SAE was trained: give '
+            "the language model of the training as --model"
+        )
+    if not texts:
+        return result
+    prefix = [lm.tokenizer.bos_token_id] if prepend_bos else []
+    width = tokens - len(prefix)
+    encoded = lm.tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    contexts = [
+        Context(n, prefix + ids[-width:] or [lm.pad_id])  # an empty text without BOS
+        for n, ids in enumerate(encoded["input_ids"])
+    ]
+    for numbers in length_batches(contexts, capture.batch_tokens):
+        batch = [contexts[n] for n in numbers]
+        last = torch.tensor([len(context.input_ids) - 1 for context in batch])
+        for layer, hidden in capture.hidden_states(*pad_batch(batch, lm.pad_id)).items():
+            rows = hidden[torch.arange(len(batch)), last].float().cpu()
+            if not rows.isfinite().all():
+                raise SelOrthoError(
+                    f"NaN or infinity in the activations of {lm.name} at layer {layer}; "
+                    f"{NonFiniteActivationsError.advice}"
+                )
+            result[layer][numbers] = rows
+    return result
+
+
+def _file_of(
+    capture: ActivationCapture,
+    layer: int,
+    name: str,
+    texts: Sequence[str],
+    tokens: int,
+    prepend_bos: bool,
+    cache: Path | None,
+) -> Path | None:
+    """Name the file of a set in the cache by everything that its activations depend on."""
+    if cache is None:
+        return None
+    lm = capture.lm
+    facts = [lm.name, lm.revision, str(lm.model.dtype), layer, tokens, prepend_bos, list(texts)]
+    digest = hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()
+    return cache / f"{name}-{digest[:24]}.safetensors"
+
+
+def _load(file: Path | None, texts: int) -> Tensor | None:
+    """Read the activations of a file of the cache; None where there is none, or one that is damaged."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            activations, sha256 = opened.get_tensor("activations"), (opened.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s is damaged (%s): it is made again", file, error)
+        return None
+    if len(activations) != texts or _sha256(activations) != sha256:
+        logger.warning("%s is damaged: it is made again", file)
+        return None
+    return activations
+
+
+def _store(file: Path | None, activations: Tensor) -> None:
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, save({"activations": activations}, metadata={"sha256": _sha256(activations)}))
+    except OSError as error:  # what was read is not lost for that
+        logger.warning("%s cannot be kept: %s", file, reason(error))
+
+
+def _sha256(activations: Tensor) -> str:
+    return hashlib.sha256(activations.numpy().tobytes()).hexdigest()
