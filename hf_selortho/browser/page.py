@@ -120,7 +120,7 @@ class Page:
                 EXAMPLE_PROMPT, label="Prompt", max_length=MAX_CHARACTERS, lines=1, scale=3, elem_id="so-prompt"
             )
             a, b = self._feature_box("Feature", example), self._feature_box("And feature (optional)", None)
-        with gr.Row(elem_classes="so-inputs so-even"):
+        with gr.Row(elem_classes="so-inputs"):
             value = gr.Number(DEFAULT_STRENGTH, label="Strength", min_width=90, scale=1, step=0.5)
             modes = [(words, mode) for mode, words in MODES.items()]
             mode = gr.Dropdown(modes, value=PEAK, label="Its activation is", min_width=190, scale=2)

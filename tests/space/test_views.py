@@ -295,7 +295,9 @@ def test_pairs_lead_with_the_largest_difference_to_the_twin_and_hide_dense_and_w
     assert (found.hidden, found.classes["nested"]) == (3, 3)
     assert find_pairs(index, Address(view="pairs", hidden=True)).classes["nested"] == 6
     page = pair_table(Address(view="pairs"), index)
-    assert "3 pairs of dense features" in words(page) and "are hidden. Show them" in words(page) and "−0.70" in words(page)
+    assert (
+        "3 pairs of dense features" in words(page) and "are hidden. Show them" in words(page) and "−0.70" in words(page)
+    )
     assert Address(view="pairs", hidden=True).query() in links(page)
     alone = with_pairs(index, [{**pair, "twin_correlation": None} for pair in pairs], labels, [])
     page = words(pair_table(Address(view="pairs"), alone))
