@@ -116,16 +116,14 @@ class Page:
         index = self.main.index
         example = offered(index)[0][1] if offered(index) else None
         with gr.Row(elem_classes="so-inputs"):
-            prompt = gr.Textbox(
-                EXAMPLE_PROMPT, label="Prompt", max_length=MAX_CHARACTERS, lines=1, scale=3, elem_id="so-prompt"
-            )
+            prompt = gr.Textbox(EXAMPLE_PROMPT, label="Prompt", max_length=MAX_CHARACTERS, scale=3, min_width=240)
             a, b = self._feature_box("Feature", example), self._feature_box("And feature (optional)", None)
         with gr.Row(elem_classes="so-inputs"):
             value = gr.Number(DEFAULT_STRENGTH, label="Strength", min_width=90, scale=1, step=0.5)
             modes = [(words, mode) for mode, words in MODES.items()]
             mode = gr.Dropdown(modes, value=PEAK, label="Its activation is", min_width=190, scale=2)
-            temperature = gr.Slider(0.0, 1.5, value=0.7, step=0.1, label="Temperature", scale=2)
-            tokens = gr.Slider(5, MAX_NEW_TOKENS, value=30, step=1, label="New tokens", scale=2)
+            temperature = gr.Slider(0.0, 1.5, value=0.7, step=0.1, label="Temperature", scale=2, min_width=190)
+            tokens = gr.Slider(5, MAX_NEW_TOKENS, value=30, step=1, label="New tokens", scale=2, min_width=190)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90, scale=1)
             self._generate = gr.Button("Generate", variant="primary", elem_id="so-generate", scale=1, min_width=120)
         sae = gr.State(MAIN)  # whose features these are

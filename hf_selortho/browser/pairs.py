@@ -15,9 +15,13 @@ from .feature_table import DENSE
 from .rendering import readable, view
 
 PAIRS_ON_A_PAGE = 50
+COUNTERPART = 0.5  # the least cosine of two decoder directions, here and in the twin, of what is one feature
 # What the table of pairs can be sorted by: the column, its heading and what it means.
 PAIR_COLUMNS = {
-    "difference": ("difference", "correlation less that in the twin; sorted by its size"),
+    "difference": (
+        "difference",
+        "correlation less that in the twin, where the twin has both features; sorted by its size",
+    ),
     "score": ("trained", "score of the last selection of the training"),
     "correlation": ("now", "correlation on the text of the index"),
     "twin_correlation": ("twin", "correlation of the nearest features of the twin, trained without the penalty"),
@@ -113,8 +117,7 @@ def find_pairs(index: FeatureIndex, address: Address) -> PairRows:
     if address.only:
         rows = [row for row in rows if row["pair_class"] == address.only]
     for row in rows:
-        known = row["correlation"] is not None and row["twin_correlation"] is not None
-        row["difference"] = row["correlation"] - row["twin_correlation"] if known else None
+        row["difference"] = _difference(row)
     sign = 1 if address.up else -1
     size = abs if column == "difference" else float
 
@@ -122,6 +125,15 @@ def find_pairs(index: FeatureIndex, address: Address) -> PairRows:
         return row[column] is None, sign * size(row[column] or 0.0)
 
     return PairRows(sorted(rows, key=place), classes, len(hidden))
+
+
+def _difference(row: dict[str, Any]) -> float | None:
+    """The correlation less that in the twin; None where either is not known, or the twin has not these features."""
+    here, there = row["correlation"], row["twin_correlation"]
+    matches = [row[name] for name in ("twin_match_a", "twin_match_b") if row[name] is not None]
+    if here is None or there is None or min(matches, default=1.0) < COUNTERPART:
+        return None
+    return float(here - there)
 
 
 def holds_words(label: str) -> bool:

@@ -23,7 +23,7 @@ from hf_selortho.browser.live_model import LiveModel
 from hf_selortho.browser.page import Page
 from hf_selortho.browser.pairs import find_pairs, holds_words, pair_table
 from hf_selortho.browser.rendering import number, percent
-from hf_selortho.browser.steering_view import offered, steers_of
+from hf_selortho.browser.steering_view import DEFAULT_STRENGTH, offered, steers_of
 from hf_selortho.browser.text_view import counterparts
 from hf_selortho.browser.views import Views
 from hf_selortho.data.texts import TextSource, open_documents
@@ -283,12 +283,12 @@ def test_pairs_lead_with_the_largest_difference_to_the_twin_and_hide_dense_and_w
     pairs = [
         {"a": 0, "b": 3, "correlation": 0.5, "twin_correlation": 0.4},
         {"a": 3, "b": 5, "correlation": 0.2, "twin_correlation": 0.9},
-        {"a": 0, "b": 5, "correlation": 0.6, "twin_correlation": None},
+        {"a": 0, "b": 5, "correlation": 0.6, "twin_correlation": 0.0, "twin_match_a": 0.9, "twin_match_b": 0.4},
         {"a": 0, "b": 1, "correlation": 0.9, "twin_correlation": 0.1},  # a line break
         {"a": 0, "b": 2, "correlation": 0.9, "twin_correlation": 0.1},  # dense
         {"a": 3, "b": 4, "correlation": 0.9, "twin_correlation": 0.1},  # white space and punctuation
     ]
-    index = with_pairs(catalog["main"].index, pairs, labels, [0.01, 0.01, 0.11, 0.1, 0.01, 0.01])
+    index = with_pairs(catalog["main"].index, pairs, labels, [0.01, 0.01, 0.11, 0.09, 0.01, 0.01])
     found = find_pairs(index, Address(view="pairs"))
     assert [(row["a"], row["b"]) for row in found.rows] == [(3, 5), (0, 3), (0, 5)]
     assert [row["difference"] for row in found.rows] == [pytest.approx(-0.7), pytest.approx(0.1), None]
@@ -350,7 +350,7 @@ def test_a_box_offers_features_for_what_is_typed(catalog) -> None:
 
 @pytest.mark.parametrize(
     ("query", "mode", "value"),
-    [("a=9", "peak", 2.0), ("a=9&mode=clamp&value=5", "clamp", 5.0), ("a=9&value=5.5", "clamp", 5.5)]
+    [("a=9", "peak", DEFAULT_STRENGTH), ("a=9&mode=clamp&value=5", "clamp", 5.0), ("a=9&value=5.5", "clamp", 5.5)]
     + [("a=9&mode=scale&value=0", "scale", 0.0), ("a=9&mode=peak&value=4", "peak", 4.0)],
 )
 def test_an_address_fills_in_the_form_of_steering(views, query, mode, value) -> None:
