@@ -19,6 +19,7 @@ from .steering_view import (
     DEFAULT_STRENGTH,
     EXAMPLE_PROMPT,
     MODES,
+    OFFERED,
     PEAK,
     Chosen,
     offered,
@@ -146,7 +147,9 @@ class Page:
 
     def offer(self, sae: str, typed: gr.KeyUpData) -> Any:
         """Return the features that a box lists for what was typed in it."""
-        return gr.Dropdown(choices=offered(self.views.catalog[sae].index, str(typed.input_value or "")))
+        found: list[Any] = offered(self.views.catalog[sae].index, str(typed.input_value or ""))
+        # Gradio's script fails where a list becomes shorter while it is open; empty entries are hidden by the style
+        return gr.Dropdown(choices=found + [("", "")] * (OFFERED - len(found)))
 
     def _box(self, view: str, label: str, placeholder: str, scale: int) -> gr.Textbox:
         self._boxes[view] = gr.Textbox(

@@ -17,7 +17,7 @@ MODES = {PEAK: "times its largest activation", "clamp": "held at this activation
 DEFAULT_STRENGTH = 1.0  # Gemma-3-270m: 1 changes the text, 2 bends its grammar, at 4 it falls apart
 EXAMPLE_PROMPT = "The weather today"
 _NUMBER = re.compile(r"(\d{1,9})(?:\.0*)?(?=\s|$)")
-_OFFERED = 20  # features in the list below a box
+OFFERED = 20  # features in the list below a box
 
 Chosen = str | float | None  # of a feature: its number, alone or before its label, or words of the label
 Written = tuple[Generation, list[float]]  # with the largest activation of a steered feature on each token
@@ -61,23 +61,25 @@ def _largest(index: FeatureIndex | None, feature: int) -> float:
 
 
 def offered(index: FeatureIndex | None, typed: str = "") -> list[tuple[str, int]]:
-    """List the features that a box offers for what was typed so far, as they are shown and by number."""
+    """List at most OFFERED features that a box offers for what was typed so far, as they are shown and by number."""
     if index is None:
         return []
     typed = typed.strip()
-    if not typed:
-        return [(shown(index, card["feature"]), card["feature"]) for card in gallery(index)]
+    if not typed:  # those worth a look, then others
+        known = [card["feature"] for card in gallery(index)]
+        known += [one.feature for one in index.most_frequent(OFFERED)]
+        return [(shown(index, feature), feature) for feature in dict.fromkeys(known)][:OFFERED]
     number = _NUMBER.match(typed)
     found = [int(number[1])] if number and int(number[1]) < len(index) else []
     words = typed[number.end() :].strip() if number else typed
-    found += [one.feature for one in (index.search_labels(words, _OFFERED) if words else [])]
-    return [(shown(index, feature), feature) for feature in dict.fromkeys(found)]
+    found += [one.feature for one in (index.search_labels(words, OFFERED) if words else [])]
+    return [(shown(index, feature), feature) for feature in dict.fromkeys(found)][:OFFERED]
 
 
 def shown(index: FeatureIndex | None, feature: int) -> str:
     """Write a feature as the boxes show it: number and label."""
     label = readable(index.label(feature)) if index is not None and 0 <= feature < len(index) else ""
-    return f"{feature} {label[:60]}".strip()
+    return f"{feature} {label[:120]}".strip()
 
 
 def steering_views(

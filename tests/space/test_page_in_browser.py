@@ -226,7 +226,7 @@ def test_steering_has_an_example_ready_to_run(page, served) -> None:
     expect(columns.nth(1).locator(".so-tok")).to_have_count(columns.nth(0).locator(".so-tok").count(), timeout=120_000)
     assert columns.nth(0).inner_text() != columns.nth(1).inner_text()
     page.wait_for_function(SETTLED)
-    assert "mode=peak&value=1.0" in page.url
+    assert "mode=peak&value=1" in page.url
 
 
 def test_two_saes_beside_each_other_and_the_run(page, served, run, reading) -> None:
