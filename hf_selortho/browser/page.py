@@ -122,7 +122,7 @@ class Page:
         with gr.Row(elem_classes="so-inputs"):
             value = gr.Number(DEFAULT_STRENGTH, label="Strength", min_width=90, scale=1, step=0.5)
             modes = [(words, mode) for mode, words in MODES.items()]
-            mode = gr.Dropdown(modes, value=PEAK, label="Its activation is", min_width=190, scale=2)
+            mode = gr.Dropdown(modes, value=PEAK, label="Its activation becomes", min_width=170, scale=2)
             temperature = gr.Slider(0.0, 1.5, value=0.7, step=0.1, label="Temperature", scale=2, min_width=190)
             tokens = gr.Slider(5, MAX_NEW_TOKENS, value=30, step=1, label="New tokens", scale=2, min_width=190)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90, scale=1)

@@ -13,7 +13,7 @@ from .rendering import note, number, problem, readable, view
 from .start_view import gallery
 
 PEAK = "peak"  # beside the modes of `Steer`: hold at a multiple of the largest activation that the index knows
-MODES = {PEAK: "times its largest activation", "clamp": "held at this activation", "scale": "times what it is"}
+MODES = {PEAK: "× its maximum", "clamp": "this value", "scale": "× what it is"}
 DEFAULT_STRENGTH = 1.0  # Gemma-3-270m: 1 changes the text, 2 bends its grammar, at 4 it falls apart
 EXAMPLE_PROMPT = "The weather today"
 _NUMBER = re.compile(r"(\d{1,9})(?:\.0*)?(?=\s|$)")
