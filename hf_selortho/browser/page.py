@@ -131,7 +131,8 @@ class Page:
         self._addressed = [prompt, a, b, mode, value, sae]  # what an address may say
         self._sampling = [temperature, tokens, seed]
         for box in (a, b):
-            box.key_up(self.offer, sae, box, api_visibility="private", show_progress="hidden")
+            options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+            box.key_up(self.offer, sae, box, trigger_mode="multiple", **options)
 
     def _feature_box(self, label: str, chosen: int | None) -> gr.Dropdown:
         choices = offered(self.main.index)

@@ -22,8 +22,9 @@ PLACES = """() => {
   const view = document.querySelector("#so-view-" + document.body.dataset.view);
   const box = (element) => element.getBoundingClientRect();
   const rows = [...view.querySelectorAll(".so-inputs")].map((row) => {
-    const fields = [...row.querySelectorAll("textarea, input:not([type=range]):not([type=radio]), button.primary")];
-    const boxes = fields.filter((field) => !field.closest(".tab-like-container")).map((field) => box(field.closest(".wrap") || field)).filter((b) => b.width > 40);
+    const fields = [...row.querySelectorAll("textarea, input:not([type=range], [type=radio]), button.primary")];
+    const drawn = fields.filter((field) => !field.closest(".tab-like-container"));
+    const boxes = drawn.map((field) => box(field.closest(".wrap-inner")?.parentElement || field));
     return { left: Math.min(...boxes.map((b) => b.left)), right: Math.max(...boxes.map((b) => b.right)),
       bottoms: boxes.map((b) => b.bottom), tops: boxes.map((b) => b.top) };
   });
