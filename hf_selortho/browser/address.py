@@ -45,8 +45,9 @@ class Address:
     low: float | None = None  # percent of the tokens on which the features of the table fire at least
     high: float | None = None  # ... and below which they stay
     concept: str = ""  # whose features are shown
+    hidden: bool = False  # pairs that the table hides are in it
     page: int = 1
-    mode: str = "clamp"
+    mode: str = "clamp"  # of steering: what `value` means; without a value, the page chooses both
     value: float | None = None
     other: str = ""  # another SAE of the Hub, where the owner allows it
 

@@ -16,8 +16,8 @@ from ..utils.library_errors import one_line
 from .address import MAIN, TWIN, Address
 from .concept_view import choose, concepts_of
 from .feature_table import feature_rows, sorted_features
-from .pairs import sorted_pairs
-from .steering_view import steers_of
+from .pairs import find_pairs
+from .steering_view import DEFAULT_STRENGTH, PEAK, steers_of
 from .text_view import counterparts
 from .views import Views
 
@@ -165,26 +165,35 @@ class Endpoints:
 
     def pairs(
         self,
-        sort: str = "score",
+        sort: str = "",
         ascending: bool = False,
         only: str = "",
         text: str = "",
         limit: int = 50,
         sae: str = "main",
+        hidden: bool = False,
     ) -> dict[str, Any]:
         """The pairs of features that the penalty acted on at the end of the training.
 
         Args:
-            sort: "" for what they were chosen by, else score, correlation, twin_correlation, decoder_cosine or support.
+            sort: "" for the difference to the twin (without one, what they were chosen by), else difference, score,
+                correlation, twin_correlation, decoder_cosine or support.
             ascending: the smallest first.
             only: a class: duplicate, nested, co-occurring or unmeasured; "" for all.
             text: a feature's number, or a word of a label; "" for all.
             limit: at most so many pairs, 100 at most.
             sae: "main" or "twin".
+            hidden: give those of dense features (on more than 10% of tokens), white space and punctuation, too.
+
+        Returns:
+            total: how many there are; hidden: of the latter kind; pairs: those of the largest value.
         """
         index = self._views.index(sae)
-        rows = sorted_pairs(index, Address(view="pairs", sort=sort, up=bool(ascending), only=only, q=text))
-        return {"total": len(rows), "rule": index.facts["pairs"].get("rule", ""), "pairs": rows[: _within(limit)]}
+        address = Address(view="pairs", sort=sort, up=bool(ascending), only=only, q=text, hidden=bool(hidden))
+        found, rule = find_pairs(index, address), index.facts["pairs"].get("rule", "")
+        return {
+            "total": len(found.rows), "hidden": found.hidden, "rule": rule, "pairs": found.rows[: _within(limit)]
+        }  # fmt: skip
 
     def search(self, query: str, by: str = "label", limit: int = 20, sae: str = "main") -> list[dict[str, Any]]:
         """Features by label, by a token that they promote, or by a phrase on which they fire.
@@ -208,8 +217,8 @@ class Endpoints:
         self,
         prompt: str,
         features: list[int],
-        mode: str = "clamp",
-        value: float = 5.0,
+        mode: str = PEAK,
+        value: float = DEFAULT_STRENGTH,
         max_new_tokens: int = 30,
         temperature: float = 0.7,
         seed: int = 0,
@@ -219,7 +228,8 @@ class Endpoints:
         Args:
             prompt: how the text begins.
             features: numbers of the features to change; [] for none.
-            mode: "clamp" holds their activations at `value` on every token, "scale" multiplies them by it.
+            mode: "peak" holds their activations at `value` times the largest one that each has on the text of the
+                index, on every token; "clamp" at `value` itself; "scale" multiplies them by it.
             value: see mode.
             max_new_tokens: 1 to 60.
             temperature: 0 takes the likeliest token.
@@ -228,7 +238,7 @@ class Endpoints:
         Returns:
             unchanged and steered: the two continuations.
         """
-        steers = steers_of(features[:8], mode, value)
+        steers = steers_of(self._views.catalog[MAIN].index, features[:8], mode, value)
         sampling = Sampling(int(max_new_tokens), float(temperature), seed=int(seed))
         *_, plain = self._live.stream(prompt, (), sampling)
         *_, steered = self._live.stream(prompt, steers, sampling) if steers else [plain]

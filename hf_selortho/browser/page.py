@@ -15,7 +15,18 @@ from .catalog import card_markdown
 from .endpoints import STEERING_LIMIT, add_endpoints
 from .live_model import MAX_NEW_TOKENS
 from .rendering import problem, render
-from .steering_view import steering_views, steers_of
+from .steering_view import (
+    DEFAULT_STRENGTH,
+    EXAMPLE_PROMPT,
+    MODES,
+    OFFERED,
+    PEAK,
+    Chosen,
+    offered,
+    shown,
+    steering_views,
+    steers_of,
+)
 from .views import Views
 
 _STATIC = files(__package__) / "static"
@@ -103,22 +114,43 @@ class Page:
         _go("compare", "(q, other)", "{q, other}", boxes, [*(box.submit for box in boxes), compare.click])
 
     def _steer(self) -> None:
+        index = self.main.index
+        example = offered(index)[0][1] if offered(index) else None
         with gr.Row(elem_classes="so-inputs"):
-            prompt = gr.Textbox(
-                label="Prompt", placeholder="The weather today", max_length=MAX_CHARACTERS, lines=2, scale=3
-            )
-            a = gr.Number(label="Feature", precision=0, minimum=0, min_width=110, scale=1)
-            b = gr.Number(label="And feature (optional)", precision=0, minimum=0, min_width=110, scale=1)
-        with gr.Row(elem_classes="so-inputs so-even"):
-            modes = [("hold at a value", "clamp"), ("multiply", "scale")]
-            mode = gr.Radio(modes, value="clamp", label="Its activation", scale=2)
-            value = gr.Number(label="Value", value=5.0, min_width=110, scale=1)
-            temperature = gr.Slider(0.0, 1.5, value=0.7, step=0.1, label="Temperature", scale=2)
-            tokens = gr.Slider(5, MAX_NEW_TOKENS, value=30, step=1, label="New tokens", scale=2)
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=90, scale=1)
-        self._addressed = [prompt, a, b, mode, value]  # what an address may say
+            prompt = gr.Textbox(EXAMPLE_PROMPT, label="Prompt", max_length=MAX_CHARACTERS, scale=3, min_width=240)
+            a, b = self._feature_box("Feature", example), self._feature_box("And feature (optional)", None)
+        with gr.Row(elem_classes="so-inputs"):
+            value = gr.Number(DEFAULT_STRENGTH, label="Strength", min_width=90, scale=1, step=0.5)
+            modes = [(words, mode) for mode, words in MODES.items()]
+            mode = gr.Dropdown(modes, value=PEAK, label="Its activation becomes", min_width=170, scale=2)
+            temperature = gr.Slider(0.0, 1.5, value=0.7, step=0.1, label="Temperature", scale=2, min_width=190)
+            tokens = gr.Slider(5, MAX_NEW_TOKENS, value=30, step=1, label="New tokens", scale=2, min_width=190)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90, scale=1)
+            self._generate = gr.Button("Generate", variant="primary", elem_id="so-generate", scale=1, min_width=120)
+        sae = gr.State(MAIN)  # whose features these are
+        self._addressed = [prompt, a, b, mode, value, sae]  # what an address may say
         self._sampling = [temperature, tokens, seed]
-        self._generate = gr.Button("Generate", variant="primary", elem_id="so-generate")
+        for box in (a, b):
+            options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+            box.key_up(self.offer, sae, box, trigger_mode="multiple", **options)
+
+    def _feature_box(self, label: str, chosen: int | None) -> gr.Dropdown:
+        choices = offered(self.main.index)
+        return gr.Dropdown(
+            choices,
+            value=chosen,
+            label=label,
+            allow_custom_value=True,
+            min_width=180,
+            scale=2,
+            elem_classes="so-choose",
+        )
+
+    def offer(self, sae: str, typed: gr.KeyUpData) -> Any:
+        """Return the features that a box lists for what was typed in it."""
+        found: list[Any] = offered(self.views.catalog[sae].index, str(typed.input_value or ""))
+        # Gradio's script fails where a list becomes shorter while it is open; empty entries are hidden by the style
+        return gr.Dropdown(choices=found + [("", "")] * (OFFERED - len(found)))
 
     def _box(self, view: str, label: str, placeholder: str, scale: int) -> gr.Textbox:
         self._boxes[view] = gr.Textbox(
@@ -161,38 +193,46 @@ class Page:
         ]
 
     def _steer_values(self, address: Address) -> list[Any]:
-        """Prompt, features, mode and value of an address; a feature's largest activation where it names none."""
-        if address.view != "steer":
+        """Prompt, features, mode, value and SAE of an address; what the boxes hold where it says nothing."""
+        if address.view != "steer" or (address.a is None and not address.q):
             return [gr.skip() for _ in self._addressed]
-        value, a, index = address.value, address.a, self.main.index
-        if value is None and a is not None and index is not None and 0 <= a < len(index):
-            value = round(index.summary(a).max_activation, 2)
-        mode = address.mode if address.mode in ("clamp", "scale") else "clamp"
-        return [address.q or gr.skip(), a, address.b, mode, gr.skip() if value is None else value]
+        sae = address.sae if address.sae in self.views.catalog else MAIN
+        index = self.views.catalog[sae].index
+        boxes = [
+            gr.Dropdown(
+                choices=[(shown(index, chosen), chosen)] if chosen is not None else offered(index), value=chosen
+            )
+            for chosen in (address.a, address.b)
+        ]
+        known = address.value is not None and address.mode in MODES
+        mode, value = (address.mode, address.value) if known else (PEAK, DEFAULT_STRENGTH)
+        return [address.q or gr.skip(), *boxes, mode, value, sae]
 
     def generate(
         self,
         prompt: str,
-        a: float | None,
-        b: float | None,
+        a: Chosen,
+        b: Chosen,
         mode: str,
         value: float,
+        sae: str,
         temperature: float,
         tokens: float,
         seed: float,
     ) -> Iterator[str]:
         """Return the two texts of the steering view, as they grow."""
-        address = Address(view="steer", q=prompt or "", mode=mode if mode in ("clamp", "scale") else "clamp")
+        address, index = Address(view="steer", q=prompt or "", sae=sae), self.views.catalog[sae].index
         try:
-            steers = steers_of([a, b], mode, value)
+            steers = steers_of(index, [a, b], mode, value)
             sampling = Sampling(int(tokens), float(temperature), seed=int(seed or 0))
-            address = address.to(a=_whole(a), b=_whole(b), value=value)
+            first, second, *_ = [*(steer.feature for steer in steers), None, None]
+            address = address.to(a=first, b=second, mode=mode, value=value)
         except SelOrthoError as error:
             yield problem(address, str(error))
         except (TypeError, ValueError, OverflowError):
             yield problem(address, "one of the numbers is missing: fill it in")
         else:
-            yield from steering_views(self.views.live, address, steers, sampling)
+            yield from steering_views(self.views.live, index, address, steers, sampling)
 
 
 def _button(verb: str) -> gr.Button:
@@ -202,7 +242,3 @@ def _button(verb: str) -> gr.Button:
 def _go(view: str, arguments: str, changes: str, inputs: list[Any], events: list[Any]) -> None:
     """Let events change the address in the browser: `changes` is an object of JavaScript, of the inputs' values."""
     gr.on(events, fn=None, inputs=inputs, js=f"{arguments} => window.selortho.set({changes}, '{view}')")
-
-
-def _whole(number: float | None) -> int | None:
-    return None if number is None else int(number)

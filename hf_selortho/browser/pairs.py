@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SelOrthoError
 from ..features.index import FeatureIndex
+from ..features.words import is_wordless
 from .address import Address
 from .charts import curves
-from .rendering import view
+from .feature_table import DENSE
+from .rendering import readable, view
 
 PAIRS_ON_A_PAGE = 50
+COUNTERPART = 0.5  # the least cosine of two decoder directions, here and in the twin, of what is one feature
 # What the table of pairs can be sorted by: the column, its heading and what it means.
 PAIR_COLUMNS = {
+    "difference": (
+        "difference",
+        "correlation less that in the twin, where the twin has both features; sorted by its size",
+    ),
     "score": ("trained", "score of the last selection of the training"),
     "correlation": ("now", "correlation on the text of the index"),
     "twin_correlation": ("twin", "correlation of the nearest features of the twin, trained without the penalty"),
@@ -27,10 +36,19 @@ PAIR_CLASSES = {
 }
 
 
+@dataclass(frozen=True)
+class PairRows:
+    """What the table of pairs holds."""
+
+    rows: list[dict[str, Any]]  # sorted; columns of the index's pair table, and the difference to the twin
+    classes: Counter[str]  # pairs by class, before one class was chosen
+    hidden: int  # pairs with a dense feature, or one whose label holds no word, that are not (or would not be) shown
+
+
 def pair_table(address: Address, index: FeatureIndex) -> str:
     """Render the pairs of an index, sorted, filtered and by pages."""
-    rows = sorted_pairs(index, address)
-    pages = max(1, -(-len(rows) // PAIRS_ON_A_PAGE))
+    found = find_pairs(index, address)
+    pages = max(1, -(-len(found.rows) // PAIRS_ON_A_PAGE))
     page = min(max(address.page, 1), pages)
     return view(
         "pairs.html",
@@ -38,10 +56,10 @@ def pair_table(address: Address, index: FeatureIndex) -> str:
         "Pairs",
         index=index,
         classes=PAIR_CLASSES,
-        columns=PAIR_COLUMNS,
+        columns={name: words for name, words in PAIR_COLUMNS.items() if _has_twin(index) or "twin" not in words[1]},
         sort=sort_column(index, address.sort),
-        rows=rows[(page - 1) * PAIRS_ON_A_PAGE : page * PAIRS_ON_A_PAGE],
-        total=len(rows),
+        found=found,
+        rows=found.rows[(page - 1) * PAIRS_ON_A_PAGE : page * PAIRS_ON_A_PAGE],
         page=page,
         pages=pages,
     )
@@ -67,26 +85,67 @@ def pair_page(address: Address, index: FeatureIndex, has_twin: bool) -> str:
 
 
 def sort_column(index: FeatureIndex, wanted: str) -> str:
-    """Return the column that the table of pairs is sorted by; without a wanted one, that of the selection.
+    """Return the column that the table of pairs is sorted by.
+
+    Without a wanted one, that is the difference to the twin; without a twin, what the pairs were selected by.
 
     Raises:
         SelOrthoError: there is no such column.
     """
     if wanted and wanted not in PAIR_COLUMNS:
         raise SelOrthoError(f"sort={wanted!r:.50}: expected one of {', '.join(PAIR_COLUMNS)}")
+    if not wanted and _has_twin(index):
+        return "difference"
     return wanted or ("score" if index.facts["pairs"].get("source") == "training" else "correlation")
 
 
-def sorted_pairs(index: FeatureIndex, address: Address) -> list[dict[str, Any]]:
+def find_pairs(index: FeatureIndex, address: Address) -> PairRows:
     """Return rows of the table of pairs, filtered by class, number or label and sorted; the undefined come last."""
     column = sort_column(index, address.sort)
     rows: list[dict[str, Any]] = index.pair_table.to_pylist()
-    if address.only:
-        rows = [row for row in rows if row["pair_class"] == address.only]
     wanted = address.q.strip().lower()
     if wanted.isdecimal():
         rows = [row for row in rows if int(wanted) in (row["a"], row["b"])]
     elif wanted:
         rows = [row for row in rows if any(wanted in index.label(row[side]).lower() for side in "ab")]
+    features = {row[side] for row in rows for side in "ab"}
+    dull = {feature for feature in features if _is_dull(index, feature)}
+    hidden = [row for row in rows if row["a"] in dull or row["b"] in dull]
+    if not address.hidden:
+        rows = [row for row in rows if row["a"] not in dull and row["b"] not in dull]
+    classes = Counter(row["pair_class"] for row in rows)
+    if address.only:
+        rows = [row for row in rows if row["pair_class"] == address.only]
+    for row in rows:
+        row["difference"] = _difference(row)
     sign = 1 if address.up else -1
-    return sorted(rows, key=lambda row: (row[column] is None, sign * (row[column] or 0.0)))
+    size = abs if column == "difference" else float
+
+    def place(row: dict[str, Any]) -> tuple[bool, float]:
+        return row[column] is None, sign * size(row[column] or 0.0)
+
+    return PairRows(sorted(rows, key=place), classes, len(hidden))
+
+
+def _difference(row: dict[str, Any]) -> float | None:
+    """The correlation less that in the twin; None where either is not known, or the twin has not these features."""
+    here, there = row["correlation"], row["twin_correlation"]
+    matches = [row[name] for name in ("twin_match_a", "twin_match_b") if row[name] is not None]
+    if here is None or there is None or min(matches, default=1.0) < COUNTERPART:
+        return None
+    return float(here - there)
+
+
+def holds_words(label: str) -> bool:
+    """Tell whether a label is more than white space, however it is written, and punctuation."""
+    return not all(is_wordless(part) for part in readable(label).split(", "))
+
+
+def _is_dull(index: FeatureIndex, feature: int) -> bool:
+    label = index.label(feature)
+    return index.feature_table["frequency"][feature].as_py() > DENSE or bool(label and not holds_words(label))
+
+
+def _has_twin(index: FeatureIndex) -> bool:
+    known = index.pair_table["twin_correlation"]
+    return len(known) > known.null_count

@@ -44,6 +44,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(digits - 1, 0)}e}"
 
 
+def signed(value: float | None) -> str:
+    """Format a difference of correlations with its sign."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:+.2f}".replace("-", "−")
+
+
 def percent(share: float | None) -> str:
     """Format a share as a percentage of two or three significant digits."""
     if share is None or not math.isfinite(share):
@@ -134,6 +139,7 @@ def _environment() -> Environment:
         quoted=quoted,
         token_parts=token_parts,
         number=number,
+        signed=signed,
         percent=percent,
         score=score,
         amount=amount,

@@ -38,6 +38,10 @@ _NAMES = {
     "|": "vertical bar", "#": "hash sign", "&": "ampersand", "@": "at sign", "%": "per cent sign", "$": "dollar sign",
     "~": "tilde", "^": "caret", "`": "backtick",
 }  # fmt: skip
+_OF_WORDS = {"Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl", "No", "Sc", "So"}  # Unicode categories: currency, emoji, too
+_WORDLESS = {"line break", "tab", "space", "indentation", *_NAMES.values()} | {
+    KINDS[kind][0] for kind in ("line break", "space", "sentence end", "punctuation")
+}
 
 
 @dataclass(frozen=True)
@@ -139,3 +143,9 @@ def name_of(text: str, kind: str) -> str:
     if kind in ("sentence end", "punctuation"):
         return _NAMES.get(text.strip()) or f"punctuation {word[:LONGEST_WORD]}"
     return word if len(word) <= LONGEST_WORD else word[: LONGEST_WORD - 1] + "…"
+
+
+def is_wordless(name: str) -> bool:
+    """Tell whether a name as of [`name_of`] or in KINDS, or the token itself, is white space or punctuation."""
+    said = name in _WORDLESS or name.startswith("punctuation ")
+    return said or not any(unicodedata.category(character) in _OF_WORDS for character in name)

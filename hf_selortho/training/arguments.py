@@ -122,7 +122,7 @@ class RunArguments:
     )
     ortho_budget_value: Positive = argument(0.01, "That share: the penalty's gradient over the reconstruction's.")
     resample_every: CountOrZero = argument(
-        0, "Steps between two resamplings of dead features of a ReLU SAE (Bricken et al. 2023); 0: none."
+        0, "Steps between two resamplings of dead features (Bricken et al. 2023); 0: none."
     )
     layers: list[int] = argument([], "Train one SAE on each of these layers, all on the same tokens.")
     twin: bool = argument(

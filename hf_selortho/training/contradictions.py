@@ -23,7 +23,7 @@ def _scheduled(v: Any) -> float:
 
 
 def _too_few_to_resample(v: Any) -> bool:
-    if v.resample_every == 0 or v.activation != "relu":
+    if v.resample_every == 0:
         return False
     last = (v.max_steps - 1) // v.resample_every * v.resample_every
     return last > 0 and _tokens(v, last) < v.dead_after_tokens
@@ -182,7 +182,7 @@ _CHOICES = [
     *acts_with("hub_private hub_revision hub_license model_id dataset_id", "push_to_hub"),
     *acts_with("keep_checkpoints", "checkpoint_every", harmless=True),
     *acts_with("max_skipped", "non_finite", "skip", harmless=True),
-    *acts_with("l1_coefficient resample_every", "activation", "relu"),
+    *acts_with("l1_coefficient", "activation", "relu"),
     *acts_with("l0_coefficient jumprelu_bandwidth jumprelu_threshold", "activation", "jumprelu"),
     *acts_with("aux_k aux_coefficient", "activation", "topk", "batchtopk"),
     *acts_with("ortho_coefficient selection_interval ortho_budget", "penalty", "selective", "full", "ortsae"),

@@ -1,6 +1,8 @@
-"""Resampling of the dead features of a ReLU SAE (Bricken et al. 2023, "Towards Monosemanticity")."""
+"""Resampling of dead features (Bricken et al. 2023, "Towards Monosemanticity"), for every activation function."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -8,7 +10,9 @@ from torch import Tensor
 from ..modeling_selortho import SelOrthoSAE
 from ..process_group import SINGLE_PROCESS, ProcessGroup
 
-ENCODER_NORM = 0.2  # of a resampled feature, as a share of the mean encoder norm of those alive
+ENCODER_NORM = 0.2  # of a resampled feature at least, as a share of the mean encoder norm of those alive
+ABOVE_BAR = 1.5  # a resampled feature fires on tokens that lie at least 1 / 1.5 as far along its direction as its own
+_CHUNK_ELEMENTS = 1 << 24  # pre-activations held at once
 
 
 @torch.no_grad()
@@ -21,11 +25,19 @@ def resample_dead(
     generator: torch.Generator,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> int:
-    """Point dead features at tokens that are reconstructed badly; returns how many there were.
+    """Point dead features at tokens that are reconstructed badly, and let them fire there; returns how many there were.
 
-    Tokens are drawn with a probability proportional to the square of their error. A feature's decoder row becomes the
-    token's direction about `b_dec`, its encoder column the same at a fifth of the usual norm, its bias 0, and Adam
-    forgets what it knew of them.
+    Tokens are drawn with a probability proportional to the square of their error. With `t` the drawn token, normalised
+    and less `b_dec`, a feature's decoder row becomes `t / |t|`, its encoder column the same times a norm `c`, and its
+    bias is such that its pre-activation on the token is `c |t|`. The norm is a fifth of the usual one, or what it takes
+    for `c |t|` to be 1.5 times the bar that a pre-activation has to pass there to fire. The bar is
+
+    - relu: 0;
+    - topk: the token's k-th largest pre-activation among the living features;
+    - batchtopk: the fixed threshold, which follows those of the training batches and stays as it is;
+    - jumprelu: the feature's threshold, which becomes the median of those of the living features.
+
+    Adam forgets what it knew of these features.
 
     Args:
         moments: Adam's state by parameter, in the parameters' shapes ([`SAEOptimizer.moments`]).
@@ -40,15 +52,38 @@ def resample_dead(
     chance = errors.double().cpu().square()
     chance = chance / chance.max().clamp_min(torch.finfo(torch.float64).tiny) + 1e-12  # enough tokens of some chance
     drawn = torch.multinomial(chance, len(features), replacement=len(features) > len(chance), generator=generator)
-    tokens = sae.normalize_input(activations[drawn.to(activations.device)]) - sae.b_dec
-    directions = torch.nn.functional.normalize(tokens, dim=1).to(sae.W_dec.dtype)  # (dead, d_in)
-    alive = ~dead
-    usual = sae.W_enc[:, alive].norm(dim=0).mean() if bool(alive.any()) else sae.W_enc.new_ones(())
+    x = sae.normalize_input(activations[drawn.to(activations.device)]).to(sae.W_dec.dtype)  # (dead, d_in)
+    tokens = x - sae.b_dec
+    directions = torch.nn.functional.normalize(tokens, dim=1)
+    usual = sae.W_enc[:, ~dead].norm(dim=0).mean() if not bool(dead.all()) else sae.W_enc.new_ones(())
+    bars = _bars(sae, dead, x)
+    norms = torch.maximum(ENCODER_NORM * usual, ABOVE_BAR * bars / tokens.norm(dim=1).clamp_min(1e-12))
     sae.W_dec[features] = directions
-    sae.W_enc[:, features] = directions.T * (ENCODER_NORM * usual)
-    sae.b_enc[features] = 0
-    for name, axis in (("W_dec", 0), ("W_enc", 1), ("b_enc", 0)):
+    sae.W_enc[:, features] = directions.T * norms
+    sae.b_enc[features] = -norms * (directions @ sae.b_dec)
+    for name, axis in {"W_dec": 0, "W_enc": 1, "b_enc": 0, "log_threshold": 0}.items():
         for key in ("exp_avg", "exp_avg_sq"):
-            if key in moments[name]:
+            if key in moments.get(name, {}):
                 moments[name][key].index_fill_(axis, features, 0)
     return len(features)
+
+
+def _bars(sae: SelOrthoSAE, dead: Tensor, x: Tensor) -> Tensor:
+    """Return what the pre-activation of each dead feature has to pass on its token of `x` (dead, d_in): (dead,).
+
+    Jumprelu's thresholds are set on the way.
+    """
+    config = sae.config
+    if config.activation == "jumprelu":
+        living = sae.log_threshold[~dead]
+        level = living.median() if len(living) else living.new_tensor(math.log(config.jumprelu_threshold))
+        sae.log_threshold[dead] = level
+        return level.exp().expand(len(x))
+    if config.activation == "batchtopk":
+        return sae.threshold.expand(len(x))
+    if config.activation == "topk" and config.k is not None and int((~dead).sum()) >= config.k:
+        k, n = config.k, len(dead)
+        chunks = x.split(max(1, _CHUNK_ELEMENTS // n))
+        kth = [sae.pre_activations(chunk).masked_fill(dead, -torch.inf).topk(k).values[:, -1] for chunk in chunks]
+        return torch.cat(kth).clamp_min(0)
+    return x.new_zeros(len(x))

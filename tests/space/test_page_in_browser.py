@@ -165,7 +165,7 @@ def test_a_feature_by_its_address_and_its_neighbours(page, served, index) -> Non
 
 def test_pairs_are_sorted_filtered_and_opened(page, served, index, run) -> None:
     metrics = json.loads((run / "layer_8/metrics.json").read_text())
-    open_view(page, served, "?view=pairs")
+    open_view(page, served, "?view=pairs&sort=score&hidden=1")
     rows = index.pair_table.to_pylist()
     best, alike = (max(rows, key=lambda row: row[column]) for column in ("score", "decoder_cosine"))
     shown = page.locator("#so-out-pairs")
@@ -215,6 +215,18 @@ def test_steering_writes_both_texts(page, served, reading) -> None:
     expect(columns.nth(1).locator(".so-tok")).to_have_count(columns.nth(0).locator(".so-tok").count(), timeout=120_000)
     page.wait_for_timeout(500)
     assert columns.nth(0).inner_text() == columns.nth(1).inner_text()  # times 1 changes nothing, by the same seed
+
+
+def test_steering_has_an_example_ready_to_run(page, served) -> None:
+    open_view(page, served, "?view=steer")
+    page.get_by_role("button", name="Generate").click()
+    columns = page.locator("#so-out-steer .so-reading")
+    expect(columns).to_have_count(2, timeout=120_000)
+    expect(page.locator("#so-out-steer h3").nth(1)).to_contain_text("1.00 × its largest activation")
+    expect(columns.nth(1).locator(".so-tok")).to_have_count(columns.nth(0).locator(".so-tok").count(), timeout=120_000)
+    assert columns.nth(0).inner_text() != columns.nth(1).inner_text()
+    page.wait_for_function(SETTLED)
+    assert "mode=peak&value=1" in page.url
 
 
 def test_two_saes_beside_each_other_and_the_run(page, served, run, reading) -> None:
@@ -282,7 +294,7 @@ def test_every_view_is_a_named_endpoint_and_a_tool(served, reading, index) -> No
     assert twin["sae"].endswith("_twin") and twin["strongest"] != text["strongest"]
     feature = strongest[0][0]
     assert client.predict(feature, api_name="/feature")["fires"] == index.feature(feature).fires
-    table = client.predict("correlation", False, "", "", 5, api_name="/pairs")
+    table = client.predict("correlation", False, "", "", 5, "main", True, api_name="/pairs")
     assert table["total"] == index.pairs and len(table["pairs"]) == 5
     pair = client.predict(table["pairs"][0]["a"], table["pairs"][0]["b"], api_name="/pair")
     assert pair["correlation"] == pytest.approx(table["pairs"][0]["correlation"])

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("gradio")  # the extra `space`, which the whole browser needs
 
+import pyarrow as pa
 import torch
 
-from hf_selortho import SelOrthoConfig, SelOrthoSAE
-from hf_selortho.browser.address import MAX_CHARACTERS, VIEWS, Address
+from hf_selortho import SelOrthoConfig, SelOrthoError, SelOrthoSAE
+from hf_selortho.browser.address import MAX_CHARACTERS, VIEWS, Address, parse_address
 from hf_selortho.browser.catalog import CatalogEntry, card_markdown, open_catalog
 from hf_selortho.browser.live_model import LiveModel
-from hf_selortho.browser.pairs import sorted_pairs
+from hf_selortho.browser.page import Page
+from hf_selortho.browser.pairs import find_pairs, holds_words, pair_table
 from hf_selortho.browser.rendering import number, percent
+from hf_selortho.browser.steering_view import DEFAULT_STRENGTH, OFFERED, offered, steers_of
 from hf_selortho.browser.text_view import counterparts
 from hf_selortho.browser.views import Views
 from hf_selortho.data.texts import TextSource, open_documents
-from hf_selortho.features import inspect
+from hf_selortho.features import FeatureIndex, Steer, inspect
 from hf_selortho.features.build import IndexSettings, Sources, build_feature_index
 from hf_selortho.features.index_writer import INDEX, IndexWriter
+from hf_selortho.features.records import PAIR_TABLE
 from hf_selortho.language_models.capture import ActivationCapture
 
 HOSTILE = '<img src=x onerror="document.title=1">'
@@ -156,8 +162,8 @@ def test_a_feature_shows_its_record(views, live, catalog) -> None:
     ("sort", "up"), [("correlation", False), ("correlation", True), ("support", False), ("decoder_cosine", False)]
 )
 def test_the_table_of_pairs_is_sorted(views, catalog, sort, up) -> None:
-    address = Address(view="pairs", sort=sort, up=up)
-    rows = sorted_pairs(catalog["main"].index, address)
+    address = Address(view="pairs", sort=sort, up=up, hidden=True)
+    rows = find_pairs(catalog["main"].index, address).rows
     values = [row[sort] for row in rows]
     assert len(values) > 3 and values == sorted(values, reverse=not up)
     assert f"{rows[0]['a']} – {rows[0]['b']}" in words(views.render(address).split("<tbody>")[1])[:40]
@@ -166,10 +172,10 @@ def test_the_table_of_pairs_is_sorted(views, catalog, sort, up) -> None:
 def test_the_table_of_pairs_is_filtered(views, catalog) -> None:
     index = catalog["main"].index
     some = index.pair_table.to_pylist()[0]
-    rows = sorted_pairs(index, Address(view="pairs", q=str(some["a"])))
+    rows = find_pairs(index, Address(view="pairs", q=str(some["a"]), hidden=True)).rows
     assert rows and all(some["a"] in (row["a"], row["b"]) for row in rows)
-    only = Address(view="pairs", only=some["pair_class"])
-    assert len(sorted_pairs(index, only)) == index.facts["pairs"]["classes"][some["pair_class"]]
+    only = Address(view="pairs", only=some["pair_class"], hidden=True)
+    assert len(find_pairs(index, only).rows) == index.facts["pairs"]["classes"][some["pair_class"]]
     assert "aria-current" in views.render(only)
 
 
@@ -259,3 +265,110 @@ def test_without_a_language_model_all_but_live_text_works(catalog) -> None:
 def test_mistakes_are_said_in_words(views, address, said) -> None:
     page = views.render(address)
     assert 'role="alert"' in page and said in words(page)
+
+
+def with_pairs(index: FeatureIndex, pairs: list[dict[str, Any]], labels: list[str], often: list[float]) -> FeatureIndex:
+    """The index with other pairs, and labels and frequencies of its first features."""
+    columns = dict.fromkeys(PAIR_TABLE.names) | {"pair_class": "nested", "decoder_cosine": 0.0, "support": 1}
+    other = copy.copy(index)
+    other.pair_table = pa.Table.from_pylist([{**columns, **pair} for pair in pairs], schema=PAIR_TABLE)
+    table = index.feature_table.to_pydict()
+    table["label"][: len(labels)], table["frequency"][: len(often)] = labels, often
+    other.feature_table = pa.table(table, schema=index.feature_table.schema)
+    return other
+
+
+def test_pairs_lead_with_the_largest_difference_to_the_twin_and_hide_dense_and_wordless_ones(catalog) -> None:
+    labels = ["where, Where", "line break", "the", "東京", "↵, ␣, .", "rain"]
+    pairs = [
+        {"a": 0, "b": 3, "correlation": 0.5, "twin_correlation": 0.4},
+        {"a": 3, "b": 5, "correlation": 0.2, "twin_correlation": 0.9},
+        {"a": 0, "b": 5, "correlation": 0.6, "twin_correlation": 0.0, "twin_match_a": 0.9, "twin_match_b": 0.4},
+        {"a": 0, "b": 1, "correlation": 0.9, "twin_correlation": 0.1},  # a line break
+        {"a": 0, "b": 2, "correlation": 0.9, "twin_correlation": 0.1},  # dense
+        {"a": 3, "b": 4, "correlation": 0.9, "twin_correlation": 0.1},  # white space and punctuation
+    ]
+    index = with_pairs(catalog["main"].index, pairs, labels, [0.01, 0.01, 0.11, 0.09, 0.01, 0.01])
+    found = find_pairs(index, Address(view="pairs"))
+    assert [(row["a"], row["b"]) for row in found.rows] == [(3, 5), (0, 3), (0, 5)]
+    assert [row["difference"] for row in found.rows] == [pytest.approx(-0.7), pytest.approx(0.1), None]
+    assert (found.hidden, found.classes["nested"]) == (3, 3)
+    assert find_pairs(index, Address(view="pairs", hidden=True)).classes["nested"] == 6
+    page = pair_table(Address(view="pairs"), index)
+    assert (
+        "3 pairs of dense features" in words(page) and "are hidden. Show them" in words(page) and "−0.70" in words(page)
+    )
+    assert Address(view="pairs", hidden=True).query() in links(page)
+    alone = with_pairs(index, [{**pair, "twin_correlation": None} for pair in pairs], labels, [])
+    page = words(pair_table(Address(view="pairs"), alone))
+    assert [row["a"] for row in find_pairs(alone, Address(view="pairs")).rows] == [0, 0, 3]  # by the correlation
+    assert "difference" not in page
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [(text, True) for text in ("where", "7", "東京", "❤️", "€", "line break, where", "after a line break")]
+    + [(text, False) for text in ("line break", "↵", ".", "␣␣", "—", "line break, ↵", "= +", "full stop, comma")],
+)
+def test_which_labels_hold_words(label, expected) -> None:
+    assert holds_words(label) is expected
+
+
+def test_strength_is_in_multiples_of_each_features_own_largest_activation(catalog) -> None:
+    index = catalog["main"].index
+    a, b = index.firing_features()[:2]
+    found = steers_of(index, [a, None, f"{b} some label", ""], "peak", 3.0)
+    assert [(s.feature, s.mode, s.value) for s in found] == [
+        (f, "clamp", pytest.approx(3 * index.summary(f).max_activation)) for f in (a, b)
+    ]
+    assert steers_of(index, [a], "scale", -1.0) == [Steer(a, "scale", -1.0)]
+    assert steers_of(None, [a], "clamp", 5.0) == [Steer(a, "clamp", 5.0)]
+    assert steers_of(index, ["RIVERS & br"], "clamp", 5.0) == [Steer(5, "clamp", 5.0)]
+    table = index.feature_table.to_pydict()
+    silent, table["max_activation"][95] = 95, 0.0
+    index = copy.copy(index)
+    index.feature_table = pa.table(table, schema=index.feature_table.schema)
+    for features, mode, said in (
+        (["zebra"], "peak", "feature 'zebra': no label holds it; type a number, or a word of a label"),
+        ([silent], "peak", f"the largest activation of feature {silent} is not known (it never fires"),
+        ([96], "peak", "feature 96: expected a number from 0 to 95"),
+        ([a], "peak", "activations are never negative"),
+        ([a], "other", "mode 'other'"),
+    ):
+        with pytest.raises(SelOrthoError) as caught:
+            steers_of(index, features, mode, -1.0)
+        assert said in str(caught.value)
+    with pytest.raises(SelOrthoError, match="there is no feature index"):
+        steers_of(None, [a], "peak", 1.0)
+
+
+def test_a_box_offers_features_for_what_is_typed(catalog) -> None:
+    index = catalog["main"].index
+    assert ("5 rivers & bridges", 5) in offered(index, "& BRIDGES")
+    assert offered(index, "12")[0][1] == 12 and offered(index, "5 rivers")[0] == ("5 rivers & bridges", 5)
+    assert offered(index, "7")[0] == ("7 ‹202E›turned round", 7) and offered(None, "x") == []
+    start = [feature for _, feature in offered(index)]
+    assert len(set(start)) == len(start) == OFFERED
+
+
+@pytest.mark.parametrize(
+    ("query", "mode", "value"),
+    [("a=9", "peak", DEFAULT_STRENGTH), ("a=9&mode=clamp&value=5", "clamp", 5.0), ("a=9&value=5.5", "clamp", 5.5)]
+    + [("a=9&mode=scale&value=0", "scale", 0.0), ("a=9&mode=peak&value=4", "peak", 4.0)],
+)
+def test_an_address_fills_in_the_form_of_steering(views, query, mode, value) -> None:
+    page = Page(views)
+    page.build()
+    prompt, a, b, *rest = page._steer_values(parse_address(f"?view=steer&q=The+day&{query}"))
+    assert (prompt, a.value, b.value, *rest) == ("The day", 9, None, mode, value, "main")
+
+
+def test_steering_says_what_was_changed_and_writes_both_texts(views, live, catalog) -> None:
+    index, page = catalog["main"].index, Page(views)
+    feature = index.firing_features()[0]
+    *_, last = page.generate("The old river", str(feature), None, "peak", 2.0, "main", 0.0, 5, 0)
+    largest = index.summary(feature).max_activation
+    assert f"held at {number(2 * largest)}, 2.00 × its largest activation" in words(last)
+    assert last.count('class="so-reading"') == 2 and f"a={feature}&mode=peak&value=2" in html.unescape(last)
+    *_, last = page.generate("The old river", "no such label", None, "peak", 2.0, "main", 0.0, 5, 0)
+    assert "no label holds it" in words(last)

@@ -55,7 +55,7 @@ REFUSED = [
     (TRAINS, "--hub_license mit", "hub_license mit with --push_to_hub False"),
     (TRAINS, "--report_to none wandb", "report_to none wandb: none is no tracker"),
     (TRAINS, "--activation topk --k 4 --l1_coefficient 0.1", "l1_coefficient 0.1 with --activation topk"),
-    (TRAINS, "--activation topk --k 4 --resample_every 500", "resample_every 500 with --activation topk"),
+    (TRAINS, "--activation topk --k 4 --resample_every 1000", "resample_every 1000 with --max_steps 1000"),
     (TRAINS, "--l0_coefficient 1", "l0_coefficient 1.0 with --activation relu"),
     (TRAINS, "--aux_k 4", "aux_k 4 with --activation relu"),
     (TRAINS, "--penalty none --ortho_coefficient 1", "ortho_coefficient 1.0 with --penalty none"),
