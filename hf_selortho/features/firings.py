@@ -74,7 +74,7 @@ class FiringSample:
     def tokens(self) -> FiringTokens:
         """Return the tokens read so far."""
         table = torch.cat(self._tokens, 1).numpy()
-        return FiringTokens(*table[:3], table[3].astype(bool))
+        return FiringTokens(table[0], table[1], table[2], table[3].astype(bool))
 
     def by_feature(self) -> list[Firings]:
         """Return the firings of every feature, in order."""
