@@ -43,7 +43,7 @@ MEASURED = {  # in metrics.json, with name and meaning
 CURVES = {  # in metrics.jsonl, with the title of their chart
     "fvu": "FVU",
     "l0": "L0",
-    "top_correlation": "Mean of the top pairs' correlations",
+    "top_correlation": "Mean of the selected pairs (correlation, or cosine where these select)",
     "dead_features": "Dead features",
 }
 _BANDS = (0.8, 0.6, 0.4, 0.2, 0.0)  # quantiles of the activation, from above

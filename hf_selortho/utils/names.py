@@ -7,6 +7,7 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
@@ -164,6 +165,8 @@ class RepoRef:
 def located(name: str | os.PathLike[str], lookup: Mapping[str, Any], kind: Kind = "SAE") -> tuple[str, dict[str, Any]]:
     """Return a name as [`RepoRef.parse`] reads it, and `lookup` with the revision and sub-folder that it holds.
 
+    The folder of a run that has trained one SAE beside its twin stands for that SAE.
+
     Raises:
         SelOrthoError: the name is none, or says another revision or sub-folder than `lookup`.
     """
@@ -173,7 +176,16 @@ def located(name: str | os.PathLike[str], lookup: Mapping[str, Any], kind: Kind 
     for key, value in ref.lookup.items():
         if given.get(key) not in (None, value):
             raise SelOrthoError(f'{kind} "{ref}" has the {key} {value!r}, {key} says {given[key]!r}: leave one out')
-    return ref.name, {**lookup, **given, **ref.lookup}
+    name = _sae_of_run(ref.name) if kind == "SAE" and ref.is_local and not given.get("subfolder") else ref.name
+    return name, {**lookup, **given, **ref.lookup}
+
+
+def _sae_of_run(folder: str) -> str:
+    """Return the folder of the only SAE of a run, its twin aside; of what is no such run, the folder itself."""
+    names = {path.parent.name for path in Path(folder).glob("layer_*/config.json")}
+    own = [name for name in names if not name.endswith("_twin")]
+    is_run = len(own) == 1 and names <= {own[0], f"{own[0]}_twin"} and not Path(folder, "config.json").exists()
+    return os.path.join(folder, own[0]) if is_run else folder
 
 
 def repo_id(text: str, kind: Kind = "model", argument: str = "repository") -> str:

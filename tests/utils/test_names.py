@@ -191,3 +191,16 @@ def test_a_list_may_have_commas_but_a_name_keeps_its_own(home: Path) -> None:
     typed = ["--seeds", "runs/demo/,./runs/x", "with,comma", " ~/y", "--layers", "3,", "5,8"]
     parsed = parser.parse_args(typed)
     assert parsed.seeds == ["runs/demo", "runs/x", "with,comma", str(home / "y")] and parsed.layers == [3, 5, 8]
+
+
+def test_a_run_of_one_sae_and_its_twin_stands_for_the_sae(home: Path) -> None:
+    run = home / "runs" / "demo"
+    for name in ("layer_9", "layer_9_twin"):
+        (run / name).mkdir()
+        (run / name / "config.json").write_text("{}")
+    assert located("runs/demo", {}) == ("runs/demo/layer_9", {})
+    assert located("runs/demo", {"subfolder": "layer_9_twin"}) == ("runs/demo", {"subfolder": "layer_9_twin"})
+    assert located("runs/demo", {}, "model")[0] == "runs/demo"
+    (run / "layer_5").mkdir()
+    (run / "layer_5" / "config.json").write_text("{}")
+    assert located("runs/demo", {})[0] == "runs/demo", "of several layers none is the one that is meant"
