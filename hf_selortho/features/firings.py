@@ -73,8 +73,8 @@ class FiringSample:
 
     def tokens(self) -> FiringTokens:
         """Return the tokens read so far."""
-        table = torch.cat(self._tokens, 1).numpy()
-        return FiringTokens(table[0], table[1], table[2], table[3].astype(bool))
+        token_ids, before, after, held_out = torch.cat(self._tokens, 1).numpy()
+        return FiringTokens(token_ids, before, after, held_out.astype(bool))
 
     def by_feature(self) -> list[Firings]:
         """Return the firings of every feature, in order."""

@@ -16,7 +16,7 @@ from .words import KINDS, Words
 LEAST_FIRINGS = 5  # in each half of the documents
 _WORDS, _FORMS, _TRIED = 3, 2, 8  # of a label, of one of its words, that are tried for it
 _KEPT = 6  # candidates of a feature
-_WORTH = 0.01  # by which another word has to raise the score
+_WORTH = 0.02  # by which another word has to raise the score
 _Sums: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 

@@ -15,8 +15,8 @@ from hf_selortho.features.labels import label_of_tokens, read_labels
     [
         ([" import", "import", " from", " as", "x"], [1, 2, 2.5, 1, 0.5], "import, from, as"),
         ([" The", "the"], [1, 2], "the, The"),
-        (["\n", "  ", "\t"], [3, 2, 1], "↵, ␣␣, ⇥"),
-        (["\u202e", "a"], [2, 1], "‹202E›, a"),
+        (["\n", "  ", "\t"], [3, 2, 1], "line break, indentation, tab"),
+        (["\u202e", "a"], [2, 1], "punctuation ‹202E›, a"),
         (["x" * 60], [1], "x" * 39 + "…"),
         (["x" * 30, "y" * 30, "z"], [3, 2, 1], "x" * 30),
         ([], [], ""),
