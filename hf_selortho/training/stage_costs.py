@@ -8,8 +8,9 @@ from ..configuration_selortho import SelOrthoConfig
 from .arguments import TrainingArguments
 from .data import LiveData, TrainingData
 
-# Multiplications for a parameter and a token, forwards; a training step of an SAE goes back as well, and selects pairs.
-_FORWARD, _TRAINING = 1.0, 6.0
+# Multiplications of a training step for each weight of the encoder and a token. Where few features fire, all that comes
+# after the encoder is sparse.
+_SPARSE_STEP, _DENSE_STEP = 1.0, 6.0
 _PROBED = {
     "none": 0,
     "quick": 113_000,
@@ -32,14 +33,16 @@ def stage_costs(
     run, evaluation = arguments.run, arguments.evaluation
     tokens = run.max_steps * run.batch_size * run.gradient_accumulation_steps
     context = arguments.sae.context_length / 2
-    weights = sum(2.0 * (config.d_in or 0) * (config.d_sae or 0) for config in configs)
+    weights = [float((config.d_in or 0) * (config.d_sae or 0)) for config in configs]
+    steps = (_SPARSE_STEP if config.k else _DENSE_STEP for config in configs)
+    training = sum(n * step for n, step in zip(weights, steps, strict=True))  # a token
     filling = reading = whole_lm = 0.0
     if isinstance(data, LiveData):
         model, held = data.lm.model, data.source.capacity
         depth = model.config.get_text_config(decoder=True).num_hidden_layers
         body = model.num_parameters(exclude_embeddings=True)
-        reading = _FORWARD * body * (max(data.capture.layers) + 1) / depth  # a token
-        whole_lm = _FORWARD * (body + data.lm.vocabulary * data.lm.d_model)
+        reading = body * (max(data.capture.layers) + 1) / depth  # a token
+        whole_lm = body + data.lm.vocabulary * data.lm.d_model
         filling = reading * held
         tokens_read = max(0.0, tokens / arguments.data.buffer_reuse - held)
     else:
@@ -48,8 +51,8 @@ def stage_costs(
     losses = min(evaluation.eval_ce_samples, len(data.held_out)) * context * whole_lm * (2 + len(configs))
     return {
         "filling the buffer": filling,
-        training_words(len(configs)): tokens * _TRAINING * weights + tokens_read * reading,
-        "evaluating": samples * (reading + 2 * weights),
+        training_words(len(configs)): tokens * training + tokens_read * reading,
+        "evaluating": samples * (reading + 4 * sum(weights)),
         "cross-entropy": losses,
         "probing": _PROBED[evaluation.probes] * reading if data.held_out else 0.0,
     }
