@@ -13,7 +13,7 @@ from .records import Label
 from .words import kind_of, name_of
 
 LONGEST_LABEL = 200
-THRESHOLD = 0.7  # of the score of a label; below it is "unclear"
+THRESHOLD = 0.59  # of the score of a label; below it is "unclear"
 _TOKENS, _LONGEST_OF_TOKENS = 3, 40
 
 

@@ -14,14 +14,16 @@ from .records import Label
 from .words import KINDS, Words
 
 LEAST_FIRINGS = 5  # in each half of the documents
+STRONG, STRONGEST = 0.5, 10  # share of the largest activation from which one is strong; so many are in any case
 _WORDS, _FORMS, _TRIED = 3, 2, 8  # of a label, of one of its words, that are tried for it
 _KEPT = 6  # candidates of a feature
-_WORTH = 0.02  # by which another word has to raise the score
+# Another word has to raise the score so much, and to have this share of the first one's activation.
+_WORTH, _SHARE = 0.02, 0.2
 _Sums: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 def label_score(purity: float, coverage: float, by_chance: tuple[float, float] = (0.0, 0.0)) -> float:
-    """Score a label from the share of a feature's activation that it explains and of its tokens that the feature marks.
+    """Score a label from the share of strong activations that it explains and of its tokens that the feature marks.
 
     Both less what they would be by chance; one half is chance, 1 is perfect, as an area under the ROC curve. With
     equal exponents this would be (1 + Matthews' correlation coefficient) / 2; purity counts twice as much as coverage,
@@ -42,7 +44,7 @@ class _Half:
         """Return score, purity and coverage of a set of values.
 
         Args:
-            sums: activations (values,) and firings (values,) of a feature on the tokens with each value.
+            sums: strong activations (values,) and firings (values,) of a feature on the tokens with each value.
         """
         activations, firings = sums
         label, fired = float(self.occurrences[list(values)].sum()), float(firings.sum())
@@ -77,21 +79,23 @@ class TokenLabels:
         held_out = self._held_out[firings.tokens]
         if min(int(held_out.sum()), int((~held_out).sum())) < LEAST_FIRINGS:
             return []
-        labels = [label for name in self._columns for label in self._candidates(name, firings, held_out)]
+        halves = [(inside, _strong(firings.activations, inside)) for inside in (~held_out, held_out)]
+        labels = [label for name in self._columns for label in self._candidates(name, firings, halves)]
         return sorted(labels, key=lambda label: -label.score)[:_KEPT]
 
     def _half(self, column: np.ndarray, held_out: bool) -> _Half:
         inside = column[self._held_out == held_out]
         return _Half(len(inside), np.bincount(inside, minlength=int(column.max()) + 1))
 
-    def _candidates(self, name: str, firings: Firings, held_out: np.ndarray) -> Iterator[Label]:
+    def _candidates(
+        self, name: str, firings: Firings, parts: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[Label]:
         column, halves = self._columns[name]
         values, places = np.unique(column[firings.tokens], return_inverse=True)
         sums = list[_Sums]()
-        for inside in (~held_out, held_out):
-            weights = firings.weights * inside
-            activations = np.bincount(places, weights * firings.activations, len(values))
-            sums.append((activations, np.bincount(places, weights, len(values))))
+        for inside, strong in parts:
+            activations = np.bincount(places, firings.weights * firings.activations * strong, len(values))
+            sums.append((activations, np.bincount(places, firings.weights * inside, len(values))))
         choosing, scoring = (_Half(half.tokens, half.occurrences[values]) for half in halves)
         if "kind" in name:
             scores = [choosing.measure(sums[0], [n])[0] for n in range(len(values))]
@@ -100,7 +104,9 @@ class TokenLabels:
             chosen = self._set(choosing, sums[0], values)
         if text := self._text(name, [int(values[n]) for n in chosen]):
             score, purity, coverage = scoring.measure(sums[1], chosen)
-            detail = f"{percent(purity)} of its activation is there; it fires on {percent(coverage)} of such tokens"
+            detail = (
+                f"{percent(purity)} of its strong activation is there; it fires on {percent(coverage)} of such tokens"
+            )
             yield Label("token" if name.startswith("own") else "context", text, score, detail)
 
     def _set(self, half: _Half, sums: _Sums, values: np.ndarray) -> list[int]:
@@ -111,6 +117,7 @@ class TokenLabels:
         for n in tried:
             own = stem(self._words.names[values[n]])
             room = stems.count(own) < _FORMS and len({*stems, own}) <= _WORDS
+            room = room and sums[0][n] >= _SHARE * sums[0][chosen[0]]
             if n not in chosen and room and (wider := half.measure(sums, [*chosen, n])[0]) > score + _WORTH:
                 chosen, score = [*chosen, n], wider
                 stems.append(own)
@@ -129,6 +136,12 @@ class TokenLabels:
             forms.setdefault(stem(names[value]), []).append(shown)
         text = ", ".join(" / ".join(words) for words in forms.values())
         return (text, f"after {text}", f"before {text}")[place]
+
+
+def _strong(activations: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Mark those of some firings (n,) that are strong, and at least the STRONGEST of them."""
+    own = activations[inside]
+    return inside & (activations >= min(STRONG * own.max(), np.sort(own)[-STRONGEST:][0]))
 
 
 def stem(word: str) -> str:

@@ -88,7 +88,7 @@ def test_the_score_is_that_of_the_documents_on_which_the_label_was_not_chosen() 
     expected = label_score(both / fired, both / every, ((every - both) / (n - fired), (fired - both) / (n - every)))
     label = best(fires)
     assert label.text == "rain" and label.score == pytest.approx(expected) and label.score < 0.9
-    assert label.detail.startswith(f"{100 * both / fired:.0f}% of its activation is there")
+    assert label.detail.startswith(f"{100 * both / fired:.0f}% of its strong activation is there")
 
 
 def test_the_score_is_a_half_by_chance_and_of_matthews_with_equal_shares() -> None:
