@@ -44,7 +44,7 @@ def stage_costs(
         reading = body * (max(data.capture.layers) + 1) / depth  # a token
         whole_lm = body + data.lm.vocabulary * data.lm.d_model
         filling = reading * held
-        tokens_read = max(0.0, tokens / arguments.data.buffer_reuse - held)
+        tokens_read = tokens / arguments.data.buffer_reuse
     else:
         tokens_read = 0.0
     samples = len(data.held_out) * context
