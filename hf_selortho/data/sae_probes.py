@@ -27,7 +27,7 @@ _TABLE_OF_SETS = "sae_probes/data/probing_datasets_MASTER.csv.zst"
 _TABLES = "sae_probes/data/cleaned_data"
 
 # What is trained on, by source; all other sets are never trained on, so that probing with them is clean. Sets that
-# share texts are in the same source.
+# share texts are in the same source, and sets whose texts are parts of those of others are left out.
 SOURCES: Mapping[str, tuple[str, ...]] = {
     "essays": ("94_ai_gen",),
     "news": ("100_news_fake", *(f"{n}_news_class_{c}" for n, c in ((139, "Politics"), (140, "Technology"))),
@@ -39,9 +39,9 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
             ("journalist", "athlete", "actor", "politician", "singer", "researcher"))),
     ),
     "reviews": ("157_amazon_5star", "111_yelp_data"),
-    "passages": ("45_context_ans", "90_glue_qnli", "89_glue_mrpc"),
-    "questions": ("91_glue_qqp", "36_sciq_tf", "42_temp_sense", "44_phys_tf", "47_reasoning_tf", "54_cs_tf"),
-    "sentences": ("110_aimade_humangpt3", "50_deon_isvalid", "51_just_is", "52_virtue_is"),
+    "passages": ("90_glue_qnli", "89_glue_mrpc"),
+    "questions": ("91_glue_qqp", "36_sciq_tf", "44_phys_tf", "47_reasoning_tf", "54_cs_tf"),
+    "sentences": ("110_aimade_humangpt3",),
     "medicine": ("145_disease_class_digestive system diseases", "146_disease_class_cardiovascular diseases",
                  "147_disease_class_nervous system diseases"),
     "tweets": ("148_twt_emotion_worry", "149_twt_emotion_happiness", "150_twt_emotion_sadness"),
@@ -85,9 +85,8 @@ def probe_set_names() -> tuple[str, ...]:
     Raises:
         SelOrthoError: the package is missing, of another version or damaged.
     """
-    rows = _read_table(_TABLE_OF_SETS)
-    names = [Path(row["Dataset save name"]).stem for row in rows if row["Data type"] == "Binary Classification"]
-    return tuple(names)
+    rows = _read_table(_TABLE_OF_SETS, "Dataset save name", "Data type")
+    return tuple(Path(name).stem for name, kind in rows if kind == "Binary Classification")
 
 
 def read_probe_set(name: str) -> ProbeSet:
@@ -133,6 +132,12 @@ def sae_probes_texts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(kept), tuple(kept.values())
 
 
+def sae_probes_revision() -> str:
+    """Name the package's version and a hash of the texts of the corpus."""
+    digest = hashlib.sha256("\0".join(sae_probes_texts()[0]).encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{VERSION}-sha256:{digest[:16]}"
+
+
 def _hash(text: str) -> bytes:
     # Not the hash of the text alone: by that one documents are held out, and the first by it would all be.
     return hashlib.sha256(f"{SAE_PROBES}\0{text}".encode("utf-8", "surrogatepass")).digest()
@@ -140,17 +145,18 @@ def _hash(text: str) -> bytes:
 
 def _columns(name: str) -> tuple[list[str], list[str]]:
     """Return texts and class names of a table."""
-    rows = list(_read_table(f"{_TABLES}/{name}.csv.zst"))
-    return [row["prompt"] for row in rows], [row["target"] for row in rows]
+    rows = list(_read_table(f"{_TABLES}/{name}.csv.zst", "prompt", "target"))
+    return [text for text, _ in rows], [target for _, target in rows]
 
 
-def _read_table(path: str) -> Iterator[dict[str, str]]:
+def _read_table(path: str, *columns: str) -> Iterator[tuple[str, ...]]:
     file = Path(str(_package().locate_file(path)))
     try:
         with pa.input_stream(str(file), compression="zstd") as stream:
             text = stream.read().decode("utf-8")
-        yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
+            yield tuple(row[column] for column in columns)
+    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error, KeyError) as error:
         raise SelOrthoError(
             f"{file.name} of {SAE_PROBES} is missing or damaged: run `{INSTALL} --force-reinstall`"
         ) from error

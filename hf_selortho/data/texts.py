@@ -23,7 +23,7 @@ from ..errors import SelOrthoError
 from ..utils.hub import LOOKUP_ERRORS, is_commit, official_name, resolve_commit, unreachable
 from ..utils.library_errors import one_line, storage_error
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
-from .sae_probes import VERSION, sae_probes_texts
+from .sae_probes import sae_probes_revision, sae_probes_texts
 from .text_files import PEEK, empty, local_arguments, text_format, wrong_encoding
 from .text_source import SAE_PROBES, TextSource
 
@@ -271,7 +271,7 @@ def _python_docs() -> tuple[dict[str, Sequence[str]], str]:
 
 def _sae_probes() -> tuple[dict[str, Sequence[str]], str]:
     texts, sources = sae_probes_texts()
-    return {"text": list(texts), "source": list(sources)}, VERSION
+    return {"text": list(texts), "source": list(sources)}, sae_probes_revision()
 
 
 _EMBEDDED = {PYTHON_DOCS: _python_docs, SAE_PROBES: _sae_probes}

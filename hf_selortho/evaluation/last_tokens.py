@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..data.cache_manifest import tokenizer_hash
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, NonFiniteActivationsError, length_batches
 from ..language_models.contexts import Context, pad_batch
@@ -58,10 +59,12 @@ def read_last_tokens(
     """
     check_context_length(capture.lm, tokens)
     occurrences = Counter(text for texts in sets.values() for text in texts)
+    lm = capture.lm
+    of_lm = [lm.name, lm.revision, str(lm.model.dtype), tokenizer_hash(lm.tokenizer), capture.device.type]
     shared: dict[str, dict[int, Tensor]] = {}  # activations of texts that several sets have
     with Bar("probing", total=sum(map(len, sets.values())), unit="text", disable=not progress) as bar:
         for name, texts in sets.items():
-            identity = [capture.lm.name, capture.lm.revision, str(capture.lm.model.dtype), tokens, prepend_bos, texts]
+            identity = [*of_lm, tokens, prepend_bos, texts]
             files = {layer: _file_of(cache, name, [layer, *identity]) for layer in capture.layers}
             by_layer = {layer: rows for layer, file in files.items() if (rows := _load(file, len(texts))) is not None}
             if missing := [layer for layer in files if layer not in by_layer]:

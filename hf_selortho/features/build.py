@@ -31,7 +31,7 @@ from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
 from .gallery import Gallery
 from .index import FeatureIndex
 from .index_writer import IndexWriter
-from .labels import THRESHOLD
+from .labels import THRESHOLDS
 from .logit_lens import find_final_norm, top_logits
 from .neighbours import CorrelationSample
 from .pair_statistics import PairList, PairStatistics, TwinStatistics, pairs_of_training, rule_of_classes
@@ -125,12 +125,13 @@ def build_feature_index(
     facts = _plan(sources, settings)
     writer.facts = {
         **facts,
+        "settings": {**facts["settings"], "concepts": settings.concepts if concepts.sets else "none"},
         "text": {**facts["text"], **vars(counts)},
         "correlation_sample_tokens": sampled,
         "features": {"never_fired": int((gathered.features.fires == 0).sum())},
         "labels": {
             "counts": {source: named[source] for source in LABEL_SOURCES if named[source]},
-            "threshold": THRESHOLD,
+            "thresholds": THRESHOLDS,
             "probe_sets": concepts.sets,
         },
         "gallery": gallery.items(),

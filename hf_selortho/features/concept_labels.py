@@ -33,6 +33,7 @@ BEST = 10  # features of a set
 # A feature is named after a class if it fires on so many of the class's training texts, and so much more often on them
 # than on the other class's: one that fires on full stops may tell apart texts that end in one, not what they are about.
 LEAST_SHARE, LEAST_RATIO = 0.3, 3.0
+RARER = 10.0  # so much less often it has to fire on all tokens of the index
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Concepts:
 
     sets: list[str] = field(default_factory=list)
     rows: list[ConceptRow] = field(default_factory=list)  # by set and rank
-    labels: dict[int, list[Label]] = field(default_factory=dict)  # by feature
+    # by feature, each with the share of the texts of its class at whose end the feature fires
+    labels: dict[int, list[tuple[float, Label]]] = field(default_factory=dict)
 
 
 @functools.cache
@@ -93,7 +95,7 @@ def _add(concepts: Concepts, name: str, sae: SelOrthoSAE, activations: Tensor, l
         detail = (
             f"AUC {test[feature]:.2f} on test texts; it fires at the end of {percent(mine)}, of others {percent(other)}"
         )
-        concepts.labels.setdefault(feature, []).append(Label("concept", title, test[feature], detail))
+        concepts.labels.setdefault(feature, []).append((mine, Label("concept", title, test[feature], detail)))
 
 
 def _shares(sae: SelOrthoSAE, activations: Tensor, labels: np.ndarray, rows: np.ndarray) -> Tensor:

@@ -152,7 +152,7 @@ def read_explanation(answer: str) -> str:
     if not lines:
         raise UnreadableAnswerError("an empty answer")
     labels = [match[1] for match in map(_LABEL.match, lines) if match]
-    if _REFUSAL.match(labels[-1] if labels else lines[0]):
+    if not labels and _REFUSAL.match(lines[0]):
         raise UnreadableAnswerError("a refusal")
     explanation = plain_line(labels[-1] if labels else lines[0])
     if not re.search(r"\w", explanation):

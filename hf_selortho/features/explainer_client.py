@@ -148,11 +148,11 @@ class ChatClient:
                 return _json_object(_read(response, time.monotonic() + self.timeout))
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
-        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last of a host that can be none
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last of a host that can be none
             cause = getattr(error, "reason", error)
             if isinstance(cause, TimeoutError):
                 raise _PassingError(f"no answer in {self.timeout:g} seconds", working=True) from None
-            never = isinstance(error, (urllib.error.URLError, UnicodeError))  # there was no connection
+            never = isinstance(error, (urllib.error.URLError, ValueError))  # there was no connection
             said = getattr(cause, "strerror", None) or type(cause).__name__
             raise _PassingError(
                 f"no connection: {said}" if never else "the answer breaks off", working=not never

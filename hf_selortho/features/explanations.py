@@ -250,8 +250,7 @@ def _write(folder: Path, index: FeatureIndex, labels: Mapping[int, Label], model
     gallery, named = Gallery(), Counter[str]()
     with IndexWriter(folder) as writer:
         for record in map(index.feature, range(len(index))):
-            if record.feature in labels:
-                record = _with_label(record, labels[record.feature])
+            record = _with_label(record, labels.get(record.feature))
             writer.add_features([record])
             gallery.add(record)
             named[record.label_source] += 1
@@ -272,9 +271,12 @@ def _holds(record: FeatureRecord, label: Label) -> bool:
     return replace(label, score=0.0) in [replace(one, score=0.0) for one in record.labels]
 
 
-def _with_label(record: FeatureRecord, label: Label) -> FeatureRecord:
-    """Put an explanation among the labels of a feature; the best one is shown, unless one was given by hand."""
-    labels = sorted([*(one for one in record.labels if one.source != "model"), label], key=lambda one: -one.score)
+def _with_label(record: FeatureRecord, label: Label | None) -> FeatureRecord:
+    """Put an explanation in place of an earlier one; the best label is shown, unless one was given by hand."""
+    labels = [*(one for one in record.labels if one.source != "model"), *([label] if label else [])]
+    labels.sort(key=lambda one: -one.score)
+    if labels == record.labels:
+        return record
     if record.label_source == "file":
         return replace(record, labels=labels)
     text, source, score = choose_label(labels, record.label)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..language_models.token_text import TokenTexts
 from ..sparse_ops import ActiveFeatures
+from .concept_labels import RARER
 from .feature_statistics import BANDS, PER_BAND, FeatureStatistics, quantiles
 from .labels import choose_label, label_of_tokens
 from .logit_lens import TopLogits
@@ -38,7 +39,7 @@ class Gathered:
     logits: list[TopLogits]  # of each feature
     tokenizer: PreTrainedTokenizerBase
     labels: Mapping[int, str]  # given by hand
-    concepts: Mapping[int, Sequence[Label]]  # of features that find what a probe set is about
+    concepts: Mapping[int, Sequence[tuple[float, Label]]]  # of features that find what a probe set is about
     min_support: int
 
     @functools.cached_property
@@ -63,7 +64,8 @@ def feature_records(gathered: Gathered) -> Iterator[FeatureRecord]:
         share = functools.partial(quantiles, histogram=histogram[number], largest=maxima[number])
         top = _contexts(gathered, number, features.top, "top", share)
         sample = _banded(_contexts(gathered, number, features.sample, "sample", share))
-        labels = [*measured.of(firings[number]), *gathered.concepts.get(number, ())]
+        labels = measured.of(firings[number])
+        labels += [c for share, c in gathered.concepts.get(number, ()) if RARER * fires <= share * gathered.tokens]
         labels.sort(key=lambda label: -label.score)
         label, source, score = _label(gathered, number, top, labels)
         yield FeatureRecord(

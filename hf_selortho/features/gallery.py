@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import re
 from typing import Any
 
-from .labels import THRESHOLD
 from .records import FeatureRecord
+from .words import is_wordless
 
 LARGEST, DENSE = 24, 0.1  # features of a gallery; more frequent ones are dense
 _BEFORE, _AFTER = 16, 8  # tokens shown
+_WORTH = 0.2  # of a label of several words, in score
 _SOURCES = ("token", "context", "concept", "model")
 
 
@@ -37,8 +39,11 @@ class Gallery:
         }
         concept = record.label if record.label_source == "concept" else ""
         group = self._groups.setdefault(record.label_source + concept, [])
-        if score >= THRESHOLD and all(held["label"] != record.label for *_, held in group):
-            heapq.heappush(group, (score, -record.feature, item))
+        if concept:
+            group[:] = [max([*group, (score, -record.feature, item)], key=lambda entry: entry[:2])]
+        elif not is_wordless(record.label) and all(held["label"] != record.label for *_, held in group):
+            families = len(re.split(r", | / ", record.label)) > 1  # "may, might" says more of a feature than "may"
+            heapq.heappush(group, (score + _WORTH * families, -record.feature, item))
             if len(group) > LARGEST:
                 heapq.heappop(group)
 

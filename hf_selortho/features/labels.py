@@ -14,11 +14,13 @@ from .words import kind_of, name_of
 
 LONGEST_LABEL = 200
 THRESHOLD = 0.59  # of the score of a label; below it is "unclear"
+# Of labels that are scored on few texts, where a score above one half is often chance.
+THRESHOLDS = {"token": THRESHOLD, "context": THRESHOLD, "concept": 0.7, "model": 0.7}
 _TOKENS, _LONGEST_OF_TOKENS = 3, 40
 
 
 def choose_label(labels: Sequence[Label], description: str = "") -> tuple[str, str, float | None]:
-    """Return the label to show, its source and its score, of a feature that fires.
+    """Return the label to show, its source and its score, of a feature that fires: the best one that is good enough.
 
     Args:
         labels: its candidates, the best first.
@@ -26,8 +28,10 @@ def choose_label(labels: Sequence[Label], description: str = "") -> tuple[str, s
     """
     if not labels:
         return description, "unclear", None
-    best = labels[0]
-    return best.text, best.source if best.score >= THRESHOLD else "unclear", best.score
+    good = [label for label in labels if label.score >= THRESHOLDS[label.source]]
+    # A concept is told by the last tokens of texts alone: it names a feature where no word does.
+    best = max(good, key=lambda label: (label.source != "concept", label.score), default=labels[0])
+    return best.text, best.source if good else "unclear", best.score
 
 
 def label_of_tokens(tokens: Sequence[str], activations: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ..utils.characters import visible
 from .firings import NOTHING, FiringTokens
 
 LONGEST_WORD = 40
+_UNSPACED = re.compile("CJK|HIRAGANA|KATAKANA|THAI|LAO|KHMER|MYANMAR|TIBETAN")
 # What a kind of token is called: the token itself, the place after such a one, the place before it.
 KINDS = {
     "none": ("", "start of a text", "end of a text"),
@@ -65,7 +67,7 @@ def words_of(tokens: FiringTokens, texts: TokenTexts) -> Words:
     written = [" " if token_id == NOTHING else texts.token(int(token_id)) or " " for token_id in ids]
     own, before, after = np.split(places.astype(np.int32), 3)
     # "ing" is the end of a word where letters stand right before it; the word before is one by its own space
-    letter_last, letter_first = (np.array([text[place].isalpha() for text in written]) for place in (-1, 0))
+    letter_last, letter_first = (np.array([_in_words(text[place]) for text in written]) for place in (-1, 0))
     ends_word = letter_last[before] & letter_first[own]
     continued = letter_last[own] & letter_first[after]  # the word after is the rest of this one
     table = _table(written, np.bincount(own, minlength=len(ids)), bool((ids == NOTHING).any()))
@@ -81,6 +83,11 @@ def words_of(tokens: FiringTokens, texts: TokenTexts) -> Words:
     )
 
 
+def _in_words(character: str) -> bool:
+    """Tell whether a character is a letter of a script that puts spaces between words."""
+    return character.isalpha() and not _UNSPACED.match(unicodedata.name(character, ""))
+
+
 @dataclass(frozen=True)
 class _Table:
     names: list[str]
@@ -93,7 +100,7 @@ class _Table:
 
 def _table(written: Sequence[str], counts: np.ndarray, with_nothing: bool) -> _Table:
     """Number the words that tokens stand for; each is named as the most frequent token of it is written."""
-    numbers: dict[tuple[str, bool], int] = {}
+    numbers: dict[tuple[str, bool, bool], int] = {}
     best: dict[int, tuple[int, str, bool]] = {}
     words, pieces = np.zeros((2, len(written)), dtype=np.int32)
     kinds, piece_kinds = np.zeros((2, len(written)), dtype=np.int8)
@@ -102,7 +109,7 @@ def _table(written: Sequence[str], counts: np.ndarray, with_nothing: bool) -> _T
         lexical = kind not in ("none", "line break", "space", "sentence end", "punctuation")
         for piece, column in ((False, words), (True, pieces)):
             name = name_of(text, kind)
-            number = numbers.setdefault((name.casefold(), piece and text[0].isalpha()), len(numbers))
+            number = numbers.setdefault((name.casefold(), lexical, piece and text[0].isalpha()), len(numbers))
             shown = f"-{name}" if piece and text[0].isalpha() else name
             best[number] = max(best.get(number, (-1, "", False)), (int(counts[place]), shown, lexical))
             column[place] = number

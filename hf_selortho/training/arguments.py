@@ -34,6 +34,7 @@ from ..utils.options import (
     one_of,
     warn_once,
 )
+from .contradictions import penalised
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
@@ -263,13 +264,16 @@ def with_texts_here(preset: dict[str, Any], given: Collection[str]) -> dict[str,
     Args:
         given: names of the options that are typed, which stay as they are.
     """
-    if is_installed() or not preset.get("dataset") == SAE_PROBES or "dataset" in given:
+    if is_installed():
+        return preset
+    preset = {key: value for key, value in preset.items() if key != "probes"}
+    if preset.get("dataset") != SAE_PROBES or {"dataset", "activations"} & set(given):
         return preset
     warn_once(
         f"the texts of {SAE_PROBES} are not installed, so the preset trains on {PYTHON_DOCS}, which is far less worth "
         f"looking at, and probes nothing: run `{INSTALL}`"
     )
-    return {key: value for key, value in preset.items() if key != "probes"} | {"dataset": PYTHON_DOCS}
+    return preset | {"dataset": PYTHON_DOCS}
 
 
 def list_presets() -> list[str]:
@@ -317,6 +321,8 @@ def _check(arguments: TrainingArguments) -> None:
         raise SelOrthoError(
             "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"
         )
+    if "twin" not in arguments.given and not penalised(arguments.sae):
+        run.twin = False  # of a preset, where the command line has taken its penalty away
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
     check_values(arguments.model, arguments.data, run, arguments.evaluation)

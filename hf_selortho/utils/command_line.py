@@ -25,6 +25,7 @@ _SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_TOKEN",
     "EXPLAIN_API_KEY", "OPENAI_API_KEY"
 )  # fmt: skip
+_SHORTEST_SECRET = 8  # shorter ones, such as "none" for a server of one's own, are words
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
@@ -134,7 +135,7 @@ def say(words: str) -> None:
 def without_secrets(text: str) -> str:
     """Replace access tokens by `***`: those in the environment, and whatever looks like one of the Hub."""
     for name in _SECRETS:
-        if secret := os.environ.get(name):
+        if len(secret := os.environ.get(name) or "") >= _SHORTEST_SECRET:
             text = text.replace(secret, "***")
     return _HUB_TOKEN.sub("***", text)
 

@@ -40,7 +40,7 @@ from hf_selortho.features.explanations import (
 from hf_selortho.features.gallery import DENSE
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import FILES, IndexWriter, check_index_folder
-from hf_selortho.features.labels import THRESHOLD
+from hf_selortho.features.labels import choose_label
 from hf_selortho.features.records import Label
 from hf_selortho.language_models.token_text import TokenTexts
 from tests.chat_server import ChatServer, Reply
@@ -294,7 +294,8 @@ def test_explanations_enter_the_index_with_the_score_of_the_answers(
         (label,) = [one for one in new.labels if one.source == "model"]
         assert label.text == f"feature {number}" and label.score == pytest.approx(score)
         assert [one.score for one in new.labels] == sorted((one.score for one in new.labels), reverse=True)
-        best = all(one.score < score for one in old.labels) and score >= THRESHOLD
+        best = choose_label(new.labels)[1] == "model"
+        assert best == (score >= 0.7 and all(one.score < score for one in old.labels if one.source != "concept"))
         assert (new.label_source == "model") == best == (new.label == label.text)
         shown = {"labels": old.labels, "label": old.label, "label_source": old.label_source}
         assert dataclasses.replace(new, label_score=old.label_score, **shown) == old

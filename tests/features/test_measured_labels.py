@@ -157,8 +157,8 @@ def test_a_concept_is_chosen_on_training_texts_and_scored_on_others() -> None:
     titles = concept_titles()["159_code_Python"]
     assert found == {(0, titles[0], 1.0, False), (1, titles[1], 1.0, True)} and concepts.rows[0].trained_on
     assert [row.rank for row in concepts.rows] == [0, 1, 2, 3]
-    assert {f: [label.text for label in of] for f, of in concepts.labels.items()} == {0: titles[:1], 1: titles[1:]}
-    assert concepts.labels[1][0].detail == "AUC 1.00 on test texts; it fires at the end of 100%, of others 0%"
+    assert {f: [label.text for _, label in of] for f, of in concepts.labels.items()} == {0: titles[:1], 1: titles[1:]}
+    assert concepts.labels[1][0][0] == 1.0 and concepts.labels[1][0][1].detail == "AUC 1.00 on test texts; it fires at the end of 100%, of others 0%"
 
 
 def test_every_probe_set_has_a_title_for_both_classes() -> None:
@@ -179,6 +179,10 @@ def test_the_label_shown_is_the_best_above_the_threshold() -> None:
     good, poor = Label("token", "where", 0.9, ""), Label("context", "after “of”", THRESHOLD - 0.01, "")
     assert choose_label([good, poor]) == ("where", "token", 0.9)
     assert choose_label([poor]) == ("after “of”", "unclear", poor.score)
+    concept, explained = Label("concept", "Python code", 0.95, ""), Label("model", "loops", THRESHOLD + 0.01, "")
+    assert choose_label([concept, good]) == ("where", "token", 0.9), "a word says more than the ends of texts"
+    assert choose_label([concept, explained, poor])[1] == "concept"
+    assert choose_label([explained, poor])[1] == "unclear", "few texts have scored it"
     assert choose_label([], "where, light") == ("where, light", "unclear", None)
 
 
