@@ -29,6 +29,8 @@ _REFUSAL = re.compile(
     r"as an ai\b)",
     re.IGNORECASE,
 )
+# What a label that begins like a refusal has only if it is one: "sorry and other apologies" names a feature.
+_EXCUSE = re.compile(r"\b(?:an ai|assist|help|comply|provide|determine|answer|label)\b", re.IGNORECASE)
 _LIST = re.compile(r"\[([\d ,;]*)\]")
 _BARE_LIST = re.compile(r"(\d+(?:(?: ?[,;] ?| and | )\d+)*) ?\.?")
 _NONE = re.compile(r"\W*none(?: of (?:them|the excerpts))?\W*", re.IGNORECASE)
@@ -152,7 +154,7 @@ def read_explanation(answer: str) -> str:
     if not lines:
         raise UnreadableAnswerError("an empty answer")
     labels = [match[1] for match in map(_LABEL.match, lines) if match]
-    if not labels and _REFUSAL.match(lines[0]):
+    if _REFUSAL.match(labels[-1] if labels else lines[0]) and (not labels or _EXCUSE.search(labels[-1])):
         raise UnreadableAnswerError("a refusal")
     explanation = plain_line(labels[-1] if labels else lines[0])
     if not re.search(r"\w", explanation):

@@ -13,6 +13,7 @@ from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.build import Sources
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.contexts import Context, pad_batch
+from hf_selortho.modeling_selortho import ENCODER_NORMS
 
 CONTEXT_LENGTH = 24
 
@@ -25,7 +26,7 @@ def make_sae(lm, seed: int = 0, d_sae: int = 48, **settings) -> SelOrthoSAE:
     sae = SelOrthoSAE(config).eval()
     with torch.no_grad():
         sae.set_input_statistics(torch.zeros(32), 20.0)
-        sae.b_enc.uniform_(-0.6, 0.1)
+        sae.b_enc.uniform_(-0.6, 0.1).mul_(ENCODER_NORMS[config.activation])
         sae.b_enc[5] = -1e6
         sae.W_dec[9].copy_(sae.W_dec[8])
         sae.W_enc[:, 9].copy_(sae.W_enc[:, 8])

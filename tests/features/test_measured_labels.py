@@ -158,7 +158,8 @@ def test_a_concept_is_chosen_on_training_texts_and_scored_on_others() -> None:
     assert found == {(0, titles[0], 1.0, False), (1, titles[1], 1.0, True)} and concepts.rows[0].trained_on
     assert [row.rank for row in concepts.rows] == [0, 1, 2, 3]
     assert {f: [label.text for _, label in of] for f, of in concepts.labels.items()} == {0: titles[:1], 1: titles[1:]}
-    assert concepts.labels[1][0][0] == 1.0 and concepts.labels[1][0][1].detail == "AUC 1.00 on test texts; it fires at the end of 100%, of others 0%"
+    share, label = concepts.labels[1][0]
+    assert share == 1.0 and label.detail == "AUC 1.00 on test texts; it fires at the end of 100%, of others 0%"
 
 
 def test_every_probe_set_has_a_title_for_both_classes() -> None:
