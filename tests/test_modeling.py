@@ -20,10 +20,12 @@ def raw_activations(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, 12) * 250 + torch.linspace(-3, 3, 12) * 1000
 
 
-def test_fresh_decoder_rows_have_norm_one_and_the_encoder_is_their_transpose() -> None:
-    sae = SelOrthoSAE(SelOrthoConfig(d_in=12, d_sae=30))
+@pytest.mark.parametrize(("activation", "norm"), [("relu", 0.3), ("topk", 1.0), ("batchtopk", 1.0), ("jumprelu", 1.0)])
+def test_fresh_decoder_rows_have_norm_one_and_the_encoder_is_a_multiple_of_them(activation, norm) -> None:
+    k = {"k": 4} if "topk" in activation else {}
+    sae = SelOrthoSAE(SelOrthoConfig(d_in=12, d_sae=30, activation=activation, **k))
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
-    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert torch.equal(sae.W_enc, norm * sae.W_dec.T)
 
 
 def test_encode_and_decode_are_equations_2_and_3_around_the_input_statistics() -> None:

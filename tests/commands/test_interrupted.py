@@ -90,7 +90,7 @@ def command(tiny_lm_dir, sample_text_files, tmp_path_factory) -> Callable[[str],
     commands = {
         "cache": ["cache", *text, *short, "--layers", "1", "--shard_tokens", "300"],
         "train": training,
-        "index": ["index", "run", "--tokens", "300", "--cpu", "--lm_dtype", "float32"],
+        "index": ["index", "run", "--tokens", "300", "--cpu", "--lm_dtype", "float32", "--concepts", "none"],
         "evaluate": ["evaluate", "run/layer_1", "--cpu", "--lm_dtype", "float32", *probes],
     }
     return lambda name: commands[name]

@@ -32,6 +32,7 @@ from hf_selortho.features.build import IndexSettings, Sources, build_feature_ind
 from hf_selortho.features.index_writer import INDEX, IndexWriter
 from hf_selortho.features.records import PAIR_TABLE
 from hf_selortho.language_models.capture import ActivationCapture
+from hf_selortho.modeling_selortho import ENCODER_NORMS
 
 HOSTILE = '<img src=x onerror="document.title=1">'
 LABELS = {3: HOSTILE, 5: "rivers & bridges", 7: "\u202eturned round"}
@@ -48,7 +49,7 @@ def save_small_sae(folder: Path, lm, seed: int, **settings) -> SelOrthoSAE:
     torch.manual_seed(seed)
     sae = SelOrthoSAE(config)
     with torch.no_grad():
-        sae.b_enc.fill_(-0.6)
+        sae.b_enc.fill_(-0.6 * ENCODER_NORMS[sae.config.activation])
         sae.set_input_statistics(torch.zeros(32), 3.0)
     sae.save_pretrained(folder)
     evaluation = {"fvu": 0.25 + seed / 100, "l0": 12.5, "loss_recovered": 0.9, "dead_features": 1}

@@ -84,7 +84,7 @@ def test_a_scale_too_large_for_the_gradients_is_no_error(accelerator, tmp_path) 
     trainer = make_trainer(accelerator, policy)
     before, scales = weights_of(trainer), []
     for number in range(40):
-        trainer.train_step(batch_of(number), last=True)
+        trainer.train_step(batch_of(number, scale=10.0), last=True)
         scales.append(trainer.scaler.get_scale())
         if scales[-1] < 2.0**127 and number == 0:
             assert torch.equal(weights_of(trainer)["W_enc"], before["W_enc"])  # that step was not taken

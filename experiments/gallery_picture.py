@@ -1,4 +1,6 @@
-"""Make the picture of the features that an SAE's page opens on: gallery_picture.py runs/demo docs/images/gallery.png.
+"""Make the picture of the features that an SAE's page opens on.
+
+python -m experiments.gallery_picture runs/demo docs/images/gallery.png
 
 It needs Playwright and a Chromium, found on the path or named by the variable CHROMIUM.
 """
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("sae", help="folder of an SAE or of a run with a feature index, or owner/name of the Hub")
     parser.add_argument("picture", type=Path, help="PNG file to write")
     arguments = parser.parse_args()
-    from playwright.sync_api import sync_playwright  # of the extra `dev`
+    from playwright.sync_api import sync_playwright  # of the extra `test`
 
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
