@@ -144,8 +144,8 @@ class Endpoints:
             total: how many features there are of this kind, text, frequency and score; features: the first of them.
         """
         index = self._views.index(sae)
-        least = {"low": float(low), "score": float(score)}
-        address = Address(sort=sort, up=bool(ascending), only=kind, q=text, high=float(high), **least)
+        address = Address(sort=sort, up=bool(ascending), only=kind, q=text)
+        address = address.to(low=float(low), high=float(high), score=float(score))
         found = sorted_features(index, address)
         return {"total": len(found), "features": feature_rows(index, found[: _within(limit)])}
 

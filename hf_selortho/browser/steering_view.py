@@ -60,7 +60,7 @@ def _largest(index: FeatureIndex | None, feature: int) -> float:
     if largest <= 0:
         why = "there is no feature index" if index is None else "it never fires on the text of the feature index"
         raise SelOrthoError(
-            f"the largest activation of feature {feature} is not known ({why}): choose to hold it at an activation"
+            f"the largest activation of feature {feature} is not known ({why}): hold it at a value (mode clamp)"
         )
     return largest
 
