@@ -23,7 +23,7 @@ VIEWS = {
     "compare": "Compare",
     "run": "Run",
 }
-_LONGEST = 3 * MAX_CHARACTERS + 500  # a text, percent-encoded, and the rest
+_LONGEST = 9 * MAX_CHARACTERS + 500  # a text, percent-encoded (a Chinese character takes nine), and the rest
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Address:
     only: str = ""  # a class of pairs, or a kind of labels
     low: float | None = None  # percent of the tokens on which the features of the table fire at least
     high: float | None = None  # ... and below which they stay
+    score: float | None = None  # of the labels of the table, from 0 to 1, at least
     concept: str = ""  # whose features are shown
     hidden: bool = False  # pairs that the table hides are in it
     page: int = 1
@@ -79,14 +80,26 @@ def parse_address(query: str) -> Address:
         raise SelOrthoError(
             f"this address has {len(query):,} characters, expected at most {_LONGEST:,}: shorten its text"
         )
-    fields = {name: values[-1] for name, values in parse_qs(query.lstrip("?")).items()}
-    named = fields.setdefault("view", "text" if "q" in fields else "start")
-    if named == "pair" or (named == "feature" and "id" not in fields):
-        fields["view"] = f"{named}s"
+    fields = _fields(query)
     if fields["view"] not in VIEWS:
         raise SelOrthoError(f"there is no view {fields['view']!r:.50}: choose {', '.join(VIEWS)}")
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Address)}
     return Address(**{name: _parse(name, text, kinds[name]) for name, text in fields.items() if name in kinds})
+
+
+def view_of(query: str) -> str:
+    """Return the view that a query names, whatever else is wrong with it; "start" where there is no such view."""
+    view = _fields(query)["view"]
+    return view if view in VIEWS else "start"
+
+
+def _fields(query: str) -> dict[str, str]:
+    """The parts of a query, "view" among them; the page's script takes the same view."""
+    fields = {name: values[0] for name, values in parse_qs(query.lstrip("?")).items()}
+    named = fields.setdefault("view", "text" if "q" in fields else "start")
+    if named == "pair" or (named == "feature" and "id" not in fields):
+        fields["view"] = f"{named}s"
+    return fields
 
 
 def _parse(name: str, text: str, kind: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_url
 
 from ..configuration_selortho import SelOrthoConfig
+from ..data.text_source import SAE_PROBES
 from ..features.index import FeatureIndex
 from ..features.index_writer import INDEX
 from ..hub.run_folder import shown_name, twin_beside
@@ -20,7 +21,7 @@ from ..utils.files import target_outside
 from ..utils.hub import CONFIG, at_one_commit, find_file, read_object
 from ..utils.names import RepoRef
 from .address import MAIN, TWIN
-from .rendering import full_label
+from .rendering import label_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,21 @@ class CatalogEntry:
 
         Before a label that is not good enough stands "unclear".
         """
-        if self.index is None:
-            return ""
-        summary = self.index.summary(feature)
-        return full_label(summary.label, summary.label_source)
+        return label_of(self.index, feature)
+
+    @property
+    def as_other(self) -> str:
+        """What the SAE is called where it stands beside the one that is shown."""
+        return "its twin" if self.key == TWIN else "with the penalty"
+
+    def read(self, trained_on: bool) -> str:
+        """Say whether the training has read texts of the corpus sae-probes; if it read another one, whether they are.
+
+        Args:
+            trained_on: whether the corpus sae-probes holds the texts.
+        """
+        words = "trained on" if self.config and self.config.dataset == SAE_PROBES else "in the corpus sae-probes"
+        return words if trained_on else f"not {words}"
 
 
 def open_catalog(sae: str, twin: str | None) -> dict[str, CatalogEntry]:

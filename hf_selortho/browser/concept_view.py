@@ -19,9 +19,9 @@ class Concept(NamedTuple):
     """A probe set, and the features of one SAE that find it by themselves."""
 
     name: str
-    title: str
+    title: str  # what the best feature finds; features of another title mark the other class
     trained_on: bool  # whether the SAE may have been trained on the texts of the set
-    rows: list[ConceptRow]  # the best feature first
+    rows: list[ConceptRow]  # by test AUC, the best feature first
 
     @property
     def auc(self) -> float:
@@ -32,7 +32,7 @@ class Concept(NamedTuple):
 def concepts_of(entry: CatalogEntry) -> dict[str, Concept]:
     """Return the concepts of an SAE by name, that which a feature finds best first; {} where none was measured."""
     rows = [] if entry.index is None else entry.index.concepts()
-    by_name = sorted(rows, key=lambda row: (row.concept, row.rank))
+    by_name = sorted(rows, key=lambda row: (row.concept, -row.auc, row.rank))
     found = []
     for name, group in groupby(by_name, key=lambda row: row.concept):
         members = list(group)

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..checks import whole_number
 from ..errors import SelOrthoError
 from ..features import Sampling
 from ..utils.library_errors import one_line
@@ -17,6 +18,7 @@ from .address import MAIN, TWIN, Address
 from .concept_view import choose, concepts_of
 from .feature_table import feature_rows, sorted_features
 from .pairs import find_pairs
+from .start_view import figures, gallery, probes
 from .steering_view import DEFAULT_STRENGTH, PEAK, steers_of
 from .text_view import counterparts
 from .views import Views
@@ -31,7 +33,8 @@ def add_endpoints(views: Views) -> None:
     """Add the endpoints to the Blocks that are being built; each takes and gives plain JSON."""
     api = Endpoints(views)
     tables = (api.features, api.concepts, api.pairs)
-    for function in (api.inspect_text, api.feature, api.pair, *tables, api.search, api.steer, api.compare, api.run):
+    others = (api.start, api.inspect_text, api.feature, api.pair, api.search, api.steer, api.compare, api.run)
+    for function in (*others, *tables):
         limit = STEERING_LIMIT if function == api.steer else {}
         gr.api(_without_traceback(function), api_name=function.__name__, **limit)
 
@@ -59,6 +62,23 @@ class Endpoints:
 
     def __init__(self, views: Views) -> None:
         self._views, self._live = views, views.live
+
+    def start(self, sae: str = "main") -> dict[str, Any]:
+        """What the page opens on: figures of the sparse autoencoder beside its twin, and features worth a look.
+
+        Args:
+            sae: "main" or "twin".
+
+        Returns:
+            figures: name, meaning, and value for each of `saes`; features: twelve at most, with label and a context.
+        """
+        entries = self._views.beside(sae)
+        measured = [*figures(entries), *((f"probe AUC, {name}", *more) for name, *more in probes(entries))]
+        return {
+            "saes": [entry.title for entry in entries],
+            "figures": [{"name": name, "meaning": meaning, "values": values} for name, meaning, values in measured],
+            "features": [] if entries[0].index is None else gallery(entries[0].index),
+        }
 
     def inspect_text(self, text: str, top_k: int = 5, sae: str = "main") -> dict[str, Any]:
         """Which features of the sparse autoencoder fire on each token of a text.
@@ -104,6 +124,7 @@ class Endpoints:
         high: float = 100.0,
         limit: int = 50,
         sae: str = "main",
+        score: float = 0.0,
     ) -> dict[str, Any]:
         """The features of the sparse autoencoder: label, how it was got, its score, frequency; best labels first.
 
@@ -117,12 +138,14 @@ class Endpoints:
             high: percent of the tokens below which it stays; 100 for no limit.
             limit: at most so many features, 100 at most.
             sae: "main" or "twin".
+            score: of the label, from 0 to 1, at least; 0 for features without a score, too.
 
         Returns:
-            total: how many features there are of this kind, text and frequency; features: the first of them.
+            total: how many features there are of this kind, text, frequency and score; features: the first of them.
         """
         index = self._views.index(sae)
-        address = Address(sort=sort, up=bool(ascending), only=kind, q=text, low=float(low), high=float(high))
+        address = Address(sort=sort, up=bool(ascending), only=kind, q=text)
+        address = address.to(low=float(low), high=float(high), score=float(score))
         found = sorted_features(index, address)
         return {"total": len(found), "features": feature_rows(index, found[: _within(limit)])}
 
@@ -149,7 +172,10 @@ class Endpoints:
                 for one in measured.values()
             ],
             "concept": chosen.name,
-            "features": [{**vars(row), "label": entry.label(row.feature)} for row in chosen.rows],
+            "features": [
+                {**vars(row), "negated": row.title != chosen.title, "label": entry.label(row.feature)}
+                for row in chosen.rows
+            ],
         }
 
     def pair(self, a: int, b: int, sae: str = "main") -> dict[str, Any]:
@@ -238,7 +264,10 @@ class Endpoints:
         Returns:
             unchanged and steered: the two continuations.
         """
-        steers = steers_of(self._views.catalog[MAIN].index, features[:8], mode, value)
+        index = self._views.catalog[MAIN].index
+        end = 10**9 if index is None else len(index)
+        numbers = [whole_number(feature, "feature", end=end) for feature in features[:8]]
+        steers = steers_of(index, numbers, mode, value)
         sampling = Sampling(int(max_new_tokens), float(temperature), seed=int(seed))
         *_, plain = self._live.stream(prompt, (), sampling)
         *_, steered = self._live.stream(prompt, steers, sampling) if steers else [plain]

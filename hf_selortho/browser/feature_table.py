@@ -161,13 +161,15 @@ def _selected_bars(address: Address) -> tuple[int, int] | None:
 
 
 def _kept(index: FeatureIndex, address: Address) -> np.ndarray:
-    """Whether each feature (features,) has the kind of label, and the number or the words, of the address."""
+    """Whether each feature (features,) has the kind and score of label, and the number or words, of the address."""
     table = index.feature_table
     kept = np.ones(len(table), bool)
     if address.only:
         if address.only not in LABEL_SOURCES:
             raise SelOrthoError(f"only={address.only!r:.50}: expected one of {', '.join(LABEL_SOURCES)}")
         kept &= pc.equal(table["label_source"], address.only).fill_null(False).to_numpy()
+    if address.score:
+        kept &= _column(index, "label_score") >= address.score  # none of those without a score
     wanted = address.q.strip().lower()
     if wanted:
         matches = pc.match_substring(pc.utf8_lower(table["label"]), wanted).fill_null(False).to_numpy()

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ..errors import SelOrthoError
 from ..features import Sampling
-from .address import MAIN, MAX_CHARACTERS, VIEWS, Address, parse_address
+from .address import MAIN, MAX_CHARACTERS, VIEWS, Address, parse_address, view_of
 from .catalog import card_markdown
 from .endpoints import STEERING_LIMIT, add_endpoints
 from .live_model import MAX_NEW_TOKENS
@@ -20,8 +20,8 @@ from .steering_view import (
     EXAMPLE_PROMPT,
     MODES,
     OFFERED,
-    PEAK,
     Chosen,
+    default_mode,
     offered,
     shown,
     steering_views,
@@ -122,7 +122,7 @@ class Page:
         with gr.Row(elem_classes="so-inputs"):
             value = gr.Number(DEFAULT_STRENGTH, label="Strength", min_width=90, scale=1, step=0.5)
             modes = [(words, mode) for mode, words in MODES.items()]
-            mode = gr.Dropdown(modes, value=PEAK, label="Its activation becomes", min_width=170, scale=2)
+            mode = gr.Dropdown(modes, value=default_mode(index), label="Its activation becomes", min_width=170, scale=2)
             temperature = gr.Slider(0.0, 1.5, value=0.7, step=0.1, label="Temperature", scale=2, min_width=190)
             tokens = gr.Slider(5, MAX_NEW_TOKENS, value=30, step=1, label="New tokens", scale=2, min_width=190)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90, scale=1)
@@ -181,7 +181,7 @@ class Page:
             address = parse_address(query or "")
             content = self.views.render(address)
         except SelOrthoError as error:
-            address = Address()
+            address = Address(view=view_of(query or ""))
             content = problem(address, str(error))
         by = address.by if address.view == "search" and address.by in ("label", "token", "phrase") else gr.skip()
         return [
@@ -205,7 +205,7 @@ class Page:
             for chosen in (address.a, address.b)
         ]
         known = address.value is not None and address.mode in MODES
-        mode, value = (address.mode, address.value) if known else (PEAK, DEFAULT_STRENGTH)
+        mode, value = (address.mode, address.value) if known else (default_mode(index), DEFAULT_STRENGTH)
         return [address.q or gr.skip(), *boxes, mode, value, sae]
 
     def generate(

@@ -105,7 +105,7 @@ def find_pairs(index: FeatureIndex, address: Address) -> PairRows:
     rows: list[dict[str, Any]] = index.pair_table.to_pylist()
     wanted = address.q.strip().lower()
     if wanted.isdecimal():
-        rows = [row for row in rows if int(wanted) in (row["a"], row["b"])]
+        rows = [row for row in rows if float(wanted) in (row["a"], row["b"])]
     elif wanted:
         rows = [row for row in rows if any(wanted in index.label(row[side]).lower() for side in "ab")]
     features = {row[side] for row in rows for side in "ab"}

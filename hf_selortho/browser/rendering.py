@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..features.index import FeatureIndex
 from ..language_models.token_text import BYTES
 from ..utils.characters import by_itself, isolated, visible
 from .address import Address
@@ -93,6 +94,18 @@ def full_label(label: str, source: str) -> str:
     return words.get(source, label)
 
 
+def label_of(index: FeatureIndex | None, feature: int) -> str:
+    """Return the label of a feature as [`full_label`] does, "" without an index.
+
+    Raises:
+        SelOrthoError: there is no such feature.
+    """
+    if index is None:
+        return ""
+    summary = index.summary(feature)
+    return full_label(summary.label, summary.label_source)
+
+
 def share_of(value: float, scale: float) -> float:
     """Return the share of a scale that a value takes, from 0 to 1; 0 where there is no scale."""
     return min(max(value / scale, 0.0), 1.0) if scale > 0 else 0.0
@@ -147,6 +160,12 @@ def _environment() -> Environment:
         thousands="{:,}".format,
     )
     environment.globals.update(
-        href=href, zip=functools.partial(zip, strict=True), WIDTH=WIDTH, HEIGHT=HEIGHT, LABEL_KINDS=LABEL_KINDS
+        href=href,
+        zip=functools.partial(zip, strict=True),
+        full_label=full_label,
+        label_of=label_of,
+        WIDTH=WIDTH,
+        HEIGHT=HEIGHT,
+        LABEL_KINDS=LABEL_KINDS,
     )
     return environment

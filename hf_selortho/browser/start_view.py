@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -12,11 +12,12 @@ from ..configuration_selortho import SelOrthoConfig
 from ..features.index import FeatureIndex
 from .address import Address
 from .catalog import CatalogEntry
-from .feature_table import sorted_features
+from .feature_table import DENSE, sorted_features
 from .rendering import view
 
 CARDS = 12
-_CANDIDATES, _RARE = 400, 1.0  # of an index without a gallery: so many features, on less than 1% of the tokens
+# Of an index without a gallery: so many features, on less than 1% of the tokens; if none has a good label, 10%.
+_CANDIDATES, _RARE = 400, (1.0, 100 * DENSE)
 _BEFORE, _BEHIND = 16, 12  # tokens of a card around its peak
 _NOT_SHOWN = ("unclear", "none")
 # In metrics.json, with name and meaning; of the last three, the first one that is known.
@@ -55,9 +56,9 @@ def start_page(address: Address, entries: Sequence[CatalogEntry], example: str |
         lm_name=without_folders(config.lm_name if config else None),
         dataset=without_folders(config.dataset if config else None),
         features=config.d_sae if config else len(entry.index) if entry.index else None,
-        tokens=_number(entry.metrics.get("training"), "tokens"),
+        tokens=number_of(entry.metrics.get("training"), "tokens"),
         penalty=_penalty(config) if config else "",
-        titles=["this SAE" if one.key == "main" else "its twin" for one in entries],
+        beside=entries[1].as_other if len(entries) > 1 else "",
         figures=figures(entries),
         probes=probes(entries),
         gallery=[] if entry.index is None else gallery(entry.index),
@@ -76,7 +77,7 @@ def figures(entries: Sequence[CatalogEntry]) -> list[tuple[str, str, list[float 
     found = []
     for choices in _FIGURES:
         for key, name, meaning in choices:
-            values = [_number(entry.metrics.get("evaluation"), key) for entry in entries]
+            values = [number_of(entry.metrics.get("evaluation"), key) for entry in entries]
             if values[0] is not None:
                 found.append((name, meaning, values))
                 break
@@ -94,8 +95,8 @@ def probes(entries: Sequence[CatalogEntry]) -> list[tuple[str, str, list[float |
         rows.append((name, "", [_auc(entry, kept, "k", k) for entry in entries]))
     rows.append(("all activations", "without an SAE", [_auc(entry, kept, "dense") for entry in entries]))
     rows = [row for row in rows if row[2][0] is not None]
-    sets = _number(_parts(entries[0], "k", "1", kept), "sets")
-    where = "not trained on" if kept == "clean" else "trained on"
+    sets = number_of(_parts(entries[0], "k", "1", kept), "sets")
+    where = entries[0].read(kept == "trained_on")
     return [(name, meaning or f"{sets or 0:.0f} sets of texts {where}", values) for name, meaning, values in rows]
 
 
@@ -107,22 +108,22 @@ def _parts(entry: CatalogEntry, *path: str) -> Any:
 
 
 def _auc(entry: CatalogEntry, kept: str, *path: str) -> float | None:
-    return _number(_parts(entry, *path, kept), "mean")
+    return number_of(_parts(entry, *path, kept), "mean")
 
 
-def _number(part: Any, name: str) -> float | None:
-    """A finite number of an object that strangers may have written, None where there is none."""
+def number_of(part: Any, name: str) -> float | None:
+    """Return a finite number of an object that strangers may have written, None where there is none."""
     value = part.get(name) if isinstance(part, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    return value if -sys.float_info.max <= value <= sys.float_info.max else None  # of whole ones, too large for a float
 
 
 def gallery(index: FeatureIndex) -> list[dict[str, Any]]:
     """Return at most twelve features worth a look, kinds of labels in turn, each with a context.
 
     An index without a gallery gets one of its well-labelled features, or else of its frequent ones; both of those that
-    fire on less than 1% of the tokens.
+    fire on less than 1% of the tokens, or if there is none, on less than 10%.
     """
     items = [item for item in index.facts.get("gallery") or [] if item["feature"] < len(index)] or _chosen(index)
     by_source: dict[str, list[dict[str, Any]]] = {}
@@ -142,8 +143,12 @@ def _cropped(card: dict[str, Any]) -> dict[str, Any]:
 
 def _chosen(index: FeatureIndex) -> list[dict[str, Any]]:
     """Cards of features with labels of words, no two of which begin alike."""
+    return next((cards for high in _RARE if (cards := _rarer_than(high, index))), [])
+
+
+def _rarer_than(high: float, index: FeatureIndex) -> list[dict[str, Any]]:
     table = index.feature_table
-    order = sorted_features(index, Address(view="features", high=_RARE))[:_CANDIDATES]
+    order = sorted_features(index, Address(view="features", high=high))[:_CANDIDATES]
     rows = table.select(["feature", "label", "label_source", "fires"]).take(order).to_pylist()
     features: dict[str, int] = {}
     for row in rows:

@@ -9,7 +9,7 @@ from ..errors import SelOrthoError
 from ..features import FeatureIndex, Generation, Sampling, Steer
 from .address import Address
 from .live_model import LiveModel, NotLiveError
-from .rendering import note, number, problem, readable, view
+from .rendering import label_of, note, number, problem, readable, view
 from .start_view import gallery
 
 PEAK = "peak"  # beside the modes of `Steer`: hold at a multiple of the largest activation that the index knows
@@ -35,6 +35,11 @@ def steers_of(index: FeatureIndex | None, features: Sequence[Chosen], mode: str,
     return [Steer(feature, "clamp", float(value) * _largest(index, feature)) for feature in numbers]
 
 
+def default_mode(index: FeatureIndex | None) -> str:
+    """Return the mode that the form begins with: without an index, no largest activation is known."""
+    return "clamp" if index is None else PEAK
+
+
 def feature_of(index: FeatureIndex | None, chosen: str | float) -> int:
     """Return the number of a feature that somebody has typed or chosen.
 
@@ -55,7 +60,7 @@ def _largest(index: FeatureIndex | None, feature: int) -> float:
     if largest <= 0:
         why = "there is no feature index" if index is None else "it never fires on the text of the feature index"
         raise SelOrthoError(
-            f"the largest activation of feature {feature} is not known ({why}): choose to hold it at an activation"
+            f"the largest activation of feature {feature} is not known ({why}): hold it at a value (mode clamp)"
         )
     return largest
 
@@ -78,7 +83,7 @@ def offered(index: FeatureIndex | None, typed: str = "") -> list[tuple[str, int]
 
 def shown(index: FeatureIndex | None, feature: int) -> str:
     """Write a feature as the boxes show it: number and label."""
-    label = readable(index.label(feature)) if index is not None and 0 <= feature < len(index) else ""
+    label = readable(label_of(index, feature)) if index is not None and 0 <= feature < len(index) else ""
     return f"{feature} {label[:120]}".strip()
 
 
@@ -87,9 +92,9 @@ def steering_views(
 ) -> Iterator[str]:
     """Render the plain text as it grows, then the steered one beside it, by the same seed."""
     plain: Written | None = None
-    changes = [(steer.feature, "" if index is None else index.label(steer.feature)) for steer in steers]
-    common = {"changes": changes, "held": _in_words(address, steers)}
     try:
+        changes = [(steer.feature, label_of(index, steer.feature)) for steer in steers]
+        common = {"changes": changes, "held": _in_words(address, steers)}
         for generation in live.stream(address.q, (), sampling, address.sae):
             plain = _written(generation)
             yield view("steer.html", address, "Steer", plain=plain, steered=None, **common)

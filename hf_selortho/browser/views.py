@@ -13,7 +13,7 @@ from ..errors import SelOrthoError
 from ..features import FeatureIndex, FeatureRecord
 from ..features.records import FeatureContext
 from ..utils.names import RepoRef
-from .address import TWIN, VIEWS, Address
+from .address import MAIN, TWIN, VIEWS, Address
 from .catalog import CatalogEntry
 from .charts import curves, histogram
 from .concept_view import concept_page
@@ -21,7 +21,7 @@ from .feature_table import feature_table
 from .live_model import LiveModel, NotLiveError
 from .pairs import pair_page, pair_table
 from .rendering import note, percent, problem, view
-from .start_view import start_page, without_folders
+from .start_view import number_of, start_page, without_folders
 from .text_view import activations_on, compared_values, text_values
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Views:
     def start(self, address: Address) -> str:
         """Show what the SAE is, and features worth a look."""
         example = None if self.live.why_absent else next(iter(self.examples), None)
-        return start_page(address, self._beside(address), example)
+        return start_page(address, self.beside(address.sae), example)
 
     def features(self, address: Address) -> str:
         """Show the table of all features."""
@@ -116,11 +116,15 @@ class Views:
     def concepts(self, address: Address) -> str:
         """Show the features that find a concept."""
         self.index(address.sae)
-        return concept_page(address, self._beside(address))
+        return concept_page(address, self.beside(address.sae))
 
-    def _beside(self, address: Address) -> list[CatalogEntry]:
-        """The SAE of the address, then the others of the page."""
-        entry = self.entry(address.sae)
+    def beside(self, sae: str) -> list[CatalogEntry]:
+        """Return an SAE of the page, then the others.
+
+        Raises:
+            SelOrthoError: it is not on this page.
+        """
+        entry = self.entry(sae)
         return [entry, *(other for other in self.catalog.values() if other is not entry)]
 
     def feature(self, address: Address) -> str:
@@ -175,7 +179,9 @@ class Views:
 
     def steer(self, address: Address) -> str:
         """Explain steering, before anything was generated."""
-        return view("steer.html", address, "Steer", plain=None)
+        index = self.catalog[MAIN].index
+        has_example = index is not None and bool(index.firing_features())
+        return view("steer.html", address, "Steer", plain=None, has_example=has_example)
 
     def compare(self, address: Address) -> str:
         """Show two SAEs on one sentence."""
@@ -195,10 +201,11 @@ class Views:
 
     def run(self, address: Address) -> str:
         """Show the settings of the training, what was measured beside the twin, and the curves of the training."""
-        entry, *_ = entries = self._beside(address)
-        measured = [_evaluation(one) for one in entries]
+        entry, *_ = entries = self.beside(address.sae)
+        measured = [one.metrics.get("evaluation") for one in entries]
+        figures = {key: [number_of(metrics, key) for metrics in measured] for key in MEASURED}
         charts = {
-            title: curves({one.title: [(row["step"], row.get(key)) for row in one.rows] for one in entries if one.rows})
+            title: curves({one.title: _points(one.rows, key) for one in entries if one.rows})
             for key, title in CURVES.items()
         }
         return view(
@@ -210,9 +217,7 @@ class Views:
             dataset=without_folders(entry.config.dataset if entry.config else None),
             titles=[one.title for one in entries],
             rows=[
-                (names, [metrics.get(key) for metrics in measured])
-                for key, names in MEASURED.items()
-                if any(metrics.get(key) is not None for metrics in measured)
+                (MEASURED[key], values) for key, values in figures.items() if any(value is not None for value in values)
             ],
             charts={title: chart for title, chart in charts.items() if chart is not None},
         )
@@ -238,6 +243,5 @@ def _context_groups(record: FeatureRecord) -> list[tuple[str, list[FeatureContex
     return groups
 
 
-def _evaluation(entry: CatalogEntry) -> dict[str, Any]:
-    evaluation = entry.metrics.get("evaluation")
-    return evaluation if isinstance(evaluation, dict) else {}
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
+    return [(step, number_of(row, key)) for row in rows if (step := number_of(row, "step")) is not None]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_selortho import SelOrthoError
-from hf_selortho.browser.address import VIEWS, Address, parse_address
+from hf_selortho.browser.address import MAX_CHARACTERS, VIEWS, Address, parse_address, view_of
 
 numbers = st.none() | st.integers(0, 10**6)
 
@@ -24,6 +24,7 @@ numbers = st.none() | st.integers(0, 10**6)
         b=numbers,
         up=st.booleans(),
         low=st.none() | st.floats(0, 100),
+        score=st.none() | st.floats(0, 1),
         concept=st.text(max_size=20).filter(lambda text: "\ud800" not in text),
         value=st.none() | st.floats(-1e6, 1e6),
     )
@@ -56,10 +57,29 @@ def test_what_an_address_means(query, address) -> None:
         ("?view=feature&id=seven", "id='seven' in the address: expected a number"),
         ("?view=feature&id=99999999999", "expected a smaller number"),
         ("?view=steer&value=nan", "expected a smaller number"),
-        ("?q=" + "x" * 10_000, "shorten its text"),
+        ("?q=" + "x" * 20_000, "shorten its text"),
     ],
 )
 def test_mistakes_are_said(query, words) -> None:
     with pytest.raises(SelOrthoError) as caught:
         parse_address(query)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "view"),
+    [("?view=features&low=abc", "features"), ("?view=pairs&page=x", "pairs"), ("?view=pair&a=x", "pairs")]
+    + [
+        ("?view=secrets", "start"),
+        ("?view=feature&id=seven", "feature"),
+        ("?q=" + "x" * 20_000, "text"),
+        ("", "start"),
+    ],
+)
+def test_a_query_names_a_view_whatever_else_is_wrong_with_it(query, view) -> None:
+    assert view_of(query) == view
+
+
+def test_a_text_of_the_most_characters_fits_into_an_address() -> None:
+    address = Address(view="text", q="河" * MAX_CHARACTERS, token=17, feature=65_535, sae="twin")
+    assert parse_address(address.query()) == address

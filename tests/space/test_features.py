@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -12,19 +14,22 @@ import pytest
 
 pytest.importorskip("gradio")  # the extra `space`, which the whole browser needs
 
-from hf_selortho import SelOrthoError
+from hf_selortho import SelOrthoConfig, SelOrthoError
 from hf_selortho.browser.address import Address, parse_address
 from hf_selortho.browser.catalog import CatalogEntry, open_catalog
 from hf_selortho.browser.concept_view import concepts_of
 from hf_selortho.browser.endpoints import Endpoints
 from hf_selortho.browser.feature_table import FEATURE_COLUMNS, frequency_bars, sorted_features
 from hf_selortho.browser.live_model import LiveModel
+from hf_selortho.browser.page import Page
+from hf_selortho.browser.pairs import pair_table
 from hf_selortho.browser.rendering import percent, readable, score
 from hf_selortho.browser.start_view import gallery
+from hf_selortho.browser.steering_view import shown
 from hf_selortho.browser.views import Views
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import FEATURE_SUMMARY
-from hf_selortho.features.records import LABEL_SOURCES, PAIR_TABLE
+from hf_selortho.features.records import LABEL_SOURCES, PAIR_TABLE, ConceptRow
 from hf_selortho.utils.names import RepoRef
 from tests.space.test_views import links, words
 from tests.space.written_run import CONCEPTS, DEAD, DENSE, FEATURES, label_of, record_of, write_run
@@ -60,7 +65,10 @@ def test_the_page_opens_on_what_the_sae_is_and_twelve_features_of_every_kind(vie
     assert f"{FEATURES} features of layer 2 of org/lm" in text and "trained on 640 tokens of org/texts" in text
     for here, twin in (("0.103", "0.123"), ("7.25", "7.25"), ("0.189", "0.214"), ("0.78", "0.73"), ("0.87", "0.82")):
         assert f"{here} its twin {twin}" in text
-    for said in ("beside the twin baseline: the same run without the penalty", "6 sets of texts not trained on"):
+    for said in (
+        "beside the twin baseline: the same run without the penalty",
+        "6 sets of texts not in the corpus sae-probes",
+    ):
         assert said in text
     cards = page.split('<li class="so-card">')[1:]
     assert len(cards) == 12 and {card.split("so-kind-")[1].split('"')[0] for card in cards[:5]} == {
@@ -119,6 +127,7 @@ def test_the_table_is_sorted_as_the_records_are(index, sort, up) -> None:
     [
         ({"only": "concept"}, lambda record: record.label_source == "concept"),
         ({"q": "RIVER"}, lambda record: "river" in record.label),
+        ({"score": 0.9}, lambda record: record.label_score is not None and record.label_score >= 0.9),
         ({"q": "17"}, lambda record: record.feature == 17 or "17" in record.label),
         ({"low": 1.0, "high": 2.5}, lambda record: 0.01 <= record.frequency < 0.025),
         ({"low": 10.0, "high": 100.0}, lambda record: record.feature == DENSE),
@@ -192,10 +201,96 @@ def test_a_concept_lists_its_features_here_and_in_the_twin(views) -> None:
         for feature in range(10):
             assert Address(view="feature", sae=sae, id=feature).query() in links(chosen)
     text = words(chosen)
-    assert text.startswith("Python code clean") and text.count("the other class") == 2 and "0.95" in text
+    assert (
+        text.startswith("Python code not in the corpus sae-probes")
+        and text.count("the other class") == 2
+        and "0.95" in text
+    )
     text = words(views.render(Address(view="concepts", concept=second)).split("<h2>")[1])
-    assert text.startswith("text of a model trained on") and "Not measured for this SAE" in text
+    assert text.startswith("text of a model in the corpus sae-probes") and "Not measured for this SAE" in text
     assert first in [concept for concept in concepts_of(views.catalog["twin"])]
+
+
+def test_the_other_class_is_the_one_that_the_best_feature_does_not_mark(views) -> None:
+    rows = [
+        ConceptRow("x", "not code", False, 0, 5, 0.8, True),
+        ConceptRow("x", "code", False, 1, 6, 0.7, False),
+        ConceptRow("x", "not code", False, 2, 8, 0.9, True),
+    ]
+    catalog = dict(views.catalog)
+    for key, kept in (("main", rows), ("twin", rows[1:2])):
+        index = copy.copy(catalog[key].index)
+        index._concepts = kept
+        catalog[key] = dataclasses.replace(catalog[key], index=index)
+    views = Views(catalog, views.live)
+    here, twin = views.render(Address(view="concepts")).split("<h2>")[1].split("<h4>")[1:]
+    marks = [re.findall(r"<td>(it|the other class)</td>", side) for side in (here, twin)]
+    assert marks == [["it", "it", "the other class"], ["the other class"]]
+    features = Endpoints(views).concepts()["features"]
+    assert [(row["feature"], row["negated"]) for row in features] == [(8, False), (5, False), (6, True)]
+
+
+def test_the_twin_is_shown_beside_the_sae_with_the_penalty(views) -> None:
+    text = words(views.render(Address(sae="twin")))
+    assert "beside the same run with the penalty" in text and "0.123 with the penalty 0.103" in text
+    page = views.render(Address(view="concepts", sae="twin"))
+    assert re.findall(r'<th scope="col">(.*?)</th>', page)[:3] == ["concept", "best AUC", "with the penalty"]
+
+
+def test_sets_are_not_trained_on_where_the_training_read_the_corpus_sae_probes(views) -> None:
+    entry = views.catalog["main"]
+    assert entry.read(trained_on=False) == "not in the corpus sae-probes"
+    entry = dataclasses.replace(
+        entry, config=SelOrthoConfig(**{**entry.config.own_settings(), "dataset": "sae-probes"})
+    )
+    assert (entry.read(trained_on=False), entry.read(trained_on=True)) == ("not trained on", "trained on")
+
+
+def test_metrics_of_other_types_are_left_out(views) -> None:
+    evaluation = {"fvu": "low", "l0": [1], "loss_recovered": 10**400, "top_correlation": True, "dead_features": 3}
+    rows = [{"step": 1, "fvu": "x"}, {"step": 10**400, "fvu": 1.0}, {"step": 2, "fvu": 0.5}]
+    entry = dataclasses.replace(views.catalog["main"], metrics={"evaluation": evaluation}, rows=rows)
+    views = Views({"main": entry}, views.live)
+    text = words(views.render(Address(view="run")))
+    assert "dead features" in text and "loss recovered" not in text and "step 2 to 2" in text
+    assert "Something went wrong" not in views.render(Address())
+
+
+def test_an_unclear_label_says_so_wherever_it_is_shown(views, index) -> None:
+    feature = next(record.feature for record in RECORDS if record.label_source == "unclear")
+    label = f"unclear: {label_of(feature)}"
+    assert label in words(views.render(Address(view="search", q=label_of(feature)))) and label in shown(index, feature)
+    index = copy.copy(index)
+    index.pair_table = pa.Table.from_pylist(
+        [{**index.pair_table.to_pylist()[0], "b": feature}], schema=index.pair_table.schema
+    )
+    assert label in words(pair_table(Address(view="pairs"), index))
+
+
+def test_without_a_rare_labelled_feature_the_gallery_takes_more_frequent_ones(tmp_path) -> None:
+    index = copy.copy(open_views(write_run(tmp_path / "run", gallery=False)).index("main"))
+    table = index.feature_table.to_pydict()
+    table["frequency"] = [max(0.02, frequency) for frequency in table["frequency"]]
+    index.feature_table = pa.table(table, schema=index.feature_table.schema)
+    assert len(gallery(index)) == 12 and DENSE not in {card["feature"] for card in gallery(index)}
+
+
+def test_an_sae_without_an_index_steers_by_activations(views) -> None:
+    alone = Views({"main": dataclasses.replace(views.catalog["main"], index=None)}, views.live)
+    assert "An example is filled in" not in alone.render(Address(view="steer"))
+    assert "An example is filled in" in views.render(Address(view="steer"))
+    assert Page(alone)._steer_values(Address(view="steer", a=3))[3] == "clamp"
+
+
+def test_a_mistake_is_shown_in_the_view_that_was_asked_for(views) -> None:
+    page = Page(views)
+    page.build()
+    for query, view in (("?view=features&low=abc", "features"), ("?view=pairs&page=x", "pairs"), ("?view=x", "start")):
+        shown_in = dict(zip(page._shown, page.navigate(query), strict=False))
+        assert 'role="alert"' in shown_in.pop(view) and not any(isinstance(one, str) for one in shown_in.values())
+    *_, last = page.generate("The day", "99999", None, "clamp", 2.0, "main", 0.0, 5, 0)
+    assert "feature 99999: expected a number from 0 to 239" in words(last)
+    assert 'role="alert"' not in views.render(Address(view="pairs", q="9" * 5000))
 
 
 @pytest.mark.parametrize("view", ["start", "features", "concepts", "feature"])
@@ -212,6 +307,10 @@ def test_programs_get_the_same_rows(views, index) -> None:
     assert [row["feature"] for row in answer["features"]] == sorted_features(index, TABLE.to(only="token")).tolist()[:3]
     assert answer["features"][0].keys() == {*FEATURE_COLUMNS, "fires", "dense"}
     assert api.features("frequency", low=10.0)["features"][0]["dense"] is True
+    assert api.features(score=0.9, limit=1)["total"] == sum((record.label_score or 0) >= 0.9 for record in RECORDS)
+    answer = api.start("twin")
+    assert answer["saes"] == ["run/layer_2_twin", "run/layer_2"] and len(answer["features"]) == 12
+    assert answer["figures"][0]["name"] == "FVU" and answer["figures"][0]["values"] == pytest.approx([0.123, 0.103])
     answer = api.concepts("110_aimade")
     assert [one["concept"] for one in answer["concepts"]] == list(CONCEPTS) and len(answer["features"]) == 10
     assert answer["features"][2]["negated"] and answer["features"][0]["label"] == label_of(10)
@@ -219,6 +318,9 @@ def test_programs_get_the_same_rows(views, index) -> None:
         api.features(kind="colour")
     with pytest.raises(SelOrthoError, match="concept='x': expected one of 158_code_Python"):
         api.concepts("x")
+    for number, said in ((-1, "-1: expected a number from 0 to 239"), (12.5, "12.5: expected a whole"), (True, "True")):
+        with pytest.raises(SelOrthoError, match=f"feature {said}"):
+            api.steer("x", [number])
 
 
 def test_65536_features_are_shown_in_under_a_second(views_of_a_large_index) -> None:

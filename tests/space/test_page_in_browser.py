@@ -279,7 +279,7 @@ def test_everything_is_reachable_by_keyboard(page, served) -> None:
 
 def test_every_view_is_a_named_endpoint_and_a_tool(served, reading, index) -> None:
     client = Client(served.url, verbose=False)
-    names = {"inspect_text", "feature", "features", "concepts", "pair", "pairs", "search", "steer", "compare", "run"}
+    names = set("start inspect_text feature features concepts pair pairs search steer compare run".split())
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {f"/{name}" for name in names}
     with urlopen(f"{served.url}/gradio_api/mcp/schema") as answer:
         tools = json.load(answer)  # of its MCP server

@@ -82,11 +82,14 @@ def write_run(folder: Path, *, concepts: bool = True, gallery: bool = True) -> P
             writer.add_pairs([PairRecord(0, 1, "nested", None, 0.4, 1, 2, 0.9, 0.8, 0.3, 0.2, 0.1, 9, 9, 5)])
             if concepts:
                 writer.concepts = [
-                    ConceptRow(name, title, seen, rank, 10 * place + rank, 0.95 - rank / 40 - place / 9, rank == 2)
+                    ConceptRow(
+                        name, "the rest" if rank == 2 else title, seen, rank, 10 * place + rank,
+                        0.95 - rank / 40 - place / 9, rank == 2,
+                    )
                     for place, (name, (title, seen)) in enumerate(CONCEPTS.items())
                     if seed == 0 or place != 1
                     for rank in range(10)
-                ]
+                ]  # fmt: skip
             facts: dict[str, object] = {part: {} for part in ("sae", "lm", "text", "features", "pairs")}
             writer.facts = {**facts, "gallery": [_card(record) for record in records[8:32]]} if gallery else facts
     return folder

@@ -8,7 +8,7 @@ window.selortho = (() => {
 
   function viewOf(query) {
     const fields = new URLSearchParams(query);
-    const view = fields.get("view") || (fields.has("q") ? "text" : "start");
+    const view = fields.get("view") || (fields.get("q") ? "text" : "start");
     if (view === "pair" || (view === "feature" && !fields.get("id"))) return view + "s";
     return VIEWS.includes(view) ? view : "start";
   }
@@ -120,13 +120,14 @@ window.selortho = (() => {
     bars().forEach((one) => one.classList.toggle("so-within", within.includes(one)));
   });
   document.addEventListener("pointerup", () => {
-    if (!brushed || !brushed.moved) return;
-    const within = between(brushed.bar, brushed.end);
+    const drag = brushed;
+    brushed = null;
+    if (!drag || !drag.moved) return;
+    const within = between(drag.bar, drag.end);
     set({ low: within[0].dataset.low, high: within[within.length - 1].dataset.high, page: "" });
     const swallow = (event) => event.preventDefault(); // the click that ends the drag
     document.addEventListener("click", swallow, { capture: true, once: true });
     setTimeout(() => document.removeEventListener("click", swallow, { capture: true }), 0);
-    brushed = null;
   });
   document.addEventListener("pointercancel", () => (brushed = null));
   document.addEventListener("dragstart", (event) => {
