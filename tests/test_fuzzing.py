@@ -66,7 +66,7 @@ COUNTS = {
     "index": 800,
     "shard": 800,
     "pairs": 400,
-    "feature_index": 400,
+    "feature_index": 900,
     "card": 250,
     "parquet": 500,
     "text": 350,

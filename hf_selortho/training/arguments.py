@@ -321,8 +321,11 @@ def _check(arguments: TrainingArguments) -> None:
         raise SelOrthoError(
             "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"
         )
+    # What a preset says has no meaning where the command line has chosen another activation function, or no penalty.
+    if "k" not in arguments.given and arguments.sae.activation not in ("topk", "batchtopk"):
+        arguments.sae.k = None
     if "twin" not in arguments.given and not penalised(arguments.sae):
-        run.twin = False  # of a preset, where the command line has taken its penalty away
+        run.twin = False
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
     check_values(arguments.model, arguments.data, run, arguments.evaluation)
