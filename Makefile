@@ -1,5 +1,5 @@
 # make demo          trains the demo preset: real Gemma, no access to the Hub needed
-# make space         shows its features in the browser, after building their index if there is none
+# make space         shows its features in the browser, after building their index if there is none (some minutes)
 # make test          every test; make test-fast leaves out those that need the real Gemma
 # make test-lowest   the fast tests on the oldest releases that pyproject.toml allows, in a virtual environment of their own
 # make lint          ruff and mypy
@@ -37,7 +37,7 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/selortho train --preset demo $(or $(ARGS),--overwrite_output_dir)
 
 space: $(VENV)/.stamp-space
-	@find $(SAE) -path '*feature_index/index.json' | grep -q . || $(BIN)/selortho index $(SAE)
+	@find $(SAE) -path '*feature_index/index.json' | grep -q . || $(BIN)/selortho index $(SAE) --tokens 150_000
 	$(BIN)/selortho browse $(SAE) $(ARGS)
 
 test: $(VENV)/.stamp-test

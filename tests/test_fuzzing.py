@@ -58,7 +58,7 @@ from tests.goldens.trainings import write_inputs
 
 ROOT = Path(__file__).parents[1]
 SECONDS, GIGABYTE = 5, 1 << 30  # that one input may take; that a process may take on top
-# How many inputs of each kind the long test reads, 10,000 in all: more where one takes little time.
+# How many inputs of each kind the long test reads, more than 10,000 in all: more where one takes little time.
 COUNTS = {
     "manifest": 2_900,
     "config": 2_300,
