@@ -86,6 +86,8 @@ def _add(concepts: Concepts, name: str, sae: SelOrthoSAE, activations: Tensor, l
         concepts.rows.append(
             ConceptRow(name, title, name in TRAINED_ON, rank, feature, test[feature], negated[feature])
         )
+    if titles[0].startswith("“"):  # texts that end in certain two words, which names no feature
+        return
     inside, outside = torch.where(aucs.negated, shares[0].flip(0), shares[0])
     for feature in ((inside >= LEAST_SHARE) & (inside >= LEAST_RATIO * outside)).nonzero()[:, 0].tolist():
         title, (mine, other) = (

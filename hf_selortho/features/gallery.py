@@ -41,7 +41,11 @@ class Gallery:
         group = self._groups.setdefault(record.label_source + concept, [])
         if concept:
             group[:] = [max([*group, (score, -record.feature, item)], key=lambda entry: entry[:2])]
-        elif not is_wordless(record.label) and all(held["label"] != record.label for *_, held in group):
+        elif (
+            not is_wordless(record.label)
+            and "punctuation" not in record.label
+            and all(held["label"] != record.label for *_, held in group)
+        ):
             families = len(re.split(r", | / ", record.label)) > 1  # "may, might" says more of a feature than "may"
             heapq.heappush(group, (score + _WORTH * families, -record.feature, item))
             if len(group) > LARGEST:

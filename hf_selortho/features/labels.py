@@ -15,7 +15,7 @@ from .words import kind_of, name_of
 LONGEST_LABEL = 200
 THRESHOLD = 0.59  # of the score of a label; below it is "unclear"
 # Of labels that are scored on few texts, where a score above one half is often chance.
-THRESHOLDS = {"token": THRESHOLD, "context": THRESHOLD, "concept": 0.7, "model": 0.7}
+THRESHOLDS = {"token": THRESHOLD, "context": THRESHOLD, "concept": 0.9, "model": 0.7}
 _TOKENS, _LONGEST_OF_TOKENS = 3, 40
 
 
