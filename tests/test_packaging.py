@@ -132,10 +132,21 @@ def test_the_wheel_alone_trains_indexes_publishes_and_browses_from_another_folde
     def selortho(*arguments: str) -> str:
         return run(sys.executable, site / "bin" / "selortho", *arguments, cwd=elsewhere, PYTHONPATH=str(site))
 
-    small = ("--buffer_contexts", "96", "--refresh_every", "2", "--eval_samples", "20", "--eval_ce_samples", "2")
+    small = (
+        "--buffer_contexts",
+        "96",
+        "--refresh_every",
+        "2",
+        "--eval_samples",
+        "20",
+        "--eval_ce_samples",
+        "2",
+        "--probes",
+        "none",
+    )
     said = selortho("train", "--preset", "demo", "--max_steps", "5", *small)
-    assert "Next:" in said and (elsewhere / "runs/demo/model.safetensors").is_file()
-    assert "never fired" in selortho("index", "runs/demo", "--tokens", "2000")
+    assert "Next:" in said and (elsewhere / "runs/demo/layer_9/model.safetensors").is_file()
+    assert "never fired" in selortho("index", "runs/demo", "--tokens", "2000", "--concepts", "none")
     listed = selortho("push", "runs/demo", "--repo_id", "org/sae", "--dry_run")
     assert "configuration_selortho.py" in listed and "## Limits and hazards" in listed
     with socket.socket() as free:

@@ -19,6 +19,7 @@ from hf_selortho.features.explainer_client import ChatClient
 from hf_selortho.features.explanations import AnswerFile, explain_index
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.features.index_writer import IndexWriter
+from hf_selortho.modeling_selortho import ENCODER_NORMS
 from tests.features.index_sources import make_sae, make_sources
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,7 +74,7 @@ def test_a_small_model_explains_features_over_a_real_server(
     lm = tiny_lm("gemma3")
     sae = make_sae(lm)
     with torch.no_grad():
-        sae.b_enc.sub_(0.35)
+        sae.b_enc.sub_(0.35 * ENCODER_NORMS["relu"])
     sources = make_sources(lm, sample_text_files.txt, sae=sae)
     folder = tmp_path / "feature_index"
     with IndexWriter(folder) as writer:

@@ -149,7 +149,7 @@ def test_a_concept_is_chosen_and_its_features_stand_beside_the_twins(page, serve
     expect(shown.locator(".so-found")).to_have_count(2)
     expect(shown.locator(".so-found").first.locator("tbody tr")).to_have_count(10)
     shown.locator("nav a", has_text="text of a model").click()
-    expect(shown.locator("h2")).to_contain_text("text of a model trained on")
+    expect(shown.locator("h2")).to_contain_text("text of a model in the corpus")
     settle(page)
     assert f"concept={list(CONCEPTS)[1]}" in page.url
     expect(shown).to_contain_text("Not measured for this SAE")

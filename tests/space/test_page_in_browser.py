@@ -49,20 +49,20 @@ def run(demo_run) -> Path:
     labels = demo_run / "labels.json"
     labels.write_text(json.dumps({"3": HOSTILE}), encoding="utf-8")
     build = ("-m", "hf_selortho", "index", "--tokens", "6_000")
-    python(*build, str(demo_run / "layer_8"), "--labels", str(labels))
-    python(*build, str(demo_run / "layer_8_twin"))
+    python(*build, str(demo_run / "layer_9"), "--labels", str(labels))
+    python(*build, str(demo_run / "layer_9_twin"))
     return demo_run
 
 
 @pytest.fixture(scope="module")
 def index(run) -> FeatureIndex:
-    return FeatureIndex.open(run / "layer_8")
+    return FeatureIndex.open(run / "layer_9")
 
 
 @pytest.fixture(scope="module")
 def reading(run):
     """What the Python API says of the sentence."""
-    return inspect(SelOrthoSAE.from_pretrained(run / "layer_8"), SENTENCE)
+    return inspect(SelOrthoSAE.from_pretrained(run / "layer_9"), SENTENCE)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_a_feature_by_its_address_and_its_neighbours(page, served, index) -> Non
 
 
 def test_pairs_are_sorted_filtered_and_opened(page, served, index, run) -> None:
-    metrics = json.loads((run / "layer_8/metrics.json").read_text())
+    metrics = json.loads((run / "layer_9/metrics.json").read_text())
     open_view(page, served, "?view=pairs&sort=score&hidden=1")
     rows = index.pair_table.to_pylist()
     best, alike = (max(rows, key=lambda row: row[column]) for column in ("score", "decoder_cosine"))
@@ -235,7 +235,7 @@ def test_two_saes_beside_each_other_and_the_run(page, served, run, reading) -> N
     expect(columns).to_have_count(2)
     expect(columns.first.locator("tbody tr").first).to_contain_text(number(reading.strongest(1)[0].activation))
     open_view(page, served, "?view=run")
-    metrics = json.loads((run / "layer_8/metrics.json").read_text())["evaluation"]
+    metrics = json.loads((run / "layer_9/metrics.json").read_text())["evaluation"]
     expect(page.locator("#so-out-run")).to_contain_text(number(metrics["fvu"]))
     page.get_by_text("Model card").click()
     expect(page.locator(".prose.so-model-card")).to_contain_text("How to use it")
@@ -303,13 +303,13 @@ def test_every_view_is_a_named_endpoint_and_a_tool(served, reading, index) -> No
     assert steered["unchanged"] == steered["steered"] != ""
     compared = client.predict(SENTENCE, 3, api_name="/compare")
     assert compared["main"]["strongest"][0].keys() == {"feature", "activation", "nearest", "cosine"}
-    assert client.predict(api_name="/run")["settings"]["d_sae"] == 1280
+    assert client.predict(api_name="/run")["settings"]["d_sae"] == 4096
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("/feature", [99_999], "expected a number from 0 to 1279"),
+        ("/feature", [99_999], "expected a number from 0 to 4095"),
         ("/inspect_text", ["x" * 3000], "this page reads at most 2,000"),
         ("/inspect_text", ["x", 5, "../../etc/passwd"], "this page shows main and twin"),
         ("/steer", ["x", [1], "clamp", -1.0], "activations are never negative"),
