@@ -163,14 +163,13 @@ def test_a_feature_by_its_address_and_its_neighbours(page, served, index) -> Non
     assert f"id={feature}" in page.url
 
 
-def test_pairs_are_sorted_filtered_and_opened(page, served, index, run) -> None:
-    metrics = json.loads((run / "layer_9/metrics.json").read_text())
+def test_pairs_are_sorted_filtered_and_opened(page, served, index) -> None:
     open_view(page, served, "?view=pairs&sort=score&hidden=1")
     rows = index.pair_table.to_pylist()
     best, alike = (max(rows, key=lambda row: row[column]) for column in ("score", "decoder_cosine"))
     shown = page.locator("#so-out-pairs")
     expect(shown.locator("tbody tr").first).to_contain_text(f"{best['a']} – {best['b']}")
-    expect(shown).to_contain_text(f"at step {metrics['training']['steps']}")
+    expect(shown).to_contain_text(f"at step {index.facts['pairs']['step']}")
     shown.locator("th a", has_text="cosine").click()
     expect(shown.locator("tbody tr").first).to_contain_text(f"{alike['a']} – {alike['b']}")
     page.wait_for_function(SETTLED)
