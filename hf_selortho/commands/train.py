@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
-from ..evaluation.probe_scores import check_probes, measure_probes
+from ..evaluation.probe_scores import add_probes, check_probes
 from ..hub.card_results import SaeReport
 from ..hub.public_names import check_ids
 from ..hub.push import push_run
@@ -112,13 +112,7 @@ def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
     sizes: dict[str, Any] = {"batch_size": batch_size, "ce_samples": settings.eval_ce_samples}
     evaluations = evaluate_saes(run.saes, capture, data.held_out, batches=batches, **sizes)
     if settings.probes != "none" and capture is not None:
-        try:
-            probes = measure_probes(run.saes, capture, settings.probes, prepend_bos=run.arguments.sae.prepend_bos)
-        except SelOrthoError as error:  # what was trained and measured before is not lost for that
-            logger.warning("nothing was probed: %s", error)
-            return evaluations
-        for evaluation, measured in zip(evaluations, probes, strict=True):
-            evaluation.metrics["probes"] = measured
+        add_probes(evaluations, run.saes, capture, settings.probes, prepend_bos=run.arguments.sae.prepend_bos)
     return evaluations
 
 

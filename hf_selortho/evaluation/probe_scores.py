@@ -12,6 +12,7 @@ sets, the figures of the benchmark's own rows stand beside.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from ..data.sae_probes import probe_set_names, read_probe_set
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
-from .evaluator import layer_of
+from .evaluator import Evaluation, layer_of
 from .last_tokens import cache_folder, read_last_tokens
 from .metrics import Interval
 from .probe_sets import (
@@ -44,6 +45,8 @@ from .probe_sets import (
     split_rows,
 )
 from .probing import ranked_features
+
+logger = logging.getLogger(__name__)
 
 KS = (1, 2, 5, 16)  # features of a probe
 _C = np.logspace(5, -5, 10)
@@ -110,6 +113,24 @@ def measure_probes(
             layer = layer_of(sae, capture.layers)
             measured.append(_figures(sae, texts[name], by_layer[layer], dense[layer]))
     return [{"sets": sets, **cap._asdict(), **summary(measured), "per_set": measured} for measured in rows]
+
+
+def add_probes(
+    evaluations: Sequence[Evaluation],
+    saes: Sequence[SelOrthoSAE],
+    capture: ActivationCapture,
+    sets: str,
+    *,
+    prepend_bos: bool,
+) -> None:
+    """Probe SAEs that were trained and evaluated, which is not lost where probing fails: a warning says why."""
+    try:
+        probes = measure_probes(saes, capture, sets, prepend_bos=prepend_bos)
+    except SelOrthoError as error:
+        logger.warning("nothing was probed: %s", error)
+        return
+    for evaluation, measured in zip(evaluations, probes, strict=True):
+        evaluation.metrics["probes"] = measured
 
 
 def summary(per_set: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
