@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import SelOrthoError
-from ..evaluation.probe_scores import check_probes
+from ..evaluation.probe_scores import check_probes, check_widths
 from ..evaluation.tasks import evaluate_on_text
 from ..hub.report import metrics_table
 from ..utils.files import write_json
@@ -44,7 +44,7 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
     check_probes(sets)
     sae = load(name, arguments.lookup, arguments.device)
     config = sae.config
-    check_probes(sets, config.d_sae)
+    check_widths(sets, config.d_sae)
     others = {other: load_other(other, sae) for other in arguments.compare_with}
     source = text_source(config, arguments)
     capture = capture_of(config, load_lm_of(config, arguments), arguments)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
-from ..evaluation.probe_scores import add_probes, check_probes
+from ..evaluation.probe_scores import add_probes, check_probes, check_widths
 from ..hub.card_results import SaeReport
 from ..hub.public_names import check_ids
 from ..hub.push import push_run
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stack.enter_context(stages())
         accelerator.wait_for_everyone()
         run = TrainingRun(arguments, accelerator)
-        check_probes(arguments.evaluation.probes, *(variant.arguments.sae.d_sae for variant in run.variants))
+        check_widths(arguments.evaluation.probes, *(variant.arguments.sae.d_sae for variant in run.variants))
         signal = run.train()
         leave_process_group(accelerator)
         if signal is not None:

@@ -58,20 +58,31 @@ def probe_sets_of(sets: str) -> tuple[tuple[str, ...], Cap]:
     return (QUICK_SETS, QUICK) if sets == "quick" else (probe_set_names(), FULL)
 
 
-def check_probes(sets: str, *features: int | None) -> None:
-    """Refuse probes that cannot be made, before anything is computed.
+def check_probes(sets: str) -> None:
+    """Refuse probes on texts that cannot be read, before anything is computed.
+
+    Args:
+        sets: "quick", "all" or "none".
+
+    Raises:
+        SelOrthoError: the package sae-probes is missing, of another version or damaged.
+    """
+    for name in () if sets == "none" else probe_sets_of(sets)[0]:
+        read_probe_set(name)
+
+
+def check_widths(sets: str, *features: int | None) -> None:
+    """Refuse probes of SAEs that have too few features.
 
     Args:
         sets: "quick", "all" or "none".
         features: how many each SAE has; None: unknown as yet.
 
     Raises:
-        SelOrthoError: the package sae-probes is missing, of another version or damaged, or an SAE has too few features.
+        SelOrthoError: an SAE has fewer than a probe reads.
     """
     if sets == "none":
         return
-    for name in probe_sets_of(sets)[0]:
-        read_probe_set(name)
     if few := [d_sae for d_sae in features if d_sae is not None and d_sae < KS[-1]]:
         raise SelOrthoError(
             f"d_sae={few[0]}: expected at least {KS[-1]} features, which a probe reads; leave --probes out"
@@ -94,7 +105,7 @@ def measure_probes(
         prepend_bos, progress: as of [`read_last_tokens`], whose results are kept in [`cache_folder`].
 
     Raises:
-        SelOrthoError: as [`check_probes`] and [`read_last_tokens`].
+        SelOrthoError: as [`check_probes`], [`check_widths`] and [`read_last_tokens`].
     """
     names, cap = probe_sets_of(sets)
     texts = {name: probe_texts(read_probe_set(name), cap) for name in names}

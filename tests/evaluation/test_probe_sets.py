@@ -25,6 +25,7 @@ from hf_selortho.evaluation import last_tokens, probe_scores
 from hf_selortho.evaluation.metrics import Interval
 from hf_selortho.evaluation.probe_scores import (
     check_probes,
+    check_widths,
     dense_auc,
     measure_probes,
     probe_auc,
@@ -265,11 +266,11 @@ def test_with_all_sets_the_rows_of_the_benchmark_stand_beside(small_sets, tiny_l
 
 def test_what_cannot_be_probed_is_refused_with_the_remedy(monkeypatch) -> None:
     with pytest.raises(SelOrthoError, match="d_sae=15: expected at least 16 features.*--probes"):
-        check_probes("quick", None, 64, 15)
-    check_probes("none", 15)
+        check_widths("quick", None, 64, 15)
+    check_widths("none", 15)
     monkeypatch.setattr(sae_probes, "_TABLES", "sae_probes/data/gone")
     with pytest.raises(SelOrthoError, match="missing or damaged: run `pip install --no-deps sae-probes=="):
-        check_probes("quick", 64)
+        check_probes("quick")
 
 
 def test_evaluate_probes_an_sae_and_shows_it(small_sets, tiny_lm_dir, sample_text_files, tmp_path, capsys) -> None:
