@@ -11,10 +11,13 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.request import urlopen
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = [
@@ -80,3 +83,9 @@ def chromium() -> str:
     if found is None:
         pytest.skip("no Chromium: apt install chromium, or set CHROMIUM to the path of one")
     return found
+
+
+def keep(window: Page, name: str) -> None:
+    """Keep a picture of a window in the folder that SCREENSHOTS names, if it names one."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        window.screenshot(path=Path(folder, f"{name}.png"), full_page=True)

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("gradio")  # the extra `space`, without which nothing here can run
 
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect
 
-from tests.space.served import CHROMIUM, Served, chromium, serve
-from tests.space.test_page_in_browser import SETTLED, keep, open_view
+from tests.space.served import Served, keep, serve
+from tests.space.test_page_in_browser import SETTLED, open_view
 from tests.space.written_run import CONCEPTS, DENSE, FEATURES, record_of, write_run
 
 pytestmark = pytest.mark.slow
@@ -23,27 +23,6 @@ def served(tmp_path_factory) -> Generator[Served, None, None]:
     folder = tmp_path_factory.mktemp("served")
     with serve(folder / "app.log", "--sae", str(write_run(folder / "run")), "--lm", "none") as page:
         yield page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Generator[Browser, None, None]:
-    expect.set_options(timeout=60_000)  # beside other tests, a machine may be slow
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def page(browser, request) -> Generator[Page, None, None]:
-    """A fresh window; an error of its script fails the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    window, errors = context.new_page(), []
-    window.on("pageerror", lambda error: errors.append(str(error)))
-    yield window
-    keep(window, request.node.name)
-    context.close()
-    assert errors == []
 
 
 def settle(page: Page) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("gradio")  # the extra `space`, without which nothing here c
 
 from playwright.sync_api import expect
 
-from tests.space.test_features_in_browser import browser, page, served  # noqa: F401
+from tests.space.test_features_in_browser import served  # noqa: F401
 from tests.space.test_page_in_browser import open_view
 from tests.space.written_run import FEATURES, WORDS, label_of
 

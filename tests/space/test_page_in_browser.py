@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,13 +21,13 @@ pytest.importorskip("gradio")  # the extra `space`, without which nothing here c
 
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from hf_selortho import SelOrthoSAE
 from hf_selortho.browser.address import VIEWS
 from hf_selortho.browser.rendering import number, percent
 from hf_selortho.features import FeatureIndex, inspect
-from tests.space.served import CHROMIUM, ROOT, Served, chromium, serve
+from tests.space.served import ROOT, Served, keep, serve
 
 pytestmark = pytest.mark.slow
 
@@ -70,33 +69,6 @@ def served(run, tmp_path_factory) -> Generator[Served, None, None]:
     with serve(tmp_path_factory.mktemp("served") / "app.log", "--sae", str(run)) as page:
         Client(page.url, verbose=False).predict("Wait until the language model is there.", api_name="/inspect_text")
         yield page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Generator[Browser, None, None]:
-    expect.set_options(timeout=60_000)  # beside other tests, a machine may be slow
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def page(browser, request) -> Generator[Page, None, None]:
-    """A fresh window; an error of its script fails the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    window, errors = context.new_page(), []
-    window.set_default_timeout(60_000)
-    window.on("pageerror", lambda error: errors.append(str(error)))
-    yield window
-    keep(window, request.node.name)
-    context.close()
-    assert errors == []
-
-
-def keep(window: Page, name: str) -> None:
-    if folder := os.environ.get("SCREENSHOTS"):
-        window.screenshot(path=Path(folder, f"{name}.png"), full_page=True)
 
 
 def open_view(page: Page, served: Served, query: str) -> None:
