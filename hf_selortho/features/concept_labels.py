@@ -78,7 +78,6 @@ def _add(concepts: Concepts, name: str, sae: SelOrthoSAE, activations: Tensor, l
     split = split_rows(labels)
     aucs = single_feature_aucs(sae, activations, labels, split)
     titles = concept_titles().get(name, (name, f"not {name}"))
-    shares = [_shares(sae, activations, labels, rows) for rows in split]
     negated = aucs.negated.tolist()
     test = aucs.test.clamp_min(0.5).tolist()
     for rank, feature in enumerate(aucs.train.argsort(descending=True, stable=True)[:BEST].tolist()):
@@ -88,12 +87,11 @@ def _add(concepts: Concepts, name: str, sae: SelOrthoSAE, activations: Tensor, l
         )
     if titles[0].startswith("“"):  # texts that end in certain two words, which names no feature
         return
+    shares = [_shares(sae, activations, labels, rows) for rows in split]
     inside, outside = torch.where(aucs.negated, shares[0].flip(0), shares[0])
     for feature in ((inside >= LEAST_SHARE) & (inside >= LEAST_RATIO * outside)).nonzero()[:, 0].tolist():
-        title, (mine, other) = (
-            titles[negated[feature]],
-            shares[1][:, feature].tolist()[:: -1 if negated[feature] else 1],
-        )
+        title, of_classes = titles[negated[feature]], shares[1][:, feature].tolist()
+        mine, other = reversed(of_classes) if negated[feature] else of_classes
         detail = (
             f"AUC {test[feature]:.2f} on test texts; it fires at the end of {percent(mine)}, of others {percent(other)}"
         )
