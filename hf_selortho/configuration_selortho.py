@@ -8,6 +8,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
@@ -44,6 +45,18 @@ PenaltySchedule = Literal["on_selection", "every_step"]
 Correlation = Literal["cosine", "pearson"]
 Reduction = Literal["mean", "sum"]
 InputNormalization = Literal["standard", "none"]
+Side = Literal["input", "output"]
+
+SITES = (
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_z",
+    "attn_out",
+    "mlp_in",
+    "mlp_out",
+)  # in the order of computation
+MODULE_SITE = re.compile(r"(\S+):(input|output)")  # any module, by its path in the language model
 
 Range = tuple[Callable[[Any], bool], str]  # whether a value is in it, and what it holds in words
 _COUNT: Range = (lambda v: 1 <= v < 2**63, "a whole number of at least 1")
@@ -54,6 +67,10 @@ _POSITIVE: Range = (lambda v: 0 < v < math.inf, "a finite number above 0")
 _RATIO: Range = (lambda v: 1 < v < math.inf, "a finite number above 1")
 _SHARE: Range = (lambda v: 0 <= v < 1, "a number in [0, 1)")
 _FRACTION: Range = (lambda v: 0 < v <= 1, "a number in (0, 1]")
+SITE: Range = (
+    lambda v: v in SITES or MODULE_SITE.fullmatch(v) is not None,
+    f"one of {', '.join(SITES)}, or a module as PATH:input or PATH:output",
+)
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE: Range = (lambda v: str(v).removeprefix("torch.") in _DTYPES, f"one of {', '.join(_DTYPES)}")
 
@@ -123,7 +140,8 @@ class SelOrthoConfig(PreTrainedConfig):
 
     model_type = "selortho_sae"
 
-    d_in: int | None = _setting(None, "Width of the language model's residual stream.", _COUNT)
+    d_in: int | None = _setting(None, "Width of the activations that are read.", _COUNT)
+    d_out: int | None = _setting(None, "Width of the activations that a transcoder reconstructs.", _COUNT)
     d_sae: int | None = _setting(None, "Number of features; the paper uses as many as d_in.", _COUNT)
     activation: Activation = _setting(
         "relu", "Activation function: relu (the paper), topk, batchtopk (k on average over a batch) or jumprelu."
@@ -201,12 +219,28 @@ class SelOrthoConfig(PreTrainedConfig):
     input_normalization: InputNormalization = _setting(
         "standard", "standard: centre the activations and scale them to a mean squared norm of 1; none: use them raw."
     )
+    skip: bool = _setting(
+        False, "Whether a transcoder adds a linear map of what it reads to what it reconstructs (Paulo et al. 2025)."
+    )
     lm_name: str | None = _setting(None, "Language model whose activations the SAE reads.")
     lm_revision: str | None = _setting(None, "Resolved commit (or content hash) of the language model.")
     layer: int | None = _setting(
-        None, "Decoder layer, counted from 0, after which the residual stream is read.", _INDEX
+        None, "Decoder layer, counted from 0, at which activations are read (resid_post: after it).", _INDEX
     )
-    hook_name: str | None = _setting(None, "Module of the language model whose output is read.")
+    site: str = _setting(
+        "resid_post",
+        "Where the SAE reads: resid_pre, resid_mid, resid_post (the residual stream before, within and after the "
+        "layer), attn_z (heads, before the output projection), attn_out, mlp_in, mlp_out (what is added), or any "
+        "module as PATH:input or PATH:output.",
+        SITE,
+    )
+    target: str | None = _setting(
+        None, "The site that a transcoder reconstructs, as mlp_out beside site mlp_in; None: what is read.", SITE
+    )
+    hook_name: str | None = _setting(None, "Module of the language model that is read.")
+    hook_side: Side = _setting("output", "Which side of that module.")
+    target_hook_name: str | None = _setting(None, "Module that is reconstructed, where that is another place.")
+    target_hook_side: Side = _setting("output", "Which side of that module.")
     centered: bool = _setting(
         False,
         "Whether the SAE reads activations less their mean over the d_in entries, as TransformerLens has them with "
@@ -257,6 +291,22 @@ class SelOrthoConfig(PreTrainedConfig):
             raise ValueError(
                 f"matryoshka_prefixes={reprlib.repr(prefixes)}: expected rising numbers up to d_sae={self.d_sae}"
             )
+
+    def validate_target(self) -> None:
+        """Check that a transcoder has a target of its own, and that only a transcoder has what belongs to one."""
+        if self.target is None:
+            if self.skip:
+                raise ValueError(
+                    "skip=True: only a transcoder takes it, which has a target; an SAE would copy its input"
+                )
+            if self.d_out not in (None, self.d_in):
+                raise ValueError(
+                    f"d_out={self.d_out}: without a target, an SAE reconstructs what it reads, d_in={self.d_in}"
+                )
+        elif self.target == self.site:
+            raise ValueError(f"target={self.target!r} is the site that is read: leave the target out for an SAE")
+        elif self.centered:
+            raise ValueError("centered=True with a target: a transcoder reads activations as they are")
 
     def validate_penalty(self) -> None:
         """Check that co-activations are carried over only where pairs are selected by their cosines."""
@@ -350,15 +400,31 @@ class SelOrthoConfig(PreTrainedConfig):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter and buffer of a `SelOrthoSAE` by name, without making one."""
-        d_in, d_sae = self.d_in, self.d_sae
+        d_in, d_sae, d_out = self.d_in, self.d_sae, self.width_out
         assert d_in is not None and d_sae is not None  # checked above
-        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
-        shapes |= {"b_dec": (d_in,), "input_mean": (d_in,), "input_scale": ()}
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out)}
+        shapes |= {"b_dec": (d_out,), "input_mean": (d_in,), "input_scale": ()}
+        if self.is_transcoder:
+            shapes |= {"output_mean": (d_out,), "output_scale": ()}
+        if self.skip:
+            shapes["W_skip"] = (d_in, d_out)
         if self.activation == "batchtopk":
             shapes["threshold"] = ()
         if self.activation == "jumprelu":
             shapes["log_threshold"] = (d_sae,)
         return shapes
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reconstructs another site than the one that it reads."""
+        return self.target is not None
+
+    @property
+    def width_out(self) -> int:
+        """Width of what is reconstructed: `d_out`, or `d_in` where it is not set."""
+        width = self.d_out or self.d_in
+        assert width is not None  # checked above
+        return width
 
     @property
     def selects_by(self) -> str:

@@ -58,7 +58,7 @@ class SelOrthoOutput(ModelOutput):
     """What a [`SelOrthoSAE`] computes on a batch."""
 
     loss: Tensor | None = None  # scalar, the sum of `losses`; None where the package hf_selortho is not installed
-    reconstruction: Tensor | None = None  # (..., d_in), in the space of the raw activations
+    reconstruction: Tensor | None = None  # (..., d_out), in the space of the raw activations
     feature_acts: Tensor | None = None  # (..., d_sae); None if they were not asked for and are sparse
     losses: dict[str, Tensor] | None = None  # weighted terms: "reconstruction", "l1", "ortho", ...
     pairs: Any = None  # the `Pairs` that the selective penalty acted on, else None
@@ -88,6 +88,12 @@ class SelOrthoSAE(PackageMethods):
 
     The rows of `W_dec` are features' directions in activation space, held at norm 1 after every update (eq. 6,
     [`normalize_decoder`]) by an optimiser whose gradient has no component along them ([`project_decoder_gradient`]).
+
+    A transcoder (`config.target`) reads activations x of one site and reconstructs those y of another one, of width
+    d_out, with a mean and a scale of their own and, with `config.skip`, a linear map of what it reads:
+
+        y^    = (h W_dec + b_dec + x~ W_skip) * output_scale + output_mean
+        loss  = mean_B |y~^ - y~|^2 + ...
     """
 
     config_class = SelOrthoConfig
@@ -95,11 +101,15 @@ class SelOrthoSAE(PackageMethods):
     main_input_name = "activations"
     _no_split_modules: list[str] = []
     # a mean of norm thousands in bfloat16 would be off by more than the features explain
-    _keep_in_fp32_modules_strict = {"input_mean", "input_scale", "threshold", "log_threshold"}
+    _keep_in_fp32_modules_strict = {
+        "input_mean", "input_scale", "output_mean", "output_scale", "threshold", "log_threshold"
+    }  # fmt: skip
 
     config: SelOrthoConfig
     input_mean: Tensor
     input_scale: Tensor
+    output_mean: Tensor  # only of a transcoder, as output_scale
+    output_scale: Tensor
     threshold: Tensor  # only with batchtopk
 
     def __init__(self, config: SelOrthoConfig) -> None:
@@ -111,6 +121,11 @@ class SelOrthoSAE(PackageMethods):
         self.b_dec = nn.Parameter(torch.empty(shapes["b_dec"]))
         self.register_buffer("input_mean", torch.zeros(shapes["input_mean"]))
         self.register_buffer("input_scale", torch.ones(shapes["input_scale"]))
+        if config.is_transcoder:
+            self.register_buffer("output_mean", torch.zeros(shapes["output_mean"]))
+            self.register_buffer("output_scale", torch.ones(shapes["output_scale"]))
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.empty(shapes["W_skip"]))
         if "threshold" in shapes:
             self.register_buffer("threshold", torch.zeros(shapes["threshold"]))  # at inference; estimated in training
         if "log_threshold" in shapes:  # in bfloat16 small updates would be lost
@@ -118,12 +133,22 @@ class SelOrthoSAE(PackageMethods):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Random unit decoder rows, the encoder a multiple of them, biases and input mean 0, input scale 1."""
+        """Random unit decoder rows, the encoder a multiple of them, biases and input mean 0, input scale 1.
+
+        Of a transcoder, whose features read and write in different spaces, encoder and decoder directions are drawn
+        apart.
+        """
         if module is not self:
             return
         # these functions of transformers leave alone what has been loaded
-        directions = torch.nn.functional.normalize(torch.randn_like(self.W_dec), dim=1)  # (d_sae, d_in)
+        directions = torch.nn.functional.normalize(torch.randn_like(self.W_dec), dim=1)  # (d_sae, d_out)
         init.copy_(self.W_dec, directions)
+        if self.config.is_transcoder:
+            directions = torch.nn.functional.normalize(torch.randn_like(self.W_enc.T), dim=1)  # (d_sae, d_in)
+            init.zeros_(self.output_mean)
+            init.ones_(self.output_scale)
+        if self.config.skip:
+            init.zeros_(self.W_skip)
         init.copy_(self.W_enc, ENCODER_NORMS[self.config.activation] * directions.T)
         for zero in (self.b_enc, self.b_dec, self.input_mean):
             init.zeros_(zero)
@@ -164,13 +189,29 @@ class SelOrthoSAE(PackageMethods):
         return activate(config.activation, z, config.k, self.inference_threshold(), config.jumprelu_bandwidth)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Compute raw activations (..., d_in) from feature activations (..., d_sae), in the dtype of the latter.
+        """Compute raw activations (..., d_out) from feature activations (..., d_sae), in the dtype of the latter.
+
+        What a transcoder's skip adds is left out, as it is no feature's: see [`reconstruct`].
 
         Raises:
             SelOrthoError: they are no finite floating-point numbers of width d_sae on the device of the SAE.
         """
         feature_acts = self._checked(feature_acts, "feature activations", "d_sae", finite=True)
         return self._denormalize(feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec).to(feature_acts.dtype)
+
+    def reconstruct(self, activations: Tensor, feature_acts: Tensor | None = None) -> Tensor:
+        """Encode raw activations (..., d_in) and decode them again: (..., d_out), a transcoder's skip included.
+
+        Args:
+            feature_acts: what [`encode`] gives for these activations, if that is known.
+
+        Raises:
+            SelOrthoError: as [`encode`].
+        """
+        y_hat = self.decode(self.encode(activations) if feature_acts is None else feature_acts)
+        if self.config.skip:
+            y_hat = y_hat + (self.normalize_input(activations).to(self.W_skip.dtype) @ self.W_skip) * self.output_scale
+        return self._with_mean(y_hat, activations)
 
     def forward(
         self,
@@ -179,6 +220,7 @@ class SelOrthoSAE(PackageMethods):
         plan: Any = None,
         dead: Tensor | None = None,
         return_feature_acts: bool = True,
+        target: Tensor | None = None,
     ) -> SelOrthoOutput:
         """Encode, decode and, where the package hf_selortho is installed, compose the loss of eq. 7.
 
@@ -189,6 +231,7 @@ class SelOrthoSAE(PackageMethods):
             dead: which features are dead (d_sae,), for the auxiliary loss of topk and batchtopk.
             return_feature_acts: False lets a training step work on the active entries alone where these are few:
                 the output then has `active` and no `feature_acts`. Loss and gradients are the same.
+            target: of a transcoder, the activations that it reconstructs, (..., d_out), of the same tokens.
 
         Raises:
             SelOrthoError: the activations are not what [`encode`] takes, or hold no token. In training, NaN and
@@ -197,18 +240,18 @@ class SelOrthoSAE(PackageMethods):
         if not PACKAGE_FOUND:
             if self.training:
                 logger.warning("no loss is computed: training needs the package, pip install hf_selortho")
-            h = self.encode(activations)
-            return SelOrthoOutput(reconstruction=self._with_mean(self.decode(h), activations), feature_acts=h)
+            return SelOrthoOutput(reconstruction=self.reconstruct(activations), feature_acts=self.encode(activations))
         activations = self._checked(activations, "activations", finite=not self.training)
         if activations.numel() == 0:
             raise SelOrthoError(f"activations of shape {tuple(activations.shape)}: expected at least one token")
         x = self.normalize_input(activations).reshape(-1, activations.shape[-1])  # (B, d_in)
-        step = run_step(self, x, group, plan, dead, dense=return_feature_acts)
+        y = self.normalize_target(activations, target) if self.config.is_transcoder or target is not None else x
+        step = run_step(self, x, y, group, plan, dead, dense=return_feature_acts)
         dense = isinstance(step.features, DenseFeatures)
         feature_acts = step.features.values if dense else None
         if feature_acts is not None and activations.ndim != 2:
             feature_acts = feature_acts.view(*activations.shape[:-1], -1)
-        x_hat = self._denormalize(step.x_hat).view(activations.shape)
+        x_hat = self._denormalize(step.y_hat).view(*activations.shape[:-1], -1)
         return SelOrthoOutput(
             loss=torch.stack([as_float(term) for term in step.losses.values()]).sum(),
             reconstruction=self._with_mean(x_hat, activations).to(activations.dtype),
@@ -233,5 +276,8 @@ class SelOrthoSAE(PackageMethods):
     def _with_mean(self, x_hat: Tensor, activations: Tensor) -> Tensor:
         return x_hat + activations.mean(-1, keepdim=True) if self.config.centered else x_hat
 
-    def _denormalize(self, x_hat: Tensor) -> Tensor:
-        return x_hat.to(torch.promote_types(x_hat.dtype, torch.float32)) * self.input_scale + self.input_mean
+    def _denormalize(self, y_hat: Tensor) -> Tensor:
+        y_hat = y_hat.to(torch.promote_types(y_hat.dtype, torch.float32))
+        if self.config.is_transcoder:
+            return y_hat * self.output_scale + self.output_mean
+        return y_hat * self.input_scale + self.input_mean

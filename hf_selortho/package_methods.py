@@ -31,6 +31,8 @@ class PackageMethods(PreTrainedModel):
     W_dec: nn.Parameter
     input_mean: Tensor
     input_scale: Tensor
+    output_mean: Tensor
+    output_scale: Tensor
     threshold: Tensor
 
     @classmethod
@@ -141,11 +143,46 @@ class PackageMethods(PreTrainedModel):
         Raises:
             SelOrthoError: the scale is not a positive number, as with constant activations, or the mean does not fit.
         """
-        mean = self._checked(floats_of(mean, "input mean", 1, self.W_dec), "input mean")
+        self._set_statistics("input", mean, scale, "d_in")
+
+    @torch.no_grad()
+    def set_output_statistics(self, mean: Tensor, scale: float) -> None:
+        """Set those of what a transcoder reconstructs: `mean` (d_out,) and a positive `scale`.
+
+        Raises:
+            SelOrthoError: as [`set_input_statistics`].
+        """
+        self._set_statistics("output", mean, scale, "width_out")
+
+    def _set_statistics(self, which: str, mean: Tensor, scale: float, width: str) -> None:
+        mean = self._checked(floats_of(mean, f"{which} mean", 1, self.W_dec), f"{which} mean", width)
         if not (math.isfinite(scale) and scale > 0):
-            raise SelOrthoError(f"input scale {scale}: the activations do not vary; check the text and the layer")
-        self.input_mean.copy_(mean)
-        self.input_scale.fill_(scale)
+            raise SelOrthoError(f"{which} scale {scale}: the activations do not vary; check the text and the layer")
+        getattr(self, f"{which}_mean").copy_(mean)
+        getattr(self, f"{which}_scale").fill_(scale)
+
+    def normalize_target(self, activations: Tensor, target: Tensor | None) -> Tensor:
+        """Turn what a transcoder reconstructs (..., d_out) into `(y - output_mean) / output_scale`, (B, d_out).
+
+        Raises:
+            SelOrthoError: there is none, it is not of the same tokens as the activations (..., d_in) that are read, or
+                this SAE reconstructs what it reads.
+        """
+        config = self.config
+        if not config.is_transcoder:
+            raise SelOrthoError("target= is for transcoders: this SAE reconstructs what it reads; leave it out")
+        if target is None:
+            raise SelOrthoError(
+                f"this transcoder reconstructs {config.target}: pass its activations of the same tokens as target="
+            )
+        y = self._checked(target, "target", "width_out", finite=not self.training)
+        if y.shape[:-1] != activations.shape[:-1]:
+            raise SelOrthoError(
+                f"target of shape {tuple(y.shape)} for activations of shape {tuple(activations.shape)}: expected the "
+                "same tokens"
+            )
+        y = y.to(torch.promote_types(y.dtype, torch.float32)).reshape(-1, y.shape[-1])
+        return (y - self.output_mean) / self.output_scale
 
     def _checked(self, value: Any, what: str, width: str = "d_in", finite: bool = False) -> Tensor:
         """Take floating-point numbers (..., width), as a tensor on the device of the SAE; `width` names a setting.

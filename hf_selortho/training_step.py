@@ -34,7 +34,7 @@ class Step:
     """What a batch gives before the gradients are computed."""
 
     features: FeatureActivations  # (B, d_sae)
-    x_hat: Tensor  # (B, d_in), normalised reconstruction
+    y_hat: Tensor  # (B, d_out), normalised reconstruction
     losses: dict[str, Tensor]  # weighted terms of eq. 7
     pairs: Pairs | None  # that the selective penalty acted on
     threshold: Tensor | None  # batchtopk: the smallest activation that this batch kept
@@ -52,12 +52,15 @@ class _Encoded:
 def run_step(
     sae: SelOrthoSAE,
     x: Tensor,
+    y: Tensor,
     group: ProcessGroup | None = None,
     plan: PenaltyPlan | None = None,
     dead: Tensor | None = None,
     dense: bool = False,
 ) -> Step:
-    """Encode and reconstruct normalised activations `x` (B, d_in), and compute the terms of eq. 7.
+    """Encode normalised activations `x` (B, d_in), reconstruct `y` (B, d_out), and compute the terms of eq. 7.
+
+    `y` is `x`, but for a transcoder.
 
     Args:
         sae: in training mode, batchtopk looks at the batch instead of its fixed threshold.
@@ -72,14 +75,14 @@ def run_step(
         encoded = _encode_active(sae, x, group)
     if encoded is None:
         encoded = _encode_dense(sae, x, group)
-    x_hat, reconstruction = _reconstruct(sae, x, encoded.h)
+    y_hat, reconstruction = _reconstruct(sae, x, y, encoded.h)
     if not sae.training and "redundancy" in (config.penalty_space, config.selection_space):
         plan = PenaltyPlan(acts=False)  # loaded, but no longer trained with
     ortho, pairs = penalty(config, encoded.h, sae.W_dec, group, plan)
     losses = {"reconstruction": reconstruction, **_sparsity_losses(config, encoded), "ortho": ortho}
     if dead is not None and sae.aux_features > 0:
-        losses["aux"] = _aux_loss(sae, x, x - x_hat.detach(), dead)
-    return Step(encoded.h, x_hat, losses, pairs, encoded.threshold)
+        losses["aux"] = _aux_loss(sae, x, y - y_hat.detach(), dead)
+    return Step(encoded.h, y_hat, losses, pairs, encoded.threshold)
 
 
 def _encode_dense(sae: SelOrthoSAE, x: Tensor, group: ProcessGroup) -> _Encoded:
@@ -183,15 +186,16 @@ def _pre_activation_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: int) -
             yield start, z if dtype == torch.float64 else z.float()
 
 
-def _reconstruct(sae: SelOrthoSAE, x: Tensor, h: FeatureActivations) -> tuple[Tensor, Tensor]:
-    """Compute the normalised reconstruction (B, d_in) and its loss, the mean over the prefixes of a Matryoshka SAE."""
+def _reconstruct(sae: SelOrthoSAE, x: Tensor, y: Tensor, h: FeatureActivations) -> tuple[Tensor, Tensor]:
+    """Compute the normalised reconstruction (B, d_out) and its loss, the mean over the prefixes of a Matryoshka SAE."""
     prefixes, W_dec = sae.config.matryoshka_prefixes, sae.W_dec
+    bias = sae.b_dec + x.to(W_dec.dtype) @ sae.W_skip if sae.config.skip else sae.b_dec
     if prefixes is None:
-        x_hat = h.decode(W_dec) + sae.b_dec
-        return x_hat, (x_hat.to(x.dtype) - x).square().sum(-1).mean()
-    parts = h.decode(W_dec, prefixes)  # (B, prefixes, d_in)
-    nested = parts.cumsum(1) + sae.b_dec
-    return nested[:, -1], (nested.to(x.dtype) - x[:, None]).square().sum(-1).mean()
+        y_hat = h.decode(W_dec) + bias
+        return y_hat, (y_hat.to(y.dtype) - y).square().sum(-1).mean()
+    parts = h.decode(W_dec, prefixes)  # (B, prefixes, d_out)
+    nested = parts.cumsum(1) + (bias[:, None] if sae.config.skip else bias)
+    return nested[:, -1], (nested.to(y.dtype) - y[:, None]).square().sum(-1).mean()
 
 
 def _sparsity_losses(config: SelOrthoConfig, encoded: _Encoded) -> dict[str, Tensor]:

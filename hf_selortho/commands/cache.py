@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with accelerator.local_main_process_first():
         lm = load_language_model(model.model or "", model.model_revision, model.lm_dtype, accelerator.device)
     check_context_length(lm, arguments.context_length)
-    capture = ActivationCapture(lm, sorted(arguments.layers), batch_tokens=model.lm_batch_tokens)
+    places = {"site": arguments.site, "target": arguments.target}
+    capture = ActivationCapture(lm, sorted(arguments.layers), batch_tokens=model.lm_batch_tokens, **places)
     group = ProcessGroup.of_run()
     settings = cache_settings(capture, documents, text, arguments, group.size)
     cutter = Cutter(lm.tokenizer, arguments.context_length, arguments.prepend_bos, text.min_tokens)

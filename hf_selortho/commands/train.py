@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..evaluation.evaluator import Evaluation, evaluate_saes
 from ..evaluation.probe_scores import add_probes, check_probes, check_widths
+from ..evaluation.replacement import replace_by_variant
 from ..hub.card_results import SaeReport
 from ..hub.public_names import check_ids
 from ..hub.push import push_run
@@ -87,7 +88,7 @@ def save_and_report(run: TrainingRun, command: str, started: float) -> None:
     for variant, sae in zip(run.variants, run.saes, strict=True):
         save_sae(sae.eval(), run.output / variant.name)
     trained, device = time.time(), run.accelerator.device
-    evaluations = evaluate(run)
+    evaluations, all_layers = evaluate(run)
     info = {
         "command": command,
         "preset": run.arguments.preset,
@@ -98,22 +99,25 @@ def save_and_report(run: TrainingRun, command: str, started: float) -> None:
         "wall_seconds": round(time.time() - started, 1),
         "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
     }
-    reports = report_run(run, evaluations, info)
+    reports = report_run(run, evaluations, info, all_layers)
     sys.stdout.write(closing_words(run, reports, info))
 
 
-def evaluate(run: TrainingRun) -> list[Evaluation] | list[None]:
-    """Measure the SAEs on the held-out contexts, if there are any."""
+def evaluate(run: TrainingRun) -> tuple[list[Evaluation] | list[None], dict[str, Any]]:
+    """Measure the SAEs on the held-out contexts, if there are any, and transcoders of several layers together."""
     data, batch_size = run.data, run.arguments.run.batch_size
     if not data.held_out:
-        return [None] * len(run.saes)
+        return [None] * len(run.saes), {}
     logger.info("evaluating on %d held-out contexts", len(data.held_out))
     settings, (capture, batches) = run.arguments.evaluation, data.evaluation_inputs(batch_size)
     sizes: dict[str, Any] = {"batch_size": batch_size, "ce_samples": settings.eval_ce_samples}
     evaluations = evaluate_saes(run.saes, capture, data.held_out, batches=batches, **sizes)
     if settings.probes != "none" and capture is not None:
         add_probes(evaluations, run.saes, capture, settings.probes, prepend_bos=run.arguments.sae.prepend_bos)
-    return evaluations
+    if capture is None or not settings.eval_ce_samples:
+        return evaluations, {}
+    names = [variant.name for variant in run.variants]
+    return evaluations, replace_by_variant(names, run.saes, capture, data.held_out[: settings.eval_ce_samples])
 
 
 def publish(output: Path, hub: HubArguments) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ..errors import SelOrthoError
 from ..language_models.capture import ORIGIN_NAMES, TokenOrigins
 from ..language_models.contexts import Context
 from ..utils.files import target_outside
-from ..utils.hub import LOOKUP_ERRORS, hub_error, resolve_commit
+from ..utils.hub import LOOKUP_ERRORS, hub_error, listed, resolve_commit
 from ..utils.library_errors import one_line
 from ..utils.names import RepoRef, activations_of
 from .cache_manifest import HELD_OUT, MANIFEST, TRAIN, WORK, CacheError, ShardEntry, parse_manifest, shard_path
@@ -38,6 +39,7 @@ class Shard:
     by_layer: dict[int, Tensor]  # (rows, d_in) each, as stored
     origins: TokenOrigins
     contexts: int  # number of contexts, of a held-out shard; else 0
+    targets: dict[int, Tensor] = field(default_factory=dict)  # (rows, d_out) each, where they were asked for
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -76,20 +78,54 @@ class ActivationCache:
         if not self._offline:
             self._check_listing()
 
-    def read(self, shard: ShardEntry, layers: Sequence[int], part: str = TRAIN) -> Shard:
+    def check_sites(self, layers: Sequence[int], site: str | None = None, target: str | None = None) -> None:
+        """See that the shards hold these layers and sites.
+
+        Raises:
+            SelOrthoError: they do not; names those that they hold.
+        """
+        manifest = self.manifest
+        if missing := [layer for layer in layers if layer not in manifest.layers]:
+            raise SelOrthoError(
+                f"{self.source} holds no layer {listed(map(str, missing))}: choose from "
+                f"{', '.join(map(str, manifest.layers))}"
+            )
+        held = [name for name in (manifest.site, manifest.target) if name]
+        for name in (site, target):
+            if name is not None and name not in held:
+                raise SelOrthoError(
+                    f"{self.source} holds the site{'s' * (len(held) > 1)} {' and '.join(held)}, not {name}: choose "
+                    f"{'one of these' if len(held) > 1 else 'that'}, or cache the activations again with --site and "
+                    "--target"
+                )
+
+    def read(
+        self,
+        shard: ShardEntry,
+        layers: Sequence[int],
+        part: str = TRAIN,
+        site: str | None = None,
+        target: str | None = None,
+    ) -> Shard:
         """Read a shard's rows at some layers, and verify every byte of them.
+
+        Args:
+            site: which of the sites that [`check_sites`] allows; default: the one that was cached as such.
+            target: the site of the targets; None: there are none.
 
         Raises:
             CacheError: a file is missing or damaged.
         """
-        shapes = {layer: (shard.rows, self.manifest.layer(layer).d_in) for layer in layers}
-        by_layer = {
-            layer: self._load(shard, part, f"layer_{layer}", {"activations": shape})["activations"]
-            for layer, shape in shapes.items()
-        }
+
+        def rows(layer: int, name: str | None) -> Tensor:
+            shape = (shard.rows, self.manifest.layer(layer, name).d_in)
+            return self._load(shard, part, self.manifest.folder(layer, name), {"activations": shape})["activations"]
+
+        by_layer = {layer: rows(layer, site) for layer in layers}
+        targets = {layer: rows(layer, target) for layer in layers} if target else {}
         tokens = self._load(shard, part, "tokens", dict.fromkeys(ORIGIN_NAMES, (shard.rows,)))
         origins = TokenOrigins.of(**{name: tokens[name] for name in ORIGIN_NAMES})
-        return Shard(by_layer, origins, len(tokens.get("context_lengths", ())))
+        return Shard(by_layer, origins, len(tokens.get("context_lengths", ())), targets)
 
     def held_out_contexts(self) -> list[Context]:
         """Return the contexts whose activations were held out, for what has to run the language model on them."""

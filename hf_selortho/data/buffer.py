@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,8 @@ class ActivationStatistics:
     scale: float  # root mean squared norm of the centred activations
     median_norm: float  # median L2 norm of the activations, sinks included
     max_norm: float | None  # activations of a larger norm are left out
+    target_mean: Tensor | None = None  # (d_out,) of the target, where there is one
+    target_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ActivationBatch:
 
     by_layer: dict[int, Tensor]  # (B, d_in) float32 each, raw
     origins: TokenOrigins  # of the B tokens
+    targets: dict[int, Tensor] = field(default_factory=dict)  # (B, d_out) float32 each, where there are targets
 
 
 class BatchSource(Protocol):
@@ -123,8 +126,13 @@ class ActivationBuffer:
         """Fill the empty buffer, with a bar if `progress`, and estimate the statistics on what it holds."""
         capture, device, ratio = self.capture, self.capture.device, self.max_norm_ratio
         capture.max_norms = (None,) * len(capture.layers)
-        shape, dtype = (self.capacity, capture.lm.d_model), capture.lm.model.dtype
-        self._activations = {layer: torch.empty(shape, dtype=dtype, device=device) for layer in capture.layers}
+        self._activations, self._targets = (
+            {
+                layer: torch.empty(self.capacity, width, dtype=capture.lm.model.dtype, device=device)
+                for layer, width in widths.items()
+            }
+            for widths in (capture.widths, capture.target_widths)
+        )
         self._origins = torch.empty(self.capacity, len(ORIGIN_NAMES), dtype=torch.int64)
         with Bar("filling the buffer", total=self.capacity, unit="token", disable=not progress) as bar:
             norms = self._replace(torch.arange(self.capacity), bar)
@@ -136,8 +144,11 @@ class ActivationBuffer:
         self._replace(sinks)
         self._uses = torch.zeros(self.capacity, dtype=torch.int32)
         self._shuffle()
+        of_targets = {layer: _mean_and_scale(held) for layer, held in self._targets.items()}
         return {
-            layer: ActivationStatistics(*_mean_and_scale(self._activations[layer]), median, max_norm)
+            layer: ActivationStatistics(
+                *_mean_and_scale(self._activations[layer]), median, max_norm, *of_targets.get(layer, ())
+            )
             for layer, median, max_norm in zip(capture.layers, medians, capture.max_norms, strict=True)
         }
 
@@ -147,8 +158,11 @@ class ActivationBuffer:
         rows = self._order[self._served * self.batch_size : (self._served + 1) * self.batch_size]
         self._served += 1
         self._uses[rows] += 1
-        by_layer = {layer: held[rows.to(held.device)].float() for layer, held in self._activations.items()}
-        return ActivationBatch(by_layer, TokenOrigins(self._origins[rows]))
+        by_layer, targets = (
+            {layer: held[rows.to(held.device)].float() for layer, held in kind.items()}
+            for kind in (self._activations, self._targets)
+        )
+        return ActivationBatch(by_layer, TokenOrigins(self._origins[rows]), targets)
 
     def totals(self) -> dict[str, int]:
         stream = {name: self.stream.counts[name] for name in ("documents", "dropped_tails")}
@@ -159,6 +173,7 @@ class ActivationBuffer:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {
             **{f"activations.{layer}": held.cpu() for layer, held in self._activations.items()},
+            **{f"targets.{layer}": held.cpu() for layer, held in self._targets.items()},
             "origins": self._origins,
             "uses": self._uses.clone(),
             "order": self._order,
@@ -176,8 +191,9 @@ class ActivationBuffer:
         self._reader = reader  # the next refresh waits for it
 
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        layers, device = self.capture.layers, self.capture.device
-        self._activations = {layer: tensors[f"activations.{layer}"].to(device) for layer in layers}
+        capture, device = self.capture, self.capture.device
+        self._activations = {layer: tensors[f"activations.{layer}"].to(device) for layer in capture.layers}
+        self._targets = {layer: tensors[f"targets.{layer}"].to(device) for layer in capture.target_sites}
         self._origins, self._uses, self._order = tensors["origins"], tensors["uses"], tensors["order"]
         self._generator.set_state(tensors["generator"])
         self._served = rest["served"]
@@ -187,11 +203,11 @@ class ActivationBuffer:
 
     def memory_bytes(self) -> int:
         capture = self.capture
-        row = len(capture.layers) * capture.lm.d_model * capture.lm.model.dtype.itemsize
+        row = capture.row_width * capture.lm.model.dtype.itemsize
         return self.capacity * (row + 8 * len(ORIGIN_NAMES) + 12)  # 12: uses and order
 
     def release(self) -> None:
-        self._activations, self._origins = {}, torch.empty(0)
+        self._activations, self._targets, self._origins = {}, {}, torch.empty(0)
 
     def _shuffle(self) -> None:
         self._order = torch.randperm(self.capacity, generator=self._generator)
@@ -224,8 +240,9 @@ class ActivationBuffer:
                 for name in _DROPPED:
                     self.counts[name] += getattr(part, name)
                 places = rows[done : done + len(part)]
-                for layer, held in self._activations.items():
-                    held[places.to(held.device)] = part.by_layer[layer][: len(places)]
+                for kind, fresh in ((self._activations, part.by_layer), (self._targets, part.targets)):
+                    for layer, held in kind.items():
+                        held[places.to(held.device)] = fresh[layer][: len(places)]
                 self._origins[places] = part.origins.table[: len(places)]
                 norms[done : done + len(places)] = part.norms[: len(places)]
                 done += len(places)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class _Pool:
     start: int  # of its rows among those of the epoch
     shards: list[int]  # by rising number, as their rows are held
     by_layer: dict[int, Tensor]  # (rows, d_in) each, as stored
+    targets: dict[int, Tensor]  # (rows, d_out) each, where there are targets
     origins: Tensor  # (rows, 4), see `TokenOrigins`
     order: Tensor  # (rows,)
 
@@ -48,13 +49,15 @@ class CachedBatches:
 
     Args:
         cache: the shards. layers: which layers to read of them.
+        site, target: at which site, and what it is to become; default: the site of the cache, and nothing else.
         batch_size: tokens of a batch on this process.
         pool_tokens: tokens that a pool holds at least, all in memory, and those of the next pool beside them.
         seed: of the order.
         rank, processes: this process's number, and how many there are.
 
     Raises:
-        SelOrthoError: a layer is not in the cache (names those that are), or there are too few tokens for a batch.
+        SelOrthoError: a layer or a site is not in the cache (names those that are), or there are too few tokens for a
+            batch.
     """
 
     def __init__(
@@ -62,18 +65,17 @@ class CachedBatches:
         cache: ActivationCache,
         layers: Sequence[int],
         *,
+        site: str | None = None,
+        target: str | None = None,
         batch_size: int = 4096,
         pool_tokens: int = 1 << 18,
         seed: int = 0,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        if missing := [layer for layer in layers if layer not in cache.manifest.layers]:
-            raise SelOrthoError(
-                f"{cache.source} holds no layer {', '.join(map(str, missing))}: choose from "
-                f"{', '.join(map(str, cache.manifest.layers))}"
-            )
+        cache.check_sites(layers, site, target)
         self.cache, self.layers, self.batch_size = cache, tuple(layers), batch_size
+        self.site, self.target = site, target
         self._pool_tokens, self._seed, self._rank, self._processes = pool_tokens, seed, rank, processes
         shards = cache.manifest.shards
         by_shard = len(shards) >= processes
@@ -93,11 +95,15 @@ class CachedBatches:
 
     def statistics(self, progress: bool = False) -> dict[int, ActivationStatistics]:
         """Return mean, scale and sink threshold of each layer, as they were measured when the cache was written."""
-        summaries = {layer: self.cache.manifest.layer(layer) for layer in self.layers}
-        return {
-            layer: ActivationStatistics(torch.tensor(entry.mean), entry.scale, entry.median_norm, entry.max_norm)
-            for layer, entry in summaries.items()
-        }
+        found = {}
+        for layer in self.layers:
+            entry = self.cache.manifest.layer(layer, self.site)
+            mean = torch.tensor(entry.mean)
+            found[layer] = ActivationStatistics(mean, entry.scale, entry.median_norm, entry.max_norm)
+            if self.target:
+                goal = self.cache.manifest.layer(layer, self.target)
+                found[layer] = replace(found[layer], target_mean=torch.tensor(goal.mean), target_scale=goal.scale)
+        return found
 
     def next_batch(self) -> ActivationBatch:
         """Return the next batch.
@@ -105,19 +111,24 @@ class CachedBatches:
         Raises:
             CacheError: a shard is damaged or missing; nothing of it is handed out.
         """
-        parts: list[tuple[Tensor, ...]] = []  # origins and the layers of some rows
+        parts: list[tuple[Tensor, ...]] = []  # origins, the layers of some rows, and their targets
         left = self.batch_size
         while left:
             pool = self._current_pool()
             first = self.cursor - pool.start
             rows = pool.order[first : first + left]
-            parts.append((pool.origins[rows], *(pool.by_layer[layer][rows].float() for layer in self.layers)))
+            held = (*pool.by_layer.values(), *pool.targets.values())
+            parts.append((pool.origins[rows], *(tensor[rows].float() for tensor in held)))
             left -= len(rows)
             self.cursor += len(rows)
             if self.cursor == self.rows:
                 self.epoch, self.cursor = self.epoch + 1, 0
-        origins, *layers = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-        return ActivationBatch(dict(zip(self.layers, layers, strict=True)), TokenOrigins(origins))
+        origins, *columns = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        by_layer, targets = (
+            zip(self.layers, columns, strict=False),
+            zip(self.layers, columns[len(self.layers) :], strict=True) if self.target else (),
+        )
+        return ActivationBatch(dict(by_layer), TokenOrigins(origins), dict(targets))
 
     def totals(self) -> dict[str, int]:
         """Return what was read and left out when the cache was written."""
@@ -152,7 +163,8 @@ class CachedBatches:
         """Return what the pool, and the one that is read ahead, take."""
         manifest = self.cache.manifest
         largest = max(sum(self._sizes[number] for number in shards) for _, shards in self._split(0))
-        width = sum(manifest.layer(layer).d_in for layer in self.layers)
+        sites = (self.site, self.target) if self.target else (self.site,)
+        width = sum(manifest.layer(layer, site).d_in for layer in self.layers for site in sites)
         row = width * STORED_DTYPES[manifest.stored_dtype].itemsize + 8 * len(ORIGIN_NAMES) + 8
         return min(2 * largest, self.rows) * row
 
@@ -188,56 +200,79 @@ class CachedBatches:
         shards = sorted(drawn)
         offsets = dict(zip(shards, np.cumsum([0, *(self._sizes[number] for number in shards)]).tolist(), strict=False))
         if previous is not None and previous.shards == shards:
-            by_layer, origins = previous.by_layer, previous.origins
+            by_layer, targets, origins = previous.by_layer, previous.targets, previous.origins
         else:
-            by_layer, origins = self._read(offsets)
+            by_layer, targets, origins = self._read(offsets)
         rows = np.concatenate([offsets[number] + np.arange(self._sizes[number]) for number in drawn])
         generator = np.random.default_rng([self._seed, self._rank, epoch, start + 1])
         order = torch.from_numpy(rows[generator.permutation(len(rows))])
-        return _Pool(epoch, start, shards, by_layer, origins, order)
+        return _Pool(epoch, start, shards, by_layer, targets, origins, order)
 
-    def _read(self, offsets: dict[int, int]) -> tuple[dict[int, Tensor], Tensor]:
-        """Read this process's rows of some shards, each to its place: activations by layer, and origins."""
+    def _read(self, offsets: dict[int, int]) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
+        """Read this process's rows of some shards, each to its place: activations by layer, targets, and origins."""
         manifest, rows = self.cache.manifest, sum(self._sizes[number] for number in offsets)
         dtype = STORED_DTYPES[manifest.stored_dtype]
-        by_layer = {layer: torch.empty(rows, manifest.layer(layer).d_in, dtype=dtype) for layer in self.layers}
+
+        def room(site: str | None) -> dict[int, Tensor]:
+            widths = {layer: manifest.layer(layer, site).d_in for layer in self.layers}
+            return {layer: torch.empty(rows, width, dtype=dtype) for layer, width in widths.items()}
+
+        by_layer, targets = room(self.site), room(self.target) if self.target else {}
         origins = torch.empty(rows, len(ORIGIN_NAMES), dtype=torch.int64)
         for number, offset in offsets.items():
-            shard, places = (
-                self.cache.read(self._shards[number], self.layers),
-                slice(offset, offset + self._sizes[number]),
-            )
+            shard = self.cache.read(self._shards[number], self.layers, site=self.site, target=self.target)
+            places = slice(offset, offset + self._sizes[number])
             origins[places] = shard.origins.table[self._rows]
-            for layer, held in by_layer.items():
-                held[places] = shard.by_layer[layer][self._rows]
-        return by_layer, origins
+            for kind, fresh in ((by_layer, shard.by_layer), (targets, shard.targets)):
+                for layer, held in kind.items():
+                    held[places] = fresh[layer][self._rows]
+        return by_layer, targets, origins
 
 
 def held_out_batches(
-    cache: ActivationCache, layers: Sequence[int], batch_size: int, seed: int = 0, contexts: int | None = None
-) -> Iterator[dict[int, Tensor]]:
-    """Yield the held-out activations in batches of mixed contexts, by layer (B, d_in) float32; the last may be shorter.
+    cache: ActivationCache,
+    layers: Sequence[int],
+    batch_size: int,
+    seed: int = 0,
+    contexts: int | None = None,
+    site: str | None = None,
+    target: str | None = None,
+) -> Iterator[dict[int, Tensor | tuple[Tensor, Tensor]]]:
+    """Yield the held-out activations in batches of mixed contexts, by layer; the last batch may be shorter.
 
     Args:
         cache, layers: which activations. batch_size: tokens of a batch. seed: of their order.
         contexts: only those of so many contexts, the first ones.
+        site, target: as of [`CachedBatches`].
+
+    Yields:
+        Activations (B, d_in) float32 by layer; with a target, pairs of these and of the target's (B, d_out).
 
     Raises:
         CacheError: a shard is damaged or missing.
     """
     generator = torch.Generator().manual_seed(seed)
-    rest = {layer: torch.zeros(0, cache.manifest.layer(layer).d_in) for layer in layers}
+    kinds = [(layer, name) for name in ((site, target) if target else (site,)) for layer in layers]
+    rest = [torch.zeros(0, cache.manifest.layer(layer, name).d_in) for layer, name in kinds]
+
+    def batch(rows: int) -> dict[int, Tensor | tuple[Tensor, Tensor]]:
+        columns = [tensor[:rows] for tensor in rest]
+        if not target:
+            return dict(zip(layers, columns, strict=True))
+        return dict(zip(layers, zip(columns, columns[len(layers) :], strict=False), strict=False))
+
     for entry in cache.manifest.held_out:
         if contexts is not None and contexts <= 0:
             break
-        shard = cache.read(entry, layers, HELD_OUT)
+        shard = cache.read(entry, layers, HELD_OUT, site, target)
         order = torch.randperm(len(shard), generator=generator)
         if contexts is not None:
             order = order[shard.origins.context_ids[order] < contexts]
             contexts -= shard.contexts
-        rest = {layer: torch.cat([rest[layer], shard.by_layer[layer][order].float()]) for layer in layers}
-        while len(rest[layers[0]]) >= batch_size:
-            yield {layer: tensor[:batch_size] for layer, tensor in rest.items()}
-            rest = {layer: tensor[batch_size:] for layer, tensor in rest.items()}
-    if len(rest[layers[0]]):
-        yield rest
+        fresh = (*shard.by_layer.values(), *shard.targets.values())
+        rest = [torch.cat([old, rows[order].float()]) for old, rows in zip(rest, fresh, strict=True)]
+        while len(rest[0]) >= batch_size:
+            yield batch(batch_size)
+            rest = [tensor[batch_size:] for tensor in rest]
+    if len(rest[0]):
+        yield batch(batch_size)

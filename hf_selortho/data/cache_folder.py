@@ -17,7 +17,7 @@ from ..utils.memory import check_fits, free_disk
 from .cache_manifest import FORMAT, FORMAT_VERSION, MANIFEST, WORK, CacheSettings, Manifest
 
 _SETTINGS = "settings.json"
-_SHARD = re.compile(r"(held_out/)?(tokens|layer_\d+)/\d+\.safetensors")
+_SHARD = re.compile(r"(held_out/)?(tokens|(layer|target)_\d+)/\d+\.safetensors")
 
 
 class CacheFolder:

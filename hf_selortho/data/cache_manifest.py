@@ -45,6 +45,8 @@ class CacheSettings(TextSource):
     context_length: int
     prepend_bos: bool
     min_tokens: int
+    site: str  # that is read at each layer
+    target: str | None  # that is stored beside it, for transcoders
     layers: tuple[int, ...]
     stored_dtype: str
     max_norm_ratio: float | None
@@ -72,6 +74,7 @@ class LayerSummary:
     """Statistics of a layer: norms are those of all tokens but special ones, mean and scale those of tokens kept."""
 
     hook_name: str
+    hook_side: str
     mean: tuple[float, ...]
     scale: float  # root mean squared norm about the mean
     median_norm: float  # over the first shard of every process
@@ -115,20 +118,24 @@ class Manifest(CacheSettings):
     counts: Counts
     versions: dict[str, str]
     statistics: dict[str, LayerSummary]  # by layer
+    target_statistics: dict[str, LayerSummary]  # likewise, of the targets: those of the tokens kept
     shards: tuple[ShardEntry, ...]
     held_out: tuple[ShardEntry, ...]
 
     def __post_init__(self) -> None:
         _require(self.stored_dtype in STORED_DTYPES, "stored_dtype", self.stored_dtype, " or ".join(STORED_DTYPES))
         _require(set(self.statistics) == set(map(str, self.layers)), "layers", self.layers, "those of the statistics")
-        for number, layer in self.statistics.items():
+        targets = set(self.statistics) if self.target else set()
+        _require(set(self.target_statistics) == targets, "target_statistics", [*self.target_statistics], str(targets))
+        for number, layer in [*self.statistics.items(), *self.target_statistics.items()]:
             _require(layer.scale > 0, f"statistics.{number}.scale", layer.scale, "a number above 0")
             bins = len(NORM_BINS) - 1
             _require(len(layer.norm_histogram) == bins, f"bins of statistics.{number}", layer.norm_histogram, str(bins))
         _require(len(self.shards) > 0, "shards", self.shards, "at least one")
         for key, part, entries in (("shards", TRAIN, self.shards), ("held_out", HELD_OUT, self.held_out)):
             for entry in entries:
-                folders = ("tokens", *(f"layer_{layer}" for layer in self.layers))
+                kinds = ("layer", "target") if self.target else ("layer",)
+                folders = ("tokens", *(f"{kind}_{layer}" for kind in kinds for layer in self.layers))
                 paths = {shard_path(part, folder, entry.number) for folder in folders}
                 _require(set(entry.files) == paths, f"files of {key} {entry.number}", sorted(entry.files), str(paths))
                 most = min(file.bytes for file in entry.files.values())
@@ -144,9 +151,14 @@ class Manifest(CacheSettings):
         """Tokens held out."""
         return sum(shard.rows for shard in self.held_out)
 
-    def layer(self, number: int) -> LayerSummary:
-        """Return the statistics of a layer."""
-        return self.statistics[str(number)]
+    def layer(self, number: int, site: str | None = None) -> LayerSummary:
+        """Return the statistics of a layer at a site; default: the one that is read."""
+        at_target = site == self.target and site is not None
+        return (self.target_statistics if at_target else self.statistics)[str(number)]
+
+    def folder(self, number: int, site: str | None = None) -> str:
+        """Name the folder of the shards of a layer at a site."""
+        return f"{'target' if site == self.target and site is not None else 'layer'}_{number}"
 
 
 def shard_path(part: str, folder: str, number: int) -> str:
@@ -169,13 +181,24 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
                 f"{name} is of version {reprlib.repr(content.get('version'))}, this hf_selortho reads version "
                 f"{FORMAT_VERSION}: cache the activations again"
             )
-        absent = dict.fromkeys(("separator", "encoding"))  # from a manifest written before these settings were
-        manifest: Manifest = from_json(Manifest, {**absent, **content})
+        manifest: Manifest = from_json(Manifest, _of_today(content))
     except (ValueError, RecursionError) as error:
         raise CacheError(
             f"{name} is damaged: {one_line(error)}; restore it from a copy, or cache the activations again"
         ) from error
     return manifest
+
+
+def _of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """Add what a manifest lacks that was written before there were these settings."""
+    absent: dict[str, Any] = {**dict.fromkeys(("separator", "encoding", "target")), "site": "resid_post"}
+    absent |= {"target_statistics": {}, **content}
+    if isinstance(layers := absent.get("statistics"), dict):
+        absent["statistics"] = {
+            number: {"hook_side": "output", **layer} if isinstance(layer, dict) else layer
+            for number, layer in layers.items()
+        }
+    return absent
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, CapturedActivations, TokenOrigins, within_norms
 from ..language_models.contexts import Context
+from ..language_models.sites import HookSite
 from ..process_group import SINGLE_PROCESS, ProcessGroup
 from ..utils.memory import available_memory, check_fits, gigabytes, peak_memory
 from .cache_folder import CacheFolder
@@ -122,16 +124,21 @@ class CacheWriter:
             counts.update(self.folder.read_record(f"end-{rank}"))
         if not counts["rows"]:
             raise SelOrthoError("the text gives no activation to train on: use other texts or a lower --min_tokens")
-        sites = self.capture.sites
+        sites, rows = self.capture.sites, counts["rows"]
         summaries = {
-            str(layer): _summary(sums[str(layer)], counts["rows"], sites[layer].module, *norms)
+            str(layer): _summary(sums[str(layer)], rows, sites[layer], *norms)
             for layer, norms in zip(self.capture.layers, self._norms, strict=True)
+        }
+        targets = {
+            str(layer): _summary(sums[f"target_{layer}"], rows, site)
+            for layer, site in self.capture.target_sites.items()
         }
         return Manifest(
             **vars(self.settings),
             counts=Counts(**counts),
             versions=versions,
             statistics=summaries,
+            target_statistics=targets,
             shards=tuple(shards[TRAIN]),
             held_out=tuple(shards[HELD_OUT]),
         )
@@ -163,19 +170,24 @@ class CacheWriter:
         """Read the activations of contexts, sinks included, into tensors of the stored dtype."""
         capture, dtype = self.capture, STORED_DTYPES[self.settings.stored_dtype]
         tokens = count_tokens(contexts)
-        by_layer = {layer: torch.empty(tokens, capture.lm.d_model, dtype=dtype) for layer in capture.layers}
+        by_layer, targets = (
+            {layer: torch.empty(tokens, width, dtype=dtype) for layer, width in widths.items()}
+            for widths in (capture.widths, capture.target_widths)
+        )
         norms, origins = [], []
         rows = 0
         for batch in capture.capture_batches(contexts):
-            for layer, activations in batch.by_layer.items():
-                by_layer[layer][rows : rows + len(batch)] = activations
+            for kind, fresh in ((by_layer, batch.by_layer), (targets, batch.targets)):
+                for layer, activations in fresh.items():
+                    kind[layer][rows : rows + len(batch)] = activations
             rows += len(batch)
             norms.append(batch.norms)
             origins.append(batch.origins.table)
             progress.update(len(batch) + batch.dropped_special)
         self.tokens += tokens
-        by_layer = {layer: activations[:rows] for layer, activations in by_layer.items()}
-        return CapturedActivations(by_layer, torch.cat(norms), TokenOrigins(torch.cat(origins)), tokens - rows)
+        by_layer, targets = ({layer: held[:rows] for layer, held in kind.items()} for kind in (by_layer, targets))
+        origin = TokenOrigins(torch.cat(origins))
+        return CapturedActivations(by_layer, torch.cat(norms), origin, tokens - rows, targets=targets)
 
     def _calibrate(self, norms: Tensor | None) -> None:
         """Agree with the other processes on what a sink is."""
@@ -208,6 +220,12 @@ class CacheWriter:
             length = self.settings.context_length
             layers[str(layer)] = _sums(activations, norms, kept, sinks.bincount(minlength=length))
             write(f"layer_{layer}", {"activations": activations})
+        for layer in self.capture.target_sites:
+            activations = computed.targets.pop(layer)
+            activations = activations if kept.all() else activations[kept]
+            norms = activations.float().norm(dim=1)
+            layers[f"target_{layer}"] = _sums(activations, norms, kept.new_ones(len(norms)), torch.zeros(0))
+            write(f"target_{layer}", {"activations": activations})
         counts = {
             "rows": len(origins),
             "tokens": count_tokens(plan.contexts),
@@ -226,7 +244,7 @@ class CacheWriter:
 
 def disk_bytes(capture: ActivationCapture, settings: CacheSettings, tokens: float) -> float:
     """Estimate the bytes of the activations of so many tokens, with their origins."""
-    row = len(capture.layers) * capture.lm.d_model * STORED_DTYPES[settings.stored_dtype].itemsize + 20
+    row = capture.row_width * STORED_DTYPES[settings.stored_dtype].itemsize + 20
     return row * tokens
 
 
@@ -295,16 +313,18 @@ def _add_sums(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
 
 
 def _summary(
-    sums: Mapping[str, Any], rows: int, hook_name: str, median_norm: float, max_norm: float | None
+    sums: Mapping[str, Any], rows: int, site: HookSite, median_norm: float | None = None, max_norm: float | None = None
 ) -> LayerSummary:
     mean = np.asarray(sums["total"]) / rows
-    return LayerSummary(
-        hook_name=hook_name,
+    summary = LayerSummary(
+        hook_name=site.module,
+        hook_side=site.side,
         mean=tuple(mean.astype(np.float32).tolist()),
         scale=math.sqrt(max(0.0, float(sums["squares"]) / rows - float(mean @ mean))),
-        median_norm=median_norm,
+        median_norm=median_norm or 0.0,
         max_norm=max_norm,
         largest_norm=float(sums["largest"]),
         norm_histogram=tuple(np.asarray(sums["histogram"]).tolist()),
         sinks_by_position=tuple(np.asarray(sums["sinks"]).tolist()),
     )
+    return summary if median_norm is not None else replace(summary, median_norm=summary.norm_quantile(0.5))

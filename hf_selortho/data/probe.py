@@ -56,25 +56,38 @@ class SampleBatches:
     """
 
     def __init__(self, parts: Sequence[CapturedActivations], batch_size: int) -> None:
-        layers = parts[0].by_layer
-        self.by_layer: dict[int, Tensor] = {n: torch.cat([part.by_layer[n] for part in parts]) for n in layers}
+        self.by_layer: dict[int, Tensor]
+        self.targets: dict[int, Tensor]
+        self.by_layer, self.targets = (
+            {layer: torch.cat([getattr(part, kind)[layer] for part in parts]) for layer in getattr(parts[0], kind)}
+            for kind in ("by_layer", "targets")
+        )
         self.origins = TokenOrigins(torch.cat([part.origins.table for part in parts]))
         self.batch_size = batch_size
 
     def statistics(self, progress: bool = False) -> dict[int, ActivationStatistics]:
         """Return mean and scale of each layer."""
-        found = {}
-        for layer, rows in self.by_layer.items():
-            spread = math.sqrt(float(rows.float().var(0, correction=0).sum()))
-            found[layer] = ActivationStatistics(rows.float().mean(0), spread or 1.0, 1.0, None)
-        return found
+        return {
+            layer: ActivationStatistics(
+                *_moments(rows), 1.0, None, *(_moments(self.targets[layer]) if self.targets else ())
+            )
+            for layer, rows in self.by_layer.items()
+        }
 
     def next_batch(self) -> ActivationBatch:
         """Draw a batch."""
         rows = torch.randint(len(self.origins), (self.batch_size,))
-        by_layer = {layer: held[rows.to(held.device)].float() for layer, held in self.by_layer.items()}
-        return ActivationBatch(by_layer, self.origins[rows])
+        by_layer, targets = (
+            {layer: held[rows.to(held.device)].float() for layer, held in kind.items()}
+            for kind in (self.by_layer, self.targets)
+        )
+        return ActivationBatch(by_layer, self.origins[rows], targets)
 
     def memory_bytes(self) -> int:
         """Return the bytes of the activations."""
-        return sum(held.nbytes for held in self.by_layer.values())
+        return sum(held.nbytes for kind in (self.by_layer, self.targets) for held in kind.values())
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, float]:
+    spread = math.sqrt(float(rows.float().var(0, correction=0).sum()))
+    return rows.float().mean(0), spread or 1.0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,28 +12,24 @@ import torch
 from torch import Tensor
 
 from ..errors import SelOrthoError
-from ..language_models.capture import ActivationCapture, length_batches
-from ..language_models.contexts import Context, pad_batch
+from ..language_models.capture import ActivationCapture
+from ..language_models.contexts import Context
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.progress import Bar
 from .metrics import (
     Correlations,
-    Figures,
-    LossRecovered,
     Reconstruction,
     Sparsity,
     correlation_histogram,
-    cross_entropy,
     max_decoder_cosine,
 )
+from .replacement import defined, layer_of, measure_cross_entropy
 
 logger = logging.getLogger(__name__)
 
 # Batches are cut from a shuffled pool, since correlations within a batch depend on how many documents it draws from:
 # this many come from several hundred contexts (training mixes 2048). In bfloat16 they take 150 MB for Gemma 2 2B.
 _POOL_BATCHES = 8
-# Logits of one forward pass, in the language model's dtype. More is not faster.
-_LOGITS_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ def evaluate_saes(
     capture: ActivationCapture | None,
     contexts: Sequence[Context],
     *,
-    batches: Iterable[Mapping[int, Tensor]] | None = None,
+    batches: Iterable[Mapping[int, Tensor | tuple[Tensor, Tensor]]] | None = None,
     batch_size: int = 4096,
     ce_samples: int = 64,
     progress: bool = True,
@@ -59,15 +54,16 @@ def evaluate_saes(
     """Evaluate SAEs, of one or several layers, in one pass over held-out text.
 
     Correlations are measured on batches of tokens with the pair settings of each SAE's config and averaged. The
-    cross-entropies are measured with the activations untouched, with the SAE's reconstruction in their place, and with
-    zeros. Only the positions that an SAE is trained on are replaced: BOS, padding and sinks keep their activations. The
-    same contexts and seed give the same figures.
+    cross-entropies are measured with the activations untouched, with the SAE's reconstruction in their place (a
+    transcoder's in the place of its target), and with zeros. Only the positions that an SAE is trained on are replaced:
+    BOS, padding and sinks keep their activations. The same contexts and seed give the same figures.
 
     Args:
         saes: each with its `layer` in its config, where `capture` reads several.
         capture: the language model at all of these layers; None: no cross-entropies, and `batches` are needed.
         contexts: held-out text.
-        batches: activations by layer, (B, d_in) each, where they need not be computed again.
+        batches: activations by layer, (B, d_in) each, where they need not be computed again; of transcoders, pairs of
+            these and of what they are to become, (B, d_out).
         batch_size: tokens of a batch.
         ce_samples: contexts that the cross-entropies are measured on; 0: not at all.
         progress: whether to show bars.
@@ -90,45 +86,40 @@ def evaluate_saes(
                 metrics.add(batch)
         evaluations = [metrics.result(len(contexts)) for metrics in running]
         if capture is not None:
-            losses = _measure_cross_entropy(saes, capture, shuffled[:ce_samples], progress)
+            losses = measure_cross_entropy(saes, capture, shuffled[:ce_samples], progress)
             for evaluation, loss in zip(evaluations, losses, strict=True):
                 evaluation.metrics.update(loss)
-    return [Evaluation(_defined(evaluation.metrics), evaluation.arrays) for evaluation in evaluations]
-
-
-def next_token_losses(capture: ActivationCapture, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of every token (b, t) that follows another one: flat (tokens,) float32, in nats.
-
-    The whole model is called, so that whatever an architecture does to its logits (the softcapping of Gemma 2, the
-    scaling of Granite) is done; only the log-softmax is taken in chunks."""
-    lm, device = capture.lm.model, capture.device
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-    logits = lm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (b, t, vocabulary)
-    row, column = attention_mask[:, 1:].bool().nonzero(as_tuple=True)  # token column + 1 is predicted at column
-    index = row * input_ids.shape[1] + column
-    return cross_entropy(logits.flatten(0, 1), input_ids[row, column + 1], index)
+    return [Evaluation(defined(evaluation.metrics), evaluation.arrays) for evaluation in evaluations]
 
 
 def _token_batches(
     capture: ActivationCapture, contexts: Sequence[Context], batch_size: int, seed: int, progress: bool
-) -> Iterator[dict[int, Tensor]]:
-    """Activations (batch_size, d_in) of the kept tokens by layer, mixed over pools of several batches; the last may be
-    shorter."""
+) -> Iterator[dict[int, Tensor | tuple[Tensor, Tensor]]]:
+    """Activations (batch_size, d_in) of the kept tokens by layer, with a target pairs of these and of the target's,
+    mixed over pools of several batches; the last may be shorter."""
     generator = torch.Generator().manual_seed(seed)
-    rest: list[dict[int, Tensor]] = []
+    rest: list[dict[tuple[int, str], Tensor]] = []
+
+    def paired(batch: dict[tuple[int, str], Tensor]) -> dict[int, Tensor | tuple[Tensor, Tensor]]:
+        layers, target = capture.layers, bool(capture.target_sites)
+        return {n: (batch[n, "site"], batch[n, "target"]) if target else batch[n, "site"] for n in layers}
+
     with Bar("evaluating", total=len(contexts), unit="context", disable=not progress) as bar:
         for group in _groups(contexts, _POOL_BATCHES * batch_size):
-            parts = rest + [captured.by_layer for captured in capture.capture_batches(group)]
+            parts = list(rest)
+            for captured in capture.capture_batches(group):
+                kinds = {"site": captured.by_layer, "target": captured.targets}
+                parts.append({(n, kind): rows for kind, held in kinds.items() for n, rows in held.items()})
             bar.update(len(group))
-            pool = {layer: torch.cat([part[layer] for part in parts]) for layer in capture.layers}
-            tokens = len(pool[capture.layers[0]])
+            pool = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            tokens = len(pool[capture.layers[0], "site"])
             mixed = torch.randperm(tokens, generator=generator)
-            pool = {layer: held[mixed.to(held.device)] for layer, held in pool.items()}
+            pool = {key: held[mixed.to(held.device)] for key, held in pool.items()}
             full = tokens // batch_size * batch_size
-            rest = [{layer: held[full:] for layer, held in pool.items()}] if full < tokens else []
+            rest = [{key: held[full:] for key, held in pool.items()}] if full < tokens else []
             for start in range(0, full, batch_size):
-                yield {layer: held[start : start + batch_size] for layer, held in pool.items()}
-    yield from rest
+                yield paired({key: held[start : start + batch_size] for key, held in pool.items()})
+    yield from map(paired, rest)
 
 
 def _groups(contexts: Sequence[Context], tokens: int) -> Iterator[list[Context]]:
@@ -155,10 +146,11 @@ class _FeatureMetrics:
         self.correlations = Correlations(batch_size, config.pair_fraction, config.min_support, config.correlation)
         self.arrays: dict[str, np.ndarray] = {}
 
-    def add(self, batch: Mapping[int, Tensor]) -> None:
-        x = self.sae.center(batch[layer_of(self.sae, tuple(batch))].to(self.sae.device).float())  # (B, d_in)
+    def add(self, batch: Mapping[int, Tensor | tuple[Tensor, Tensor]]) -> None:
+        read = batch[layer_of(self.sae, tuple(batch))]
+        x, y = (tensor.to(self.sae.device).float() for tensor in (read if isinstance(read, tuple) else (read, read)))
         h = self.sae.encode(x)  # (B, d_sae)
-        self.reconstruction += Reconstruction.of(x, self.sae.decode(h))
+        self.reconstruction += Reconstruction.of(self.sae.center(y), self.sae.center(self.sae.reconstruct(x, h)))
         self.sparsity += Sparsity.of(h)
         self.correlations += h
         if not self.arrays and len(h):
@@ -183,62 +175,3 @@ class _FeatureMetrics:
             "max_decoder_cosine": cosines,
         }
         return Evaluation(metrics, arrays)
-
-
-def layer_of(sae: SelOrthoSAE, layers: Sequence[int]) -> int:
-    """Which of the layers the SAE reads; the only one where its config says none of them."""
-    wanted = sae.config.layer
-    if wanted is not None and wanted in layers:
-        return wanted
-    (layer,) = layers
-    return layer
-
-
-def _measure_cross_entropy(
-    saes: Sequence[SelOrthoSAE], capture: ActivationCapture, contexts: Sequence[Context], progress: bool
-) -> list[Figures]:
-    contexts = [c for c in contexts if len(c.input_ids) > 1]
-    if not contexts:
-        return [{} for _ in saes]
-    totals = [LossRecovered() for _ in saes]
-    sites = [capture.at(layer_of(sae, capture.layers)) for sae in saes]
-    lm = capture.lm.model
-    batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * lm.dtype.itemsize)
-    pad_id = capture.lm.pad_id
-    with Bar("cross-entropy", total=len(contexts), unit="context", disable=not progress) as bar:
-        for numbers in length_batches(contexts, batch_tokens):
-            tokens = pad_batch([contexts[number] for number in numbers], pad_id)
-            clean = next_token_losses(capture, *tokens)
-            ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
-            for number, (sae, site) in enumerate(zip(saes, sites, strict=True)):
-                if site.layer not in ablated:
-                    ablated[site.layer] = _spliced_losses(site, *tokens, torch.zeros_like)
-                spliced = _spliced_losses(site, *tokens, _reconstruction_of(sae))
-                totals[number] += LossRecovered.of(clean, spliced, ablated[site.layer])
-            bar.update(len(numbers))
-    return [{"ce_samples": len(contexts)} | total.figures() for total in totals]
-
-
-def _reconstruction_of(sae: SelOrthoSAE) -> Callable[[Tensor], Tensor]:
-    return lambda x: sae.decode(sae.encode(x.to(sae.device).float()))
-
-
-def _spliced_losses(
-    capture: ActivationCapture, input_ids: Tensor, attention_mask: Tensor, replacement: Callable[[Tensor], Tensor]
-) -> Tensor:
-    def replace(hidden: Tensor) -> Tensor:
-        keep = capture.keep_mask(input_ids, attention_mask, hidden)
-        spliced = hidden.clone()
-        spliced[keep] = replacement(hidden[keep]).to(hidden)
-        return spliced
-
-    with capture.splice(replace):
-        return next_token_losses(capture, input_ids, attention_mask)
-
-
-def _defined(metrics: Figures) -> Figures:
-    """Without NaN and infinity, which JSON does not have."""
-    undefined = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if undefined:
-        logger.warning("left out of the metrics, as this data does not define them: %s", ", ".join(undefined))
-    return {name: value for name, value in metrics.items() if name not in undefined}

@@ -180,6 +180,29 @@ class LossRecovered(_Sums):
 
 
 @dataclass(frozen=True)
+class Divergence(_Sums):
+    """How far the language model's predictions move when something takes the place of activations."""
+
+    kl: float = 0.0
+    same_top: int = 0
+
+    @classmethod
+    def of(cls, clean: Tensor, replaced: Tensor, index: Tensor) -> Divergence:
+        """Compare rows `index` (B,) of the logits (N, V) of the untouched model and of the one with a replacement."""
+        chunk_bytes = _CHUNK_BYTES_CPU if clean.device.type == "cpu" else _CHUNK_BYTES_GPU
+        kl, same = 0.0, 0
+        for rows in index.split(max(1, chunk_bytes // (8 * clean.shape[-1]))):
+            p, q = clean[rows].float().log_softmax(-1), replaced[rows].float().log_softmax(-1)
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            kl += float(nn.functional.kl_div(q, p, reduction="sum", log_target=True))
+        return cls(len(index), kl, same)
+
+    def figures(self) -> Figures:
+        """Return kl, the mean KL divergence in nats of the replaced from the clean predictions, and top1_agreement."""
+        return {"kl": self.kl / self.tokens, "top1_agreement": self.same_top / self.tokens}
+
+
+@dataclass(frozen=True)
 class CorrelationSummary:
     """Correlations of the features of one batch. A figure that the batch does not define (no eligible pair) is NaN."""
 

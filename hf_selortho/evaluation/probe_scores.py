@@ -28,7 +28,7 @@ from ..data.sae_probes import probe_set_names, read_probe_set
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
 from ..modeling_selortho import SelOrthoSAE
-from .evaluator import Evaluation, layer_of
+from .evaluator import Evaluation
 from .last_tokens import cache_folder, read_last_tokens
 from .metrics import Interval
 from .probe_sets import (
@@ -45,6 +45,7 @@ from .probe_sets import (
     split_rows,
 )
 from .probing import ranked_features
+from .replacement import layer_of
 
 logger = logging.getLogger(__name__)
 

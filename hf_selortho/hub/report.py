@@ -36,11 +36,17 @@ def summary_table(saes: Sequence[SaeReport]) -> str:
     return "\n".join([title, *lines])
 
 
-def report_run(run: TrainingRun, evaluations: list[Evaluation] | list[None], info: dict[str, Any]) -> list[SaeReport]:
+def report_run(
+    run: TrainingRun,
+    evaluations: list[Evaluation] | list[None],
+    info: dict[str, Any],
+    all_layers: Mapping[str, Any] | None = None,
+) -> list[SaeReport]:
     """Write the report of each SAE, and of all of them together where there are several.
 
     Args:
         info: what run.json says besides the arguments.
+        all_layers: see [`write_summary`].
     """
     all_metrics: dict[str, dict[str, Any]] = {}
     for variant, trainer, evaluation in zip(run.variants, run.trainers, evaluations, strict=True):
@@ -74,16 +80,24 @@ def report_run(run: TrainingRun, evaluations: list[Evaluation] | list[None], inf
             )
         )
     if run.variants[0].name:
-        write_summary(run.output, reports, {**info, "arguments": run.arguments.flat()})
+        write_summary(run.output, reports, {**info, "arguments": run.arguments.flat()}, all_layers)
     return reports
 
 
-def write_summary(folder: Path, saes: Sequence[SaeReport], run: dict[str, Any]) -> None:
-    """Write metrics.json, run.json and README.md of a run of several SAEs, beside their folders."""
+def write_summary(
+    folder: Path, saes: Sequence[SaeReport], run: dict[str, Any], all_layers: Mapping[str, Any] | None = None
+) -> None:
+    """Write metrics.json, run.json and README.md of a run of several SAEs, beside their folders.
+
+    Args:
+        all_layers: by variant ("" is the SAEs' own), figures of the language model with all layers replaced at once.
+    """
     content = {
         "schema_version": 1,
         "saes": {sae.name: {"layer": sae.layer, "variant": sae.variant, **sae.metrics} for sae in saes},
     }
+    if all_layers:
+        content["all_layers"] = dict(all_layers)
     write_json(folder / METRICS, content)
     write_json(folder / RUN, run)
     write_text(folder / CARD, str(SaeCard(beside_twins(saes), run).render()))

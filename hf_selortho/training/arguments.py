@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -40,9 +41,9 @@ PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
 # Known only once the language model and the dataset are loaded, or given by an argument of another name.
 _DERIVED_SETTINGS = {
-    "d_in", "lm_name", "lm_revision", "hook_name", "max_norm", "dataset", "dataset_revision", "dataset_split",
-    "dataset_config", "text_column", "separator", "encoding", "min_tokens", "held_out_fraction", "config_version",
-    "centered",
+    "d_in", "d_out", "lm_name", "lm_revision", "hook_name", "hook_side", "target_hook_name", "target_hook_side",
+    "max_norm", "dataset", "dataset_revision", "dataset_split", "dataset_config", "text_column", "separator",
+    "encoding", "min_tokens", "held_out_fraction", "config_version", "centered",
 }  # fmt: skip
 
 SAEArguments = make_dataclass(
@@ -57,7 +58,7 @@ SAEArguments = make_dataclass(
 
 # Settings that may differ between the SAEs of a run: all but those that decide which tokens are read.
 SETTING_NAMES = {f.name for f in dataclasses.fields(SAEArguments)} - {
-    "layer", "context_length", "prepend_bos", "max_norm_ratio"
+    "layer", "site", "target", "context_length", "prepend_bos", "max_norm_ratio"
 }  # fmt: skip
 
 
@@ -70,6 +71,10 @@ class ModelArguments:
     lm_dtype: Annotated[str, one_of("auto", "bfloat16", "float32")] = argument(
         "auto", "auto (bfloat16 where it is fast, else float32), bfloat16 or float32."
     )
+    module: str | None = argument(
+        None, "Read any module of the language model by its path, such as model.layers.3.mlp.down_proj; not a --site."
+    )
+    side: Annotated[str, one_of("input", "output")] = argument("output", "Which side of that module.")
     lm_batch_tokens: Count | None = argument(
         None, "Tokens of one forward pass of the language model, padding included; default: 1024 on a CPU, else 16384."
     )
@@ -276,6 +281,12 @@ def with_texts_here(preset: dict[str, Any], given: Collection[str]) -> dict[str,
     return preset | {"dataset": PYTHON_DOCS}
 
 
+def module_site(model: ModelArguments) -> tuple[str, int]:
+    """Name the site that `--module` and `--side` ask for, and its layer: 0 of a module that is in no decoder layer."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", str(model.module))
+    return f"{model.module}:{model.side}", int(numbers[0]) if numbers else 0
+
+
 def list_presets() -> list[str]:
     """List the names of the presets that come with the package."""
     return sorted(path.stem for path in PRESET_FOLDER.glob("*.json"))
@@ -317,6 +328,8 @@ def _check(arguments: TrainingArguments) -> None:
         raise SelOrthoError(
             "no language model given: pass --model (a Hub id or a folder), or --preset demo to try it out"
         )
+    if arguments.model.module:
+        arguments.sae.site, arguments.sae.layer = module_site(arguments.model)
     if arguments.sae.layer is None and not run.layers and arguments.data.activations is None:
         raise SelOrthoError(
             "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"

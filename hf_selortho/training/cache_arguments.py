@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ..configuration_selortho import SITE, SITES
 from ..data.cache_manifest import STORED_DTYPES, CacheSettings, tokenizer_hash
 from ..data.text_source import TextSource
 from ..errors import SelOrthoError
@@ -20,7 +21,7 @@ from ..utils.options import (
     one_of,
     refuse_contradictions,
 )
-from .arguments import ModelArguments, TextArguments, parse_groups
+from .arguments import ModelArguments, TextArguments, module_site, parse_groups
 from .contradictions import CACHE
 
 if TYPE_CHECKING:  # not for a --help that waits for datasets
@@ -32,7 +33,13 @@ if TYPE_CHECKING:  # not for a --help that waits for datasets
 class CacheArguments:
     """What is read, and where it goes."""
 
-    layers: list[int] = argument([], "Decoder layers, counted from 0, whose output is read in one pass.")
+    layers: list[int] = argument([], "Decoder layers, counted from 0, at which activations are read in one pass.")
+    site: Annotated[str, Range(*SITE)] = argument(
+        "resid_post", f"Where at each layer: {', '.join(SITES)}, or a module as PATH:input or PATH:output."
+    )
+    target: Annotated[str, Range(*SITE)] | None = argument(
+        None, "A second site to store beside it, which transcoders reconstruct, such as mlp_out."
+    )
     output_dir: str = argument("activations", "Folder for the shards; `selortho push` publishes it as a dataset.")
     overwrite_output_dir: bool = argument(
         False, "Replace the cache that is in the output folder; an unfinished one of the same settings goes on."
@@ -74,6 +81,9 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
     model, text, arguments, _ = parse_groups(argv, groups, words, adapt)
     if model.model is None:
         raise SelOrthoError("no language model given: pass --model (a Hub id or a folder), or --preset demo")
+    if model.module:
+        arguments.site, layer = module_site(model)
+        arguments.layers = [layer]
     if not arguments.layers:
         raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) to read after")
     if arguments.max_norm_ratio == float("inf"):
@@ -102,6 +112,8 @@ def cache_settings(
         context_length=arguments.context_length,
         prepend_bos=arguments.prepend_bos,
         min_tokens=text.min_tokens,
+        site=arguments.site,
+        target=arguments.target,
         layers=capture.layers,
         stored_dtype=arguments.stored_dtype,
         max_norm_ratio=arguments.max_norm_ratio,

@@ -236,7 +236,10 @@ class Checkpoints:
             SelOrthoError: it does not fit, or its language model, texts or shards are others by now (names them).
         """
         sae = SelOrthoSAE.from_pretrained(folder / name, dtype=torch.float32)
-        origin = ("d_in", "lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision")
+        origin = (
+            "d_in", "d_out", "lm_name", "lm_revision", "hook_name", "hook_side", "target_hook_name",
+            "target_hook_side", "dataset", "dataset_revision",
+        )  # fmt: skip
         saved = {**sae.config.own_settings(), **_read_json(folder / TRAINER)["inputs"]}
         if changes := _changes(saved, {**{key: getattr(expected, key) for key in origin}, **self.inputs}):
             raise SelOrthoError(

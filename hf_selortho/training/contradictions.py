@@ -47,6 +47,19 @@ def _of_a_local_path(revision: str, name: str) -> Contradiction:
     return Contradiction(revision, holds, "what is on this machine has no revisions; leave it out", True)
 
 
+_MODULE = [
+    Contradiction(
+        "module site",
+        lambda v: bool(v.module) and "site" in v.given,
+        "both say where to read; leave one out",
+    ),
+    Contradiction(
+        "module layer layers",
+        lambda v: bool(v.module) and bool({"layer", "layers"} & v.given),
+        "the module's path says in which layer it is; leave the layer out",
+    ),
+    *acts_with("side", "module"),
+]
 _NAMED = ("revision", "sae"), ("model_revision", "model"), ("dataset_revision", "dataset")
 _IN_MEMORY = "it is in memory; leave --streaming out"
 READING = [
@@ -86,6 +99,7 @@ CACHE = [
         "a stream has no end that is known beforehand; say with --max_tokens how much to read",
     ),
     _LAYERS,
+    *_MODULE,
 ]
 
 _SCHEDULES = [
@@ -149,6 +163,8 @@ _SIZES = [
 ]
 _CHOICES = [
     _LAYERS,
+    *_MODULE,
+    *acts_with("skip", "target"),
     Contradiction(
         "layer layers",
         lambda v: {"layer", "layers"} <= v.given and bool(v.layers),

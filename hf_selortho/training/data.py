@@ -51,12 +51,14 @@ class LiveData:
         with accelerator.local_main_process_first():  # one process a machine downloads or converts it
             self.lm = _load_lm(arguments, accelerator)
         check_context_length(self.lm, arguments.sae.context_length)
-        self.capture = ActivationCapture(self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens)
+        sae, data = arguments.sae, arguments.data
+        self.capture = ActivationCapture(
+            self.lm, layers, batch_tokens=arguments.model.lm_batch_tokens, site=sae.site, target=sae.target
+        )
         self.capture.on_non_finite = None if policy is None else policy.handle_activations
         self.source_device = self.capture.device
         dtype = str(self.lm.model.dtype).removeprefix("torch.")
         self.identity = {"texts": self.documents.fingerprint, "lm_dtype": dtype}
-        sae, data = arguments.sae, arguments.data
         self._cutter = Cutter(self.lm.tokenizer, sae.context_length, sae.prepend_bos, data.min_tokens)
         samples, self.held_out = arguments.evaluation.eval_samples, list[Context]()
         if accelerator.is_main_process and samples and data.held_out_fraction:  # before it trains, to fail early
@@ -82,11 +84,17 @@ class LiveData:
 
     def provenance(self, layer: int) -> dict[str, Any]:
         """Return the fields of an SAE's configuration that say where its activations come from."""
+        capture, target = self.capture, {}
+        site, goal = capture.sites[layer], capture.target_sites.get(layer)
+        if goal is not None:
+            target = _target_settings(capture.target_widths[layer], goal.module, goal.side)
         return {
-            "d_in": self.lm.d_model,
+            "d_in": capture.widths[layer],
             "lm_name": self.lm.name,
             "lm_revision": self.lm.revision,
-            "hook_name": self.capture.sites[layer].module,
+            "hook_name": site.module,
+            "hook_side": site.side,
+            **target,
             **_text_settings(self.arguments.data, self.documents.revision),
         }
 
@@ -128,6 +136,8 @@ class CachedData:
         return CachedBatches(
             self.store,
             self.layers,
+            site=self.arguments.sae.site,
+            target=self.arguments.sae.target,
             batch_size=run.batch_size // processes,
             pool_tokens=-(-tokens // processes),
             seed=run.seed,
@@ -137,22 +147,29 @@ class CachedData:
 
     def provenance(self, layer: int) -> dict[str, Any]:
         manifest, data = self.store.manifest, self.arguments.data
-        entry = manifest.layer(layer)
+        sae, target = self.arguments.sae, {}
+        entry = manifest.layer(layer, sae.site)
+        if sae.target:
+            goal = manifest.layer(layer, sae.target)
+            target = _target_settings(goal.d_in, goal.hook_name, goal.hook_side)
         return {
             "d_in": entry.d_in,
             "lm_name": manifest.lm_name,
             "lm_revision": manifest.lm_revision,
             "hook_name": entry.hook_name,
+            "hook_side": entry.hook_side,
+            **target,
             **_text_settings(data, data.dataset_revision),
         }
 
     def evaluation_inputs(self, batch_size: int) -> EvaluationInputs:
-        batches = held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out))
+        places = {"site": self.arguments.sae.site, "target": self.arguments.sae.target}
+        batches = held_out_batches(self.store, self.layers, batch_size, contexts=len(self.held_out), **places)
         if not self._measures_loss:
             return None, batches
-        limits = [self.store.manifest.layer(layer).max_norm for layer in self.layers]
+        limits = [self.store.manifest.layer(layer, places["site"]).max_norm for layer in self.layers]
         lm = _load_lm(self.arguments, self.accelerator)
-        return ActivationCapture(lm, self.layers, limits, self.arguments.model.lm_batch_tokens), batches
+        return ActivationCapture(lm, self.layers, limits, self.arguments.model.lm_batch_tokens, **places), batches
 
     def _check_model(self) -> None:
         """Refuse another language model than that of the activations before the training, not after it."""
@@ -173,7 +190,7 @@ class CachedData:
 
 
 TrainingData = LiveData | CachedData
-EvaluationInputs = tuple[ActivationCapture | None, Iterable[Mapping[int, Tensor]] | None]
+EvaluationInputs = tuple[ActivationCapture | None, Iterable[Mapping[int, Tensor | tuple[Tensor, Tensor]]] | None]
 
 
 def open_store(arguments: TrainingArguments) -> ActivationCache | None:
@@ -197,6 +214,8 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
                     "cache them again"
                 )
             setattr(group, name, cached)
+    if "site" not in arguments.given and "target" not in arguments.given:
+        arguments.sae.site = store.manifest.site
     if not arguments.run.layers and arguments.sae.layer is None:
         if len(layers := store.manifest.layers) > 1:
             raise SelOrthoError(
@@ -204,6 +223,10 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
             )
         arguments.sae.layer = layers[0]
     return store
+
+
+def _target_settings(width: int, hook_name: str, hook_side: str) -> dict[str, Any]:
+    return {"d_out": width, "target_hook_name": hook_name, "target_hook_side": hook_side}
 
 
 def _text_settings(data: DataArguments, revision: str | None) -> dict[str, Any]:

@@ -41,10 +41,10 @@ class NonFinitePolicy:
         self.step = 1  # that is on its way; whoever trains sets it
         self.skipped = 0
         self._batch: TokenOrigins | None = None  # of the latest batch that was kept
-        self._kept: dict[tuple[int, ...], str] = {}  # where it is, by layers
+        self._kept: dict[tuple[Any, ...], str] = {}  # where it is, by layers
 
     def handle(
-        self, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor], advice: str = ADVICE
+        self, fault: str, origins: TokenOrigins, activations: Mapping[Any, Tensor], advice: str = ADVICE
     ) -> None:
         """Keep a batch that was not finite; returns if the run goes on without it.
 
@@ -71,7 +71,7 @@ class NonFinitePolicy:
         """Handle what the language model has produced: the tokens that are not finite are left out."""
         self.handle(str(error), error.origins, error.by_layer, error.advice)
 
-    def keep(self, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
+    def keep(self, fault: str, origins: TokenOrigins, activations: Mapping[Any, Tensor]) -> str:
         """Write a batch to `debug/`, once for each layer; says of which documents it is, and where."""
         if origins is not self._batch:
             self._batch, self._kept = origins, {}
@@ -80,9 +80,9 @@ class NonFinitePolicy:
             self._kept[layers] = f"; {self._write(self.folder / DEBUG, fault, origins, activations)}"
         return f"Documents of the batch: {_listed(origins)}{self._kept.get(layers, '')}"
 
-    def _write(self, folder: Path, fault: str, origins: TokenOrigins, activations: Mapping[int, Tensor]) -> str:
+    def _write(self, folder: Path, fault: str, origins: TokenOrigins, activations: Mapping[Any, Tensor]) -> str:
         tensors = {name: getattr(origins, name).cpu().contiguous() for name in ORIGIN_NAMES}
-        for layer, rows in activations.items():
+        for layer, rows in activations.items():  # and targets, named so
             name = "activations" if len(activations) == 1 else f"activations.{layer}"
             tensors[name] = rows.detach().cpu().contiguous()
         name = f"step_{self.step:06d}{self._suffix}"

@@ -24,6 +24,7 @@ def resample_dead(
     errors: Tensor,
     generator: torch.Generator,
     group: ProcessGroup = SINGLE_PROCESS,
+    target: Tensor | None = None,
 ) -> int:
     """Point dead features at tokens that are reconstructed badly, and let them fire there; returns how many there were.
 
@@ -37,6 +38,8 @@ def resample_dead(
     - batchtopk: the fixed threshold, which follows those of the training batches and stays as it is;
     - jumprelu: the feature's threshold, which becomes the median of those of the living features.
 
+    A transcoder's features read along the token itself, and write along what it is to become, less `b_dec`.
+
     Adam forgets what it knew of these features.
 
     Args:
@@ -44,6 +47,7 @@ def resample_dead(
         dead: (n,) bool. activations: (B, d_in), raw. errors: (B,) squared errors of these tokens.
         generator: on the CPU, in the same state on all processes.
         group: processes whose tokens are candidates together.
+        target: of a transcoder, what the tokens are to become, (B, d_out), raw.
     """
     features = dead.nonzero()[:, 0]
     if len(features) == 0:
@@ -52,15 +56,21 @@ def resample_dead(
     chance = errors.double().cpu().square()
     chance = chance / chance.max().clamp_min(torch.finfo(torch.float64).tiny) + 1e-12  # enough tokens of some chance
     drawn = torch.multinomial(chance, len(features), replacement=len(features) > len(chance), generator=generator)
-    x = sae.normalize_input(activations[drawn.to(activations.device)]).to(sae.W_dec.dtype)  # (dead, d_in)
-    tokens = x - sae.b_dec
+    activations = activations[drawn.to(activations.device)]  # (dead, d_in)
+    x = sae.normalize_input(activations).to(sae.W_dec.dtype)
+    center = x.new_zeros(x.shape[1]) if sae.config.is_transcoder else sae.b_dec
+    tokens = x - center
     directions = torch.nn.functional.normalize(tokens, dim=1)
     usual = sae.W_enc[:, ~dead].norm(dim=0).mean() if not bool(dead.all()) else sae.W_enc.new_ones(())
     bars = _bars(sae, dead, x)
     norms = torch.maximum(ENCODER_NORM * usual, ABOVE_BAR * bars / tokens.norm(dim=1).clamp_min(1e-12))
-    sae.W_dec[features] = directions
+    if target is None:
+        sae.W_dec[features] = directions
+    else:
+        y = sae.normalize_target(activations, group.gather(target)[drawn.to(activations.device)])
+        sae.W_dec[features] = torch.nn.functional.normalize(y.to(sae.W_dec.dtype) - sae.b_dec, dim=1)
     sae.W_enc[:, features] = directions.T * norms
-    sae.b_enc[features] = -norms * (directions @ sae.b_dec)
+    sae.b_enc[features] = -norms * (directions @ center)
     for name, axis in {"W_dec": 0, "W_enc": 1, "b_enc": 0, "log_threshold": 0}.items():
         for key in ("exp_avg", "exp_avg_sq"):
             if key in moments.get(name, {}):

@@ -128,6 +128,9 @@ class TrainingRun:
             saes.append(SelOrthoSAE(config))
             if config.input_normalization == "standard":
                 saes[-1].set_input_statistics(statistics[variant.layer].mean, statistics[variant.layer].scale)
+            if config.input_normalization == "standard" and config.is_transcoder:
+                of_layer = statistics[variant.layer]
+                saes[-1].set_output_statistics(of_layer.target_mean, of_layer.target_scale)
         return saes
 
     def make_trainers(
@@ -147,7 +150,7 @@ class TrainingRun:
 
 def check_memory(data: TrainingData, configs: Sequence[SelOrthoConfig], batch: int, device: torch.device) -> None:
     """Refuse, before anything large is allocated, a run whose activations, SAEs and matrices alone cannot fit."""
-    weights = sum(2 * (config.d_in or 0) * (config.d_sae or 0) for config in configs)
+    weights = sum(((config.d_in or 0) + config.width_out) * (config.d_sae or 0) for config in configs)
     held = {"activations held": data.source.memory_bytes()}
     needed = {"SAE weights, gradients, Adam": TRAINING_BYTES * weights}
     if full := [full_penalty_bytes(config.d_sae or 0, batch) for config in configs if config.penalty == "full"]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..data.buffer import ActivationBatch
 from ..data.pair_history import PairHistory
 from ..errors import NonFiniteError
-from ..language_models.capture import only
 from ..modeling_selortho import SelOrthoOutput, SelOrthoSAE
 from ..pair_selection import Pairs
 from ..process_group import ProcessGroup
@@ -129,12 +128,13 @@ class SAETrainer:
         """
         started = time.perf_counter()
         layer, before, output = self.sae.config.layer, self.penalty.copy(), None
-        activations = only(batch.by_layer) if layer is None else batch.by_layer[layer]
-        activations = activations.to(self.accelerator.device)
+        layer = next(iter(batch.by_layer)) if layer is None else layer
+        activations = batch.by_layer[layer].to(self.accelerator.device)
+        target = batch.targets[layer].to(self.accelerator.device) if self.sae.config.is_transcoder else None
         self.policy.step = self.state.step + 1
         try:
             if not self._skips:
-                output = self._forward(activations, last)
+                output = self._forward(activations, target, last)
                 loss = self._backward(output, last)
                 self._count(output, len(activations) * self.group.size)
             if last and output is not None:
@@ -142,21 +142,22 @@ class SAETrainer:
                 self._update(output)
         except NonFiniteError as error:  # in all processes alike
             output, self._skips, self.penalty = None, True, before
-            self.policy.handle(self._fault(error, activations), batch.origins, {layer or 0: activations})
+            kept = {layer: activations} | ({} if target is None else {f"target.{layer}": target})
+            self.policy.handle(self._fault(error, activations, target), batch.origins, kept)
         if last:
-            self._finish_step(batch, activations, output)
+            self._finish_step(batch, activations, target, output)
         self._since_report["step"] += time.perf_counter() - started
         self._since_report["data"] += data_seconds
         if last and output is not None and self._is_logged():
-            return self._report(activations, output, before.pairs)
+            return self._report(activations if target is None else target, output, before.pairs)
         return None
 
-    def _forward(self, activations: Tensor, last: bool) -> SelOrthoOutput:
+    def _forward(self, activations: Tensor, target: Tensor | None, last: bool) -> SelOrthoOutput:
         """Compute the loss of a batch, its penalty as the schedule has it."""
         plan = self.penalty.plan(self.state.step + 1)
         dead = self._dead() if self.sae.aux_features else None
         with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
-            output = self.model(activations, group=self.group, plan=plan, dead=dead, return_feature_acts=False)
+            output = self.model(activations, self.group, plan, dead, return_feature_acts=False, target=target)
         if last:
             self.penalty.steer(self.sae, output, plan)
         return output
@@ -222,13 +223,18 @@ class SAETrainer:
         if output.pairs is not None:
             self.penalty.pairs = output.pairs
 
-    def _fault(self, error: NonFiniteError, activations: Tensor) -> str:
+    def _fault(self, error: NonFiniteError, activations: Tensor, target: Tensor | None) -> str:
         """Say where NaN or infinity first appeared: in the activations already, or where the error found it."""
-        tokens = int(self.group.sum((~activations.isfinite()).any(1).sum()))
+        bad = (~activations.isfinite()).any(1)
+        if target is not None:
+            bad |= (~target.isfinite()).any(1)
+        tokens = int(self.group.sum(bad.sum()))
         words = f"NaN or infinity in the activations on {tokens} of {len(activations) * self.group.size} tokens"
         return f"{words if tokens else error}{self._of_name}"
 
-    def _finish_step(self, batch: ActivationBatch, activations: Tensor, output: SelOrthoOutput | None) -> None:
+    def _finish_step(
+        self, batch: ActivationBatch, activations: Tensor, target: Tensor | None, output: SelOrthoOutput | None
+    ) -> None:
         """Count a step that was taken, or one that was skipped (`output` is None)."""
         self.state.step += 1
         self._since_report["steps"] += 1
@@ -246,28 +252,28 @@ class SAETrainer:
             self.history.add(self.state.step, output.pairs)
         every, step = self.arguments.resample_every, self.state.step
         if every and step % every == 0 and step < self.arguments.max_steps:
-            self._resample(activations, output)
+            self._resample(activations, target, output)
 
-    def _resample(self, activations: Tensor, output: SelOrthoOutput) -> None:
+    def _resample(self, activations: Tensor, target: Tensor | None, output: SelOrthoOutput) -> None:
         assert output.reconstruction is not None
         dead = self._dead()
-        errors = (output.reconstruction - activations).square().sum(1).detach()
+        errors = (output.reconstruction - (activations if target is None else target)).square().sum(1).detach()
         generator = torch.Generator().manual_seed(self.arguments.seed + self.state.step)
-        resample_dead(self.sae, self.optimizer.moments(), dead, activations, errors, generator, self.group)
+        resample_dead(self.sae, self.optimizer.moments(), dead, activations, errors, generator, self.group, target)
         self.state.tokens_since_fired[dead] = 0
 
     def _is_logged(self) -> bool:
         step, a = self.state.step, self.arguments
         return step == 1 or step % a.logging_steps == 0 or step > a.max_steps - LAST_STEPS
 
-    def _report(self, activations: Tensor, output: SelOrthoOutput, previous: Pairs | None) -> dict[str, Any]:
+    def _report(self, target: Tensor, output: SelOrthoOutput, previous: Pairs | None) -> dict[str, Any]:
         """Log the figures of the step and what the steps since the last report took."""
         pairs = output.pairs if output.pairs is not None or not self.penalty.acts else self.penalty.pairs
         since = self._since_report
         row = {
             "step": self.state.step,
             "tokens": self.state.tokens,
-            **step_report(self.sae, activations, output, pairs, self.group),
+            **step_report(self.sae, target, output, pairs, self.group),
             "pair_churn": pair_churn(output.pairs, previous, self.sae.config.d_sae),
             "dead_features": int(self._dead().sum()),
             "ortho_coefficient": self.penalty.coefficient,

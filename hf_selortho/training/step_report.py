@@ -12,16 +12,16 @@ from ..process_group import ProcessGroup
 
 @torch.no_grad()
 def step_report(
-    sae: SelOrthoSAE, activations: Tensor, output: SelOrthoOutput, pairs: Pairs | None, group: ProcessGroup
+    sae: SelOrthoSAE, target: Tensor, output: SelOrthoOutput, pairs: Pairs | None, group: ProcessGroup
 ) -> dict[str, float | None]:
-    """Return figures of a batch (B, d_in), averaged over the processes.
+    """Return figures of a batch whose reconstruction is that of `target` (B, d_out), averaged over the processes.
 
     Correlations are those of `pairs`, the latest selection, or of one made for the report.
     """
     assert output.losses is not None and output.loss is not None and output.reconstruction is not None
     h = output.features.detach()
-    variance = (activations - activations.mean(0)).square().sum(1).mean()
-    error = (output.reconstruction - activations).square().sum(1).mean()
+    variance = (target - target.mean(0)).square().sum(1).mean()
+    error = (output.reconstruction - target).square().sum(1).mean()
     config = sae.config
     if pairs is None:
         pairs = select_pairs(h, config.pair_fraction, config.min_support, config.correlation, group=group)
@@ -39,7 +39,7 @@ def step_report(
     if group.size == 1:  # whole numbers stay whole
         return figures
     known = {name: value for name, value in figures.items() if value is not None}
-    means = group.sum(torch.tensor(list(known.values()), device=activations.device)) / group.size
+    means = group.sum(torch.tensor(list(known.values()), device=target.device)) / group.size
     return {**figures, **dict(zip(known, means.tolist(), strict=True))}
 
 
