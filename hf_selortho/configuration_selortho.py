@@ -274,6 +274,8 @@ class SelOrthoConfig(PreTrainedConfig):
         for name in ("d_in", "d_sae"):
             if getattr(self, name) is None:
                 raise ConfigError(f"{name} is missing: SelOrthoConfig needs d_in and d_sae, e.g. d_in=640, d_sae=1280")
+        if self.target is not None and self.d_out is None:
+            self.d_out = self.d_in
         super().__post_init__(**kwargs)
 
     def validate_activation(self) -> None:

@@ -152,7 +152,7 @@ class PackageMethods(PreTrainedModel):
         Raises:
             SelOrthoError: as [`set_input_statistics`].
         """
-        self._set_statistics("output", mean, scale, "width_out")
+        self._set_statistics("output", mean, scale, "d_out")
 
     def _set_statistics(self, which: str, mean: Tensor, scale: float, width: str) -> None:
         mean = self._checked(floats_of(mean, f"{which} mean", 1, self.W_dec), f"{which} mean", width)
@@ -175,7 +175,7 @@ class PackageMethods(PreTrainedModel):
             raise SelOrthoError(
                 f"this transcoder reconstructs {config.target}: pass its activations of the same tokens as target="
             )
-        y = self._checked(target, "target", "width_out", finite=not self.training)
+        y = self._checked(target, "target", "d_out", finite=not self.training)
         if y.shape[:-1] != activations.shape[:-1]:
             raise SelOrthoError(
                 f"target of shape {tuple(y.shape)} for activations of shape {tuple(activations.shape)}: expected the "

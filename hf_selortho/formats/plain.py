@@ -26,16 +26,18 @@ class PlainSae:
         h  = act((x - shift) W_enc + b_enc)
         x^ = h W_dec + b_dec
 
-    where `act` is relu; with `k`, relu of the k largest; with `threshold`, z where z > threshold and z > 0.
+    where `act` is relu; with `k`, relu of the k largest; with `threshold`, z where z > threshold and z > 0. A
+    transcoder (`facts["target"]`) reconstructs another site, y^ = h W_dec + b_dec (+ (x - shift) W_skip).
     """
 
     W_enc: Tensor  # (d_in, d_sae)
     b_enc: Tensor  # (d_sae,)
-    W_dec: Tensor  # (d_sae, d_in)
-    b_dec: Tensor  # (d_in,)
-    shift: Tensor  # (d_in,), b_dec or zeros
+    W_dec: Tensor  # (d_sae, d_out)
+    b_dec: Tensor  # (d_out,)
+    shift: Tensor  # (d_in,), b_dec or zeros; of a transcoder, zeros
     threshold: Tensor | None = None  # (d_sae,)
     k: int | None = None
+    W_skip: Tensor | None = None  # (d_in, d_out), only of a transcoder
     facts: Mapping[str, Any] = field(default_factory=dict)  # settings of SelOrthoConfig that are known
     metadata: Mapping[str, Any] = field(default_factory=dict)  # all that its library says of it, as it is in the file
 
@@ -48,20 +50,25 @@ class PlainSae:
         Raises:
             SelOrthoError: a tensor holds NaN or infinity, or `k` is not possible.
         """
-        for key in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+        for key in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip"):
             tensor = getattr(self, key)
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise SelOrthoError(f"{name}: {key} holds NaN or infinity: download it again, or choose another SAE")
         d_in, d_sae = self.W_enc.shape
         kind = "topk" if self.k is not None else "relu" if self.threshold is None else "jumprelu"
         settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": kind, **self.facts}
+        if settings.get("target"):
+            settings |= {"d_out": self.W_dec.shape[1], "skip": self.W_skip is not None}
         sae = SelOrthoSAE(SelOrthoConfig(d_in=d_in, d_sae=d_sae, k=self.k, **settings))
         with torch.no_grad():
             sae.input_mean.copy_(self.shift)  # ours is added to the output again: that is what b_dec does there
             sae.W_enc.copy_(self.W_enc)
             sae.b_enc.copy_(self.b_enc)
             sae.W_dec.copy_(self.W_dec)
-            sae.b_dec.copy_(self.b_dec.double() - self.shift.double())
+            # of a transcoder nothing is added to the output, and the shift, if any, is of the input alone
+            sae.b_dec.copy_(self.b_dec if sae.config.is_transcoder else self.b_dec.double() - self.shift.double())
+            if self.W_skip is not None:
+                sae.W_skip.copy_(self.W_skip)
             if self.threshold is not None:
                 # below zero, relu leaves nothing anyway; log 0 is minus infinity, exp of it 0
                 sae.log_threshold.copy_(self.threshold.clamp(min=0).double().log())
@@ -80,8 +87,11 @@ class PlainSae:
         """Take one of ours, with the input normalisation folded into the weights, in float32.
 
         With m = input_mean and s = input_scale: W_enc / s, b_enc + b_dec W_enc, W_dec s and b_dec s + m, which is
-        subtracted from the input first. So large means cancel before the product, and no digits are lost.
+        subtracted from the input first. So large means cancel before the product, and no digits are lost. Of a
+        transcoder, whose libraries subtract nothing, m goes into b_enc and, with a skip, into b_dec.
         """
+        if sae.config.is_transcoder:
+            return PlainSae._of_transcoder(sae)
         m, s = sae.input_mean.double(), sae.input_scale.double()
         W_enc, b_dec = sae.W_enc.double(), sae.b_dec.double()
         bias = (b_dec * s + m).float()
@@ -98,6 +108,26 @@ class PlainSae:
             shift=bias,
             threshold=threshold,
             k=config.k if config.activation == "topk" else None,
+        )
+
+    @staticmethod
+    def _of_transcoder(sae: SelOrthoSAE) -> PlainSae:
+        m, s = sae.input_mean.double(), sae.input_scale.double()
+        m_out, s_out = sae.output_mean.double(), sae.output_scale.double()
+        W_enc, b_dec, W_skip = sae.W_enc.double() / s, sae.b_dec.double() * s_out + m_out, None
+        if sae.config.skip:
+            W_skip = sae.W_skip.double() / s * s_out
+            b_dec = b_dec - m @ W_skip
+        threshold = sae.inference_threshold()
+        return PlainSae(
+            W_enc=W_enc.float().contiguous(),
+            b_enc=(sae.b_enc.double() - m @ W_enc).float(),
+            W_dec=(sae.W_dec.double() * s_out).float().contiguous(),
+            b_dec=b_dec.float(),
+            shift=torch.zeros_like(sae.input_mean),
+            threshold=None if threshold is None else threshold.float().expand(W_enc.shape[1]).contiguous(),
+            k=sae.config.k if sae.config.activation == "topk" else None,
+            W_skip=None if W_skip is None else W_skip.float().contiguous(),
         )
 
 
