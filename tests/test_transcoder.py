@@ -1,4 +1,4 @@
-"""A transcoder computes what its equations say, trains sparse as dense, and is stored, converted and refused as such."""
+"""A transcoder computes what its equations say, trains sparse as dense, and is stored, folded and refused as such."""
 
 from __future__ import annotations
 

@@ -27,3 +27,41 @@ def arguments(tiny_lm_dir, sample_text_files, tmp_path):
         return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
 
     return build
+
+
+def command(settings: dict, changes: dict) -> list[str]:
+    """A command line; a value of True is a flag, a list several words, None nothing."""
+    parts: list[str] = []
+    for key, value in {**settings, **changes}.items():
+        if value is not None:
+            words = [] if value is True else map(str, value if isinstance(value, list) else [value])
+            parts += [f"--{key}", *words]
+    return parts
+
+
+@pytest.fixture
+def sourceless(tmp_path):
+    """Settings that runs share, without a source of activations."""
+
+    def build(**changes: object) -> list[str]:
+        settings = {
+            "d_sae": 64, "pair_fraction": 0.01, "batch_size": 128, "max_steps": 8, "learning_rate": 1e-3,
+            "eval_samples": 30, "eval_ce_samples": 8, "output_dir": tmp_path / "run", "cpu": True,
+        }  # fmt: skip
+        return command(settings, changes)
+
+    return build
+
+
+@pytest.fixture
+def live(sourceless, tiny_lm_dir, sample_text_files):
+    """Arguments of runs with the language model."""
+
+    def build(**changes: object) -> list[str]:
+        source = {
+            "model": tiny_lm_dir("llama"), "lm_dtype": "float32", "dataset": sample_text_files.csv,
+            "context_length": 32, "buffer_contexts": 32, "refresh_every": 4,
+        }  # fmt: skip
+        return sourceless(**{**source, **changes})
+
+    return build

@@ -17,46 +17,9 @@ from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.training import dry_run
 from scripts import cache_activations, train
+from tests.scripts.conftest import command
 
 ROOT = Path(__file__).parents[2]
-
-
-def command(settings: dict, changes: dict) -> list[str]:
-    """A command line; a value of True is a flag, a list several words, None nothing."""
-    parts: list[str] = []
-    for key, value in {**settings, **changes}.items():
-        if value is not None:
-            words = [] if value is True else map(str, value if isinstance(value, list) else [value])
-            parts += [f"--{key}", *words]
-    return parts
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    """Settings that runs share, without a source of activations."""
-
-    def build(**changes: object) -> list[str]:
-        settings = {
-            "d_sae": 64, "pair_fraction": 0.01, "batch_size": 128, "max_steps": 8, "learning_rate": 1e-3,
-            "eval_samples": 30, "eval_ce_samples": 8, "output_dir": tmp_path / "run", "cpu": True,
-        }  # fmt: skip
-        return command(settings, changes)
-
-    return build
-
-
-@pytest.fixture
-def live(arguments, tiny_lm_dir, sample_text_files):
-    """Arguments of runs with the language model."""
-
-    def build(**changes: object) -> list[str]:
-        source = {
-            "model": tiny_lm_dir("llama"), "lm_dtype": "float32", "dataset": sample_text_files.csv,
-            "context_length": 32, "buffer_contexts": 32, "refresh_every": 4,
-        }  # fmt: skip
-        return arguments(**{**source, **changes})
-
-    return build
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +71,8 @@ def test_layers_and_twins_equal_runs_of_their_own(live, tmp_path, capsys) -> Non
 
 
 @pytest.mark.parametrize("source", ["live", "shards"])
-def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_path) -> None:
-    build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
+def test_several_saes_resume_exactly(source, live, sourceless, harvested, tmp_path) -> None:
+    build = live if source == "live" else lambda **changes: sourceless(activations=harvested, **changes)
     settings = {"layers": [1, 2], "twin": True, "checkpoint_every": 3, "eval_samples": 0}
     train.main(build(**settings))
     train.main(build(**settings, output_dir=tmp_path / "cut", max_steps=5))
@@ -128,7 +91,7 @@ def test_several_saes_resume_exactly(source, live, arguments, harvested, tmp_pat
 
 
 def test_shards_need_neither_texts_nor_language_model(
-    arguments, tiny_lm_dir, sample_text_files, tmp_path, monkeypatch
+    sourceless, tiny_lm_dir, sample_text_files, tmp_path, monkeypatch
 ) -> None:
     texts, lm = tmp_path / "texts.csv", tmp_path / "lm"
     shutil.copy(sample_text_files.csv, texts)
@@ -136,7 +99,7 @@ def test_shards_need_neither_texts_nor_language_model(
     settings = {"model": lm, "dataset": texts, "layers": 1, "output_dir": tmp_path / "acts", "eval_samples": 20}
     cache_activations.main(command({**settings, "cpu": True}, {}))
     texts.unlink(), shutil.rmtree(lm)
-    train.main(arguments(activations=tmp_path / "acts", layer=1))
+    train.main(sourceless(activations=tmp_path / "acts", layer=1))
     config = SelOrthoSAE.from_pretrained(tmp_path / "run").config
     assert (config.layer, config.lm_name, config.dataset) == (1, str(lm), str(texts))
     assert config.context_length == 128 and config.max_norm is not None
@@ -144,12 +107,12 @@ def test_shards_need_neither_texts_nor_language_model(
     assert evaluation["samples"] == 20 and 0 < evaluation["fvu"] < 2 and "loss_recovered" not in evaluation
 
 
-def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvested, tiny_lm_dir, tmp_path) -> None:
-    train.main(arguments(activations=harvested, layer=2, model=tiny_lm_dir("llama"), lm_dtype="float32"))
+def test_the_language_model_comes_back_for_the_loss_recovered(sourceless, harvested, tiny_lm_dir, tmp_path) -> None:
+    train.main(sourceless(activations=harvested, layer=2, model=tiny_lm_dir("llama"), lm_dtype="float32"))
     evaluation = json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluation"]
     assert evaluation["ce_samples"] == 8 and "loss_recovered" in evaluation
     with pytest.raises(SelOrthoError, match="the activations of .* are those of"):
-        train.main(arguments(activations=harvested, layer=2, model="acme/other", output_dir=tmp_path / "other"))
+        train.main(sourceless(activations=harvested, layer=2, model="acme/other", output_dir=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -167,18 +130,18 @@ def test_the_language_model_comes_back_for_the_loss_recovered(arguments, harvest
         ({"layers": [1, 2], "layer_settings": '{"2": {"context_length": 9}}'}, "read the same tokens"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_written(changes, message, arguments, harvested, tmp_path) -> None:
+def test_mistakes_are_named_before_anything_is_written(changes, message, sourceless, harvested, tmp_path) -> None:
     with pytest.raises(SelOrthoError, match=message):
-        train.main(arguments(**{"activations": harvested, **changes}))
+        train.main(sourceless(**{"activations": harvested, **changes}))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("source", ["live", "shards"])
 def test_a_dry_run_says_what_it_takes_and_leaves_nothing(
-    source, live, arguments, harvested, tmp_path, monkeypatch, capsys
+    source, live, sourceless, harvested, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(dry_run, "PROBE_SECONDS", 0.2)
-    build = live if source == "live" else lambda **changes: arguments(activations=harvested, **changes)
+    build = live if source == "live" else lambda **changes: sourceless(activations=harvested, **changes)
     train.main(build(layers=[1, 2], twin=True, dry_run=True))
     shown = capsys.readouterr().out
     assert "4 SAEs with 16,768 parameters, trained on 1,024 tokens" in shown  # 4 (2 * 32 * 64 + 64 + 32)
@@ -215,7 +178,9 @@ def _launch(arguments: list[str], processes: int) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_documents, arguments, tmp_path) -> None:
+def test_two_processes_harvest_and_train_on_their_own_parts(
+    tiny_lm_dir, sample_documents, sourceless, tmp_path
+) -> None:
     """Five documents: the processes have different numbers of them, and of shards."""
     texts = tmp_path / "five.jsonl"
     long = [" ".join(sample_documents[n : n + 1 + 40 * (n == 0)]) for n in range(5)]
@@ -235,7 +200,7 @@ def test_two_processes_harvest_and_train_on_their_own_parts(tiny_lm_dir, sample_
     assert not documents[0] & documents[1] and documents[0] | documents[1] == set(range(5))
     per_process = [sum(entry.number % 2 == rank for entry in store.manifest.shards) for rank in (0, 1)]
     assert per_process[0] != per_process[1]
-    run = arguments(activations=tmp_path / "acts", layer=1, batch_size=32, max_steps=30, twin=True, eval_samples=0)
+    run = sourceless(activations=tmp_path / "acts", layer=1, batch_size=32, max_steps=30, twin=True, eval_samples=0)
     done = _launch(["scripts/train.py", *run], 2)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").glob("layer_*")} == {"layer_1", "layer_1_twin"}
