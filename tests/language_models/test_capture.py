@@ -6,7 +6,7 @@ import torch
 from hf_selortho import SelOrthoError
 from hf_selortho.language_models.capture import ActivationCapture, NonFiniteActivationsError, length_batches
 from hf_selortho.language_models.contexts import Context, pad_batch
-from hf_selortho.language_models.sites import HookSite, decoder_layer_output
+from hf_selortho.language_models.sites import HookSite, find_site
 
 ARCHITECTURES = ["gemma2", "gemma3", "llama", "gpt2"]
 
@@ -132,7 +132,7 @@ def test_a_site_is_an_input_or_an_output_that_a_function_may_replace(tiny_lm, co
     lm = tiny_lm("gemma3")
     tokens = dict(zip(("input_ids", "attention_mask"), pad_batch(contexts, 0), strict=True))
     seen: list[torch.Tensor] = []
-    sites = [decoder_layer_output(lm, 1), HookSite("model.layers.2", "input"), HookSite("model.layers.2.mlp")]
+    sites = [find_site(lm, 1, "resid_post"), HookSite("model.layers.2", "input"), HookSite("model.layers.2.mlp")]
     handles = [site.hook(lm.model, seen.append) for site in sites]
     handles.append(HookSite("model.layers.3", "input").hook(lm.model, torch.zeros_like))
     with torch.no_grad():
