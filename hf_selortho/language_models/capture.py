@@ -157,6 +157,11 @@ class ActivationCapture:
         """Where the language model computes."""
         return self.lm.model.device
 
+    @property
+    def row_width(self) -> int:
+        """Numbers that are read of a token, over all layers, targets included."""
+        return sum(self.widths.values()) + sum(self.target_widths.values())
+
     def at(self, layer: int) -> ActivationCapture:
         """Make a capture of a single one of the layers."""
         capture = copy.copy(self)

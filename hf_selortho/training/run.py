@@ -128,9 +128,8 @@ class TrainingRun:
             saes.append(SelOrthoSAE(config))
             if config.input_normalization == "standard":
                 saes[-1].set_input_statistics(statistics[variant.layer].mean, statistics[variant.layer].scale)
-            if config.input_normalization == "standard" and config.is_transcoder:
-                of_layer = statistics[variant.layer]
-                saes[-1].set_output_statistics(of_layer.target_mean, of_layer.target_scale)
+                if (target_mean := statistics[variant.layer].target_mean) is not None:
+                    saes[-1].set_output_statistics(target_mean, statistics[variant.layer].target_scale)
         return saes
 
     def make_trainers(

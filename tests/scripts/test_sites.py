@@ -33,8 +33,8 @@ def shards(tiny_lm_dir, sample_text_files, tmp_path) -> Path:
     return tmp_path / "acts"
 
 
-@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn_z", "attn_out", "mlp_in", "mlp_out"])
-def test_an_sae_is_trained_at_every_site(site, live, tmp_path) -> None:
+@pytest.mark.parametrize("site", ["resid_mid", "attn_z"])
+def test_an_sae_is_trained_at_a_site_within_the_layer(site, live, tmp_path) -> None:
     train.main(live(layer=1, site=site, max_steps=3, eval_samples=10, eval_ce_samples=2))
     config = SelOrthoSAE.from_pretrained(tmp_path / "run").config
     assert (config.site, config.layer, config.target) == (site, 1, None)
@@ -50,7 +50,7 @@ def test_any_module_is_read(live, tmp_path) -> None:
 
 
 def test_transcoders_of_several_layers_learn_the_mlps_and_are_replaced_together(live, tmp_path, capsys) -> None:
-    train.main(live(layers=[1, 2], twin=True, skip="true", max_steps=60, activation="topk", k=8, **SITES))
+    train.main(live(layers=[1, 2], twin=True, skip="true", max_steps=60, learning_rate=1e-2, activation="topk", k=8, **SITES))
     capsys.readouterr()
     content = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(content["all_layers"]) == {"", "twin"} and content["all_layers"][""]["layers"] == 2
