@@ -164,7 +164,6 @@ _SIZES = [
 _CHOICES = [
     _LAYERS,
     *_MODULE,
-    *acts_with("skip", "target"),
     Contradiction(
         "layer layers",
         lambda v: {"layer", "layers"} <= v.given and bool(v.layers),
