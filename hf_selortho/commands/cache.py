@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with accelerator.local_main_process_first():
         lm = load_language_model(model.model or "", model.model_revision, model.lm_dtype, accelerator.device)
     check_context_length(lm, arguments.context_length)
-    places = {"site": arguments.site, "target": arguments.target}
+    places: dict[str, Any] = {"site": arguments.site, "target": arguments.target}
     capture = ActivationCapture(lm, sorted(arguments.layers), batch_tokens=model.lm_batch_tokens, **places)
     group = ProcessGroup.of_run()
     settings = cache_settings(capture, documents, text, arguments, group.size)

@@ -102,7 +102,7 @@ def test_an_interrupted_run_of_transcoders_ends_as_if_nothing_had_happened(live,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"layer": 1, "skip": "true"}, "--skip"),
+        ({"layer": 1, "skip": "true"}, "only a transcoder takes it"),
         ({"module": "model.layers.1.mlp", "site": "mlp_in"}, "both say where to read"),
         ({"module": "model.layers.1.mlp", "layer": 2}, "path says in which layer"),
         ({"layer": 1, "side": "input"}, "it acts only with --module"),
