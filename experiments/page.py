@@ -7,6 +7,7 @@ python -m experiments.page mine/demo    # pictures and tables.md of records of y
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from experiments.analysis import Study
 from experiments.figures import draw_all
+from experiments.sites import RECORDS, site_tables
 from experiments.tables import all_tables, markdown
 from hf_selortho.utils.command_line import run_script
 
@@ -29,6 +31,12 @@ def fill(page: str, tables: Mapping[str, str]) -> str:
     return _TABLE.sub(lambda match: f"{match[1]}{tables.get(match['name'], '(not measured)')}\n{match[3]}", page)
 
 
+def tables_of(study: Study) -> dict[str, str]:
+    """Write all tables in Markdown, by name: those of a study, and those of other sites that are in the repository."""
+    sites = site_tables(json.loads(RECORDS.read_text(encoding="utf-8"))) if RECORDS.is_file() else {}
+    return {name: markdown(table) for name, table in {**all_tables(study), **sites}.items()}
+
+
 def write_pages(records: Path) -> list[Path]:
     """Write pictures and pages from the records in a folder.
 
@@ -40,7 +48,7 @@ def write_pages(records: Path) -> list[Path]:
     """
     study = Study.read(records)
     draw_all(study, records / "figures")
-    tables = {name: markdown(table) for name, table in all_tables(study).items()}
+    tables = tables_of(study)
     if records.resolve() == PUBLISHED:
         for page in PAGES:
             page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from experiments.analysis import RECIPES, Study, differences, gains
-from experiments.page import PAGES, PUBLISHED, fill, write_pages
-from experiments.tables import all_tables, markdown
+from experiments.page import PAGES, PUBLISHED, fill, tables_of, write_pages
+from experiments.sites import RECORDS
 
 ROOT = Path(__file__).parents[2]
 NOT_FIGURES = re.compile(
@@ -52,6 +52,11 @@ def number_of(key: str) -> float:
             return sum(facts["pairs"] for facts in study().pairs["classes"].values())
         case "pairs", [classes, name, column]:
             return study().pairs[classes][name][column]
+        case "sites", [run, *place]:  # "sites/RUN/saes/layer_9/kl"
+            found = json.loads(RECORDS.read_text(encoding="utf-8"))[run]
+            for name in place:
+                found = found["" if name == "-" else name]
+            return found
         case "text", [column]:
             return record("harvest")["text"][column]
         case "timing", ["more_pairs"]:
@@ -119,7 +124,7 @@ def test_a_wrong_number_is_found() -> None:
 
 
 def test_pages_are_filled_from_the_records() -> None:
-    tables = {name: markdown(table) for name, table in all_tables(study()).items()}
+    tables = tables_of(study())
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert fill(text, tables) == text, f"fill it anew: python -m experiments.page ({page})"
