@@ -262,6 +262,8 @@ class SelOrthoConfig(PreTrainedConfig):
     dataset_config: str | None = _setting(None, "Configuration of the dataset, where it has several.")
     dataset_split: str | None = _setting(None, "Split of the dataset.")
     text_column: str | None = _setting(None, "Column of the dataset that holds the text.")
+    chat_column: str | None = _setting(None, "Column of chats, read by the tokenizer's chat template, in its place.")
+    chat_roles: list[str] | None = _setting(None, "Roles whose messages were trained on; None: all, and the template.")
     separator: str | None = _setting(None, "Separator of its csv files, where it was given.")
     encoding: str | None = _setting(None, "Encoding of its files, where it was given.")
     min_tokens: int | None = _setting(None, "Contexts with fewer tokens than this were left out.", _COUNT)

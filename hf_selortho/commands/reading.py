@@ -41,11 +41,14 @@ def text_source(config: SelOrthoConfig, arguments: ReadingArguments) -> TextSour
             f"held-out fraction {fraction}: expected a share in (0, 1]; an SAE whose training held nothing out needs "
             "another --dataset"
         )
+    chats = arguments.chat_column or (config.chat_column if same and arguments.text_column is None else None)
     return TextSource(
         dataset=required(arguments.dataset or config.dataset, "--dataset"),
         dataset_config=arguments.dataset_config or (config.dataset_config if same else None),
         split=arguments.split or (config.dataset_split if same else None) or "train",
-        text_column=arguments.text_column or (config.text_column if same else None),
+        text_column=arguments.text_column or (config.text_column if same and chats is None else None),
+        chat_column=chats,
+        chat_roles=arguments.chat_roles or (config.chat_roles if chats else None),
         separator=arguments.separator or (config.separator if same else None),
         encoding=arguments.encoding or (config.encoding if same else None),
         dataset_revision=config.dataset_revision if same else None,

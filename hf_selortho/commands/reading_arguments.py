@@ -28,6 +28,8 @@ class ReadingArguments:
     dataset_config: str | None = argument(None, "Configuration of the dataset, where it has several.")
     split: str | None = argument(None, "Split of the dataset; default: that of the training.")
     text_column: str | None = argument(None, "Column that holds the text; default: text, or the only text column.")
+    chat_column: str | None = argument(None, "Column of chats, lists of {role, content}; default: as in training.")
+    chat_roles: list[str] | None = argument(None, "Roles whose messages are read; default: those of the training.")
     separator: str | None = argument(None, "Separator of csv files; default: that of the training.")
     encoding: str | None = argument(None, "Encoding of csv, json and txt files; default: that of the training.")
     streaming: bool = argument(False, "Read the dataset as a stream.")

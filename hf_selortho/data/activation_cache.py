@@ -135,7 +135,10 @@ class ActivationCache:
             try:
                 pieces = tensors["context_token_ids"].split(tensors["context_lengths"].tolist())
                 documents = tensors["context_document_ids"].tolist()
-                contexts += [Context(d, ids.tolist()) for d, ids in zip(documents, pieces, strict=True)]
+                trained: list[list[bool] | None] = [None] * len(pieces)
+                if (mask := tensors.get("context_trained")) is not None:
+                    trained = [part.tolist() for part in mask.split(tensors["context_lengths"].tolist())]
+                contexts += [Context(d, i.tolist(), t) for d, i, t in zip(documents, pieces, trained, strict=True)]
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 path = shard_path(HELD_OUT, "tokens", shard.number)
                 raise self._fault(path, f"does not hold the contexts ({one_line(error)})") from error

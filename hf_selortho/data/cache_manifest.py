@@ -191,8 +191,8 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
 
 def _of_today(content: dict[str, Any]) -> dict[str, Any]:
     """Add what a manifest lacks that was written before there were these settings."""
-    absent: dict[str, Any] = {**dict.fromkeys(("separator", "encoding", "target")), "site": "resid_post"}
-    absent |= {"target_statistics": {}, **content}
+    absent: dict[str, Any] = dict.fromkeys(("separator", "encoding", "target", "chat_column", "chat_roles"))
+    absent |= {"site": "resid_post", "target_statistics": {}, **content}
     if isinstance(layers := absent.get("statistics"), dict):
         absent["statistics"] = {
             number: {"hook_side": "output", **layer} if isinstance(layer, dict) else layer
@@ -201,10 +201,14 @@ def _of_today(content: dict[str, Any]) -> dict[str, Any]:
     return absent
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the sha256 of what a tokenizer of transformers does: its vocabulary, merges and special tokens."""
+def tokenizer_hash(tokenizer: Any, chats: bool = False) -> str:
+    """Return the sha256 of what a tokenizer of transformers does: its vocabulary, merges and special tokens.
+
+    With `chats`, its chat template too.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    text += str(tokenizer.chat_template) if chats else ""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -222,9 +226,9 @@ def from_json(kind: Any, value: Any, name: str = "") -> Any:
         if missing := types.keys() - value.keys():
             raise ValueError(f"{name}.{min(missing)} is missing".lstrip("."))
         return kind(**{key: from_json(types[key], value[key], f"{name}.{key}".lstrip(".")) for key in types})  # type: ignore[operator]
-    if origin is tuple:
+    if origin in (tuple, list):
         _require(isinstance(value, (list, tuple)), name, value, "a list")
-        return tuple(from_json(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value))
+        return origin(from_json(arguments[0], item, f"{name}[{number}]") for number, item in enumerate(value))
     if origin is dict:
         _require(isinstance(value, dict), name, value, "an object")
         return {key: from_json(arguments[1], item, f"{name}.{key}") for key, item in value.items()}

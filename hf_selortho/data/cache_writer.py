@@ -293,6 +293,8 @@ def _token_tensors(origins: TokenOrigins, contexts: list[Context] | None) -> dic
             "context_lengths": torch.tensor([len(c.input_ids) for c in contexts], dtype=torch.int32),
             "context_document_ids": torch.tensor([c.document_id for c in contexts], dtype=torch.int64),
         }
+        if any(context.trained for context in contexts):
+            tensors["context_trained"] = torch.tensor([t for c in contexts for t in c.trained or ()])
     return tensors
 
 

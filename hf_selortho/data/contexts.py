@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections import Counter
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import SelOrthoError
 from ..language_models.contexts import Context
+from .chats import Chat, ChatTokenizer, Text
 from .texts import Documents
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,9 @@ _CHUNK_DOCUMENTS = 64  # tokenised at once: enough for the tokenizer's threads, 
 
 class Cutter:
     """Tokenises documents and cuts each into consecutive contexts, every one with a BOS of its own.
+
+    Those of a chat hold what its template writes, but for the BOS of the template; those without a token that is
+    trained on are left out.
 
     Args:
         tokenizer: of the language model. Text that spells a special token stays text.
@@ -54,13 +59,35 @@ class Cutter:
                 f"of a context of {context_length}"
             )
 
-    def cut(self, documents: Sequence[tuple[int, str]], counts: Counter[str] | None = None) -> list[Context]:
+    def cut(self, documents: Sequence[tuple[int, Text]], counts: Counter[str] | None = None) -> list[Context]:
         """Make the contexts of the documents, in their order.
 
         `counts` is increased by these documents and contexts, and the ends dropped as too short.
         """
         if not documents:
             return []
+        pieces = [
+            Context(
+                document_id,
+                self._prefix + ids[start : start + self._width],
+                trained and [False] * len(self._prefix) + trained[start : start + self._width],
+            )
+            for (document_id, _), (ids, trained) in zip(documents, self._tokenised(documents), strict=True)
+            for start in range(0, len(ids), self._width)
+        ]
+        long = [piece for piece in pieces if len(piece.input_ids) >= len(self._prefix) + self.min_tokens]
+        contexts = [context for context in long if context.trained is None or any(context.trained)]
+        if counts is not None:
+            dropped = len(pieces) - len(long)
+            counts.update(documents=len(documents), contexts=len(contexts), dropped_tails=dropped)
+        return contexts
+
+    def _tokenised(self, documents: Sequence[tuple[int, Text]]) -> Iterator[tuple[list[int], list[bool] | None]]:
+        """Yield the tokens of each document, and which of them are trained on, None for all."""
+        chats = [(document_id, text) for document_id, text in documents if isinstance(text, Chat)]
+        if chats:  # all of them are
+            yield from self._chats.encode(chats)
+            return
         encoded = self._tokenizer(
             [text for _, text in documents],
             add_special_tokens=False,
@@ -68,16 +95,11 @@ class Cutter:
             return_attention_mask=False,
             verbose=False,  # longer than the model's window is fine: it is cut here
         )
-        pieces = [
-            Context(document_id, self._prefix + ids[start : start + self._width])
-            for (document_id, _), ids in zip(documents, encoded["input_ids"], strict=True)
-            for start in range(0, len(ids), self._width)
-        ]
-        contexts = [piece for piece in pieces if len(piece.input_ids) >= len(self._prefix) + self.min_tokens]
-        if counts is not None:
-            dropped = len(pieces) - len(contexts)
-            counts.update(documents=len(documents), contexts=len(contexts), dropped_tails=dropped)
-        return contexts
+        yield from ((ids, None) for ids in encoded["input_ids"])
+
+    @functools.cached_property
+    def _chats(self) -> ChatTokenizer:
+        return ChatTokenizer(self._tokenizer)
 
 
 class ContextStream:
@@ -154,12 +176,13 @@ class ContextStream:
                 share = f" for process {self._rank + 1} of {self._world_size}" if self._world_size > 1 else ""
                 raise SelOrthoError(
                     f'"{self._documents.name}" gives no training context{share}: {self.counts["documents"]} documents, '
-                    f"none with {self._cutter.min_tokens} tokens or more; use other texts or a lower --min_tokens"
+                    f"none with {self._cutter.min_tokens} tokens or more{self._documents.of_roles}; use other texts or "
+                    "a lower --min_tokens"
                 )
             self.epoch, self._chunk = self.epoch + 1, 0
 
 
-def _chunks(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def _chunks(documents: Iterator[tuple[int, Text]]) -> Iterator[list[tuple[int, Text]]]:
     return iter(lambda: list(itertools.islice(documents, _CHUNK_DOCUMENTS)), [])
 
 
@@ -178,7 +201,8 @@ def held_out_contexts(documents: Documents, cutter: Cutter, limit: int | None = 
     if not given:
         raise SelOrthoError(
             f'"{documents.name}" gives no held-out context: {counts["documents"]} documents are held out, none '
-            f"with {cutter.min_tokens} tokens or more; give more texts or a larger held-out fraction"
+            f"with {cutter.min_tokens} tokens or more{documents.of_roles}; give more texts or a larger held-out "
+            "fraction"
         )
     if limit is not None and given < limit:
         logger.warning('"%s" gives %d held-out contexts, %d were asked for', documents.name, given, limit)

@@ -328,6 +328,7 @@ def _check_json(path: Path, text: str, encoding: str, source: TextSource) -> Non
     if (
         whole
         and "." not in (source.text_column or "")
+        and not source.chat_column
         and all(isinstance(value, (dict, list)) for value in whole.values())
     ):
         said = f'"{path}" is one object of {listed(whole)}, not one a row'

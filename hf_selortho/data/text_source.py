@@ -32,6 +32,12 @@ class TextSource:
     text_column: str | None = _setting(
         None, "Column that holds the text, a.b within a: messages.content; default: text, or the only text column."
     )
+    chat_column: str | None = _setting(
+        None, "Column of chats, lists of {role, content}, to read by the tokenizer's chat template, not --text_column."
+    )
+    chat_roles: list[str] | None = _setting(
+        None, "Roles whose messages are trained on, such as assistant; default: all, and what the template adds."
+    )
     separator: str | None = _setting(None, r"Separator of csv files, such as ; or \t; default: what the file shows.")
     encoding: str | None = _setting(None, "Encoding of csv, json and txt files, such as cp1252; default: utf-8.")
     streaming: bool = _setting(False, "Read the dataset as a stream, for what does not fit on the disk.")

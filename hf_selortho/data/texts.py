@@ -22,6 +22,7 @@ from pyarrow import ArrowException
 from ..errors import SelOrthoError
 from ..utils.hub import LOOKUP_ERRORS, is_commit, official_name, resolve_commit, unreachable
 from ..utils.library_errors import one_line, storage_error
+from .chats import Text, read_chat
 from .python_docs import PYTHON_DOCS, python_docs, python_docs_revision
 from .sae_probes import sae_probes_revision, sae_probes_texts
 from .text_files import PEEK, empty, local_arguments, text_format, wrong_encoding
@@ -41,7 +42,7 @@ _SHUFFLE_BUFFER = 10_000  # documents that a stream holds to draw from
 
 
 class Documents:
-    """Documents (id, text), some of them held out.
+    """Documents (id, text or chat), some of them held out.
 
     Whether a document is held out depends on its words alone, not on its place, the seed or the process: the same text
     never lands on both sides. Empty texts are passed over. Ids are row numbers; a stream, which has none, uses a hash
@@ -50,6 +51,7 @@ class Documents:
     Attributes:
         dataset: the rows, with all their columns.
         column: the one with the text; "a.b" within column a, where the texts of a list are joined by newlines.
+        of_roles: what an error says of the roles that are trained on, empty where all are.
         name, split, held_out_fraction: as in the `TextSource`.
         revision: commit of a Hub dataset, version of an embedded one, None for local files.
         fingerprint: of local files, which have no revision.
@@ -65,15 +67,17 @@ class Documents:
         self.count = None if isinstance(dataset, IterableDataset) else len(dataset)
         if self.count == 0:
             raise empty(self.name)
-        self._path = _text_column(self.name, _features(dataset), source.text_column)
+        self._source = source
+        self._path = _column(self.name, _features(dataset), source)
         self.column = ".".join(self._path)
+        self.of_roles = f", some of them of {' or '.join(source.chat_roles)}" if source.chat_roles else ""
         self._texts = dataset.select_columns([self._path[0]])
         start = self._texts.take(PEEK) if isinstance(self._texts, IterableDataset) else np.arange(len(self._texts))
         if next(self._read(start), None) is None:
-            rows = self.count or PEEK
-            raise SelOrthoError(f'"{self.name}" holds no text in its first {rows} rows: choose another --text_column')
+            rows, option = self.count or PEEK, "chat_column" if source.chat_column else "text_column"
+            raise SelOrthoError(f'"{self.name}" holds no text in its first {rows} rows: choose another --{option}')
 
-    def train(self, epoch: int, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, str]]:
+    def train(self, epoch: int, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Text]]:
         """Read the documents of one epoch for training, in an order drawn from seed and epoch.
 
         Processes (`rank` of `world_size`) get different documents, together all of them.
@@ -85,38 +89,46 @@ class Documents:
         order = np.random.default_rng([seed, epoch]).permutation(len(self._texts))
         return self._side(order[rank::world_size], held_out=False)
 
-    def held_out(self) -> Iterator[tuple[int, str]]:
+    def held_out(self) -> Iterator[tuple[int, Text]]:
         """Read the documents that `train` leaves out, always in the same order."""
         if isinstance(self._texts, IterableDataset):
             return self._side(self._texts, held_out=True)
         # Not in the order of the rows: the first thousand should speak for all, even where the file is sorted.
         return self._side(np.random.default_rng(0).permutation(len(self._texts)), held_out=True)
 
-    def _side(self, rows: IterableDataset | np.ndarray, held_out: bool) -> Iterator[tuple[int, str]]:
+    def _side(self, rows: IterableDataset | np.ndarray, held_out: bool) -> Iterator[tuple[int, Text]]:
         bound = self.held_out_fraction * 2**64
         for number, text in self._read(rows):
-            digest = _digest(text)
+            digest = _digest(str(text))
             if (int.from_bytes(digest[:8], "big") < bound) == held_out:
                 yield int.from_bytes(digest[8:16], "big") >> 1 if number is None else number, text  # int64, from 0
 
-    def _read(self, rows: IterableDataset | np.ndarray) -> Iterator[tuple[int | None, str]]:
+    def _read(self, rows: IterableDataset | np.ndarray) -> Iterator[tuple[int | None, Text]]:
         """Read the texts of a stream, which have no number, or of the numbered rows."""
         try:
             streamed = isinstance(rows, IterableDataset)
-            for number, text in ((None, _join(row, self._path)) for row in rows) if streamed else self._fetched(rows):
-                if text and not text.isspace():
+            column = self._path[0]
+            streams = ((None, self._text(row.get(column))) for row in rows) if streamed else self._fetched(rows)
+            for number, text in streams:
+                if str(text).strip():
                     yield number, text
         except READ_ERRORS as error:  # bytes that are no text, which only a look at them shows
             raise read_error(self.name, error) from error
 
-    def _fetched(self, rows: np.ndarray) -> Iterator[tuple[int, str]]:
+    def _fetched(self, rows: np.ndarray) -> Iterator[tuple[int, Text]]:
         for start in range(0, len(rows), _FETCH):
             numbers = rows[start : start + _FETCH].tolist()
             yield from zip(numbers, self.texts(numbers), strict=True)
 
-    def texts(self, numbers: list[int]) -> list[str]:
+    def texts(self, numbers: list[int]) -> list[Text]:
         """Return the texts of these rows, empty ones too."""
-        return [_join(value, self._path[1:]) for value in self._texts[numbers][self._path[0]]]
+        values = self._texts[numbers][self._path[0]]
+        return [self._text(value, f" {number}") for number, value in zip(numbers, values, strict=True)]
+
+    def _text(self, value: Any, number: str = "") -> Text:
+        if self._source.chat_column:
+            return read_chat(value, self._source.chat_roles, f'column {self.column} of "{self.name}", row{number},')
+        return _join(value, self._path[1:])
 
 
 def _join(value: Any, path: Sequence[str]) -> str:
@@ -228,6 +240,18 @@ def _leaves(path: tuple[str, ...], feature: Any) -> Iterator[tuple[tuple[str, ..
         yield from _leaves(path, feature.feature)
     else:
         yield path, _kind(feature)
+
+
+def _column(name: str, features: Features, source: TextSource) -> tuple[str, ...]:
+    """Find the column of chats, where one is wanted, or that of the text."""
+    if source.chat_column is None:
+        if source.chat_roles:
+            raise SelOrthoError(f"--chat_roles {' '.join(source.chat_roles)}: it acts only with --chat_column")
+        return _text_column(name, features, source.text_column)
+    if source.chat_column not in features:
+        choice = f"choose --chat_column from: {', '.join(features)}"
+        raise SelOrthoError(f'"{name}" has no column "{source.chat_column}": {choice}')
+    return (source.chat_column,)
 
 
 def _text_column(name: str, features: Features, wanted: str | None) -> tuple[str, ...]:

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from ..data.chats import Text
 from ..data.texts import READ_ERRORS, Documents, TextSource, column_kinds, open_documents, read_error
 from ..errors import SelOrthoError
 
 
-def labelled_documents(source: TextSource, label_column: str, limit: int, seed: int = 0) -> tuple[list[str], list[Any]]:
+def labelled_documents(
+    source: TextSource, label_column: str, limit: int, seed: int = 0
+) -> tuple[list[Text], list[Any]]:
     """Texts and labels of held-out documents, as evenly many of each label as there are.
 
     Args:

@@ -25,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ..checks import texts_of, whole_number
+from ..data.chats import Chat, Text
 from ..data.contexts import Cutter
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture
@@ -60,7 +61,7 @@ class LabelledTexts:
 
 def read_labelled_texts(
     capture: ActivationCapture,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     labels: Sequence[Any],
     *,
     context_length: int,
@@ -84,7 +85,8 @@ def read_labelled_texts(
     Raises:
         SelOrthoError: not two classes with four texts that can be read each; or a capture of several layers.
     """
-    layer, texts = capture.layer, texts_of(texts)  # a single layer
+    layer = capture.layer  # a single one
+    texts = texts if isinstance(texts, list) and all(isinstance(text, Chat) for text in texts) else texts_of(texts)
     values, numbers = np.unique(np.array(labels), return_inverse=True)
     classes = [str(value) for value in values]
     _check_classes(Counter(map(str, labels)), classes)  # before the language model has worked for nothing

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..language_models.capture import ActivationCapture, length_batches
-from ..language_models.contexts import Context, pad_batch
+from ..language_models.contexts import Context, pad_batch, trained_mask
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.progress import Bar
 from .metrics import Divergence, Figures, LossRecovered, cross_entropy
@@ -76,13 +76,14 @@ def measure_cross_entropy(
     pad_id = capture.lm.pad_id
     with Bar("cross-entropy", total=len(contexts), unit="context", disable=not progress) as bar:
         for numbers in length_batches(contexts, batch_tokens):
-            tokens = pad_batch([contexts[number] for number in numbers], pad_id)
+            batch = [contexts[number] for number in numbers]
+            tokens, trained = pad_batch(batch, pad_id), trained_mask(batch)
             clean = _predict(capture, *tokens)
             ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
             for number, (sae, site) in enumerate(zip(saes, sites, strict=True)):
                 if site.layer not in ablated:
-                    ablated[site.layer] = _predict_with([(site, _zeros)], *tokens).losses
-                spliced = _predict_with([(site, _reconstruction_of(sae))], *tokens)
+                    ablated[site.layer] = _predict_with([(site, _zeros)], trained, *tokens).losses
+                spliced = _predict_with([(site, _reconstruction_of(sae))], trained, *tokens)
                 totals[number] += LossRecovered.of(clean.losses, spliced.losses, ablated[site.layer])
                 divergences[number] += Divergence.of(clean.logits, spliced.logits, clean.index)
             bar.update(len(numbers))
@@ -116,12 +117,13 @@ def replace_all_layers(
     batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * capture.lm.model.dtype.itemsize)
     with Bar("all layers replaced", total=len(contexts), unit="context", disable=not progress) as bar:
         for numbers in length_batches(contexts, batch_tokens):
-            tokens = pad_batch([contexts[number] for number in numbers], capture.lm.pad_id)
+            batch = [contexts[number] for number in numbers]
+            tokens, trained = pad_batch(batch, capture.lm.pad_id), trained_mask(batch)
             clean = _predict(capture, *tokens)
             losses["clean"] += float(clean.losses.double().sum())
             samples += len(clean.losses)
             for kind, replacements in kinds.items():
-                predicted = _predict_with(list(zip(sites, replacements, strict=True)), *tokens)
+                predicted = _predict_with(list(zip(sites, replacements, strict=True)), trained, *tokens)
                 losses[kind] += float(predicted.losses.double().sum())
                 if kind == "replaced":
                     moved += Divergence.of(clean.logits, predicted.logits, clean.index)
@@ -151,11 +153,14 @@ def _mean_of(sae: SelOrthoSAE) -> _Replacement:
 
 
 def _predict_with(
-    replacements: Sequence[tuple[ActivationCapture, _Replacement]], input_ids: Tensor, attention_mask: Tensor
+    replacements: Sequence[tuple[ActivationCapture, _Replacement]],
+    trained: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
 ) -> _Predictions:
     def replacing(capture: ActivationCapture, replacement: _Replacement) -> Callable[[Tensor, Tensor], Tensor]:
         def replace(x: Tensor, y: Tensor) -> Tensor:
-            keep = capture.keep_mask(input_ids, attention_mask, x)
+            keep = capture.keep_mask(input_ids, trained, x)
             spliced = y.clone()
             spliced[keep] = replacement(x[keep], y[keep]).to(y)
             return spliced

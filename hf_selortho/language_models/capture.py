@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import NonFiniteError, SelOrthoError
 from ..utils.hub import listed
 from ..utils.library_errors import one_line
-from .contexts import Context, pad_batch
+from .contexts import Context, pad_batch, trained_mask
 from .loading import LanguageModel
 from .sites import HookSite, find_site
 
@@ -76,7 +76,7 @@ class CapturedActivations:
     by_layer: dict[int, Tensor]  # (tokens, d_in) each, in the dtype of the language model
     norms: Tensor  # (tokens, layers) float32, L2 norms of these activations
     origins: TokenOrigins
-    dropped_special: int = 0  # BOS and other special tokens left out
+    dropped_special: int = 0  # BOS and other special tokens left out, and those of a chat that are not trained on
     dropped_sinks: int = 0  # tokens left out because of their norm
     dropped_non_finite: int = 0  # tokens left out as NaN or infinity
     targets: dict[int, Tensor] = field(default_factory=dict)  # (tokens, d_out) each; none without a target site
@@ -337,7 +337,7 @@ class ActivationCapture:
 
     def _capture(self, contexts: Sequence[Context], numbers: Sequence[int]) -> CapturedActivations:
         input_ids, attention_mask = pad_batch(contexts, self.lm.pad_id)
-        regular = self._regular(input_ids, attention_mask)  # (b, t)
+        regular = self._regular(input_ids, trained_mask(contexts))  # (b, t)
         rows = regular.flatten().nonzero()[:, 0]
         by_layer, targets = (
             {layer: h.flatten(0, 1)[rows.to(h.device)] for layer, h in read.items()}  # (tokens, width) each

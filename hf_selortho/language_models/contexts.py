@@ -14,6 +14,7 @@ class Context(NamedTuple):
 
     document_id: int
     input_ids: list[int]  # BOS first if asked for, at most context_length long
+    trained: list[bool] | None = None  # which of these are trained on, special ones aside; None: all
 
 
 def pad_batch(contexts: Iterable[Context], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,3 +23,9 @@ def pad_batch(contexts: Iterable[Context], pad_id: int) -> tuple[torch.Tensor, t
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (b, t)
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (b, t)
     return input_ids, attention_mask
+
+
+def trained_mask(contexts: Iterable[Context]) -> torch.Tensor:
+    """Mark the tokens of a batch that may be trained on, (b, t) int64: those of the attention mask, or some of them."""
+    rows = [torch.tensor(c.trained or [True] * len(c.input_ids)).long() for c in contexts]
+    return pad_sequence(rows, batch_first=True)

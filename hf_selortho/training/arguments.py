@@ -42,8 +42,8 @@ PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 # Known only once the language model and the dataset are loaded, or given by an argument of another name.
 _DERIVED_SETTINGS = {
     "d_in", "d_out", "lm_name", "lm_revision", "hook_name", "hook_side", "target_hook_name", "target_hook_side",
-    "max_norm", "dataset", "dataset_revision", "dataset_split", "dataset_config", "text_column", "separator",
-    "encoding", "min_tokens", "held_out_fraction", "config_version", "centered",
+    "max_norm", "dataset", "dataset_revision", "dataset_split", "dataset_config", "text_column", "chat_column",
+    "chat_roles", "separator", "encoding", "min_tokens", "held_out_fraction", "config_version", "centered",
 }  # fmt: skip
 
 SAEArguments = make_dataclass(

@@ -108,7 +108,7 @@ def cache_settings(
         lm_dtype=str(lm.model.dtype).removeprefix("torch."),
         lm_batch_tokens=capture.batch_tokens,
         lm_device=capture.device.type,
-        tokenizer_sha256=tokenizer_hash(lm.tokenizer),
+        tokenizer_sha256=tokenizer_hash(lm.tokenizer, chats=text.chat_column is not None),
         context_length=arguments.context_length,
         prepend_bos=arguments.prepend_bos,
         min_tokens=text.min_tokens,

@@ -64,6 +64,11 @@ _NAMED = ("revision", "sae"), ("model_revision", "model"), ("dataset_revision", 
 _IN_MEMORY = "it is in memory; leave --streaming out"
 READING = [
     Contradiction("streaming dataset", lambda v: v.streaming and v.dataset in EMBEDDED_TEXTS, _IN_MEMORY),
+    Contradiction(
+        "chat_column text_column",
+        lambda v: v.chat_column is not None and v.text_column is not None,
+        "both say which column to read; leave one out",
+    ),
     *(_of_a_local_path(revision, name) for revision, name in _NAMED),
 ]
 EVALUATE = [

@@ -230,8 +230,8 @@ def _target_settings(width: int, hook_name: str, hook_side: str) -> dict[str, An
 
 
 def _text_settings(data: DataArguments, revision: str | None) -> dict[str, Any]:
-    names = ("dataset", "dataset_config", "text_column", "separator", "encoding", "min_tokens", "held_out_fraction")
-    settings = {name: getattr(data, name) for name in names}
+    names = ("dataset", "dataset_config", "text_column", "chat_column", "chat_roles", "separator", "encoding")
+    settings = {name: getattr(data, name) for name in (*names, "min_tokens", "held_out_fraction")}
     return {**settings, "dataset_revision": revision, "dataset_split": data.split}
 
 
