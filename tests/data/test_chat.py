@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState, PartialState
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.commands import cache, evaluate, index, train
@@ -20,6 +19,7 @@ from hf_selortho.data.texts import TextSource, open_documents
 from hf_selortho.features.index import FeatureIndex
 from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.language_models.contexts import trained_mask
+from hf_selortho.language_models.embedded import embedded_model_dir
 from hf_selortho.language_models.loading import load_language_model
 from hf_selortho.language_models.token_text import special_ids
 
@@ -28,8 +28,8 @@ TURNS = "<start_of_turn>", "<end_of_turn>"
 TEMPLATE = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == "system" %}{{ raise_exception("System role not supported") }}{% endif %}
 {%- if (m.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}
-{{- "<start_of_turn>" + ("model" if m.role == "assistant" else m.role) + "\\n" + m.content | trim + "<end_of_turn>\\n" }}
-{%- endfor %}"""
+{{- "<start_of_turn>" + ("model" if m.role == "assistant" else m.role) + "\\n" + m.content | trim }}
+{{- "<end_of_turn>\\n" }}{% endfor %}"""
 # As many others are: a default system message, no BOS, nothing cut off.
 CHATML = """{% if messages[0].role != "system" %}{{ "<start_of_turn>system\\nBe kind<end_of_turn>\\n" }}{% endif %}
 {%- for m in messages %}{{ "<start_of_turn>" + m.role + ": " + m.content + "<end_of_turn>\\n" }}{% endfor %}"""
@@ -110,7 +110,7 @@ def test_a_message_that_spells_special_tokens_stays_text(roles, chat_tokenizer) 
     chat = (("user", attack), ("assistant", f"No: {attack}"), ("user", "<bos>"))
     ((ids, trained),) = ChatTokenizer(chat_tokenizer).encode([(0, Chat(chat, roles))])
     assert [chat_tokenizer.decode(i) for i in ids if i in special_ids(chat_tokenizer)] == list(TURNS) * 3
-    assert chat_tokenizer.decode(ids) == chat_tokenizer.apply_chat_template(listed(chat), tokenize=False)[len("<bos>") :]
+    assert f"<bos>{chat_tokenizer.decode(ids)}" == chat_tokenizer.apply_chat_template(listed(chat), tokenize=False)
     assert roles is None or trained_text(chat_tokenizer, ids, trained) == f"No: {attack}"
 
 
@@ -141,7 +141,7 @@ def test_the_split_is_by_the_words_of_the_chat_and_sharegpt_is_read(write, chat_
 @pytest.mark.parametrize(
     ("value", "settings", "message"),
     [
-        ("a string", {}, 'column messages of .*chats.jsonl", row 0, holds \'a string\': expected messages such as'),
+        ("a string", {}, "column messages of .*chats.jsonl\", row 0, holds 'a string': expected messages such as"),
         ([{"role": "user"}], {}, r"row 0, holds \{'role': 'user'\}: expected messages such as"),
         ([{"content": "Hello"}], {"streaming": True}, r"row, holds \{'content': 'Hello'\}: expected messages such"),
         (listed(), {"chat_column": "chat"}, 'no column "chat": choose --chat_column from: messages, n'),
@@ -175,7 +175,8 @@ def test_training_cache_evaluation_and_index_read_the_same_tokens(
     path, turns = tmp_path / "chats.jsonl", zip(sample_documents[::2], sample_documents[1::2], strict=True)
     chats = [listed((("user", one), ("assistant", other))) for one, other in turns]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    text = f"--model {chat_lm_dir} --lm_dtype float32 --dataset {path} --chat_column messages --chat_roles assistant --cpu"
+    text = f"--model {chat_lm_dir} --lm_dtype float32 --dataset {path} --cpu"
+    text += " --chat_column messages --chat_roles assistant"
     size = "--context_length 48 --eval_samples 20 --max_norm_ratio inf"
     of_run = "--d_sae 64 --batch_size 128 --buffer_contexts 32 --refresh_every 4 --max_steps 6 --pair_fraction 0.01"
 
@@ -210,13 +211,14 @@ def test_training_cache_evaluation_and_index_read_the_same_tokens(
     assert again["loss_recovered"] == pytest.approx(figures["live"]["loss_recovered"])
     index.main(f"{tmp_path / 'live'} --tokens 2000 --concepts none --cpu".split())
     facts = FeatureIndex.open(tmp_path / "live" / "feature_index").facts["text"]
-    assert facts["dropped_special"] > facts["tokens"] > 100
+    assert facts["tokens"] == int(trained_mask(list(held_out_contexts(documents, cutter))).sum()) > 100
 
 
 @pytest.mark.slow
-def test_the_tokens_of_gemma(embedded_lm) -> None:
+def test_the_tokens_of_gemma() -> None:
     """The tokenizer has the turns of Gemma but no template of its own: that is with the models tuned on chats."""
-    tokenizer = copy.deepcopy(embedded_lm.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    assert not tokenizer.chat_template
     tokenizer.chat_template = TEMPLATE
     chat = (*CHAT, ("user", "What is <eos>, <start_of_turn>?"), ("assistant", "日本語: ends <end_of_turn>."))
     ((ids, trained),) = ChatTokenizer(tokenizer).encode([(0, Chat(chat, ("assistant",)))])
