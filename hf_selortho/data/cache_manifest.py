@@ -202,10 +202,7 @@ def _of_today(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: Any, chats: bool = False) -> str:
-    """Return the sha256 of what a tokenizer of transformers does: its vocabulary, merges and special tokens.
-
-    With `chats`, its chat template too.
-    """
+    """Hash what a tokenizer of transformers does: vocabulary, merges, special tokens, for `chats` its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     text += str(tokenizer.chat_template) if chats else ""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import re
 import reprlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +16,8 @@ from ..utils.library_errors import one_line
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # Characters of private use that go through a template in place of what is to be found again behind it.
-_OPEN, _CLOSE, _FIRST, _LAST = "\U000f0000", "\U000f0001", 0xF0002, 0xFFFFD
+_OPEN, _CLOSE, _FIRST = "\U000f8000", "\U000f8001", 0xF8002  # a message's begin and end, the first special token
+_EDGE, _SPELT = re.compile(f"[{_OPEN}{_CLOSE}]"), re.compile(f"([{chr(_FIRST)}-\U000ffffd])")
 _DATE = "26 Jul 2024"  # for templates that would write today's, so that a chat has the same tokens on every day
 
 
@@ -79,52 +78,36 @@ class ChatTokenizer:
         self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._marks = {name: chr(_FIRST + number) for number, name in enumerate(names)}
         self._unmarked = str.maketrans({_OPEN: None, _CLOSE: None, **{mark: n for n, mark in self._marks.items()}})
-        self._of_name = functools.cache(functools.partial(self._ids, split_special_tokens=True))
 
-    def encode(self, documents: Sequence[tuple[int, Chat]]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Yield the tokens of each document, without a BOS in front, and which of them are trained on.
+    def encode(self, document_id: int, chat: Chat) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a document, without a BOS in front, and which of them are trained on.
 
         Raises:
-            SelOrthoError: the template refuses a chat, or roles are to be told apart and cannot be.
+            SelOrthoError: the template refuses the chat, or roles are to be told apart and cannot be.
         """
-        # a piece of text, or a single mark of a special token that a message spells
-        marked = [re.split(f"([{chr(_FIRST)}-{chr(_LAST)}])", self._render(number, chat)) for number, chat in documents]
-        pieces = [piece.translate({ord(_OPEN): None, ord(_CLOSE): None}) for parts in marked for piece in parts[::2]]
-        by_roles = any(chat.roles for _, chat in documents)
-        if by_roles and not self._tokenizer.is_fast:
-            kind = type(self._tokenizer).__name__
-            raise SelOrthoError(f"the tokenizer {kind} does not say where its tokens stand: leave --chat_roles out")
-        encoded = self._ids(pieces, return_offsets_mapping=by_roles)
-        offsets = encoded["offset_mapping"] if by_roles else itertools.repeat(())
-        rest = zip(encoded["input_ids"], offsets, strict=False)
-        bos = self._tokenizer.bos_token_id
-        for (_, chat), parts in zip(documents, marked, strict=True):
-            ids, within, inside = list[int](), list[bool](), chat.roles is None
-            for number, part in enumerate(parts):
-                if number % 2:
-                    name_ids = self._of_name(part.translate(self._unmarked))["input_ids"]
-                    ids, within = ids + name_ids, within + [inside] * len(name_ids)
-                    continue
-                piece_ids, places = next(rest)
-                edges = [m.start() - n for n, m in enumerate(re.finditer(f"[{_OPEN}{_CLOSE}]", part))]
-                ids += piece_ids
-                within += _within(edges, places, inside) if chat.roles else [True] * len(piece_ids)
-                inside ^= len(edges) % 2 == 1
-            start = int(bos is not None and ids[:1] == [bos])
-            yield ids[start:], [w and i not in self._special for i, w in zip(ids[start:], within[start:], strict=True)]
-
-    def _ids(self, text: str | list[str], **options: Any) -> Any:
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False, **options}
-        return self._tokenizer(text, **options)
+        ids, within, inside = list[int](), list[bool](), not chat.roles
+        for number, part in enumerate(_SPELT.split(self._render(document_id, chat))):
+            edges = [mark.start() - n for n, mark in enumerate(_EDGE.finditer(part))]
+            encoded = self._tokenizer(
+                part.translate(self._unmarked),
+                add_special_tokens=False,
+                split_special_tokens=number % 2 == 1,  # a special token that a message spells
+                return_offsets_mapping=bool(chat.roles),
+                verbose=False,
+            )
+            ids += encoded["input_ids"]
+            places = encoded["offset_mapping"] if chat.roles else [(0, 0)] * len(encoded["input_ids"])
+            within += _within(edges, places, inside)
+            inside ^= len(edges) % 2 == 1
+        start = int(ids[:1] == [self._tokenizer.bos_token_id])
+        return ids[start:], [w and i not in self._special for i, w in zip(ids[start:], within[start:], strict=True)]
 
     def _render(self, number: int, chat: Chat) -> str:
         """Write a chat with marks around the messages of its roles, and for special tokens that messages spell."""
         messages = [(role, self._mark(content, role in (chat.roles or ()))) for role, content in chat.messages]
         whole = self._template(number, chat, chat.messages)
-        if messages == list(chat.messages):
-            return whole
-        text = self._template(number, chat, messages)
-        found = "".join(re.findall(f"[{_OPEN}{_CLOSE}]", text))
+        text = whole if messages == list(chat.messages) else self._template(number, chat, messages)
+        found = "".join(_EDGE.findall(text))
         if text.translate(self._unmarked) != whole or found != (_OPEN + _CLOSE) * sum(_OPEN in m for _, m in messages):
             raise self._fault(
                 number, chat, "is rewritten by the chat template, so that what its messages say cannot be told from it"

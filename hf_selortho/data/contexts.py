@@ -82,12 +82,11 @@ class Cutter:
             counts.update(documents=len(documents), contexts=len(contexts), dropped_tails=dropped)
         return contexts
 
-    def _tokenised(self, documents: Sequence[tuple[int, Text]]) -> Iterator[tuple[list[int], list[bool] | None]]:
-        """Yield the tokens of each document, and which of them are trained on, None for all."""
+    def _tokenised(self, documents: Sequence[tuple[int, Text]]) -> Sequence[tuple[list[int], list[bool] | None]]:
+        """Return the tokens of each document, and which of them are trained on, None for all."""
         chats = [(document_id, text) for document_id, text in documents if isinstance(text, Chat)]
         if chats:  # all of them are
-            yield from self._chats.encode(chats)
-            return
+            return [self._chats.encode(*chat) for chat in chats]
         encoded = self._tokenizer(
             [text for _, text in documents],
             add_special_tokens=False,
@@ -95,7 +94,7 @@ class Cutter:
             return_attention_mask=False,
             verbose=False,  # longer than the model's window is fine: it is cut here
         )
-        yield from ((ids, None) for ids in encoded["input_ids"])
+        return [(ids, None) for ids in encoded["input_ids"]]
 
     @functools.cached_property
     def _chats(self) -> ChatTokenizer:

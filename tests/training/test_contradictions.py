@@ -44,6 +44,8 @@ REFUSED = [
     ("evaluate org/x", "--sets all", "sets all with --probes False"),
     (TRAINS, "--min_tokens 128", "min_tokens 128 with --context_length 128 and --prepend_bos True"),
     (TRAINS, "--streaming --dataset python-docs", "streaming True with --dataset python-docs"),
+    (TRAINS, "--chat_column a --text_column b", "chat_column a with --text_column b: both say which column to read"),
+    ("index org/x", "--chat_column a --text_column b", "chat_column a with --text_column b"),
     (TRAINS, "--layers 3 5", "layer 3 with --layers 3 5"),
     (TRAINS, "--twin --penalty none", "twin True with --penalty none and --ortho_coefficient 0.03"),
     (TRAINS, "--twin --ortho_coefficient 0", "twin True with --penalty selective and --ortho_coefficient 0.0"),
