@@ -1,7 +1,7 @@
 // Addresses of the views: links and buttons of the page change the query, and the query says what is shown.
 window.selortho = (() => {
   const VIEWS = [
-    "start", "text", "features", "feature", "concepts", "pairs", "search", "steer", "compare", "run",
+    "start", "text", "features", "feature", "concepts", "pairs", "search", "steer", "compare", "run", "graph",
   ];
   let ask = null; // hands a query to the server
   let waiting = null; // a query from before the page was connected
