@@ -63,6 +63,10 @@ window.selortho = (() => {
       history.replaceState({}, "", shown.dataset.address);
     }
     document.title = shown.dataset.title + " · hf_selortho";
+    const chosen = shown.querySelector(".so-graph .so-chosen"); // on a narrow screen, where it can be seen
+    if (!chosen) return;
+    const graph = chosen.closest(".so-graph");
+    graph.scrollLeft += chosen.getBoundingClientRect().left - graph.getBoundingClientRect().left - graph.clientWidth / 2;
   }
 
   function connect(send) {
