@@ -1,4 +1,4 @@
-"""An attribution graph as circuit-tracer 0.5 writes it, invented: five layers, a hostile prompt, ids that two nodes share."""
+"""An attribution graph as circuit-tracer 0.5 writes it, invented: five layers, a hostile prompt, shared ids."""
 
 from __future__ import annotations
 
