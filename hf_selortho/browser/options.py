@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser, stored: Mapping[str, Any] | Non
         default=str(default["allow_other_saes"]).lower() in ("1", "true", "yes"),
         help="let visitors compare with any SAE of the Hub that they name",
     )
+    parser.add_argument("--graph", help="attribution graph to show: a JSON file of circuit-tracer")
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     parser.add_argument("--host", default=host, help="address to listen on")
     parser.add_argument("--port", type=int, help="port; default: the first free one from 7860 on")

@@ -58,7 +58,8 @@ class Page:
         """Return the page with its events and named endpoints."""
         title = f"{self.main.title} · hf_selortho"
         with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as blocks:
-            gr.HTML(render("header.html", catalog=self.views.catalog, views=VIEWS), elem_id="so-header")
+            views = {name: words for name, words in VIEWS.items() if name != "graph" or self.views.graphs.files}
+            gr.HTML(render("header.html", catalog=self.views.catalog, views=views), elem_id="so-header")
             router = gr.HTML("", js_on_load=_CONNECT_ROUTER, elem_id="so-router")
             for name in VIEWS:
                 with gr.Column(elem_id=f"so-view-{name}", elem_classes="so-pane"):

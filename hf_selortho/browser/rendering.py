@@ -50,6 +50,11 @@ def signed(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:+.2f}".replace("-", "−")
 
 
+def signed_number(value: float) -> str:
+    """Format a number of three significant digits with its sign."""
+    return ("+" if value > 0 else "") + number(value).replace("-", "−")
+
+
 def percent(share: float | None) -> str:
     """Format a share as a percentage of two or three significant digits."""
     if share is None or not math.isfinite(share):
@@ -153,6 +158,7 @@ def _environment() -> Environment:
         token_parts=token_parts,
         number=number,
         signed=signed,
+        signed_number=signed_number,
         percent=percent,
         score=score,
         amount=amount,

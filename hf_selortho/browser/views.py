@@ -18,6 +18,7 @@ from .catalog import CatalogEntry
 from .charts import curves, histogram
 from .concept_view import concept_page
 from .feature_table import feature_table
+from .graph_view import Graphs, graph_page
 from .live_model import LiveModel, NotLiveError
 from .pairs import pair_page, pair_table
 from .rendering import note, percent, problem, view
@@ -54,12 +55,18 @@ class Views:
 
     Args:
         catalog: the SAEs by key. live: the language model. examples: sentences to start with.
+        graphs: attribution graphs; the SAEs of their layers can be asked for, too.
     """
 
     def __init__(
-        self, catalog: Mapping[str, CatalogEntry], live: LiveModel, examples: Sequence[str] = EXAMPLES
+        self,
+        catalog: Mapping[str, CatalogEntry],
+        live: LiveModel,
+        examples: Sequence[str] = EXAMPLES,
+        graphs: Graphs | None = None,
     ) -> None:
-        self.catalog, self.live, self.examples = catalog, live, examples
+        self.catalog, self.live, self.examples, self.graphs = catalog, live, examples, graphs or Graphs()
+        self._entries = {entry.key: entry for entry in self.graphs.layers.values()} | dict(catalog)
 
     def render(self, address: Address) -> str:
         """Render the view of an address; mistakes and what is missing are said in words."""
@@ -79,9 +86,9 @@ class Views:
         Raises:
             SelOrthoError: it is not on this page.
         """
-        if sae not in self.catalog:
-            raise SelOrthoError(f"sae={sae!r:.50}: this page shows {' and '.join(self.catalog)}")
-        return self.catalog[sae]
+        if sae not in self._entries:
+            raise SelOrthoError(f"sae={sae!r:.50}: this page shows {' and '.join(self._entries)}")
+        return self._entries[sae]
 
     def index(self, sae: str) -> FeatureIndex:
         """Return the feature index of an SAE of the page.
@@ -125,7 +132,8 @@ class Views:
             SelOrthoError: it is not on this page.
         """
         entry = self.entry(sae)
-        return [entry, *(other for other in self.catalog.values() if other is not entry)]
+        others = self.catalog.values() if sae in self.catalog else ()
+        return [entry, *(other for other in others if other is not entry)]
 
     def feature(self, address: Address) -> str:
         """Show all about a feature."""
@@ -198,6 +206,10 @@ class Views:
         readings = [self.live.capture(address.q, entry.key) for entry in entries]
         sides = compared_values(entries, readings, [self.live.sae(entry.key) for entry in entries])
         return view("compare.html", address, f"Compare: {address.q[:40]}", sides=sides)
+
+    def graph(self, address: Address) -> str:
+        """Show an attribution graph and the edges of one of its nodes."""
+        return graph_page(address, self.graphs)
 
     def run(self, address: Address) -> str:
         """Show the settings of the training, what was measured beside the twin, and the curves of the training."""

@@ -11,7 +11,7 @@ from ..training.arguments import PublicIds, parse_arguments
 from ..training.cache_arguments import parse_cache_arguments
 from ..training.contradictions import EVALUATE, INDEX, PUSH, SPACE
 from ..utils.options import OneLineParser, argument, parse_options
-from ..utils.sae_formats import FORMATS, TARGETS
+from ..utils.sae_formats import FORMATS, SETS, TARGETS
 from .reading_arguments import EvaluateArguments, IndexArguments
 
 
@@ -79,11 +79,19 @@ def parse_browse(argv: Sequence[str] | None) -> argparse.Namespace:
 def parse_convert(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line into what an SAE is converted from and to."""
     parser = OneLineParser()
-    parser.add_argument("source", metavar="SRC", help="Folder or Hub id of the SAE (access token: HF_TOKEN).")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="Folder or Hub id of the SAE (access token: HF_TOKEN); of circuit-tracer: folder of a run or set.",
+    )
     parser.add_argument("target", metavar="DST", help="Folder to write: new or empty.")
     parser.add_argument("--to", required=True, choices=TARGETS, help="Format to write.")
     parser.add_argument(
-        "--from", dest="format", default="auto", choices=("auto", *FORMATS), help="Format of SRC; auto: by its files."
+        "--from",
+        dest="format",
+        default="auto",
+        choices=("auto", *FORMATS, *SETS),
+        help="Format of SRC; auto: by its files.",
     )
     parser.add_argument("--revision", help="Branch, tag or commit of the SAE.")
     parser.add_argument("--subfolder", help="Folder of the SAE within its repository.")

@@ -56,7 +56,7 @@ def whole_folder(folder: Path, replaceable: set[str] | None = None) -> Iterator[
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             sync(path)
         if place.is_dir():
             shutil.rmtree(place)

@@ -124,6 +124,15 @@ def find_revision(name: str, revision: str | None = None, token: str | None = No
     return _locate(name, revision, token)[2]
 
 
+def load_config(name: str, revision: str | None = None, token: str | None = None) -> PreTrainedConfig:
+    """Read the config of a language model, without its weights; raises as [`load_language_model`] does."""
+    name, where, _ = _locate(name, revision, token)
+    try:
+        return AutoConfig.from_pretrained(**where, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise SelOrthoError(f'cannot read the config of the language model "{name}": {one_line(error)}') from error
+
+
 def find_decoder_layers(model: PreTrainedModel) -> str:
     """Find the path of the list of decoder layers in a language model of transformers, such as "model.layers".
 

@@ -223,21 +223,21 @@ def at_one_commit(name: str, lookup: Mapping[str, Any], file: str = CONFIG) -> d
     return {**lookup, "revision": path.parents[in_subfolder(file, lookup).count("/")].name}  # snapshots/<commit>/...
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        ConfigError: it holds something else, or more than a megabyte.
+        ConfigError: it holds something else, or more bytes than the `largest`, a megabyte.
         SelOrthoError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_JSON else None
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= largest else None
     except OSError as error:
         raise SelOrthoError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({one_line(error)}); download it again") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object of at most {_LARGEST_JSON:,} bytes; download it again")
+        raise ConfigError(f"{path} holds no JSON object of at most {largest:,} bytes; download it again")
     return content
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import ConfigError
 
 FORMATS = ("selortho", "saelens", "sparsify", "gemma_scope")  # that are read
-TARGETS = ("saelens", "selortho")  # that are written
+SETS = ("circuit-tracer",)  # of transcoders of all layers of a language model, read and written as a whole
+TARGETS = ("saelens", "selortho", *SETS)  # that are written
 # Keys that a config.json of another library holds together; none of them has a model_type.
 _SIGNATURES: tuple[tuple[str, frozenset[str]], ...] = (
     ("Gemma Scope 2", frozenset({"hf_hook_point_in"})),

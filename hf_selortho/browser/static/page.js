@@ -1,7 +1,7 @@
 // Addresses of the views: links and buttons of the page change the query, and the query says what is shown.
 window.selortho = (() => {
   const VIEWS = [
-    "start", "text", "features", "feature", "concepts", "pairs", "search", "steer", "compare", "run",
+    "start", "text", "features", "feature", "concepts", "pairs", "search", "steer", "compare", "run", "graph",
   ];
   let ask = null; // hands a query to the server
   let waiting = null; // a query from before the page was connected
@@ -63,6 +63,10 @@ window.selortho = (() => {
       history.replaceState({}, "", shown.dataset.address);
     }
     document.title = shown.dataset.title + " · hf_selortho";
+    const chosen = shown.querySelector(".so-graph .so-chosen"); // on a narrow screen, where it can be seen
+    if (!chosen) return;
+    const graph = chosen.closest(".so-graph");
+    graph.scrollLeft += chosen.getBoundingClientRect().left - graph.getBoundingClientRect().left - graph.clientWidth / 2;
   }
 
   function connect(send) {

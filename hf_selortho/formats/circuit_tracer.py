@@ -1,0 +1,197 @@
+"""The format of circuit-tracer 0.5: a folder with a transcoder for each layer of a language model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..configuration_selortho import SelOrthoConfig
+from ..errors import SelOrthoError
+from ..language_models.loading import load_config
+from ..modeling_selortho import SelOrthoSAE
+from ..utils.hub import CONFIG, listed, read_tensors
+from ..utils.names import local_path
+
+SET = "config.yaml"  # by which a folder of this format is known
+_LAYER = re.compile(r"layer_(\d{1,4})")
+_LINE = re.compile(
+    r"""^(\w+):[ \t]*["']?([^"'#\n]*?)["']?[ \t]*(?:#.*)?$""", re.MULTILINE
+)  # of a YAML file without levels
+_THRESHOLD = "activation_function.threshold"
+_MLP_IN, _RESID_MID = {"mlp_in": "mlp.hook_in"}, {"resid_mid": "hook_resid_mid"}
+# By architecture: circuit-tracer's names of the sites that a transcoder reads and reconstructs.
+_HOOKS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "Gemma3ForCausalLM": (_MLP_IN | _RESID_MID, {"mlp_out": "hook_mlp_out"}),
+    "Gemma3ForConditionalGeneration": (_MLP_IN | _RESID_MID, {"mlp_out": "hook_mlp_out"}),
+    "Gemma2ForCausalLM": (_RESID_MID, {"mlp_out": "hook_mlp_out"}),  # the MLP's input before the gain of its norm only
+    "LlamaForCausalLM": (_MLP_IN | _RESID_MID, {"mlp_out": "hook_mlp_out"}),
+    "Qwen3ForCausalLM": (_MLP_IN, {"mlp_out": "mlp.hook_out"}),
+}
+_SITES = {hook: site for reads, writes in _HOOKS.values() for site, hook in (*reads.items(), *writes.items())}
+
+
+def write_circuit_tracer(run: str, folder: Path) -> None:
+    """Write the transcoders of a run, one of each layer and none of the twins, into an empty folder.
+
+    circuit-tracer computes what they do, but for rounding. It would take a set that lacks a layer, and topk as relu,
+    without a word, and give a wrong graph: both are refused here.
+
+    Args:
+        run: folder with layer_0, layer_1, ... of all layers of the language model.
+
+    Raises:
+        SelOrthoError: a layer is missing, they are no transcoders, or circuit-tracer cannot compute what they do.
+    """
+    layers = {int(found[1]): path for path in Path(local_path(run, "run")).glob("layer_*")
+              if (found := _LAYER.fullmatch(path.name)) and (path / CONFIG).is_file()}  # fmt: skip
+    if not layers:
+        raise SelOrthoError(f"{run} holds no layer_0, layer_1, ...: expected the run of transcoders of all layers")
+    configs = {layer: SelOrthoConfig.from_pretrained(layers[layer] / CONFIG) for layer in sorted(layers)}
+    first = next(iter(configs.values()))
+    for layer, config in configs.items():
+        _check(config, first, layers[layer], layer)
+    if first.lm_name is None:
+        raise SelOrthoError(
+            f"{run} does not say which language model it reads (lm_name): expected one, with its layers"
+        )
+    lm = load_config(first.lm_name, first.lm_revision)
+    text, architecture = lm.get_text_config(decoder=True), next(iter(lm.architectures or ()), "")
+    if missing := [f"layer_{layer}" for layer in range(text.num_hidden_layers) if layer not in layers]:
+        raise SelOrthoError(
+            f"{run} lacks {listed(missing)}: expected all {text.num_hidden_layers} layers of {first.lm_name}, since "
+            "circuit-tracer gives wrong graphs without"
+        )
+    if len(layers) > text.num_hidden_layers:
+        raise SelOrthoError(f"{run} has layer_{max(layers)}, but {first.lm_name} {text.num_hidden_layers} layers")
+    if (first.d_in, first.width_out) != (text.hidden_size, text.hidden_size):
+        raise SelOrthoError(
+            f"{run} maps {first.d_in} to {first.width_out} dimensions: expected {text.hidden_size}, as {first.lm_name}"
+        )
+    about = {"model_kind": "transcoder_set", **_hooks(architecture, first), "model_name": first.lm_name}
+    for layer, path in layers.items():
+        sae = SelOrthoSAE.from_pretrained(path, dtype=torch.float32)
+        save_file(fold(sae), folder / f"layer_{layer}.safetensors")
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items())
+    (folder / SET).write_text(lines, encoding="utf-8")
+
+
+def _check(config: SelOrthoConfig, first: SelOrthoConfig, path: Path, layer: int) -> None:
+    if not config.is_transcoder:
+        raise SelOrthoError(f"{path} reconstructs what it reads: expected a transcoder, trained with --target mlp_out")
+    if config.activation == "topk":
+        raise SelOrthoError(
+            f"{path} has activation topk, which circuit-tracer takes for relu without a word: train it with batchtopk"
+        )
+    if config.layer != layer:
+        raise SelOrthoError(f"{path} says that it reads layer {config.layer}: expected layer {layer}, as its folder")
+    for key in ("lm_name", "lm_revision", "site", "target", "skip", "d_sae", "d_in", "d_out"):
+        if getattr(config, key) != getattr(first, key):
+            raise SelOrthoError(
+                f"{path} has {key}={getattr(config, key)!r}, others {getattr(first, key)!r}: expected one of all layers"
+            )
+
+
+def _hooks(architecture: str, config: SelOrthoConfig) -> dict[str, str]:
+    if architecture not in _HOOKS:
+        raise SelOrthoError(
+            f"circuit-tracer does not know {architecture or 'this model'}: expected {' or '.join(_HOOKS)}"
+        )
+    hooks = {}
+    sites = {"feature_input_hook": config.site, "feature_output_hook": str(config.target)}
+    for (key, site), known in zip(sites.items(), _HOOKS[architecture], strict=True):
+        if site not in known:
+            gemma2 = (
+                " (of its mlp_in it has the values before the gain of the norm only)"
+                if "Gemma2" in architecture
+                else ""
+            )
+            raise SelOrthoError(
+                f"circuit-tracer has no hook for {site} of {architecture}{gemma2}: expected {' or '.join(known)}"
+            )
+        hooks[key] = known[site]
+    return hooks
+
+
+@torch.no_grad()
+def fold(sae: SelOrthoSAE) -> dict[str, Tensor]:
+    """Return the tensors of circuit-tracer's transcoder, with all means and scales in the weights, in float32.
+
+    With means m, n and scales s, t of input and output: W_enc^T / s, b_enc - (m / s) W_enc, W_dec t, W_skip^T t / s,
+    and b_dec t + n, less (m / s) W_skip t. The threshold of batchtopk is one number for each feature.
+    """
+    m, s = sae.input_mean.double(), sae.input_scale.double()
+    n, t = sae.output_mean.double(), sae.output_scale.double()
+    W_enc, b_dec = sae.W_enc.double(), sae.b_dec.double() * t + n
+    tensors = {"W_enc": W_enc.T / s, "b_enc": sae.b_enc.double() - (m / s) @ W_enc, "W_dec": sae.W_dec.double() * t}
+    if sae.config.skip:
+        tensors["W_skip"] = sae.W_skip.double().T * (t / s)
+        b_dec = b_dec - tensors["W_skip"] @ m
+    tensors["b_dec"] = b_dec
+    threshold = sae.inference_threshold()
+    if threshold is not None:
+        tensors[_THRESHOLD] = threshold.double().expand(len(sae.b_enc))
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+
+
+def read_circuit_tracer(name: str, folder: Path) -> None:
+    """Read a set of transcoders in this format and save each as one of ours, in folders layer_0, layer_1, ...
+
+    Args:
+        name: folder of the set. folder: an empty one to write to.
+
+    Raises:
+        SelOrthoError: a file is damaged or missing, or a hook is at no site of ours.
+    """
+    place = Path(name)
+    try:
+        about = dict(_LINE.findall((place / SET).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise SelOrthoError(f"{place / SET} cannot be read: {error!s:.100}") from error
+    facts: dict[str, Any] = {"lm_name": about.get("model_name") or None}
+    for site, key in (("site", "feature_input_hook"), ("target", "feature_output_hook")):
+        if about.get(key) not in _SITES:
+            raise SelOrthoError(f"{place / SET} has {key} {about.get(key)!r:.50}: expected {', '.join(_SITES)}")
+        facts[site] = _SITES[about[key]]
+    layers = {int(found[1]) for path in place.glob("layer_*.safetensors") if (found := _LAYER.fullmatch(path.stem))}
+    if layers != set(range(len(layers))) or not layers:
+        raise SelOrthoError(
+            f"{place} has layers {sorted(layers)!s:.80}: expected layer_0.safetensors and so on, without a gap"
+        )
+    for layer in sorted(layers):
+        _read_layer(place / f"layer_{layer}.safetensors", layer, facts).save_pretrained(folder / f"layer_{layer}")
+
+
+@torch.no_grad()
+def _read_layer(path: Path, layer: int, facts: dict[str, Any]) -> SelOrthoSAE:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise SelOrthoError(f"{path} is damaged or incomplete ({error!s:.80}): convert or download it again") from error
+    d_sae, d_in = found.get("W_enc", ()) if len(found.get("W_enc", ())) == 2 else (1, 1)
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,)}
+    shapes |= {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= {"W_skip": (d_in, d_in)} if "W_skip" in found else {}
+    shapes |= {_THRESHOLD: (d_sae,)} if _THRESHOLD in found else {}
+    tensors = {key: tensor.float() for key, tensor in read_tensors(str(path), [path], shapes).items()}
+    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise SelOrthoError(f"{path}: {bad[0]} holds NaN or infinity: convert or download it again")
+    activation = "jumprelu" if _THRESHOLD in tensors else "relu"
+    settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": activation, **facts}
+    config = SelOrthoConfig(d_in=d_in, d_sae=d_sae, d_out=d_in, skip="W_skip" in tensors, layer=layer, **settings)
+    sae = SelOrthoSAE(config)
+    for key in ("b_enc", "W_dec", "b_dec"):
+        getattr(sae, key).copy_(tensors[key])
+    sae.W_enc.copy_(tensors["W_enc"].T)
+    if "W_skip" in tensors:
+        sae.W_skip.copy_(tensors["W_skip"].T)
+    if _THRESHOLD in tensors:
+        sae.log_threshold.copy_(tensors[_THRESHOLD].clamp(min=0).double().log())  # exp of minus infinity is 0
+    return sae.eval()
