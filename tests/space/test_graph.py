@@ -65,7 +65,7 @@ def test_the_run_has_its_graphs_layers_and_figures(tmp_path) -> None:
     views = Views(catalog, LiveModel(catalog, "none"), graphs=graphs)
     assert "no evaluation with all MLPs replaced" in views.render(Address(view="graph"))
     assert "has no feature index" in views.render(Address(view="feature", sae="layer_3", id=1))
-    (run / "metrics.json").write_text(json.dumps({"all_layers": {"ce": 3.086, "ce_replaced": 4.655, "kl": 1.8}}))
+    (run / "metrics.json").write_text(json.dumps({"all_layers": {"": {"ce": 3.086, "ce_replaced": 4.655, "kl": 1.8}}}))
     graphs = open_graphs(str(run), None, catalog["main"])
     page = graph_page(Address(view="graph"), graphs)
     assert "<strong>4.66</strong>" in page and "beside CE, KL and top-1 agreement" in page
