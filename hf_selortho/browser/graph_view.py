@@ -79,7 +79,8 @@ def open_graphs(sae: str, graph: str | None, main: CatalogEntry) -> Graphs:
         if number.isdecimal() and int(number) not in layers and holds_sae(path):
             layers[int(number)] = open_entry(path.name, RepoRef(str(path)))
     metrics = read_object(run / METRICS) if (run / METRICS).is_file() else {}
-    replaced = metrics.get("all_layers")
+    by_variant = metrics.get("all_layers")
+    replaced = by_variant.get("") if isinstance(by_variant, dict) else None  # "": the SAEs that are no variant
     files = {path.stem: path for path in reversed(paths)}
     return Graphs(dict(reversed(files.items())), layers, replaced if isinstance(replaced, dict) else {})
 

@@ -1,4 +1,4 @@
-"""The start view, the table of features and the concepts in a real Chromium, over a small invented run."""
+"""The start view, the table of features, the concepts and a graph in a real Chromium, over a small invented run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.space.served import Served, keep, serve
 from tests.space.test_page_in_browser import SETTLED, open_view
+from tests.space.written_graph import write_graph
 from tests.space.written_run import CONCEPTS, DENSE, FEATURES, record_of, write_run
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Generator[Served, None, None]:
     folder = tmp_path_factory.mktemp("served")
-    with serve(folder / "app.log", "--sae", str(write_run(folder / "run")), "--lm", "none") as page:
+    run = write_run(folder / "run")
+    write_graph(run / "graphs/demo.json")
+    with serve(folder / "app.log", "--sae", str(run), "--lm", "none") as page:
         yield page
 
 
@@ -142,11 +145,38 @@ def test_a_concept_is_chosen_and_its_features_stand_beside_the_twins(page, serve
     expect(page.locator("#so-out-feature h2")).to_contain_text(f"Feature {number}")
 
 
+def test_a_node_of_a_graph_is_chosen_and_leads_to_its_feature(page, served) -> None:
+    open_view(page, served, "?view=graph")
+    shown = page.locator("#so-out-graph")
+    expect(page.locator("#so-nav a[aria-current]")).to_have_text("Graph")
+    expect(shown.locator("h3")).to_contain_text('Output "market"')
+    shown.get_by_role("link", name=re.compile("^layer 3, feature")).first.focus()
+    page.keyboard.press("Enter")
+    expect(shown.locator("h3")).to_contain_text("layer 3, feature")
+    expect(shown.locator("path.so-raises, path.so-lowers").first).to_be_visible()
+    settle(page)
+    keep(page, "graph")
+    followed = shown.locator("td a[href*='view=feature&']").first
+    number = re.search(r"id=(\d+)", followed.get_attribute("href"))[1]
+    followed.click()
+    expect(page.locator("#so-out-feature h2")).to_contain_text(f"Feature {number}")
+    settle(page)
+    page.go_back()
+    expect(shown.locator("h3")).to_contain_text("layer 3, feature")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_a_phone(browser, served, scheme) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True)
     page = context.new_page()
-    for query in ("", "?view=features", "?view=features&q=img", "?view=concepts&concept=7_x", "?view=feature&id=11"):
+    for query in (
+        "",
+        "?view=features",
+        "?view=features&q=img",
+        "?view=concepts&concept=7_x",
+        "?view=feature&id=11",
+        "?view=graph",
+    ):
         open_view(page, served, query)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, query
         assert page.title() != "broken" and page.locator("img[src='x']").count() == 0
