@@ -68,6 +68,10 @@ def lm_of(tiny_tokenizer) -> Callable[[str], LanguageModel]:
     return build
 
 
+def read(lm: LanguageModel, site: str) -> Tensor:
+    return only(ActivationCapture(lm, LAYER, site=site).hidden_states(TOKENS, torch.ones_like(TOKENS)))
+
+
 def first(value: Any) -> Any:
     return value[0] if isinstance(value, (tuple, list)) else value
 
@@ -107,11 +111,8 @@ def test_sites_are_what_a_plain_forward_gives_and_add_up(kind, lm_of) -> None:
     layer, (inputs, outputs) = lm.layers[LAYER], plain_forward(lm)
     projection = PROJECTION.get(kind, "self_attn.o_proj")
     attention = projection.split(".")[0]
-    norm_of_attention, norm_of_mlp = (
-        (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
-        if kind in NORMS_AFTER
-        else (nn.Identity(), nn.Identity())
-    )
+    norm_of_attention = layer.post_attention_layernorm if kind in NORMS_AFTER else nn.Identity()
+    norm_of_mlp = layer.post_feedforward_layernorm if kind in NORMS_AFTER else nn.Identity()
     expected = {
         "resid_pre": inputs[""],
         "attn_z": inputs[projection],
@@ -123,26 +124,17 @@ def test_sites_are_what_a_plain_forward_gives_and_add_up(kind, lm_of) -> None:
     if kind not in PARALLEL:
         expected["resid_mid"] = expected["resid_pre"] + expected["attn_out"]
 
-    ones, read = torch.ones_like(TOKENS), {}
-    for site in expected:
-        capture = ActivationCapture(lm, LAYER, site=site)
-        read[site] = capture.hidden_states(TOKENS, ones)[LAYER]
-        assert torch.equal(read[site], expected[site])
-        assert capture.widths == {LAYER: read[site].shape[-1]} and capture.target_widths == {}
-    close(norm_of_attention(layer.get_submodule(projection)(read["attn_z"])), read["attn_out"])
-    close(norm_of_mlp(first(layer.mlp(read["mlp_in"]))), read["mlp_out"])
-    close(read["resid_pre"] + read["attn_out"] + read["mlp_out"], read["resid_post"])
-    assert all(read[site].norm() > 0.1 for site in read)
+    at = {site: read(lm, site) for site in expected}
+    assert all(torch.equal(at[site], expected[site]) and at[site].norm() > 0.1 for site in expected)
+    close(norm_of_attention(layer.get_submodule(projection)(at["attn_z"])), at["attn_out"])
+    close(norm_of_mlp(first(layer.mlp(at["mlp_in"]))), at["mlp_out"])
+    close(at["resid_pre"] + at["attn_out"] + at["mlp_out"], at["resid_post"])
 
 
 @pytest.mark.parametrize("kind", [*MODELS, SERIAL])
 def test_a_site_replaced_by_itself_changes_nothing_and_moved_goes_into_the_sum(kind, lm_of) -> None:
     lm = lm_of(kind)
     clean, move = logits(lm), torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
-
-    def read(site: str) -> Tensor:
-        return only(ActivationCapture(lm, LAYER, site=site).hidden_states(TOKENS, torch.ones_like(TOKENS)))
-
     for site in SITES:
         if site == "resid_mid" and kind in PARALLEL:
             continue
@@ -155,8 +147,8 @@ def test_a_site_replaced_by_itself_changes_nothing_and_moved_goes_into_the_sum(k
             continue
         with capture.splice(lambda h: h + move):
             assert not torch.allclose(logits(lm), clean, atol=1e-3)
-            total = read("resid_pre") + read("attn_out") + read("mlp_out")
-            close(read("resid_post"), total + move if site in ("resid_mid", "resid_post") else total)
+            total = read(lm, "resid_pre") + read(lm, "attn_out") + read(lm, "mlp_out")
+            close(read(lm, "resid_post"), total + move if site in ("resid_mid", "resid_post") else total)
     assert torch.equal(logits(lm), clean)  # no hook is left
 
 
@@ -189,8 +181,7 @@ def test_a_target_is_read_beside_its_site_and_replaced_from_it(lm_of) -> None:
         with capture.splice_from(replace):
             assert torch.equal(logits(lm), clean) and torch.equal(lm.model.generate(TOKENS, **how), written)
     with capture.splice(torch.zeros_like):  # of the target
-        zeros = ActivationCapture(lm, LAYER, site="mlp_out").hidden_states(TOKENS, torch.ones_like(TOKENS))
-    assert not only(zeros).any()
+        assert not read(lm, "mlp_out").any()
     with ActivationCapture(lm, LAYER, site="resid_mid").splice_from(lambda x, y: x if x is y else x * torch.nan):
         assert torch.equal(logits(lm), clean)
 
@@ -215,12 +206,9 @@ def test_a_module_is_a_site_at_any_layer(lm_of) -> None:
     assert [layer_of_module(lm, p) for p in (path, "model.language_model.layers.0", "lm_head")] == [2, 0, None]
     capture = ActivationCapture(lm, 7, site=f"{path}:input")
     assert capture.sites == {7: HookSite(path, "input")} and capture.widths == {7: 48}
-    for site, named in (("resid_post", "model.language_model.layers.1:output"), ("mlp_in", None)):
-        at = ActivationCapture(lm, LAYER, site=named or f"{lm.layers_path}.1.mlp:input")
-        assert torch.equal(
-            only(at.hidden_states(TOKENS, torch.ones_like(TOKENS))),
-            only(ActivationCapture(lm, LAYER, site=site).hidden_states(TOKENS, torch.ones_like(TOKENS))),
-        )
+    for named, module in (("resid_post", f"{lm.layers_path}.1:output"), ("mlp_in", f"{lm.layers_path}.1.mlp:input")):
+        one, other = (read(lm, site) for site in (named, module))
+        assert torch.equal(one, other)
     by_name = ActivationCapture(lm, LAYER, site=f"{lm.layers_path}.1.self_attn:input")  # given as hidden_states=
     before = logits(lm)
     with by_name.splice(torch.zeros_like):
