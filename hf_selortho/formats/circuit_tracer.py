@@ -18,6 +18,7 @@ from ..language_models.loading import load_config
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.hub import CONFIG, listed, read_tensors
 from ..utils.names import local_path
+from .plain import PlainSae
 
 SET = "config.yaml"  # by which a folder of this format is known
 _LAYER = re.compile(r"layer_(\d{1,4})")
@@ -119,25 +120,13 @@ def _hooks(architecture: str, config: SelOrthoConfig) -> dict[str, str]:
     return hooks
 
 
-@torch.no_grad()
 def fold(sae: SelOrthoSAE) -> dict[str, Tensor]:
-    """Return the tensors of circuit-tracer's transcoder, with all means and scales in the weights, in float32.
-
-    With means m, n and scales s, t of input and output: W_enc^T / s, b_enc - (m / s) W_enc, W_dec t, W_skip^T t / s,
-    and b_dec t + n, less (m / s) W_skip t. The threshold of batchtopk is one number for each feature.
-    """
-    m, s = sae.input_mean.double(), sae.input_scale.double()
-    n, t = sae.output_mean.double(), sae.output_scale.double()
-    W_enc, b_dec = sae.W_enc.double(), sae.b_dec.double() * t + n
-    tensors = {"W_enc": W_enc.T / s, "b_enc": sae.b_enc.double() - (m / s) @ W_enc, "W_dec": sae.W_dec.double() * t}
-    if sae.config.skip:
-        tensors["W_skip"] = sae.W_skip.double().T * (t / s)
-        b_dec = b_dec - tensors["W_skip"] @ m
-    tensors["b_dec"] = b_dec
-    threshold = sae.inference_threshold()
-    if threshold is not None:
-        tensors[_THRESHOLD] = threshold.double().expand(len(sae.b_enc))
-    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    """Return the tensors of circuit-tracer's transcoder, with all means and scales in the weights, in float32."""
+    plain = PlainSae.of(sae)
+    tensors = {"W_enc": plain.W_enc.T, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
+    tensors |= {} if plain.W_skip is None else {"W_skip": plain.W_skip.T}
+    tensors |= {} if plain.threshold is None else {_THRESHOLD: plain.threshold}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def read_circuit_tracer(name: str, folder: Path) -> None:
@@ -168,7 +157,6 @@ def read_circuit_tracer(name: str, folder: Path) -> None:
         _read_layer(place / f"layer_{layer}.safetensors", layer, facts).save_pretrained(folder / f"layer_{layer}")
 
 
-@torch.no_grad()
 def _read_layer(path: Path, layer: int, facts: dict[str, Any]) -> SelOrthoSAE:
     try:
         with safe_open(path, framework="pt") as file:
@@ -181,17 +169,14 @@ def _read_layer(path: Path, layer: int, facts: dict[str, Any]) -> SelOrthoSAE:
     shapes |= {"W_skip": (d_in, d_in)} if "W_skip" in found else {}
     shapes |= {_THRESHOLD: (d_sae,)} if _THRESHOLD in found else {}
     tensors = {key: tensor.float() for key, tensor in read_tensors(str(path), [path], shapes).items()}
-    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise SelOrthoError(f"{path}: {bad[0]} holds NaN or infinity: convert or download it again")
-    activation = "jumprelu" if _THRESHOLD in tensors else "relu"
-    settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": activation, **facts}
-    config = SelOrthoConfig(d_in=d_in, d_sae=d_sae, d_out=d_in, skip="W_skip" in tensors, layer=layer, **settings)
-    sae = SelOrthoSAE(config)
-    for key in ("b_enc", "W_dec", "b_dec"):
-        getattr(sae, key).copy_(tensors[key])
-    sae.W_enc.copy_(tensors["W_enc"].T)
-    if "W_skip" in tensors:
-        sae.W_skip.copy_(tensors["W_skip"].T)
-    if _THRESHOLD in tensors:
-        sae.log_threshold.copy_(tensors[_THRESHOLD].clamp(min=0).double().log())  # exp of minus infinity is 0
-    return sae.eval()
+    plain = PlainSae(
+        W_enc=tensors["W_enc"].T,
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        shift=torch.zeros(d_in),
+        threshold=tensors.get(_THRESHOLD),
+        W_skip=tensors["W_skip"].T if "W_skip" in tensors else None,
+        facts={**facts, "layer": layer},
+    )
+    return plain.to_model(str(path))
