@@ -129,6 +129,11 @@ def fold(sae: SelOrthoSAE) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def is_circuit_tracer(name: str) -> bool:
+    """Tell whether a folder holds a set of transcoders in this format."""
+    return Path(name, SET).is_file() and Path(name, "layer_0.safetensors").is_file()
+
+
 def read_circuit_tracer(name: str, folder: Path) -> None:
     """Read a set of transcoders in this format and save each as one of ours, in folders layer_0, layer_1, ...
 

@@ -14,7 +14,7 @@ from ..utils.files import write_json
 from ..utils.hub import CONFIG, find_file, read_object
 from ..utils.names import local_path, located
 from ..utils.sae_formats import SETS, TARGETS
-from .circuit_tracer import SET, read_circuit_tracer, write_circuit_tracer
+from .circuit_tracer import SET, is_circuit_tracer, read_circuit_tracer, write_circuit_tracer
 from .folders import check_target, whole_folder
 from .load import read_sae
 from .saelens import FILES, write_saelens
@@ -48,7 +48,7 @@ def convert(
     target, place = Path(local_path(target, "target")), Path(source, lookup.get("subfolder") or "")
     if overwrite and place.is_dir() and target.is_dir() and os.path.samefile(place, target):
         raise SelOrthoError(f"{target} is the SAE to convert: choose another folder")
-    if to in SETS or format in SETS or (format == "auto" and Path(source, SET).is_file()):
+    if to in SETS or format in SETS or (format == "auto" and is_circuit_tracer(source)):
         return _convert_set(source, target, to, overwrite)
     replaceable = _WRITTEN if overwrite else None
     check_target(target, replaceable)
@@ -67,7 +67,7 @@ def convert(
 
 def _convert_set(source: str, target: Path, to: str, overwrite: bool) -> list[Path]:
     """Convert the transcoders of all layers, as [`convert`] does; only a folder of circuit-tracer is replaced."""
-    if to not in ("selortho", *SETS) or (to in SETS and Path(source, SET).is_file()):
+    if to not in ("selortho", *SETS) or (to in SETS and is_circuit_tracer(source)):
         raise SelOrthoError(
             f"{source} to {to}: expected a run to circuit-tracer, or a set of circuit-tracer to selortho"
         )
