@@ -424,6 +424,11 @@ class SelOrthoConfig(PreTrainedConfig):
         return self.target is not None
 
     @property
+    def written_site(self) -> str:
+        """The site that is reconstructed, in whose space the decoder directions lie."""
+        return self.target or self.site
+
+    @property
     def width_out(self) -> int:
         """Width of what is reconstructed: `d_out`, or `d_in` where it is not set."""
         width = self.d_out or self.d_in

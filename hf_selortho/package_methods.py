@@ -199,6 +199,11 @@ class PackageMethods(PreTrainedModel):
             )
         return tensor
 
+    def raw_directions(self, features: Tensor | slice = slice(None)) -> Tensor:
+        """Return what an activation of 1 of some features adds to the raw activations: (features, d_out) in float32."""
+        scale = self.output_scale if self.config.is_transcoder else self.input_scale
+        return (self.W_dec[features].detach().float() * scale).detach()
+
     @property
     def aux_features(self) -> int:
         """Dead features that explain the residual of a token in the auxiliary loss; 0: the loss has no such term."""

@@ -20,6 +20,7 @@ from ..training.run_folder import CARD, METRICS, METRICS_LOG, read_rows
 from ..utils.files import target_outside
 from ..utils.hub import CONFIG, at_one_commit, find_file, read_object
 from ..utils.names import RepoRef
+from ..utils.site_words import place_in_words
 from .address import MAIN, TWIN
 from .rendering import label_of
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_CARD = _LARGEST_PICTURE = 1 << 20  # bytes
 _CARD_HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_OF_A_RUN = re.compile(r"layer_[^_]+(?:_(.+))?")  # folder of an SAE, with its variant
 _PICTURE = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<path>[\w./-]+\.png)\)")
 
 
@@ -42,6 +44,7 @@ class CatalogEntry:
     metrics: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
     card: str = ""  # the model card, Markdown
+    all_layers: dict[str, Any] = field(default_factory=dict)  # of transcoders, with those of all layers in place
 
     def label(self, feature: int) -> str:
         """Return the label of a feature, "" where there is none; data of others, to be escaped where it is shown.
@@ -49,6 +52,11 @@ class CatalogEntry:
         Before a label that is not good enough stands "unclear".
         """
         return label_of(self.index, feature)
+
+    @property
+    def place(self) -> str:
+        """Where in the language model it is: "layer 9, attention heads (attn_z)"; "" where that is not known."""
+        return place_in_words(self.config.own_settings()) if self.config else ""
 
     @property
     def as_other(self) -> str:
@@ -104,7 +112,22 @@ def open_entry(key: str, repo: RepoRef) -> CatalogEntry:
         metrics=read_object(metrics) if metrics else {},
         rows=read_rows(rows) if rows else [],
         card=card.read_text("utf-8", "replace") if card and card.stat().st_size <= _LARGEST_CARD else "",
+        all_layers=_all_layers(repo),
     )
+
+
+def _all_layers(repo: RepoRef) -> dict[str, Any]:
+    """Read from the metrics.json beside the folder of an SAE what was measured of all SAEs of its variant together."""
+    path = Path(repo.name if repo.is_local else "", repo.subfolder or "")
+    variant = _OF_A_RUN.fullmatch(path.name)
+    if variant is None:
+        return {}
+    above = path.parent.as_posix()
+    run = RepoRef(above) if repo.is_local else RepoRef(repo.name, repo.revision, None if above == "." else above)
+    file = find_file(run.name, METRICS, run.lookup)
+    measured = read_object(file).get("all_layers") if file else None
+    figures = measured.get(variant[1] or "") if isinstance(measured, dict) else None
+    return figures if isinstance(figures, dict) else {}
 
 
 def _title(repo: RepoRef) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import SelOrthoError
 from ..features import TokenFeatures
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.characters import isolated, visible
@@ -103,6 +104,11 @@ def counterparts(
 ) -> list[Counterpart]:
     """Return the `k` strongest features of the first SAE on a text, each beside its nearest one in the second SAE."""
     (sae, other), (reading, other_reading) = saes, readings
+    own, theirs = (f"{one.config.written_site} of width {one.config.width_out}" for one in saes)
+    if own != theirs:
+        raise SelOrthoError(
+            f"directions of {own} and of {theirs} do not compare: choose SAEs of one site of the same language model"
+        )
     decoder = other.W_dec.float()  # (d_sae of the other, d_in)
     norms = decoder.norm(dim=1).clamp_min(1e-12)
     rows = []

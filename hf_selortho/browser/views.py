@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..features import FeatureIndex, FeatureRecord
 from ..features.records import FeatureContext
+from ..hub.card_results import ALL_LAYERS
 from ..utils.names import RepoRef
 from .address import MAIN, TWIN, VIEWS, Address
 from .catalog import CatalogEntry
@@ -36,6 +37,8 @@ MEASURED = {  # in metrics.json, with name and meaning
     "fvu": ("FVU", "unexplained variance, less is better"),
     "l0": ("L0", "features that fire on a token"),
     "loss_recovered": ("loss recovered", "of the language model, 1 is perfect"),
+    "kl": ("KL divergence", "of the predictions with the reconstruction in place, in nats per token"),
+    "top1_agreement": ("top-1 agreement", "tokens whose likeliest successor stays the same"),
     "top_correlation": ("mean of the top pairs", "correlation of the most correlated 0.1% of pairs"),
     "peak_correlation": ("peak correlation", "of any pair"),
     "max_decoder_cosine": ("mean maximum decoder cosine", "of each feature with its nearest"),
@@ -47,6 +50,7 @@ CURVES = {  # in metrics.jsonl, with the title of their chart
     "top_correlation": "Mean of the selected pairs (correlation, or cosine where these select)",
     "dead_features": "Dead features",
 }
+HEADS = 8  # shown of a feature that writes to attention heads, the strongest first
 _BANDS = (0.8, 0.6, 0.4, 0.2, 0.0)  # quantiles of the activation, from above
 
 
@@ -148,6 +152,8 @@ class Views:
             steps=_steps(index.firing_features(), record.feature),
             histogram=histogram(record.histogram),
             pairs=index.pairs_of(record.feature)[:20],
+            lens=index.logit_lens,
+            heads=sorted(enumerate(record.head_shares), key=lambda head: -head[1])[:HEADS],
             groups=_context_groups(record),
             **self._on_my_text(address, record.feature),
         )
@@ -228,6 +234,12 @@ class Views:
             lm_name=without_folders(entry.config.lm_name if entry.config else None),
             dataset=without_folders(entry.config.dataset if entry.config else None),
             titles=[one.title for one in entries],
+            layers=number_of(entry.all_layers, "layers"),
+            replaced=[
+                ((metric.name, metric.meaning), values)
+                for metric in ALL_LAYERS
+                if (values := [number_of(one.all_layers, metric.key) for one in entries])[0] is not None
+            ],
             rows=[
                 (MEASURED[key], values) for key, values in figures.items() if any(value is not None for value in values)
             ],

@@ -69,15 +69,16 @@ def evaluate(name: str, arguments: EvaluateArguments) -> dict[str, Any]:
 
 
 def load_other(name: str, sae: Any) -> Tensor:
-    """Decoder directions (d_sae, d_in) of an SAE to compare with.
+    """Decoder directions (d_sae, d_out) of an SAE to compare with.
 
     Raises:
-        SelOrthoError: it cannot be loaded, or reads activations of another width.
+        SelOrthoError: it cannot be loaded, or its directions lie at another site or have another width.
     """
     other = load(name, {}, "cpu")
-    if other.config.d_in != sae.config.d_in:
+    theirs, own = (f"{c.written_site} of width {c.width_out}" for c in (other.config, sae.config))
+    if theirs != own:
         raise SelOrthoError(
-            f"--compare_with {name}: it has d_in={other.config.d_in}, the SAE d_in={sae.config.d_in}; expected one of "
-            "the same language model and layer"
+            f"--compare_with {name}: its directions are of {theirs}, those of the SAE of {own}; expected one of the "
+            "same language model, layer and site"
         )
     return other.W_dec.detach().float()

@@ -9,7 +9,7 @@ from ..configuration_selortho import SelOrthoConfig
 from ..data.text_source import TextSource
 from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
-from ..features.token_features import check_centering, check_site
+from ..features.token_features import check_centering, check_site, layer_of_site, open_capture
 from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, load_language_model
@@ -61,7 +61,7 @@ def load_lm_of(config: SelOrthoConfig, arguments: ReadingArguments) -> LanguageM
     """The language model of the command line, else that of the training.
 
     Raises:
-        SelOrthoError: neither says which, it cannot be loaded, or the SAE reads no output of its layers.
+        SelOrthoError: neither says which, it cannot be loaded, or the SAE reads no site of it that is known.
     """
     check_site(config)
     return load_language_model(
@@ -73,17 +73,17 @@ def load_lm_of(config: SelOrthoConfig, arguments: ReadingArguments) -> LanguageM
 
 
 def capture_of(config: SelOrthoConfig, lm: LanguageModel, arguments: ReadingArguments) -> ActivationCapture:
-    """The language model at the SAE's layer, sinks left out as in training; warns if it is another one.
+    """The language model at the SAE's site and target, sinks left out as in training; warns if it is another one.
 
     Raises:
         SelOrthoError: neither the command line nor the SAE says which layer it reads, or it reads centred activations
-            of another language model.
+            of another language model, or ones of another width.
     """
     warn_of_other_lm(config, lm)
     check_centering(config, lm)
     check_context_length(lm, config.context_length)
-    layer = config.layer if arguments.layer is None else arguments.layer
-    return ActivationCapture(lm, required(layer, "--layer"), config.max_norm)
+    layer = layer_of_site(config) if arguments.layer is None else arguments.layer
+    return open_capture(config, lm, required(layer, "--layer"))
 
 
 def least_tokens(config: SelOrthoConfig, arguments: ReadingArguments) -> int:

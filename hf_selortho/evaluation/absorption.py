@@ -26,6 +26,7 @@ import torch
 from sklearn.metrics import f1_score
 from torch import Tensor
 
+from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 
 MIN_SPELLING_ACCURACY = 0.5  # below either of these two, `facts` has a caution
@@ -51,7 +52,7 @@ class FirstLetterTask:
 
     words: list[str]
     letters: Tensor  # (words,) int64, 0 to 25
-    activations: Tensor  # (words, d_in) float32, the raw residual stream at the word's token
+    activations: Tensor  # (words, d_in) float32, raw, of the SAE's site at the word's token
     train: Tensor  # (words,) bool; the others are test words
     probes: Tensor  # (26, d_in) float32, unit directions in the raw space; zeros for a letter that is left out
     biases: Tensor  # (26,) float32, in the units of the activations; -inf for a letter that is left out
@@ -116,13 +117,15 @@ def absorption(sae: SelOrthoSAE, task: FirstLetterTask) -> dict[str, float]:
         did.
 
     Raises:
-        SelOrthoError: the SAE has another width than the activations of the task.
+        SelOrthoError: the SAE has another width than the activations of the task, or is a transcoder.
     """
-    SelOrthoSAE.checked(sae)
+    config = SelOrthoSAE.checked(sae).config
+    if config.is_transcoder:
+        raise SelOrthoError(f"target={config.target}: absorption is measured of SAEs that reconstruct what they read")
     h = torch.cat([sae.encode(part.to(sae.device)).float().cpu() for part in task.activations.split(_BATCH_WORDS)])
     fires = (h > 0).any(0)
     # what a feature activation of 1 adds to the reconstruction of a raw activation
-    directions = (sae.W_dec.float() * sae.input_scale).cpu()[fires]  # (firing, d_in)
+    directions = sae.raw_directions().cpu()[fires]  # (firing, d_in)
     h = h[:, fires]  # (words, firing)
     scores = task.activations.double() @ task.probes.double().T + task.biases.double()  # (words, 26)
     rates, fractions, f1s, splits, count = [], [], [], [], 0

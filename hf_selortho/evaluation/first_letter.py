@@ -191,7 +191,7 @@ def _read(capture: ActivationCapture, prompt: str, words: Sequence[_Word]) -> tu
         for number, word in enumerate(words)
         if _prompt_ids(tokenizer, f"{prompt} {word.text}") == [*start, word.token_id]
     ]
-    activations, found = [torch.zeros(0, capture.lm.d_model)], []
+    activations, found = [torch.zeros(0, capture.widths[capture.layer])], []
     for captured in capture.capture_batches(contexts):
         at_word = captured[captured.origins.positions == len(start)]
         activations.append(at_word.by_layer[capture.layer].float().cpu())

@@ -20,6 +20,7 @@ from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, NonFiniteActivationsError, length_batches
 from ..language_models.contexts import Context, pad_batch
 from ..language_models.loading import check_context_length
+from ..language_models.sites import find_site
 from ..utils.files import reason, replace_file
 from ..utils.progress import Bar
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return where activations of last tokens are kept, for every SAE of the same language model and layer."""
+    """Return where activations of last tokens are kept, for every SAE of the same language model, layer and site."""
     return Path(constants.HF_HOME) / "hf_selortho" / "probes"
 
 
@@ -65,13 +66,13 @@ def read_last_tokens(
     with Bar("probing", total=sum(map(len, sets.values())), unit="text", disable=not progress) as bar:
         for name, texts in sets.items():
             identity = [*of_lm, tokens, prepend_bos, texts]
-            files = {layer: _file_of(cache, name, [layer, *identity]) for layer in capture.layers}
+            files = {layer: _file_of(cache, name, [_place(capture, layer), *identity]) for layer in capture.layers}
             by_layer = {layer: rows for layer, file in files.items() if (rows := _load(file, len(texts))) is not None}
             if missing := [layer for layer in files if layer not in by_layer]:
                 unknown = [n for n, text in enumerate(texts) if text not in shared]
                 fresh = _read(capture, [texts[n] for n in unknown], tokens, prepend_bos, bar)
                 for layer in missing:
-                    rows = by_layer[layer] = torch.empty(len(texts), capture.lm.d_model)
+                    rows = by_layer[layer] = torch.empty(len(texts), capture.widths[layer])
                     rows[unknown] = fresh[layer]
                     for n, text in enumerate(texts):
                         if text in shared:
@@ -90,7 +91,7 @@ def _read(
     capture: ActivationCapture, texts: Sequence[str], tokens: int, prepend_bos: bool, bar: Bar
 ) -> dict[int, Tensor]:
     """Run the language model over the ends of texts, those of similar length at once, padded on the right."""
-    lm, result = capture.lm, {layer: torch.empty(len(texts), capture.lm.d_model) for layer in capture.layers}
+    lm, result = capture.lm, {layer: torch.empty(len(texts), capture.widths[layer]) for layer in capture.layers}
     if prepend_bos and lm.tokenizer.bos_token_id is None:
         raise SelOrthoError(
             f'the tokenizer of "{lm.name}" has no beginning-of-sequence token, with which the SAE was trained: give '
@@ -120,6 +121,12 @@ def _read(
             result[layer][numbers] = rows
         bar.update(len(batch))
     return result
+
+
+def _place(capture: ActivationCapture, layer: int) -> Any:
+    """Name what is read; the output of a decoder layer by its number, under which it has always been kept."""
+    site = capture.sites[layer]
+    return layer if site == find_site(capture.lm, layer, "resid_post") else (site.module, site.side)
 
 
 def _file_of(cache: Path | None, name: str, identity: Sequence[Any]) -> Path | None:

@@ -68,6 +68,8 @@ def prepare_tasks(
         facts |= dense_probing(probing) | {"probing_texts": len(probing), "probing_classes": len(probing.classes)}
     if not words:
         facts["no_first_letter"] = "left out by the plan"
+    elif capture.target_sites:
+        facts["no_first_letter"] = "absorption is measured of SAEs that reconstruct what they read, not of transcoders"
     else:
         try:
             first_letter = first_letter_task(capture, words=words)

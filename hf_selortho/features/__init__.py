@@ -1,5 +1,6 @@
 """What the features of a trained SAE do, for a person to look at."""
 
+from .heads import head_norms
 from .index import FeatureIndex
 from .records import FeatureRecord, PairRecord
 from .sampling import Sampling
@@ -16,6 +17,7 @@ __all__ = [
     "Steer",
     "Steering",
     "TokenFeatures",
+    "head_norms",
     "inspect",
     "warn_of_other_lm",
 ]

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..configuration_selortho import SelOrthoConfig
 from ..data.contexts import Cutter, held_out_contexts
 from ..data.pair_history import PairSnapshot
 from ..data.texts import Documents
@@ -29,10 +30,11 @@ from .concept_labels import Concepts, measure_concepts
 from .feature_records import Gathered, feature_records, pair_records
 from .feature_statistics import BANDS, PER_BAND, SAMPLES, FeatureStatistics
 from .gallery import Gallery
+from .heads import HEADS_SITE, head_norms
 from .index import FeatureIndex
 from .index_writer import IndexWriter
 from .labels import THRESHOLDS
-from .logit_lens import find_final_norm, top_logits
+from .logit_lens import find_final_norm, find_path, sae_logits
 from .neighbours import CorrelationSample
 from .pair_statistics import PairList, PairStatistics, TwinStatistics, pairs_of_training, rule_of_classes
 from .records import LABEL_SOURCES, PAIR_CLASSES
@@ -42,6 +44,7 @@ from .top_contexts import WINDOW, Batch
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+_PLACE = ("d_in", "layer", "site", "target")  # in which a twin is alike
 PREVIEW_SHARE, PREVIEW_TOKENS = 0.05, 20_000  # of the text, from which pairs are chosen where no training has done it
 
 
@@ -108,7 +111,9 @@ def build_feature_index(
             has no final norm.
     """
     d_sae, config = len(sources.sae.b_enc), sources.sae.config
-    find_final_norm(sources.capture.lm)  # of the logit lens: without one, no text is read
+    path = find_path(config, sources.capture)
+    if not path.left_out:
+        find_final_norm(sources.capture.lm)  # of the logit lens: without one, no text is read
     pairs = _choose_pairs(sources, settings, progress)
     concepts = measure_concepts(sources.sae, sources.capture, settings.concepts, config.prepend_bos, progress)
     gathered, counts, sampled = _read_text(sources, settings, pairs, concepts, progress)
@@ -129,6 +134,8 @@ def build_feature_index(
         "text": {**facts["text"], **vars(counts)},
         "correlation_sample_tokens": sampled,
         "features": {"never_fired": int((gathered.features.fires == 0).sum())},
+        "logit_lens": path.in_words(),
+        "heads": None if gathered.head_shares is None else gathered.head_shares.shape[1],
         "labels": {
             "counts": {source: named[source] for source in LABEL_SOURCES if named[source]},
             "thresholds": THRESHOLDS,
@@ -213,9 +220,9 @@ def _read_text(
     Raises:
         SelOrthoError: no token is read, or the twin does not fit the SAE.
     """
-    sae, lm = sources.sae, sources.capture.lm
+    sae, config = sources.sae, sources.sae.config
     features = FeatureStatistics(
-        len(sae.b_enc), sae.config.context_length, settings.top_contexts, settings.seed, sae.device
+        len(sae.b_enc), config.context_length, settings.top_contexts, settings.seed, sae.device
     )
     pair_statistics, twin = PairStatistics(pairs, sae.device), _twin_statistics(sources, pairs)
     sample = CorrelationSample(len(sae.b_enc))
@@ -240,13 +247,20 @@ def _read_text(
         pairs=pair_statistics,
         twin=twin,
         W_dec=sae.W_dec.float().cpu(),
-        logits=top_logits(lm, sae.W_dec.float() * sae.input_scale.to(sae.device), progress=progress),
-        tokenizer=lm.tokenizer,
+        logits=sae_logits(sae, sources.capture, progress),
+        head_shares=_head_shares(sources) if config.written_site == HEADS_SITE else None,
+        tokenizer=sources.capture.lm.tokenizer,
         labels=sources.labels or {},
         concepts=concepts.labels,
-        min_support=sae.config.min_support,
+        min_support=config.min_support,
     )
     return gathered, counts, sample.tokens
+
+
+def _head_shares(sources: Sources) -> torch.Tensor:
+    """Return the share of the squared norm of each decoder direction within each head, (d_sae, heads) on the CPU."""
+    squares = head_norms(sources.sae, sources.capture.lm).square()
+    return (squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).cpu()
 
 
 def _choose_pairs(sources: Sources, settings: IndexSettings, progress: bool) -> PairList:
@@ -271,11 +285,12 @@ def _choose_pairs(sources: Sources, settings: IndexSettings, progress: bool) -> 
 def _twin_statistics(sources: Sources, pairs: PairList) -> TwinStatistics | None:
     if sources.twin is None:
         return None
-    mine, other = sources.sae.config, sources.twin.config
-    if (mine.d_in, mine.layer) != (other.d_in, other.layer):
+    mine, other = ({n: getattr(sae.config, n) for n in _PLACE} for sae in (sources.sae, sources.twin))
+    if different := [name for name in _PLACE if mine[name] != other[name]]:
+        theirs, own = (", ".join(f"{name}={config[name]}" for name in different) for config in (other, mine))
         raise SelOrthoError(
-            f"the twin {sources.twin_name} reads layer {other.layer} (d_in={other.d_in}), the SAE layer {mine.layer} "
-            f"(d_in={mine.d_in}): name the SAE that was trained beside it without the penalty"
+            f"the twin {sources.twin_name} has {theirs}, the SAE {own}: name the SAE that was trained beside it "
+            "without the penalty"
         )
     return TwinStatistics(sources.sae, sources.twin, pairs) if len(pairs) else None
 
@@ -285,6 +300,12 @@ def _with_bar(batches: Iterator[Batch], name: str, tokens: int, progress: bool) 
         for batch in batches:
             yield batch
             bar.update(len(batch.activations))
+
+
+def _sites(config: SelOrthoConfig, capture: ActivationCapture) -> dict[str, Any]:
+    read, target = capture.sites[capture.layer], capture.target_sites.get(capture.layer)
+    facts = {"site": config.site, "target": config.target, "hook_name": read.module, "hook_side": read.side}
+    return facts | ({"target_hook_name": target.module, "target_hook_side": target.side} if target else {})
 
 
 def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:
@@ -298,7 +319,7 @@ def _plan(sources: Sources, settings: IndexSettings) -> dict[str, Any]:
             "d_sae": len(sae.b_enc),
             "d_in": sae.config.d_in,
             "layer": capture.layer,
-            "hook_name": capture.sites[capture.layer].module,
+            **_sites(sae.config, capture),
             "activation": sae.config.activation,
             "weights_sha256": sources.weights_sha256,
             "name": sources.name,

@@ -35,8 +35,9 @@ class Gathered:
     sample: ActiveFeatures  # for the correlations of neighbours
     pairs: PairStatistics
     twin: TwinStatistics | None
-    W_dec: Tensor  # (d_sae, d_in), on the CPU
+    W_dec: Tensor  # (d_sae, d_out), on the CPU
     logits: list[TopLogits]  # of each feature
+    head_shares: Tensor | None  # (d_sae, heads), of an SAE that writes to attention heads
     tokenizer: PreTrainedTokenizerBase
     labels: Mapping[int, str]  # given by hand
     concepts: Mapping[int, Sequence[tuple[float, Label]]]  # of features that find what a probe set is about
@@ -84,6 +85,7 @@ def feature_records(gathered: Gathered) -> Iterator[FeatureRecord]:
             nearest_by_cosine=by_cosine,
             nearest_by_correlation=by_correlation,
             contexts=top + sorted(sample, key=lambda context: -context.activation),
+            head_shares=[] if gathered.head_shares is None else gathered.head_shares[number].tolist(),
         )
 
 

@@ -135,7 +135,12 @@ class FeatureIndex:
             SelOrthoError: there is no such feature, or the record is damaged.
         """
         number = self._check(number)
-        row = {"label_score": None, "labels": [], **self._features.row(number)}  # version 1 has neither
+        row = {
+            "label_score": None,
+            "labels": [],
+            "head_shares": [],
+            **self._features.row(number),
+        }  # of earlier versions
         return _checked(FeatureRecord, row, {"feature": number}, _fits)
 
     def pair(self, a: int, b: int) -> PairRecord:
@@ -152,6 +157,11 @@ class FeatureIndex:
                 f"{self.facts.get('pairs', {}).get('selected', 'the')} selected pairs"
             )
         return _checked(PairRecord, self._pairs.row(row), {"a": min(a, b), "b": max(a, b)}, _pair_fits)
+
+    @property
+    def logit_lens(self) -> str:
+        """How decoder directions came to the residual stream: "direct", "through MODULES", or "left out: WHY"."""
+        return str(self.facts.get("logit_lens") or "direct")
 
     def concepts(self) -> list[ConceptRow]:
         """The features that find what the probe sets are about, by set and rank; empty where none was measured."""

@@ -1,4 +1,7 @@
-"""Logit lens: which tokens a direction of the residual stream makes the language model expect."""
+"""Logit lens: which tokens a direction of the residual stream makes the language model expect.
+
+The directions of an SAE of another site come there through the module that follows ([`find_path`]), or not at all.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,67 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import floats_of
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
+from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel
+from ..language_models.sites import find_site
 from ..language_models.token_text import TokenTexts, special_ids
+from ..modeling_selortho import SelOrthoSAE
 from .records import TokenEffect
 
 _CHUNK_BYTES = 48 * 2**20
 _PLACEHOLDER = re.compile(
     r"[<\[]\|?(unused|reserved|extra|pad(ding)?)([ _-]?(special_)?(token|id))?[ _-]?\d+\|?[>\]]", re.IGNORECASE
 )
+
+
+_ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # sites whose directions the stream holds
+
+
+class LensPath(NamedTuple):
+    """How the decoder directions of an SAE come to the residual stream; with neither, they lie in it."""
+
+    through: tuple[str, ...] = ()  # modules between
+    left_out: str = ""  # why they do not come there by a linear map
+
+    def in_words(self) -> str:
+        """Say it in a few words: "direct", "through model.layers.9.self_attn.o_proj", or why there is none."""
+        if self.left_out:
+            return f"left out: {self.left_out}"
+        return f"through {', '.join(self.through)}" if self.through else "direct"
+
+
+def find_path(config: SelOrthoConfig, capture: ActivationCapture) -> LensPath:
+    """Find how what an SAE reconstructs comes to the residual stream.
+
+    Outputs of attention heads (attn_z) go through the output projection and, where the architecture has one that is
+    added with it (Gemma), the norm behind it. That norm divides by the size of the whole sum, which no single direction
+    has: only its gain is taken along.
+
+    Args:
+        config: of the SAE. capture: the language model at its layer.
+    """
+    written = config.written_site
+    if written in _ADDED:
+        return LensPath()
+    if written != "attn_z":
+        return LensPath(left_out=f"{written} is not added to the residual stream")
+    layer, lm = capture.layer, capture.lm
+    projection, added = find_site(lm, layer, "attn_z").module, find_site(lm, layer, "attn_out").module
+    norm = (added,) if "norm" in type(lm.model.get_submodule(added)).__name__.lower() else ()
+    return LensPath((projection, *norm))
+
+
+@torch.inference_mode()
+def sae_logits(sae: SelOrthoSAE, capture: ActivationCapture, progress: bool = True) -> list[TopLogits]:
+    """Find [`top_logits`] of the features of an SAE, through [`find_path`]; empty where it finds none."""
+    path, directions = find_path(sae.config, capture), sae.raw_directions()
+    if path.left_out:
+        return [TopLogits([], [])] * len(directions)
+    for module in path.through:
+        directions = _without_bias(capture.lm.model.get_submodule(module), directions)
+    return top_logits(capture.lm, directions, progress=progress)
 
 
 class TopLogits(NamedTuple):
@@ -185,8 +240,12 @@ def _unembedding(lm: LanguageModel) -> Tensor:
 
 def _normalised(lm: LanguageModel, directions: Tensor) -> Tensor:
     """Return norm(d) - norm(0), (n, d_model) in float32; the difference is free of the norm's bias."""
-    norm = copy.deepcopy(find_final_norm(lm)).float()
-    device = next(norm.parameters()).device
-    d = directions.to(device, torch.float32)
-    d = nn.functional.normalize(d, dim=1) * lm.d_model**0.5  # so long that the norm's epsilon does not matter
-    return norm(d) - norm(torch.zeros_like(d[:1]))
+    return _without_bias(find_final_norm(lm), directions)
+
+
+def _without_bias(module: nn.Module, directions: Tensor) -> Tensor:
+    """Return m(d) - m(0), (n, d_out) in float32, of a norm or a linear map, whose bias the difference is free of."""
+    module = copy.deepcopy(module).float()
+    d = directions.to(next(module.parameters()).device, torch.float32)
+    d = nn.functional.normalize(d, dim=1) * d.shape[1] ** 0.5  # so long that a norm's epsilon does not matter
+    return module(d) - module(torch.zeros_like(d[:1]))

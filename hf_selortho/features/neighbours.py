@@ -67,7 +67,7 @@ def nearest_features(
     tokens and need not be found `k` times. Memory is that of a block of features.
 
     Args:
-        W_dec: (d_sae, d_in). active: a sample of tokens. min_support: tokens. k: neighbours of each kind.
+        W_dec: (d_sae, d_out). active: a sample of tokens. min_support: tokens. k: neighbours of each kind.
     """
     directions = normalize(W_dec.float(), dim=1)
     norms = active.sum_by_feature(active.values.double().square()).sqrt().float()  # (d_sae,)

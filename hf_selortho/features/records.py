@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_orig
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2  # version 1: without label_score, labels and concepts
+SCHEMA_VERSION = 3  # version 2: without head_shares; 1: without label_score, labels and concepts
 # Activations are counted in bins of equal ratio: three to a doubling, from 2^-14 to 2^16, whatever the SAE's scale.
 BINS_PER_DOUBLING, FIRST_DOUBLING, LAST_DOUBLING = 3, -14, 16
 BINS = BINS_PER_DOUBLING * (LAST_DOUBLING - FIRST_DOUBLING)
@@ -22,6 +22,7 @@ PAIR_CLASSES = ("duplicate", "nested", "co-occurring", "unmeasured")
 Small: TypeAlias = Annotated[int, pa.int32()]
 Count: TypeAlias = Annotated[int, pa.int64()]
 Number: TypeAlias = Annotated[float, pa.float32()]
+Share: TypeAlias = Annotated[float, pa.float16()]
 Text: TypeAlias = Annotated[str, pa.string()]
 
 R = TypeVar("R")
@@ -115,6 +116,8 @@ class FeatureRecord(FeatureSummary):
     nearest_by_cosine: list[Neighbour]
     nearest_by_correlation: list[Neighbour]
     contexts: list[FeatureContext]  # "top" ones by falling activation, then samples by falling activation
+    # of the squared norm of its decoder direction, by attention head; [] where the SAE does not write to heads
+    head_shares: list[Share] = field(default_factory=list, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -217,9 +220,9 @@ def _arrow(hint: Any) -> pa.DataType:
 FEATURE_TABLE, FEATURES = schema_of(FeatureSummary), schema_of(FeatureRecord)
 PAIR_TABLE, PAIRS = schema_of(PairSummary), schema_of(PairRecord)
 CONCEPTS = schema_of(ConceptRow)
-_NEW_IN_2 = {"label_score", "labels"}
+_NEW_IN = {"label_score": 2, "labels": 2, "head_shares": 3}
 
 
 def of_version(schema: pa.Schema, version: int) -> pa.Schema:
     """Return the schema of a feature file as an earlier version of the index wrote it."""
-    return schema if version > 1 else pa.schema([column for column in schema if column.name not in _NEW_IN_2])
+    return pa.schema([column for column in schema if _NEW_IN.get(column.name, 1) <= version])

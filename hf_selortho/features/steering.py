@@ -73,13 +73,15 @@ class Generation:
 class Steering:
     """A language model and an SAE that changes features while it writes.
 
-    At the SAE's layer the residual stream x becomes
+    At the SAE's site the activations x become
 
-        x' = x + sum_f (target_f - h_f(x)) W_dec[f] * input_scale
+        x' = x + sum_f (value_f - h_f(x)) W_dec[f] * input_scale
 
     on every token that it reads, prompt and continuation. What the SAE does not reconstruct stays as it is, so that a
-    feature scaled by 1 changes nothing. The SAE need not read the target again from x', as encoder and decoder
-    directions differ.
+    feature scaled by 1 changes nothing. The SAE need not read the value again from x', as encoder and decoder
+    directions differ. With a transcoder, which reads x and reconstructs y at its target, it is y that changes:
+
+        y' = y + sum_f (value_f - h_f(x)) W_dec[f] * output_scale
 
     The layers are hooked only while a token is computed, never while a caller holds the iterator of [`stream`]. But a
     language model must not compute something else in another thread at that moment, which would be steered, too: with
@@ -204,7 +206,7 @@ class _Run:
         values = torch.tensor([float(steer.value) for steer in steers], device=sae.device)
         self._features, self._values = features, values
         self._clamped = torch.tensor([steer.mode == "clamp" for steer in steers], dtype=torch.bool, device=sae.device)
-        self._directions = (sae.W_dec[features].detach().float() * sae.input_scale).detach()  # (steers, d_in)
+        self._directions = sae.raw_directions(features)  # (steers, d_out)
         self.feature_acts: list[Tensor] = []  # (tokens, steers) of each step
 
     @torch.inference_mode()
@@ -214,7 +216,7 @@ class _Run:
         input_ids = torch.tensor([token_ids], dtype=torch.int64, device=capture.device)  # (1, t)
         cache_name = self._steering._cache_name
         options = {cache_name: self._cache, "use_cache": True, **self._steering._last_logits}
-        with capture.splice(lambda hidden: self._changed(hidden, input_ids)):
+        with capture.splice_from(lambda read, changed: self._changed(read, changed, input_ids)):
             output = lm.model(input_ids=input_ids, **options)
         self._cache = getattr(output, cache_name, None)
         if self._cache is None:
@@ -231,15 +233,15 @@ class _Run:
             )
         return logits
 
-    def _changed(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """The residual stream (1, t, d_in) with the features changed."""
+    def _changed(self, read: Tensor, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """What the SAE reconstructs (1, t, d_out) with the features changed that fire on what it reads (1, t, d_in)."""
         if not self._steers:
-            self.feature_acts.append(torch.zeros(hidden.shape[1], 0))
+            self.feature_acts.append(torch.zeros(read.shape[1], 0))
             return hidden
-        kept = self._steering._capture.keep_mask(input_ids, torch.ones_like(input_ids), hidden)[..., None]  # (1, t, 1)
-        x = hidden.where(kept | hidden.isfinite(), 0).to(self._steering.sae.device)
+        kept = self._steering._capture.keep_mask(input_ids, torch.ones_like(input_ids), read)[..., None]  # (1, t, 1)
+        x = read.where(kept | read.isfinite(), 0).to(self._steering.sae.device)
         acts = self._steering.sae.encode(x)[..., self._features].float()  # (1, t, steers)
-        targets = torch.where(self._clamped, self._values, self._values * acts)
-        shift = ((targets - acts) @ self._directions).to(hidden.device)  # (1, t, d_in)
+        wanted = torch.where(self._clamped, self._values, self._values * acts)
+        shift = ((wanted - acts) @ self._directions).to(hidden.device)  # (1, t, d_out)
         self.feature_acts.append(acts.where(kept.to(acts.device), 0)[0].cpu())
-        return torch.where(kept, (hidden.float() + shift).to(hidden.dtype), hidden)
+        return torch.where(kept.to(hidden.device), (hidden.float() + shift).to(hidden.dtype), hidden)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import name_of, text_of, texts_of, whole_number
-from ..configuration_selortho import SelOrthoConfig
+from ..configuration_selortho import SITES, SelOrthoConfig
 from ..data.contexts import Cutter
 from ..errors import SelOrthoError
 from ..language_models.capture import ActivationCapture, length_batches
@@ -85,28 +85,16 @@ class FeatureCapture:
     def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
         config = SelOrthoSAE.checked(sae).config
         check_site(config)
-        if config.layer is None:
+        if layer_of_site(config) is None:
             raise SelOrthoError(
                 "layer=None in the SAE's config: it does not say which activations it reads; use sae.encode on yours"
             )
-        if lm is None and config.lm_name is None:
-            raise SelOrthoError(
-                "lm_name=None in the SAE's config: pass the language model, as in lm='google/gemma-2-2b'"
-            )
-        if not isinstance(lm, LanguageModel):
-            lm = None if lm is None else name_of(lm, "lm")
-            name, revision = (config.lm_name, config.lm_revision) if lm is None else (lm, None)
-            lm = _language_model(str(name), revision, str(sae.device), token)
+        lm = language_model_of(sae, lm, token)
         warn_of_other_lm(config, lm)
         check_centering(config, lm)
-        if lm.d_model != config.d_in:
-            raise SelOrthoError(
-                f'the residual stream of "{lm.name}" is {lm.d_model} wide, the SAE reads d_in={config.d_in}: '
-                f"take the language model of its training{f', {config.lm_name}' if config.lm_name else ''}"
-            )
         check_context_length(lm, config.context_length)
         self.sae, self.lm = sae, lm
-        self.activations = ActivationCapture(lm, config.layer, config.max_norm)
+        self.activations = open_capture(config, lm, layer_of_site(config) or 0)
         self._texts = TokenTexts(lm.tokenizer)
         self.cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
 
@@ -163,6 +151,21 @@ def inspect(
     return FeatureCapture(sae, lm, token).capture([text_of(text, "text")])[0]
 
 
+def language_model_of(sae: SelOrthoSAE, lm: LanguageModel | str | None, token: str | None) -> LanguageModel:
+    """Take a language model, or load it by its name, by default that of the training; the last one stays in memory.
+
+    Raises:
+        SelOrthoError: neither says which, or it cannot be loaded.
+    """
+    config = sae.config
+    if isinstance(lm, LanguageModel):
+        return lm
+    if lm is None and config.lm_name is None:
+        raise SelOrthoError("lm_name=None in the SAE's config: pass the language model, as in lm='google/gemma-2-2b'")
+    name, revision = (config.lm_name, config.lm_revision) if lm is None else (name_of(lm, "lm"), None)
+    return _language_model(str(name), revision, str(sae.device), token)
+
+
 def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:
     """Warn, with both names, if a language model or its commit is not the one that the SAE was trained on."""
     trained = (config.lm_name, config.lm_revision)
@@ -178,16 +181,41 @@ def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:
     )
 
 
-def check_site(config: SelOrthoConfig) -> None:
-    """See that an SAE reads the residual stream after a decoder layer, or does not say what it reads.
+def layer_of_site(config: SelOrthoConfig) -> int | None:
+    """Return the layer of the site that an SAE reads, 0 for a module, which is of none; None where it is not said."""
+    return 0 if config.layer is None and config.site not in SITES else config.layer
+
+
+def open_capture(config: SelOrthoConfig, lm: LanguageModel, layer: int) -> ActivationCapture:
+    """Hook a language model where an SAE reads and, of a transcoder, at what it reconstructs; sinks as in training.
 
     Raises:
-        SelOrthoError: it names another site, such as the output of an MLP.
+        SelOrthoError: the language model lacks the layer or the site, or its activations there have another width.
     """
-    if config.layer is None and config.hook_name is not None:
+    capture = ActivationCapture(lm, layer, config.max_norm, site=config.site, target=config.target)
+    places = [("reads d_in", config.d_in, capture.sites[layer], capture.widths[layer])]
+    if config.target is not None:
+        target = capture.target_sites[layer], capture.target_widths[layer]
+        places.append(("reconstructs d_out", config.width_out, *target))
+    for verb, expected, site, width in places:
+        if width != expected:
+            raise SelOrthoError(
+                f'the {site.side} of {site.module} of "{lm.name}" is {width} wide, the SAE {verb}={expected}: '
+                f"take the language model of its training{f', {config.lm_name}' if config.lm_name else ''}"
+            )
+    return capture
+
+
+def check_site(config: SelOrthoConfig) -> None:
+    """See that an SAE reads a site that is known here, or does not say what it reads.
+
+    Raises:
+        SelOrthoError: it names a hook of another library that is none, such as one within a norm.
+    """
+    if layer_of_site(config) is None and config.hook_name is not None:
         raise SelOrthoError(
-            f"this SAE reads {config.hook_name}, not the output of a decoder layer, which is all that is read here "
-            "(whatever --layer says): choose an SAE of the residual stream, or encode activations of yours with it"
+            f"this SAE reads {config.hook_name}, which is no site that is read here ({', '.join(SITES)}, or a module), "
+            "whatever --layer says: choose an SAE of such a site, or encode activations of yours with it"
         )
 
 

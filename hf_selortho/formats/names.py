@@ -52,9 +52,12 @@ def lens_name(model: str) -> str:
     return names.get(model, name if known else model)
 
 
-def lens_hook(layer: int) -> str:
-    """Return the hook after a decoder layer."""
-    return f"blocks.{layer}.hook_resid_post"
+def lens_hook(layer: int, site: str) -> str | None:
+    """Return the hook of TransformerLens at a site of a decoder layer; None where it has none, as for mlp_in."""
+    if site == "attn_z":
+        return f"blocks.{layer}.attn.hook_z"
+    known = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    return f"blocks.{layer}.hook_{site}" if site in known else None
 
 
 def layer_of(hook: Any) -> int | None:

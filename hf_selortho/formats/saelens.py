@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import NonFiniteError, SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.files import jsonable
@@ -31,8 +32,9 @@ _ARCHITECTURES = ("standard", "topk", "jumprelu")
 def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[Path]:
     """Write an SAE so that `sae_lens.SAE.load_from_disk` and `SAE.from_pretrained` load it, and compute the same.
 
-    relu becomes "standard", topk "topk", batchtopk and jumprelu "jumprelu". The input normalisation is folded into the
-    weights, in float64; what is written is float32.
+    relu becomes "standard", topk "topk", batchtopk and jumprelu "jumprelu"; transcoders become "transcoder" and
+    "jumprelu_transcoder", with a skip "skip_transcoder" and "jumprelu_skip_transcoder". The normalisation is folded
+    into the weights, in float64; what is written is float32.
 
     Args:
         sae: the SAE.
@@ -43,13 +45,18 @@ def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | 
         The files: weights and config.
 
     Raises:
-        SelOrthoError: there is no room, the folder cannot be written or holds something else, or a weight is not
-            finite. Nothing is left in the folder then, nothing in it changed.
+        SelOrthoError: there is no room, the folder cannot be written or holds something else, a weight is not finite,
+            or it is a transcoder with topk, which SAELens has none of. Nothing is left in the folder then, nothing in
+            it changed.
     """
     plain, folder = PlainSae.of(SelOrthoSAE.checked(sae)), Path(folder)
+    if sae.config.is_transcoder and plain.k is not None:
+        raise SelOrthoError("activation=topk: SAELens has no such transcoders; expected relu, batchtopk or jumprelu")
     tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
     if plain.threshold is not None:
         tensors["threshold"] = plain.threshold
+    if plain.W_skip is not None:
+        tensors["W_skip"] = plain.W_skip.T.contiguous()
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{key} of this SAE holds NaN or infinity: export an earlier checkpoint of it")
@@ -63,6 +70,9 @@ def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | 
 def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> dict[str, Any]:
     config = sae.config
     kind = "topk" if plain.k is not None else "standard" if plain.threshold is None else "jumprelu"
+    if config.is_transcoder:
+        parts = ("jumprelu" * (kind == "jumprelu"), "skip" * config.skip, "transcoder")
+        kind = "_".join(filter(None, parts))
     of_lens = (config.hook_name or "").startswith(("blocks.", "hook_"))
     arguments: dict[str, Any] = {"center_writing_weights": True} if config.centered else {}
     if config.lm_revision and not is_commit(config.lm_revision) and "sha256:" not in config.lm_revision:
@@ -72,8 +82,10 @@ def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> d
         "model_name": lens_name(config.lm_name) if config.lm_name else None,
         "hf_model_name": config.lm_name,
         "hf_model_revision": config.lm_revision,
-        "hook_name": lens_hook(config.layer) if config.layer is not None else config.hook_name if of_lens else None,
-        "hf_hook_name": None if of_lens else config.hook_name,
+        "hook_name": _lens_hook(config, config.site) or (config.hook_name if of_lens else None),
+        "hf_hook_name": None if of_lens else _module(config.hook_name, config.hook_side),
+        "hook_name_out": _lens_hook(config, config.target),
+        "hf_hook_name_out": _module(config.target_hook_name, config.target_hook_side),
         "context_size": config.context_length,
         "prepend_bos": config.prepend_bos,
         "model_from_pretrained_kwargs": arguments or None,
@@ -87,12 +99,21 @@ def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> d
         "d_sae": config.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not config.is_transcoder,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {key: value for key, value in known.items() if value is not None},
         **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
+        **({"d_out": config.width_out} if config.is_transcoder else {}),
     }
+
+
+def _lens_hook(config: SelOrthoConfig, site: str | None) -> str | None:
+    return lens_hook(config.layer, site) if config.layer is not None and site is not None else None
+
+
+def _module(module: str | None, side: str) -> str | None:
+    return f"{module}.input" if module and side == "input" else module
 
 
 def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:

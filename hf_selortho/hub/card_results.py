@@ -45,10 +45,26 @@ METRICS = (
            "Cosine with the most similar other feature direction"),
     Metric("loss_recovered", "Loss recovered", "percent",
            "(CE zeroed − CE reconstructed) / (CE zeroed − CE untouched)"),
+    Metric("kl", "KL divergence", "",
+           "Of the predictions with the reconstruction in place from the untouched ones, in nats per token"),
+    Metric("top1_agreement", "Top-1 agreement", "percent",
+           "Tokens whose likeliest successor stays the same with the reconstruction in place"),
     Metric("ce_clean", "CE, untouched", "", "Cross-entropy of the language model as it is, in nats per token"),
     Metric("ce_reconstruction", "CE, reconstructed", "",
            "Cross-entropy with the reconstruction in place of the activations"),
     Metric("ce_zero_ablation", "CE, zeroed", "", "Cross-entropy with zeros in place of the activations"),
+)  # fmt: skip
+# Of transcoders of several layers: the language model with the outputs of all of them replaced at once.
+ALL_LAYERS = (
+    Metric("ce", "CE, untouched", "", "Cross-entropy of the language model as it is, in nats per token"),
+    Metric("ce_replaced", "CE, replaced", "", "With every layer's reconstruction of what the layers below have left"),
+    Metric("ce_zero", "CE, zeroed", "", "With zeros in the same places"),
+    Metric("ce_mean", "CE, means", "", "With the mean activations in the same places"),
+    Metric("kl", "KL divergence", "", "Of the replaced model's predictions from the untouched ones, in nats per token"),
+    Metric("top1_agreement", "Top-1 agreement", "percent", "Tokens whose likeliest successor stays the same"),
+    Metric("loss_recovered", "Loss recovered", "percent", "(CE zeroed − CE replaced) / (CE zeroed − CE untouched)"),
+    Metric("loss_recovered_mean", "Loss recovered, of means", "percent",
+           "(CE means − CE replaced) / (CE means − CE untouched)"),
 )  # fmt: skip
 # What `selortho evaluate` measures on request.
 TASK_METRICS = (
@@ -241,6 +257,21 @@ def _benchmark(figures: Mapping[str, Any] | None) -> Markdown | None:
         return None
     words = [f"{auc:.3f} with {_features(k)}" for k, auc in figures["k"].items()]
     return Markdown(f"{', '.join(words)}, {figures['dense']:.3f} with the activations, over {figures['sets']:d} sets")
+
+
+def all_layers_of(by_variant: Mapping[str, Any]) -> dict[str, Any]:
+    """Prepare what was measured with all layers replaced at once: "layers", "variants" and "rows" of a table.
+
+    Each row has name, meaning and a value by variant; the first variant is that of the SAEs themselves.
+    """
+    measured = {variant: _known(figures) for variant, figures in by_variant.items() if figures}
+    rows = [
+        (metric.name, metric.meaning, [_shown(metric, figures) or "-" for figures in measured.values()])
+        for metric in ALL_LAYERS
+        if any(metric.key in figures for figures in measured.values())
+    ]
+    layers = max((figures.get("layers", 0) for figures in measured.values()), default=0)
+    return {"layers": layers, "variants": list(measured), "rows": rows}
 
 
 def summary_rows(saes: Sequence[SaeReport]) -> list[list[str]]:

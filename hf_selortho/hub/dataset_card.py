@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..data.cache_manifest import Manifest
-from .markdown import Markdown, one_line, render
+from .markdown import Markdown, code, one_line, render
 from .model_card import hub_id, terms_of
 
 _TEMPLATE = Path(__file__).with_name("shards_card_template.md")
@@ -37,10 +37,12 @@ def render_shards_card(
         source_datasets=[source] if source else None,
         license=one_line(license) if license else None,
     )
+    plain = manifest.site == "resid_post" and manifest.target is None
     values = {
         "card_data": Markdown(data.to_yaml()),
         "manifest": manifest,
         "width": manifest.layer(manifest.layers[0]).d_in,
+        "sites": [Markdown(code(site)) for site in (manifest.site, manifest.target) if site and not plain],
         "place": f"hub:{repo_id}" if repo_id else "FOLDER",
         "published": repo_id is not None,
         "license": license,

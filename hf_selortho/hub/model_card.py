@@ -17,11 +17,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
 
-from ..configuration_selortho import score_of_selection
+from ..configuration_selortho import SITES, score_of_selection
 from ..errors import SelOrthoError
 from ..utils.hub import is_commit
 from ..utils.privacy import LOCAL_MODEL
-from .card_results import METRICS, SaeReport, results_of, summary_rows, without_twins
+from ..utils.site_words import site_in_words
+from .card_results import METRICS, SaeReport, all_layers_of, results_of, summary_rows, without_twins
 from .markdown import Markdown, code, one_line, render
 
 TEMPLATE_NAME = "model_card_template.md"
@@ -41,6 +42,7 @@ class SaeCard:
     # by the training and the evaluation
     saes: Sequence[SaeReport]
     run: Mapping[str, Any] = field(default_factory=dict)  # run.json: "command", "arguments", "versions", ...
+    all_layers: Mapping[str, Any] = field(default_factory=dict, kw_only=True)  # of the run's metrics.json, by variant
     # by the Hub
     repo_id: str | None = None  # where the SAEs will be; None: the card is for a folder on this machine
     saelens: bool = False  # whether the repository has an export for SAELens
@@ -83,6 +85,8 @@ class SaeCard:
             "saes": [{**results_of(sae), "penalty": _penalty(sae.config)} for sae in shown],
             "config": common,
             "layers": [] if None in layers else layers,
+            **_places(first.config, [] if None in layers else layers),
+            "all_layers": all_layers_of(self.all_layers),
             "training": first.metrics.get("training") or {},
             "data": first.metrics.get("data") or {},
             "run": self.run,
@@ -191,6 +195,22 @@ def _common(saes: Sequence[SaeReport]) -> dict[str, Any]:
     """Return the settings that all of them share."""
     first, *others = (sae.config for sae in saes)
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def _places(config: Mapping[str, Any], layers: Sequence[Any]) -> dict[str, Any]:
+    """Return in words what is read and, of transcoders, reconstructed: "reads", "reconstructs"; "site" if unusual."""
+    site, target = config.get("site") or "resid_post", config.get("target")
+
+    def words(place: str) -> Markdown:
+        text = site_in_words(place, layers)
+        return Markdown(text if place in SITES and all(isinstance(n, int) for n in layers) else text and code(text))
+
+    shown = f"{site} → {target}" if target else site
+    return {
+        "reads": words(site),
+        "reconstructs": words(target) if target else "",
+        "site": shown if shown != "resid_post" else "",
+    }
 
 
 def _penalty(config: Mapping[str, Any]) -> dict[str, Any]:

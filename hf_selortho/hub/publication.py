@@ -101,11 +101,15 @@ def publish_run(
         SelOrthoError: an SAE cannot be loaded or is not finite, the card cannot be rendered, there is no room, or an id
             is not on the Hub.
     """
+    if saelens and any(sae.config.get("target") and sae.config.get("activation") == "topk" for sae in run.saes):
+        logger.warning("no export for SAELens: it has no transcoders with activation topk")
+        saelens = False
     lm = run.saes[0].config.get("lm_name")
     names = PublicNames.of(run.saes[0].config, ids or PublicIds(), token)
     run = replace(run, saes=tuple(_public(sae, names) for sae in run.saes), run=names.clean(run.run))
     terms = terms_of(lm) or terms_of(names.settings.get("lm_name"))
-    card = SaeCard(run.saes, run.run, repo_id, saelens, license, license_link, template, terms).render()
+    facts: dict[str, Any] = {"terms": terms, "all_layers": run.all_layers}
+    card = SaeCard(run.saes, run.run, repo_id, saelens, license, license_link, template, **facts).render()
     with _assembling(run.folder, folder):
         for sae in run.saes:
             _copy_sae(run, sae, folder / sae.name, saelens, names)

@@ -100,7 +100,7 @@ def write_summary(
         content["all_layers"] = dict(all_layers)
     write_json(folder / METRICS, content)
     write_json(folder / RUN, run)
-    write_text(folder / CARD, str(SaeCard(beside_twins(saes), run).render()))
+    write_text(folder / CARD, str(SaeCard(beside_twins(saes), run, all_layers=all_layers or {}).render()))
 
 
 def write_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class FinishedRun:
     folder: Path
     saes: tuple[SaeReport, ...]  # each beside its twin, if the run has trained one
     run: Mapping[str, Any]  # content of run.json; empty if there is none
+    all_layers: Mapping[str, Any] = field(default_factory=dict)  # of metrics.json, of transcoders of several layers
 
     @property
     def seed(self) -> int | None:
@@ -53,7 +54,8 @@ def read_run(folder: Path) -> FinishedRun:
     if not names:
         raise SelOrthoError(f"cannot load the SAE {str(folder)!r}: it holds no {CONFIG}; expected the folder of a run")
     saes = [_read_sae(folder, name) for name in names]
-    return FinishedRun(folder, tuple(beside_twins(saes)), _content(folder / RUN))
+    all_layers = _content(folder / METRICS).get("all_layers") or {}
+    return FinishedRun(folder, tuple(beside_twins(saes)), _content(folder / RUN), all_layers)
 
 
 def with_others(run: FinishedRun, twin: Path | None, seeds: Sequence[Path]) -> FinishedRun:

@@ -38,7 +38,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "lm_name": "google/gemma-2-2b", "lm_revision": "c" * 40, "lm_dtype": "bfloat16", "lm_batch_tokens": 1024,
         "lm_device": "cpu", "tokenizer_sha256": "0" * 64,
         "dataset": "fancyzhx/ag_news", "dataset_revision": "d" * 40, "dataset_config": None, "split": "train",
-        "text_column": None, "separator": None, "encoding": None, "streaming": False, "held_out_fraction": 0.1, "text_fingerprint": None,
+        "text_column": None, "separator": None, "encoding": None, "chat_column": None, "chat_roles": None, "streaming": False, "held_out_fraction": 0.1, "text_fingerprint": None,
         "text_rows": 1000, "seed": 0, "context_length": 128, "prepend_bos": True, "min_tokens": 8,
         "layers": [2, 5], "stored_dtype": "float32", "max_norm_ratio": 4.0, "max_tokens": None,
         "held_out_contexts": 9, "shard_tokens": 100, "processes": 1, "counts": counts, "versions": {"python": "3"},

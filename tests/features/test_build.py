@@ -306,7 +306,7 @@ def test_large_saes_are_read_in_parts(sources, index, whole) -> None:
     [
         (0.0, {}, {}, "no held-out context"),
         (0.5, {"max_norm": 1e-6}, {}, "no held-out token"),
-        (0.5, {}, {"layer": 1}, "twin other reads layer 1"),
+        (0.5, {}, {"layer": 1}, "twin other has layer=1, the SAE layer=2"),
     ],
 )
 def test_sources_that_give_no_index(lm, sample_text_files, tmp_path, fraction, settings, twin, message) -> None:

@@ -171,7 +171,7 @@ def damaged(folder: Path, how: str) -> str:
     if how == "another version":
         facts = json.loads((folder / "index.json").read_text())
         (folder / "index.json").write_text(json.dumps({**facts, "schema_version": 99}))
-        return "has schema_version 99, this hf_selortho reads 1 to 2"
+        return "has schema_version 99, this hf_selortho reads 1 to 3"
     if how == "other facts":
         (folder / "index.json").write_text('{"kind": "feature_index", "schema_version": 1}')
         return "lacks 'sae'"

@@ -253,7 +253,7 @@ def test_centred_activations_of_a_language_model_without_layer_norm_are_refused(
 def test_another_site_is_not_read_at_a_layer(write, folder, changes, hook, tiny_lm_dir, tmp_path) -> None:
     theirs = write(tmp_path / folder, **changes)
     for layer in ([], ["--layer", "1"]):
-        with pytest.raises(SelOrthoError, match=f"this SAE reads {hook}, not the output of a decoder layer"):
+        with pytest.raises(SelOrthoError, match=f"this SAE reads {hook}, which is no site that is read here"):
             evaluate([str(theirs), "--model", str(tiny_lm_dir("gpt2")), "--dataset", "none.csv", "--cpu", *layer])
 
 

@@ -73,6 +73,25 @@ def test_sae_lens_computes_what_we_compute(kind, sae_lens, tmp_path) -> None:
     assert (about.hf_hook_name, about.prepend_bos) == ("model.layers.12", True)
 
 
+@pytest.mark.parametrize(("kind", "skip"), [("relu", True), ("batchtopk", False), ("jumprelu", True)])
+@torch.no_grad()
+def test_transcoders_are_those_of_sae_lens(kind, skip, sae_lens, tmp_path) -> None:
+    places = {"site": "mlp_in", "target": "mlp_out", "target_hook_name": "model.layers.12.post_feedforward_layernorm"}
+    sae, x = make_sae(kind, skip=skip, d_out=16, **places), activations()
+    sae.set_output_statistics(torch.randn(16), 3.0)
+    if skip:
+        sae.W_skip.normal_(0, 0.1)
+    write_saelens(sae, tmp_path / "lens")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "lens")
+    torch.testing.assert_close(theirs.encode(x), sae.encode(x), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(theirs(x), sae.reconstruct(x), atol=1e-2, rtol=1e-3)
+    about = theirs.cfg.metadata
+    assert (about.hook_name_out, about.hf_hook_name_out) == ("blocks.12.hook_mlp_out", places["target_hook_name"])
+    write_saelens(make_sae(kind, site="attn_z", hook_side="input"), tmp_path / "heads")
+    heads = json.loads((tmp_path / "heads" / "cfg.json").read_text())["metadata"]
+    assert (heads["hook_name"], heads["hf_hook_name"]) == ("blocks.12.attn.hook_z", "model.layers.12.input")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_there_and_back(kind, tmp_path) -> None:

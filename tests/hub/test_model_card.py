@@ -35,7 +35,8 @@ EVALUATION = {
     "l1": 3.1324, "active_features": 1279, "active_fraction": 0.99921875, "dead_features": 1, "dead_fraction": 0.00078,
     "peak_correlation": 0.8593, "mean_correlation": 0.0837, "top_correlation": 0.2813, "selected_pairs": 819,
     "unique_features": 410.1, "max_decoder_cosine": 0.1974, "ce_samples": 64, "ce_tokens": 3504, "ce_clean": 3.704,
-    "ce_reconstruction": 5.437, "ce_zero_ablation": 14.652, "loss_recovered": 0.8417,
+    "ce_reconstruction": 5.437, "ce_zero_ablation": 14.652, "loss_recovered": 0.8417, "kl": 1.62,
+    "top1_agreement": 0.4142,
 }  # fmt: skip
 METRICS = {
     "schema_version": 1,
@@ -234,6 +235,40 @@ def test_one_card_speaks_of_all_layers():
     assert 'subfolder="layer_5"' in text and '"layer_5/saelens"' in text
     values = {r.metric_name: r.metric_value for r in card.data.eval_results if r.metric_type == "fvu"}
     assert values["FVU (layer_12)"] == 0.12 and values["FVU (layer_12_twin)"] == 0.1012
+
+
+TRANSCODER = {
+    "site": "mlp_in", "target": "mlp_out", "skip": True, "d_out": 640,
+    "hook_name": "model.layers.12.pre_feedforward_layernorm",
+    "target_hook_name": "model.layers.12.post_feedforward_layernorm",
+}  # fmt: skip
+
+
+def test_a_transcoder_says_what_it_reads_and_reconstructs():
+    card = render_model_card(settings(**TRANSCODER), METRICS, RUN)
+    assert_well_formed(card)
+    for part in (
+        "Transcoder for `google/gemma-2-2b`, layer 12, `mlp_in → mlp_out`",
+        "reads one place and reconstructs another: MLP output of decoder layer 12.",
+        "| Reads | MLP input of decoder layer 12 (counted from 0), the output of `model.layers.12.pre_feed",
+        "a linear map of what is read is added",
+        "`sae.reconstruct(x)` to those that it reconstructs",
+        "| Top-1 agreement | 41.4% |",
+    ):
+        assert part in card.text, part
+    heads = render_model_card(settings(site="attn_z", hook_side="input"), METRICS, RUN).text
+    assert "| Activations | attention heads of decoder layer 12 (counted from 0), the input of" in heads
+
+
+def test_layers_replaced_at_once_stand_beside_the_twins():
+    names = ("layer_3", "layer_12", "layer_3_twin", "layer_12_twin")
+    saes = [SaeReport(name, settings(**TRANSCODER, layer=int(name.split("_")[1])), METRICS) for name in names]
+    figures = {"layers": 2, "ce": 3.25, "ce_replaced": 4.5, "kl": 1.25, "top1_agreement": 0.5}
+    card = SaeCard(saes, RUN, all_layers={"": figures, "twin": {**figures, "ce_replaced": 4.75}}).render()
+    assert_well_formed(card)
+    assert "## All 2 layers replaced at once" in card.text and "| Metric | Value | `twin` | What it is |" in card.text
+    assert "| CE, replaced | 4.500 | 4.750 |" in card.text
+    assert "MLP input of the decoder layers 3 and 12 (counted from 0), an SAE each" in card.text
 
 
 def test_every_metric_is_in_the_model_index_and_in_the_table():
