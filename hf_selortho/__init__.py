@@ -11,6 +11,7 @@ from .utils.imports import after_import
 
 if TYPE_CHECKING:
     from .configuration_selortho import SelOrthoConfig
+    from .formats.load import load
     from .modeling_selortho import SelOrthoOutput, SelOrthoSAE
     from .pair_selection import Pairs, select_pairs
     from .penalties import decorrelation_penalty
@@ -25,6 +26,7 @@ __all__ = [
     "SelOrthoOutput",
     "SelOrthoSAE",
     "decorrelation_penalty",
+    "load",
     "select_pairs",
 ]
 
@@ -33,6 +35,7 @@ _MODULES = {
     "SelOrthoConfig": "configuration_selortho",
     "SelOrthoOutput": "modeling_selortho",
     "SelOrthoSAE": "modeling_selortho",
+    "load": "formats.load",
     "Pairs": "pair_selection",
     "select_pairs": "pair_selection",
     "decorrelation_penalty": "penalties",

@@ -194,7 +194,7 @@ def test_a_server_that_is_busy_is_waited_for_or_named(hub, client, tmp_path) -> 
         ("'acme/sae', revision='v3'", "has no revision \"v3\": choose a branch, tag or commit of https://"),
         ("'acme/layers'", "holds no config.json; .* subfolder where it has several"),
         ("'acme/layers', subfolder='layer_4'", "holds no layer_4/config.json; "),
-        ("'acme/lens'", "holds no config.json; .* hf_selortho.formats.load_sae reads other formats"),
+        ("'acme/lens'", "holds no config.json; .* hf_selortho.load reads other formats"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_said_in_one_line(call, message, hub, client, tmp_path) -> None:

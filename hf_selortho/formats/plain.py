@@ -59,8 +59,12 @@ class PlainSae:
         settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": kind, **self.facts}
         if settings.get("target"):
             settings |= {"d_out": self.W_dec.shape[1], "skip": self.W_skip is not None}
-        sae = SelOrthoSAE(SelOrthoConfig(d_in=d_in, d_sae=d_sae, k=self.k, **settings))
+        with torch.device("meta"):  # nothing at random, which would be another copy
+            sae = SelOrthoSAE(SelOrthoConfig(d_in=d_in, d_sae=d_sae, k=self.k, **settings))
+        sae.to_empty(device="cpu")
         with torch.no_grad():
+            for name, buffer in sae.named_buffers():
+                buffer.fill_(1 if name.endswith("scale") else 0)
             sae.input_mean.copy_(self.shift)  # ours is added to the output again: that is what b_dec does there
             sae.W_enc.copy_(self.W_enc)
             sae.b_enc.copy_(self.b_enc)
