@@ -42,7 +42,7 @@ def describe(place: Place, file: str) -> Description:
     config, tensors = place.json("config.json", "config.json and ae.pt"), place.tensors(file)
     trainer, buffer = (part if isinstance(part := config.get(key), dict) else {} for key in ("trainer", "buffer"))
     kind = trainer.get("dict_class")
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise SelOrthoError(
             f"{place}: dict_class={kind!r:.80} of dictionary_learning is not read: expected {', '.join(_CLASSES)}"
         )
@@ -72,7 +72,7 @@ def describe(place: Place, file: str) -> Description:
 def _number(value: Any) -> float:
     """Return a number or the only entry of a tensor; of anything else 0, which is no factor."""
     one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    return float(value) if one or type(value) in (int, float) else 0.0
+    return float(value) if one or type(value) is float or (type(value) is int and abs(value) < 1 << 60) else 0.0
 
 
 def _facts(trainer: dict[str, Any], buffer: dict[str, Any]) -> dict[str, Any]:

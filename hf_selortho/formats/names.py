@@ -43,8 +43,6 @@ _MODULE_SITES = {("", "input"): "resid_pre", ("", "output"): "resid_post", ("sel
 _MODULE_SITES |= {("attn.c_proj", "input"): "attn_z", ("pre_feedforward_layernorm", "input"): "resid_mid"}
 _MODULE_SITES |= {("pre_feedforward_layernorm", "output"): "mlp_in", ("attention.dense", "input"): "attn_z"}
 _MODULE_SITES |= {("post_feedforward_layernorm", "output"): "mlp_out"}  # of Gemma, as the two before
-_LENS_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|mid|post)")
-_LAYER = re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d{1,4})(?:\.output)?")
 
 
 def hub_name(model: Any) -> str | None:
@@ -68,17 +66,6 @@ def lens_name(model: str) -> str:
 def lens_hook(layer: int) -> str:
     """Return the hook after a decoder layer."""
     return f"blocks.{layer}.hook_resid_post"
-
-
-def layer_of(hook: Any) -> int | None:
-    """Return the decoder layer after which a hook of TransformerLens or a module of transformers reads, else None."""
-    if not isinstance(hook, str):
-        return None
-    if found := _LENS_HOOK.fullmatch(hook):
-        number, place = int(found[1]), found[2]
-        return number if place == "post" else number - 1 if place == "pre" and number > 0 else None
-    found = _LAYER.fullmatch(hook)
-    return int(found[1]) if found else None
 
 
 def facts_of_hook(hook: Any) -> dict[str, Any]:
@@ -120,7 +107,7 @@ def facts_of_hooks(
     if target and here != there:
         if None not in (here[1], there[1]) and here[1] != there[1]:
             raise SelOrthoError(
-                f"a transcoder that reads layer {here[1]} and writes to layer {there[1]} is not read: expected one layer"
+                f"a transcoder from layer {here[1]} to layer {there[1]} is not read: expected one within a layer"
             )
         target = {"site": f"{target['hook_name']}:{target['hook_side']}"} | target
         target.pop("layer", None)

@@ -208,9 +208,9 @@ def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
     k, arguments = content.get("k"), content.get("activation_fn_kwargs")
     if kind == "topk" or (kind == "standard" and function == "topk"):
         kind, k = "topk", arguments.get("k", k) if isinstance(arguments, dict) else k
-    if kind not in _ARCHITECTURES or function not in ("relu", "topk"):
-        said = kind if kind not in _ARCHITECTURES else f"activation function {function}"
-        why = _REFUSED.get(kind if isinstance(kind, str) else "", f"expected {', '.join(_ARCHITECTURES)}")
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES or function not in ("relu", "topk"):
+        said = kind if function in ("relu", "topk") else f"activation function {function}"
+        why = _REFUSED.get(str(kind), f"expected {', '.join(_ARCHITECTURES)}")
         raise SelOrthoError(f"{path}: {said!r:.80} of SAELens is not read; {why}")
     return kind, checked_k(k, path) if kind in ("topk", "abstopk") else None
 

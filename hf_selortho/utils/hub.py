@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import ConfigError, SelOrthoError
 from .files import target_outside
@@ -323,9 +321,3 @@ def check_shapes(
             fault = f"is of dtype {dtype}, expected one of {', '.join(_DTYPES)}"
         if fault:
             raise SelOrthoError(f"{path}: {key} {fault}; take config.json and weights from the same run")
-
-
-def read_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read the tensors of safetensors files on the CPU; raises as [`check_tensors`], which is asked first."""
-    check_tensors(name, paths, shapes)
-    return {key: tensor for path in paths for key, tensor in load_file(path).items()}
