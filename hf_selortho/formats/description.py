@@ -54,9 +54,11 @@ class Description:
         """
         headers = {key: header for key, header in self.tensors.headers.items() if key not in self.ignored}
         check_names(name, headers.keys(), [their.removesuffix(".T") for their in self.names.values()])
+        target = self.facts.get("target")
+        if "W_skip" in self.names and not target:
+            raise SelOrthoError(f"{name} is an SAE that copies its input by a skip connection: expected a transcoder")
         d_in, d_sae = self.widths or self._axes(headers, "W_enc")
-        wide = {*self.names} & {"W_skip"} or self.facts.get("target")
-        d_out = self._axes(headers, "W_dec")[1] if wide else d_in
+        d_out = self._axes(headers, "W_dec")[1] if target else d_in
         shapes = weight_shapes(d_in, d_sae, False, name)
         shapes |= {"W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_in, d_out)}
         shapes = {key: shapes.get(key, (d_sae,)) for key in self.names}

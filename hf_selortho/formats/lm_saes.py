@@ -120,11 +120,8 @@ def _check(place: Place, config: Mapping[str, Any], more: tuple[tuple[str, tuple
 def _factors(place: Place, config: Mapping[str, Any], norm_in: Any, norm_out: Any) -> tuple[float, float]:
     """Return the root of d_model over each mean norm."""
     width = config.get("d_model")
-    if (
-        type(width) is not int
-        or not 0 < width < 1 << 40
-        or not all(isinstance(norm, (int, float)) and norm > 0 for norm in (norm_in, norm_out))
-    ):
+    fits = all(isinstance(norm, (int, float)) and 0 < norm < 1e30 for norm in (norm_in, norm_out))
+    if type(width) is not int or not 0 < width < 1 << 40 or not fits:
         raise SelOrthoError(
             f"{place}: d_model={width!r:.50} and the mean norms {norm_in!r:.50}, {norm_out!r:.50} of the activations: "
             "expected positive numbers; take config and weights as their library wrote them"
