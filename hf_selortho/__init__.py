@@ -11,7 +11,6 @@ from .utils.imports import after_import
 
 if TYPE_CHECKING:
     from .configuration_selortho import SelOrthoConfig
-    from .formats.load import load
     from .modeling_selortho import SelOrthoOutput, SelOrthoSAE
     from .pair_selection import Pairs, select_pairs
     from .penalties import decorrelation_penalty

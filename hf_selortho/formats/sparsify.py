@@ -51,7 +51,7 @@ def describe(place: Place, file: str) -> Description:
         k=checked_k(k, str(path)),
         subtracts=not transcodes,
         widths=(d_in, d_sae),
-        facts=_facts(place, transcodes or skips),
+        facts=_facts(place, transcodes),
         metadata=content,
     )
 
