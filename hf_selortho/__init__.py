@@ -25,6 +25,7 @@ __all__ = [
     "SelOrthoOutput",
     "SelOrthoSAE",
     "decorrelation_penalty",
+    "load",
     "select_pairs",
 ]
 
@@ -33,6 +34,7 @@ _MODULES = {
     "SelOrthoConfig": "configuration_selortho",
     "SelOrthoOutput": "modeling_selortho",
     "SelOrthoSAE": "modeling_selortho",
+    "load": "formats.load",
     "Pairs": "pair_selection",
     "select_pairs": "pair_selection",
     "decorrelation_penalty": "penalties",

@@ -34,6 +34,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import logging as transformers_logging
 
+import hf_selortho
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import CachedBatches
@@ -54,6 +55,7 @@ from hf_selortho.features.records import (
 )
 from hf_selortho.hub.model_card import render_model_card
 from scripts import cache_activations
+from tests.formats import published
 from tests.goldens.trainings import write_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +70,7 @@ COUNTS = {
     "pairs": 400,
     "feature_index": 900,
     "card": 250,
+    "published": 1_600,
     "parquet": 500,
     "text": 350,
 }
@@ -295,10 +298,31 @@ def targets() -> dict[str, Target]:
         "shard": Target([*shards, folder / "held_out/tokens/00000.safetensors"], _use_shard),
         "pairs": Target(sorted(Path("sae", PAIR_HISTORY).iterdir()), lambda path: _use_pairs(path.parents[1])),
         "feature_index": Target(sorted(Path("sae", INDEX).iterdir()), lambda path: _use_feature_index(path.parent)),
+        "published": _published(),
         "card": Target([Path("card.json")], _use_card),
         "parquet": Target(sorted(Path("texts").glob("*.parquet")), _use_texts),
         "text": Target([path for path in sorted(Path("texts").iterdir()) if path.suffix != ".parquet"], _use_texts),
     }
+
+
+def _published() -> Target:
+    """SAEs in the formats of other libraries, by each of their files."""
+    writers = (
+        *(published.gemma_scope, published.gemma_scope_2, published.dictionary_learning, published.qwen_scope),
+        *(published.saelens, published.circuit_tracer, published.llama_scope, published.llamascopium),
+        *(published.sparsify, published.hook_z, published.goodfire, published.openai),
+    )
+    places: dict[Path, Path] = {}
+    for number, write in enumerate(writers):
+        place = write(Path(f"published_{number}"))[0]
+        folder = place if place.is_dir() else place.parent
+        places |= {path: place for path in sorted(folder.rglob("*")) if path.is_file()}
+    return Target(list(places), lambda path: _use_published(places[path]))
+
+
+def _use_published(place: Path) -> None:
+    sae = hf_selortho.load(place)
+    sae.encode(torch.zeros(2, sae.config.d_in or 0))
 
 
 def _write_pairs(folder: Path) -> None:

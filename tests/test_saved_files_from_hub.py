@@ -10,6 +10,7 @@ import pytest
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
 from hf_selortho.formats import write_saelens
+from tests.formats import published
 from tests.hub_client import HubClient
 from tests.loopback_hub import Fault, LoopbackHub
 
@@ -90,6 +91,27 @@ from hf_selortho.formats import load_sae
 print(load_sae("acme/lens", subfolder="blocks.3/lens").config.layer, load_sae("acme/sae", revision="v2").config.layer)
 """
     assert client.run(code) == "3 2\n"
+
+
+def test_what_others_published_is_described_by_its_header_alone_and_loaded_offline_afterwards(
+    hub, client, tmp_path
+) -> None:
+    folder, _ = published.gemma_scope_2(tmp_path)
+    name = "acme/gemma-scope-2-270m-pt"
+    hub.upload(name, tmp_path / "gemma-scope-2-270m-pt")
+    where = f"'{name}', {{'subfolder': {folder.relative_to(tmp_path / 'gemma-scope-2-270m-pt').as_posix()!r}}}"
+    shown = "from hf_selortho.formats.info import sae_info\nfound = sae_info({})\nprint(found['d_sae'], found['site'])"
+    assert client.run(shown.format(where)) == f"{published.F} attn_z\n"
+    assert all(request.range for request in hub.requests if request.method == "GET" and "params" in request.path)
+    code = f"import hf_selortho\nname, lookup = {where}\nprint(hf_selortho.load(name, **lookup).config.site)"
+    assert client.run(code) == "attn_z\n"
+    hub.requests.clear()
+    offline = "from huggingface_hub import constants\nconstants.HF_HUB_OFFLINE = {}\n"
+    client.run(offline.format(True))
+    try:
+        assert client.run(code) == "attn_z\n" and hub.requests == []
+    finally:
+        client.run(offline.format(False))
 
 
 def refusal(client: HubClient, call: str) -> str:
@@ -194,7 +216,7 @@ def test_a_server_that_is_busy_is_waited_for_or_named(hub, client, tmp_path) -> 
         ("'acme/sae', revision='v3'", "has no revision \"v3\": choose a branch, tag or commit of https://"),
         ("'acme/layers'", "holds no config.json; .* subfolder where it has several"),
         ("'acme/layers', subfolder='layer_4'", "holds no layer_4/config.json; "),
-        ("'acme/lens'", "holds no config.json; .* hf_selortho.formats.load_sae reads other formats"),
+        ("'acme/lens'", "holds no config.json; .* hf_selortho.load reads other formats"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_said_in_one_line(call, message, hub, client, tmp_path) -> None:

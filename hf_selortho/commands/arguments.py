@@ -12,7 +12,7 @@ from ..training.cache_arguments import parse_cache_arguments
 from ..training.contradictions import EVALUATE, INDEX, PUSH, SPACE
 from ..utils.options import OneLineParser, argument, parse_options
 from ..utils.sae_formats import FORMATS, SETS, TARGETS
-from .reading_arguments import EvaluateArguments, IndexArguments
+from .reading_arguments import APPROXIMATE, EvaluateArguments, IndexArguments
 
 
 @dataclass
@@ -96,6 +96,17 @@ def parse_convert(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", help="Branch, tag or commit of the SAE.")
     parser.add_argument("--subfolder", help="Folder of the SAE within its repository.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a converted SAE that is in DST.")
+    parser.add_argument("--approximate", action="store_true", help=APPROXIMATE)
+    return parser.parse_args(argv)
+
+
+def parse_info(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line into which SAE is asked for."""
+    parser = OneLineParser()
+    parser.add_argument("sae", help="Folder, file of weights or Hub id of the SAE (access token: HF_TOKEN).")
+    parser.add_argument("--revision", help="Branch, tag or commit of the SAE.")
+    parser.add_argument("--subfolder", help="Folder of the SAE within its repository.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     return parser.parse_args(argv)
 
 
@@ -107,5 +118,6 @@ PARSERS = {
     "browse": parse_browse,
     "push": parse_push,
     "space": parse_space,
+    "info": parse_info,
     "convert": parse_convert,
 }

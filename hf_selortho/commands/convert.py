@@ -22,7 +22,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_convert(argv)
     lookup = {key: getattr(arguments, key) for key in ("revision", "subfolder") if getattr(arguments, key)}
     files = convert(
-        arguments.source, Path(arguments.target), arguments.to, arguments.format, arguments.overwrite, **lookup
+        arguments.source,
+        Path(arguments.target),
+        arguments.to,
+        arguments.format,
+        arguments.overwrite,
+        approximate=arguments.approximate,
+        **lookup,
     )
     names = listed(file.name for file in files)
     sys.stdout.write(f"wrote {names} to {arguments.target}; load it with: {_snippet(arguments.target, arguments.to)}\n")

@@ -97,7 +97,7 @@ def find_targets(name: str, arguments: IndexArguments) -> list[Target]:
     if Path(name).is_dir() and not place.is_dir():
         raise SelOrthoError(f"--subfolder {arguments.subfolder}: there is no folder {place}")
     if place.is_dir():
-        own = holds_sae(place) or any(place.glob("layer_*"))  # else of another library
+        own = holds_sae(place) or any(place.glob("layer_*/config.json"))  # else of another library
         folders = [place / sae.name for sae in read_run(place).saes] if own else [place]
         given = [option for option in ("output", "twin", "labels") if getattr(arguments, option)]
         if given and len(folders) > 1:
@@ -121,7 +121,8 @@ def _local_target(folder: Path, arguments: IndexArguments) -> Target:
 
 def open_sources(target: Target, arguments: IndexArguments, lms: LanguageModels) -> Sources:
     """Load an SAE and what stands beside it; language models are loaded once."""
-    sae = load(target.source, {} if target.folder else arguments.lookup, arguments.device)
+    lookup = {"approximate": arguments.approximate} if target.folder else arguments.lookup
+    sae = load(target.source, lookup, arguments.device)
     config, d_sae = sae.config, len(sae.b_enc)
     twin = load(target.twin, {}, arguments.device) if target.twin else None
     twin_folder = Path(target.twin) if target.twin and Path(target.twin).is_dir() else None

@@ -20,6 +20,7 @@ COMMANDS = {
     "browse": "show the features of an SAE in the browser",
     "push": "publish the SAEs of a run on the Hugging Face Hub",
     "space": "publish a Space that shows an SAE",
+    "info": "say what an SAE is, ours or another library's, without loading its weights",
     "convert": "turn an SAE into the format of another library, or back",
 }
 

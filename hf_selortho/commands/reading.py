@@ -18,7 +18,7 @@ from ..utils.privacy import LOCAL_TEXT
 from .reading_arguments import ReadingArguments
 
 
-def load(name: str, lookup: Mapping[str, str], device: str) -> SelOrthoSAE:
+def load(name: str, lookup: Mapping[str, Any], device: str) -> SelOrthoSAE:
     """Load an SAE of any format, ready to encode."""
     sae: Any = load_sae(name, **lookup)
     return sae.to(device).eval()

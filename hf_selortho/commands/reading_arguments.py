@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
 from ..utils.options import Count, CountOrZero, Range, Seed, argument, one_of
+
+APPROXIMATE = "Read what cannot be read exactly, such as cross-layer transcoders, and say what is lost."
 
 
 @dataclass
@@ -16,6 +18,7 @@ class ReadingArguments:
 
     revision: str | None = argument(None, "Branch, tag or commit of the SAE.")
     subfolder: str | None = argument(None, "Folder of the SAE within its repository.")
+    approximate: bool = argument(False, APPROXIMATE)
     model: str | None = argument(None, "Language model; default: the one that the SAE was trained on.")
     model_revision: str | None = argument(None, "Its branch, tag or commit; default: that of the training.")
     layer: CountOrZero | None = argument(None, "Decoder layer that the SAE reads; default: that of its config.")
@@ -45,9 +48,9 @@ class ReadingArguments:
         return "cuda" if torch.cuda.is_available() and not self.cpu else "cpu"
 
     @property
-    def lookup(self) -> dict[str, str]:
-        """Where in a repository the SAE is."""
-        return {key: getattr(self, key) for key in ("revision", "subfolder") if getattr(self, key)}
+    def lookup(self) -> dict[str, Any]:
+        """Where in a repository the SAE is, and how it is read."""
+        return {key: getattr(self, key) for key in ("revision", "subfolder", "approximate") if getattr(self, key)}
 
 
 @dataclass

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,8 +14,9 @@ from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..language_models.loading import load_config
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.hub import CONFIG, listed, read_tensors
+from ..utils.hub import CONFIG, listed
 from ..utils.names import local_path
+from .load import read_sae
 from .plain import PlainSae
 
 SET = "config.yaml"  # by which a folder of this format is known
@@ -148,40 +147,14 @@ def read_circuit_tracer(name: str, folder: Path) -> None:
         about = dict(_LINE.findall((place / SET).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise SelOrthoError(f"{place / SET} cannot be read: {error!s:.100}") from error
-    facts: dict[str, Any] = {"lm_name": about.get("model_name") or None}
-    for site, key in (("site", "feature_input_hook"), ("target", "feature_output_hook")):
+    for key in ("feature_input_hook", "feature_output_hook"):
         if about.get(key) not in _SITES:
             raise SelOrthoError(f"{place / SET} has {key} {about.get(key)!r:.50}: expected {', '.join(_SITES)}")
-        facts[site] = _SITES[about[key]]
     layers = {int(found[1]) for path in place.glob("layer_*.safetensors") if (found := _LAYER.fullmatch(path.stem))}
     if layers != set(range(len(layers))) or not layers:
         raise SelOrthoError(
             f"{place} has layers {sorted(layers)!s:.80}: expected layer_0.safetensors and so on, without a gap"
         )
     for layer in sorted(layers):
-        _read_layer(place / f"layer_{layer}.safetensors", layer, facts).save_pretrained(folder / f"layer_{layer}")
-
-
-def _read_layer(path: Path, layer: int, facts: dict[str, Any]) -> SelOrthoSAE:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {key: file.get_slice(key).get_shape() for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise SelOrthoError(f"{path} is damaged or incomplete ({error!s:.80}): convert or download it again") from error
-    d_sae, d_in = found.get("W_enc", ()) if len(found.get("W_enc", ())) == 2 else (1, 1)
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,)}
-    shapes |= {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    shapes |= {"W_skip": (d_in, d_in)} if "W_skip" in found else {}
-    shapes |= {_THRESHOLD: (d_sae,)} if _THRESHOLD in found else {}
-    tensors = {key: tensor.float() for key, tensor in read_tensors(str(path), [path], shapes).items()}
-    plain = PlainSae(
-        W_enc=tensors["W_enc"].T,
-        b_enc=tensors["b_enc"],
-        W_dec=tensors["W_dec"],
-        b_dec=tensors["b_dec"],
-        shift=torch.zeros(d_in),
-        threshold=tensors.get(_THRESHOLD),
-        W_skip=tensors["W_skip"].T if "W_skip" in tensors else None,
-        facts={**facts, "layer": layer},
-    )
-    return plain.to_model(str(path))
+        sae = read_sae(str(place / f"layer_{layer}.safetensors"), "circuit_tracer_layer", {}).sae
+        sae.save_pretrained(folder / f"layer_{layer}")

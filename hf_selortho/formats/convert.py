@@ -23,7 +23,13 @@ _WRITTEN = FILES | {CONFIG, "model.safetensors", RUN, "sparsity.safetensors"}  #
 
 
 def convert(
-    source: str, target: Path, to: str, format: str = "auto", overwrite: bool = False, **lookup: Any
+    source: str,
+    target: Path,
+    to: str,
+    format: str = "auto",
+    overwrite: bool = False,
+    approximate: bool = False,
+    **lookup: Any,
 ) -> list[Path]:
     """Read an SAE in one format and write it in another.
 
@@ -34,6 +40,7 @@ def convert(
             transcoder for each layer: "circuit-tracer"; of such a set of circuit-tracer: "selortho".
         format: that of the source, one of `load.FORMATS`, "circuit-tracer", or "auto".
         overwrite: replace an SAE of an earlier conversion in the target; a folder with anything else stays.
+        approximate: read what cannot be read exactly.
         lookup: revision, subfolder, ... as for `load.load_sae`.
 
     Returns:
@@ -48,11 +55,11 @@ def convert(
     target, place = Path(local_path(target, "target")), Path(source, lookup.get("subfolder") or "")
     if overwrite and place.is_dir() and target.is_dir() and os.path.samefile(place, target):
         raise SelOrthoError(f"{target} is the SAE to convert: choose another folder")
-    if to in SETS or format in SETS or (format == "auto" and is_circuit_tracer(source)):
+    if to in SETS or format in SETS or (format == "auto" and not lookup.get("subfolder") and is_circuit_tracer(source)):
         return _convert_set(source, target, to, overwrite)
     replaceable = _WRITTEN if overwrite else None
     check_target(target, replaceable)
-    loaded = read_sae(source, format, lookup)
+    loaded = read_sae(source, format, lookup, approximate)
     with whole_folder(target, replaceable) as folder:
         if to == "saelens":
             write_saelens(loaded.sae, folder, _measured_l0(source, lookup))

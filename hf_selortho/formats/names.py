@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..errors import SelOrthoError
+
 # The names that TransformerLens gives to models whose id on the Hub it does not use itself.
 _ORIGINS = {
     "gpt2": "openai-community/gpt2",
@@ -30,8 +32,17 @@ _WHOLE = (
 _RMS_NORM = re.compile(r".*(gemma|llama|mistral|mixtral|qwen|olmo-?[23]|phi-?[34]|deepseek|gpt-oss).*", re.I)
 # Hooks behind a LayerNorm and before what writes to the residual stream: centring changes nothing there.
 _WITHIN_BLOCK = re.compile(r".*(attn\.hook_(?!result|out)|mlp\.hook_(?!out)|ln\w*\.hook_)\w+")
-_LENS_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|mid|post)")
-_LAYER = re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d{1,4})(?:\.output)?")
+_LENS_SITE = re.compile(r"blocks\.(\d{1,4})\.(.+)")
+# Hooks of TransformerLens by our sites; hook_mlp_in is the residual stream before the norm.
+_SITES = {"hook_resid_pre": "resid_pre", "hook_resid_mid": "resid_mid", "hook_resid_post": "resid_post"}
+_SITES |= {"hook_mlp_in": "resid_mid", "attn.hook_z": "attn_z", "hook_attn_out": "attn_out", "mlp.hook_in": "mlp_in"}
+_SITES |= {"hook_mlp_out": "mlp_out", "mlp.hook_out": "mlp_out"}
+_MODULE = re.compile(r"((?:[\w.]+\.)?(?:layers|h)\.(\d{1,4}))(?:\.(.+))?")
+# Modules of a decoder layer whose side is a site whatever the architecture.
+_MODULE_SITES = {("", "input"): "resid_pre", ("", "output"): "resid_post", ("self_attn.o_proj", "input"): "attn_z"}
+_MODULE_SITES |= {("attn.c_proj", "input"): "attn_z", ("pre_feedforward_layernorm", "input"): "resid_mid"}
+_MODULE_SITES |= {("pre_feedforward_layernorm", "output"): "mlp_in", ("attention.dense", "input"): "attn_z"}
+_MODULE_SITES |= {("post_feedforward_layernorm", "output"): "mlp_out"}  # of Gemma, as the two before
 
 
 def hub_name(model: Any) -> str | None:
@@ -60,15 +71,60 @@ def lens_hook(layer: int, site: str) -> str | None:
     return f"blocks.{layer}.hook_{site}" if site in known else None
 
 
-def layer_of(hook: Any) -> int | None:
-    """Return the decoder layer after which a hook of TransformerLens or a module of transformers reads, else None."""
-    if not isinstance(hook, str):
-        return None
-    if found := _LENS_HOOK.fullmatch(hook):
-        number, place = int(found[1]), found[2]
-        return number if place == "post" else number - 1 if place == "pre" and number > 0 else None
-    found = _LAYER.fullmatch(hook)
-    return int(found[1]) if found else None
+def facts_of_hook(hook: Any) -> dict[str, Any]:
+    """Return site, layer, module and side of a hook of TransformerLens, or of a module of transformers, as settings.
+
+    A module of which no site is known is a site itself, such as "model.layers.3.mlp:output". A hook that no module
+    gives, such as ln2.hook_normalized, only has its name.
+
+    Args:
+        hook: such as "blocks.3.hook_mlp_out" or "model.layers.3.self_attn.o_proj.input"; without a side, an output.
+    """
+    if not isinstance(hook, str) or not hook:
+        return {}
+    side = "input" if hook.endswith(".input") else "output"
+    module, facts = hook.removesuffix(f".{side}"), dict[str, Any]()
+    if lens := _LENS_SITE.fullmatch(hook):
+        facts = {"site": _SITES[lens[2]], "layer": int(lens[1])} if lens[2] in _SITES else {}
+    elif found := _MODULE.fullmatch(module):
+        facts = {"site": _MODULE_SITES.get((found[3] or "", side), f"{module}:{side}"), "layer": int(found[2])}
+    elif module.rpartition(".")[2] in ("embed_tokens", "wte", "embed_in"):
+        facts = {"site": f"{module}:{side}"}
+    return {**facts, "hook_name": module, "hook_side": side}
+
+
+def facts_of_hooks(
+    lens: Any = None, module: Any = None, lens_out: Any = None, module_out: Any = None
+) -> dict[str, Any]:
+    """Return the settings of what an SAE reads and, if that is another place, of what it reconstructs.
+
+    Args:
+        lens, module: one place, by its names in TransformerLens and in transformers, as for [`facts_of_hook`].
+        lens_out, module_out: the other; None where it is the same.
+
+    Raises:
+        SelOrthoError: they are in different layers.
+    """
+    facts, target = _place(lens, module), _place(lens_out, module_out)
+    here, there = ((part.get("site", part.get("hook_name")), part.get("layer")) for part in (facts, target))
+    if target and here != there:
+        if None not in (here[1], there[1]) and here[1] != there[1]:
+            raise SelOrthoError(
+                f"a transcoder from layer {here[1]} to layer {there[1]} is not read: expected one within a layer"
+            )
+        target = {"site": f"{target['hook_name']}:{target['hook_side']}"} | target
+        target.pop("layer", None)
+        return facts | {("target" if key == "site" else f"target_{key}"): value for key, value in target.items()}
+    if facts.get("site") == "resid_pre" and facts["layer"] > 0 and module is None:
+        facts |= {"site": "resid_post", "layer": facts["layer"] - 1}  # the same, in any architecture
+    return facts
+
+
+def _place(lens: Any, module: Any) -> dict[str, Any]:
+    named, facts = facts_of_hook(lens), facts_of_hook(module)
+    if ":" in facts.get("site", "") and ":" not in named.get("site", ":"):
+        facts |= {key: named[key] for key in ("site", "layer")}  # the module says more, unless it is a site of its own
+    return named | facts
 
 
 def can_be_centred(model: str | None, hook: str | None) -> bool:

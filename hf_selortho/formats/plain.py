@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
-from ..utils.hub import find_file, listed
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +57,12 @@ class PlainSae:
         settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": kind, **self.facts}
         if settings.get("target"):
             settings |= {"d_out": self.W_dec.shape[1], "skip": self.W_skip is not None}
-        sae = SelOrthoSAE(SelOrthoConfig(d_in=d_in, d_sae=d_sae, k=self.k, **settings))
+        with torch.device("meta"):  # nothing at random, which would be another copy
+            sae = SelOrthoSAE(SelOrthoConfig(d_in=d_in, d_sae=d_sae, k=self.k, **settings))
+        sae.to_empty(device="cpu")
         with torch.no_grad():
+            for name, buffer in sae.named_buffers():
+                buffer.fill_(1 if name.endswith("scale") else 0)
             sae.input_mean.copy_(self.shift)  # ours is added to the output again: that is what b_dec does there
             sae.W_enc.copy_(self.W_enc)
             sae.b_enc.copy_(self.b_enc)
@@ -129,14 +131,6 @@ class PlainSae:
             k=sae.config.k if sae.config.activation == "topk" else None,
             W_skip=None if W_skip is None else W_skip.float().contiguous(),
         )
-
-
-def needed_files(name: str, files: Sequence[str], lookup: Mapping[str, Any]) -> list[Path]:
-    """Find the files of an SAE; raise a SelOrthoError if one is missing."""
-    paths = {file: find_file(name, file, lookup) for file in files}
-    if missing := [file for file, path in paths.items() if path is None]:
-        raise SelOrthoError(f"{name} lacks {listed(missing)}: expected {' and '.join(files)} in the folder of an SAE")
-    return [path for path in paths.values() if path is not None]
 
 
 def checked_k(k: Any, name: str) -> int:

@@ -14,19 +14,40 @@ from ..configuration_selortho import SelOrthoConfig
 from ..errors import NonFiniteError, SelOrthoError
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.files import jsonable
-from ..utils.hub import is_commit, read_object, read_tensors
+from ..utils.hub import is_commit, read_object
+from ..utils.sae_formats import library_of
 from . import saelens_keys
+from .description import LENS, Description, factors_of_one
 from .folders import whole_folder
 from .keys import warn_of_unknown
-from .names import can_be_centred, hub_name, layer_of, lens_hook, lens_name
-from .plain import PlainSae, checked_k, needed_files, weight_shapes
-from .saelens_keys import REGISTRY
+from .names import can_be_centred, facts_of_hooks, hub_name, lens_hook, lens_name
+from .place import Place
+from .plain import PlainSae, checked_k
+from .registry import facts_of_repository
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = {CONFIG, WEIGHTS}
 VERSION = "6.54.0"  # of SAELens, whose format this is
 _ARGUMENTS = "model_from_pretrained_kwargs"  # with which SAELens loads the language model
-_ARCHITECTURES = ("standard", "topk", "jumprelu")
+_THRESHOLD, _SKIP = {"threshold": "threshold"}, {"W_skip": "W_skip.T"}
+# Of each architecture that is read: activation function, and names of the tensors beside encoder and decoder.
+_ARCHITECTURES: dict[Any, tuple[str, dict[str, str]]] = {
+    "standard": ("relu", {}),
+    "topk": ("topk", {}),
+    "abstopk": ("abstopk", {}),
+    "jumprelu": ("jumprelu", _THRESHOLD),
+    "gated": ("gated", {name: name for name in ("r_mag", "b_gate", "b_mag")}),
+    "batchtopk": ("jumprelu", {"threshold": "topk_threshold"}),  # of checkpoints of a training, as the next
+    "matryoshka_batchtopk": ("jumprelu", {"threshold": "topk_threshold"}),
+    "transcoder": ("relu", {}),
+    "skip_transcoder": ("relu", _SKIP),
+    "jumprelu_transcoder": ("jumprelu", _THRESHOLD),
+    "jumprelu_skip_transcoder": ("jumprelu", _THRESHOLD | _SKIP),
+}
+_REFUSED = {
+    "matching_pursuit": "its features are chosen one after the other, which no encoder does at once",
+    "temporal": "the features of a token depend on those of the tokens before it",
+}
 
 
 def write_saelens(sae: SelOrthoSAE, folder: Path, metadata: Mapping[str, Any] | None = None) -> list[Path]:
@@ -116,22 +137,28 @@ def _module(module: str | None, side: str) -> str | None:
     return f"{module}.input" if module and side == "input" else module
 
 
-def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
-    """Read an SAE that SAELens has saved, of the kinds that are encoder, activation function and decoder.
+def find(place: Place) -> str | None:
+    """Return the file of weights, if this is the format; others have one of this name beside their config.json."""
+    others = (library_of(place.config) or ("SAELens",))[0] != "SAELens"
+    return place.has(WEIGHTS) if place.has(CONFIG) or not others else None
+
+
+def describe(place: Place, file: str) -> Description:
+    """Tell what an SAE or transcoder is that SAELens has saved, finished or as a checkpoint of a training.
 
     Raises:
-        SelOrthoError: it is of another kind, its files are damaged or do not fit one another, or a key of its config
+        SelOrthoError: it is no encoder, activation function and decoder, its files are damaged, or a key of its config
             changes what it computes or reads and cannot be obeyed.
     """
-    config, weights = needed_files(name, (CONFIG, WEIGHTS), lookup)
-    path, overrides = str(config), REGISTRY.get(name.lower(), {})
+    config = place.path(CONFIG, f"{CONFIG} and {WEIGHTS}")
+    path, known = str(config), facts_of_repository(place.name)
+    overrides = known.get("overrides", {})
     content = read_object(config) | overrides
     metadata = content.get("metadata")
     if isinstance(metadata, dict):
         metadata = metadata | overrides
-    else:  # before version 6 all was in one, and what is not said of the heads is told by the hook
-        heads = "hook_z" in str(content.get("hook_name") or content.get("hook_point"))
-        metadata = content = ({"reshape_activations": "hook_z"} if heads else {}) | content
+    else:  # before version 6 all was in one
+        metadata = content
     unknown = saelens_keys.CONFIG.check(content, path)
     if metadata is not content:
         unknown += saelens_keys.CONFIG.check(metadata, path, "metadata.")
@@ -139,18 +166,56 @@ def read_saelens(name: str, lookup: Mapping[str, Any]) -> PlainSae:
     unknown += saelens_keys.LANGUAGE_MODEL.check(arguments, path, f"{_ARGUMENTS}.")
     unknown += [key for key in saelens_keys.NAMES if not isinstance(metadata.get(key), str | None)]
     warn_of_unknown(unknown, path)
-    kind, k = _kind(content, path)
+    tensors, (kind, k) = place.tensors(file), _kind(content, path)
+    activation, extra = _ARCHITECTURES[kind]
+    names = LENS | extra
+    if "log_threshold" in tensors.headers and "threshold" in names:
+        names |= {"threshold": "log_threshold"}
+    if kind == "gated":
+        del names["b_enc"]
+    ignored = factors_of_one(tensors)
+    if "scaling_factor" in tensors.headers and not ignored and content.get("finetuning_scaling_factor"):
+        names["factor"] = "scaling_factor"
+    factor, lost = _factor(content, known.get("factors", {}).get(place.folder), path, place.approximate)
     facts = _facts(metadata, arguments, path)
-    shapes = weight_shapes(content.get("d_in"), content.get("d_sae"), kind == "jumprelu", name)
-    tensors = {key: tensor.float() for key, tensor in read_tensors(name, [weights], shapes).items()}
-    if kind == "topk" and content.get("rescale_acts_by_decoder_norm"):
-        norms = tensors["W_dec"].double().norm(dim=1)
-        tensors["W_enc"] = (tensors["W_enc"] * norms).float()
-        tensors["b_enc"] = (tensors["b_enc"] * norms).float()
-        tensors["W_dec"] = (tensors["W_dec"] / norms.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).float()
-    subtracts = content.get("apply_b_dec_to_input") in (None, True)
-    shift = tensors["b_dec"] if subtracts else torch.zeros_like(tensors["b_dec"])
-    return PlainSae(**tensors, shift=shift, k=k, facts=facts, metadata=metadata)
+    if "target" not in facts and "transcoder" in kind:
+        raise SelOrthoError(f"{path}: hook_name_out is missing: expected the hook that this transcoder predicts")
+    return Description(
+        tensors,
+        names,
+        activation,
+        k=k,
+        log_thresholds="log_threshold" in names.values(),
+        subtracts=content.get("apply_b_dec_to_input") in (None, True) and "target" not in facts,
+        unit_rows=bool(content.get("rescale_acts_by_decoder_norm")) and kind not in ("standard", "jumprelu"),
+        factors=(factor, factor),
+        widths=(content.get("d_in"), content.get("d_sae")),
+        ignored=ignored,
+        facts=facts,
+        metadata=metadata,
+        folded=[f"the factor {factor:.4g} of the activations"] if factor != 1 else [],
+        lost=lost,
+    )
+
+
+def _factor(content: Mapping[str, Any], known: Any, path: str, approximate: bool) -> tuple[float, str | None]:
+    """Return by what activations are multiplied, and what is lost where nobody knows.
+
+    Raises:
+        SelOrthoError: nobody does, unless what is not exact was asked for.
+    """
+    if content.get("normalize_activations") not in (True, "expected_average_only_in"):
+        return 1.0, None
+    if known is not None:
+        return float(known), None
+    lost = "the factor is taken as 1, so that too few or too many features fire"
+    if approximate:
+        return 1.0, lost
+    raise SelOrthoError(
+        f"{path}: normalize_activations={content['normalize_activations']!r} is not read: the activations are "
+        "multiplied by a factor that is not among the weights, and known of few repositories; with --approximate "
+        f"(approximate=True) {lost}"
+    )
 
 
 def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
@@ -164,10 +229,11 @@ def _kind(content: Mapping[str, Any], path: str) -> tuple[str, int | None]:
     k, arguments = content.get("k"), content.get("activation_fn_kwargs")
     if kind == "topk" or (kind == "standard" and function == "topk"):
         kind, k = "topk", arguments.get("k", k) if isinstance(arguments, dict) else k
-    if kind not in _ARCHITECTURES or function not in ("relu", "topk"):
-        said = kind if kind not in _ARCHITECTURES else f"activation function {function}"
-        raise SelOrthoError(f"{path}: {said!r:.80} of SAELens is not read; expected {', '.join(_ARCHITECTURES)}")
-    return kind, checked_k(k, path) if kind == "topk" else None
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES or function not in ("relu", "topk"):
+        said = kind if function in ("relu", "topk") else f"activation function {function}"
+        why = _REFUSED.get(str(kind), f"expected {', '.join(_ARCHITECTURES)}")
+        raise SelOrthoError(f"{path}: {said!r:.80} of SAELens is not read; {why}")
+    return kind, checked_k(k, path) if kind in ("topk", "abstopk") else None
 
 
 def _facts(metadata: Mapping[str, Any], arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -178,7 +244,7 @@ def _facts(metadata: Mapping[str, Any], arguments: Mapping[str, Any], path: str)
     """
     names: dict[str, str] = {k: v for k in saelens_keys.NAMES if isinstance(v := metadata.get(k), str)}
     hook = metadata.get("hook_name") or names.get("hook_point")
-    module = names.get("hf_hook_name", "").removesuffix(".output")
+    module = names.get("hf_hook_name")
     context = metadata.get("context_size")
     if context is not None and not 2 <= context < 1 << 31:
         raise SelOrthoError(f"{path}: context_size={context}, expected at least 2 tokens; choose another SAE")
@@ -187,12 +253,11 @@ def _facts(metadata: Mapping[str, Any], arguments: Mapping[str, Any], path: str)
     facts = {
         "lm_name": lm_name,
         "lm_revision": names.get("hf_model_revision") or _revision(arguments, lm_name, path),
-        "layer": layer_of(hook or module),
-        "hook_name": module or hook,
         "dataset": names.get("dataset_path"),
         "context_length": context,
         "prepend_bos": metadata.get("prepend_bos"),
         "centered": True if centred else None,
+        **facts_of_hooks(hook, module, metadata.get("hook_name_out"), names.get("hf_hook_name_out")),
     }
     return {key: value for key, value in facts.items() if value is not None}
 

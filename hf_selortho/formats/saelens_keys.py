@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from .keys import Content, KeyTable, Refusal, unless
+from .keys import Content, KeyTable, unless
 
-_SITE = "the commands here read whole outputs of decoder layers; choose an SAE of hook_resid_post or hook_resid_pre"
-_TRANSCODER = "it is a transcoder, which predicts another activation than it reads; choose an SAE"
 # Read where they are texts.
-NAMES = "model_name hf_model_name hf_model_revision hook_point hf_hook_name dataset_path".split()
+NAMES = "model_name hf_model_name hf_model_revision hook_point hf_hook_name hf_hook_name_out dataset_path".split()
 
 
 def _normalization(value: Any, _content: Content) -> str | None:
-    if value in (None, False, "none"):
+    if value in (None, False, True, "none", "expected_average_only_in"):
         return None
     if value in ("layer_norm", "constant_norm_rescale"):
         return "each token is normalised by its own norm, which no weights can say; choose an SAE with 'none'"
-    return (
-        "it is no part of the weights; fold it into them with SAELens and save the SAE again with "
-        "normalize_activations='none'"
-    )
-
-
-def _same_as(*keys: str) -> Refusal:
-    """Refuse an output of another site or width than the input, which one of the keys says."""
-
-    def refuse(value: Any, content: Content) -> str | None:
-        same = value is None or any(value == content.get(key) for key in keys)
-        return None if same else _TRANSCODER
-
-    return refuse
+    return "it is no part of the weights; choose the finished SAE, into whose weights the training has folded it"
 
 
 def _positions(value: Any, content: Content) -> str | None:
@@ -70,6 +55,9 @@ CONFIG = KeyTable(
         **dict.fromkeys(NAMES, object),
         **dict.fromkeys("architecture d_in d_sae k activation_fn activation_fn_str metadata".split(), object),
         **dict.fromkeys(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "prepend_bos"), bool),
+        "finetuning_scaling_factor": bool,
+        "d_out": int,
+        "hook_name_out": str,
         "activation_fn_kwargs": object,
         "hook_name": str,
         "context_size": int,
@@ -100,26 +88,11 @@ CONFIG = KeyTable(
     "model_kwargs sae n_batches_for_norm_estimate",
     refused={
         "normalize_activations": _normalization,
-        "reshape_activations": unless(None, "", "none", reason=f"it reads the heads of an attention layer; {_SITE}"),
-        "finetuning_scaling_factor": unless(
-            None, False, reason="its factors are not applied here; choose an SAE without, or save it again with SAELens"
-        ),
+        "reshape_activations": unless(None, "", "none", "hook_z", reason="expected 'none' or 'hook_z', heads in a row"),
         **dict.fromkeys(
-            ("hook_head_index", "hook_point_head_index"), unless(None, reason=f"it reads one attention head; {_SITE}")
+            ("hook_head_index", "hook_point_head_index", "hook_head_index_out"),
+            unless(None, reason="it is of one attention head; choose an SAE of all of them, or of another site"),
         ),
         "seqpos_slice": _positions,
-        "hook_head_index_out": unless(None, reason=_TRANSCODER),
-        "hook_name_out": _same_as("hook_name", "hook_point"),
-        "hf_hook_name_out": _same_as("hf_hook_name"),
-        "d_out": _same_as("d_in"),
     },
 )
-
-# What SAELens knows of published SAEs that their own files do not say: it overrides these. From its registry.
-_CENTRED: dict[str, Any] = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-REGISTRY: dict[str, dict[str, Any]] = {
-    "jbloom/gpt2-small-saes-reformatted": _CENTRED,
-    "jbloom/gpt2-small-feature-splitting-experiment-layer-8": _CENTRED,
-    "tommmcgrath/gpt2-small-mlp-out-saes": _CENTRED,
-    "joshengels/mistral-7b-residual-stream-saes": {"normalize_activations": "constant_norm_rescale"},
-}

@@ -1,57 +1,71 @@
-"""The format of sparsify: cfg.json and sae.safetensors, a folder for each hook."""
+"""The format of sparsify: cfg.json and sae.safetensors, a folder for each hook; SAEs and transcoders."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
-from ..utils.hub import read_object, read_tensors
+from ..errors import SelOrthoError
+from ..utils.hub import find_file, read_object
+from .description import LENS, Description
 from .keys import KeyTable, unless, warn_of_unknown
-from .names import layer_of
-from .plain import PlainSae, checked_k, needed_files, weight_shapes
+from .names import facts_of_hooks
+from .place import Place
+from .plain import checked_k
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-_TRANSCODER = unless(None, False, reason="this is a transcoder; choose an SAE, trained without")
 _KEYS = KeyTable(
-    obeyed=dict.fromkeys(("d_in", "k", "num_latents", "expansion_factor"), object),
-    meaningless="normalize_decoder multi_topk",  # they act in training only
-    refused={
-        "activation": unless("topk", reason="expected 'topk'"),
-        "transcode": _TRANSCODER,
-        "skip_connection": _TRANSCODER,
-        "signed": unless(None, False, reason="features of ours are never negative"),  # before version 1
+    obeyed={
+        **dict.fromkeys(("d_in", "k", "num_latents", "expansion_factor"), object),
+        **dict.fromkeys(("transcode", "skip_connection", "signed"), bool),  # the last one before version 1
     },
+    meaningless="normalize_decoder multi_topk",  # they act in training only
+    refused={"activation": unless("topk", reason="expected 'topk', k features of all")},
 )
-_MODULE = re.compile(r"(?:layers|h)\.\d+\..+|embed_tokens|embed_in|wte")  # other modules than decoder layers
+_MODULE = re.compile(r"(?:layers|h)\.\d{1,4}(?:\..+)?|embed_tokens|embed_in|wte")
+_NAMES = LENS | {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias"}
 
 
-def read_sparsify(name: str, lookup: Mapping[str, Any]) -> PlainSae:
-    """Read an SAE with the activation function topk.
+def find(place: Place) -> str | None:
+    """Return the file of weights, if this is the format."""
+    return place.has(WEIGHTS)
+
+
+def describe(place: Place, file: str) -> Description:
+    """Tell what an SAE or transcoder with the activation function topk is; b_dec is subtracted from an SAE's input.
 
     Raises:
-        SelOrthoError: it is a transcoder or of another kind, its files are damaged, or do not fit one another.
+        SelOrthoError: it is of another kind, or its files are damaged.
     """
-    path, weights = needed_files(name, (CONFIG, WEIGHTS), lookup)
+    path = place.path(CONFIG, f"{CONFIG} and {WEIGHTS}")
     content = read_object(path)
     warn_of_unknown(_KEYS.check(content, str(path)), str(path))
     d_in, k, factor = content.get("d_in"), content.get("k"), content.get("expansion_factor", 32)
     d_sae = content.get("num_latents") or (d_in * factor if type(d_in) is type(factor) is int else None)
-    shapes = weight_shapes(d_in, d_sae, False, name)
-    shapes = {"encoder.weight": shapes["W_dec"], "encoder.bias": shapes["b_enc"], **shapes}
-    del shapes["W_enc"], shapes["b_enc"]
-    tensors = {key: tensor.float() for key, tensor in read_tensors(name, [weights], shapes).items()}
-    hook = Path(str(lookup.get("subfolder") or name)).name  # the folder is called like the module
-    layer = layer_of(hook)
-    facts = {"layer": layer, "hook_name": hook if layer is not None or _MODULE.fullmatch(hook) else None}
-    return PlainSae(
-        W_enc=tensors["encoder.weight"].T,
-        b_enc=tensors["encoder.bias"],
-        W_dec=tensors["W_dec"],
-        b_dec=tensors["b_dec"],
-        shift=tensors["b_dec"],
+    transcodes, skips = bool(content.get("transcode")), bool(content.get("skip_connection"))
+    return Description(
+        place.tensors(file),
+        _NAMES | ({"W_skip": "W_skip.T"} if skips else {}),
+        "abstopk" if content.get("signed") else "topk",
         k=checked_k(k, str(path)),
-        facts={key: value for key, value in facts.items() if value is not None},
+        subtracts=not transcodes,
+        widths=(d_in, d_sae),
+        facts=_facts(place, transcodes),
         metadata=content,
     )
+
+
+def _facts(place: Place, transcodes: bool) -> dict[str, Any]:
+    """Tell what is read by the name of the folder, which is that of the module, or of one with a seed in it."""
+    names = [PurePosixPath(str(place)).name, PurePosixPath(str(place)).parent.name]
+    hook = names[1] if re.fullmatch(r"seed\d+", names[0]) else names[0]
+    facts: dict[str, Any] = {}
+    if place.folder and (top := find_file(place.name, "config.json", {**place.lookup, "subfolder": None})):
+        model = read_object(top).get("model")  # of the whole training
+        facts["lm_name"] = model if isinstance(model, str) else None
+    if not _MODULE.fullmatch(hook):
+        if transcodes:
+            raise SelOrthoError(f"{place} is a transcoder: expected the folder named like the module, as layers.3.mlp")
+        return facts
+    return facts | facts_of_hooks(module=f"{hook}.input" if transcodes else hook, module_out=f"{hook}.output")

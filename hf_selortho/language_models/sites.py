@@ -154,6 +154,8 @@ def _find_module(lm: LanguageModel, site: str) -> HookSite:
     if side not in ("input", "output"):
         raise SelOrthoError(f'site "{site}": expected input or output behind the colon, as in {path}:output')
     names = [name for name, _ in lm.model.named_modules() if name]
+    if (whole := f"{lm.model.base_model_prefix}.{path}") in names and path not in names:
+        path = whole  # as sparsify names modules, without the language model's head
     if path not in names:
         close = get_close_matches(path, names, n=4, cutoff=0.5)
         raise SelOrthoError(

@@ -7,15 +7,13 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import ConfigError, SelOrthoError
 from .files import target_outside
@@ -247,7 +245,7 @@ def find_config(name: str, lookup: Mapping[str, Any]) -> Path:
     if path is None:
         raise SelOrthoError(
             f"cannot load the SAE {name!r}: it holds no {in_subfolder(CONFIG, lookup)}; name the folder or repository "
-            "of an SAE, with a subfolder where it has several; hf_selortho.formats.load_sae reads other formats"
+            "of an SAE, with a subfolder where it has several; hf_selortho.load reads other formats"
         )
     return path
 
@@ -280,26 +278,42 @@ def weight_files(name: str, lookup: Mapping[str, Any], variant: str | None = Non
     return [path for path in paths.values() if path is not None]
 
 
+def safetensors_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Read shape and dtype of each tensor of a safetensors file; raises a SelOrthoError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}
+            return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        fault = f"{path} is damaged or incomplete ({one_line(error)})"
+        raise SelOrthoError(f"{fault}; download it again, or use an earlier checkpoint") from error
+
+
 def check_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare the headers of safetensors files with the shapes that are expected, before anything is allocated.
 
     Raises:
         SelOrthoError: a file is damaged, or the tensors have other names, shapes or dtypes.
     """
-    headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                parts = {key: file.get_slice(key) for key in file.keys()}
-                headers |= {key: (path, tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
-        except (SafetensorError, OSError) as error:
-            fault = f"{path} is damaged or incomplete ({one_line(error)})"
-            raise SelOrthoError(f"{fault}; download it again, or use an earlier checkpoint") from error
-    if headers.keys() != shapes.keys():
-        faults = {"missing": shapes.keys() - headers.keys(), "unexpected": headers.keys() - shapes.keys()}
+    found = [(path, safetensors_headers(path)) for path in paths]
+    check_names(name, {key for _, headers in found for key in headers}, shapes)
+    for path, headers in found:
+        check_shapes(path, headers, shapes)
+
+
+def check_names(name: str, found: Set[str], expected: Iterable[str]) -> None:
+    """Compare the names of tensors; raise a SelOrthoError if one is missing or more than are expected."""
+    faults = {"missing": set(expected) - found, "unexpected": found - set(expected)}
+    if any(faults.values()):
         said = "; ".join(f"{fault}: {listed(names, 5)}" for fault, names in faults.items() if names)
         raise SelOrthoError(f"{name} does not hold the weights of its config ({said}): is it another kind of model?")
-    for key, (path, shape, dtype) in headers.items():
+
+
+def check_shapes(
+    path: Path, headers: Mapping[str, tuple[tuple[int, ...], str]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare shapes and dtypes of the tensors of a file; raise a SelOrthoError if one is another."""
+    for key, (shape, dtype) in headers.items():
         fault = ""
         if shape != shapes[key]:
             fault = f"has the shape {shape}, d_in and d_sae of the config give {shapes[key]}"
@@ -307,9 +321,3 @@ def check_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[i
             fault = f"is of dtype {dtype}, expected one of {', '.join(_DTYPES)}"
         if fault:
             raise SelOrthoError(f"{path}: {key} {fault}; take config.json and weights from the same run")
-
-
-def read_tensors(name: str, paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read the tensors of safetensors files on the CPU; raises as [`check_tensors`], which is asked first."""
-    check_tensors(name, paths, shapes)
-    return {key: tensor for path in paths for key, tensor in load_file(path).items()}

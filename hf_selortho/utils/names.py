@@ -30,6 +30,7 @@ _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _SHOWN = re.compile(r"/(?:tree|blob|resolve|raw|commits?)/(refs/\w+/[^/]+|[^/]+)")  # in addresses of pages
 _PAGE = re.compile(r"/(?:viewer|discussions|settings|edit|upload|new)(?:/.*)?$")  # others, of the whole repository
 _UNREADABLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # of which no name of a file can be made
+_OF_SEVERAL = re.compile(r"\.pth?$|/layer_\d+\.safetensors$")  # files that are an SAE each, with others beside it
 _AROUND = " \t\r\n\v\f\xa0\u200b\ufeff\"'`“”‘’"  # that comes along with what is copied
 _OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
@@ -130,6 +131,8 @@ class RepoRef:
         path = local_path(typed, argument or kind) if local and not _ADDRESS.match(typed) else ""
         if os.path.isdir(path) or (path and kind == "dataset" and os.path.exists(path)):
             return cls(path)
+        if path and kind == "SAE" and os.path.isfile(path):
+            return cls(os.path.dirname(path) or ".", subfolder=os.path.basename(path))
         match = None if re.match(r"[./~]|file:", typed) else _PLACE.fullmatch(_without_host(typed, kind, argument))
         repo, revision, sub = match.group("repo", "revision", "sub") if match else ("..", None, None)
         revision, is_address = unquote(revision or ""), _ADDRESS.match(typed)
@@ -229,7 +232,7 @@ def _without_host(typed: str, kind: Kind, argument: str = "") -> str:
             path = host + path
         elif host.lower() not in (*_HOSTS, urlsplit(constants.ENDPOINT).netloc):
             raise SelOrthoError(f"{argument or kind} {typed!r:.200} is no address of {constants.ENDPOINT}, the Hub")
-        elif re.search("/(blob|resolve|raw)/", path):  # of a file
+        elif re.search("/(blob|resolve|raw)/", path) and not _OF_SEVERAL.search(path):  # of a file
             path = posixpath.dirname(path)
         path = _SHOWN.sub(lambda shown: f"@{quote(unquote(shown[1]), safe='')}", _PAGE.sub("", path), count=1)
     path = re.sub("/+", "/", path).strip("/").removesuffix(".git")

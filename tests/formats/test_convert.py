@@ -119,10 +119,10 @@ def test_targets_that_cannot_be_written(own, tmp_path, capsys, monkeypatch) -> N
         (("--to", "saelens", "--token", "x"), "unrecognized arguments: --token"),
         (("--to", "sparsify"), "invalid choice: 'sparsify'"),
         ((), "the following arguments are required: --to"),
-        (("--to", "selortho", "--from", "saelens"), "lacks cfg.json"),
+        (("--to", "selortho", "--from", "saelens"), "holds no SAE in the format saelens"),
         (
             ("--to", "selortho", "--subfolder", "layer_9"),
-            "expected one of layer_9/config.json, .* with a subfolder where it has several",
+            "it holds nothing; expected config.json, or the files of SAELens, .* with a subfolder",
         ),
     ],
 )
@@ -149,7 +149,9 @@ def test_a_subfolder(own, tmp_path) -> None:
 def test_unknown_formats_and_arguments(own) -> None:
     with pytest.raises(SelOrthoError, match="format 'pickle': expected auto or one of selortho, saelens"):
         load_sae(own, "pickle")
-    with pytest.raises(SelOrthoError, match="it holds notes.txt; expected one of config.json, sae_weights"):
+    with pytest.raises(
+        SelOrthoError, match="it holds notes.txt; expected config.json, or the files of SAELens, sparsify"
+    ):
         (own / "sub").mkdir()
         (own / "sub/notes.txt").touch()
         load_sae(own / "sub")

@@ -169,7 +169,7 @@ def saved(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gated"}, "'gated' of SAELens is not read; expected standard, topk, jumprelu"),
+        ({"architecture": "gated"}, "missing: b_gate, b_mag, r_mag; unexpected: b_enc, threshold"),
         ({"architecture": "topk"}, "k=None, expected the number"),
         ({"architecture": "standard"}, "unexpected: threshold"),
         ({"d_sae": 10**9}, "has the shape"),

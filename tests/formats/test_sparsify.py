@@ -59,7 +59,7 @@ def test_large_means_and_every_way_to_say_how_many_features(sparsify, settings, 
 
 
 @pytest.mark.parametrize(
-    ("folder", "layer"), [("layers.7", 7), ("h.3", 3), ("layers.7.mlp", None), ("run", None), ("layers.99999", None)]
+    ("folder", "layer"), [("layers.7", 7), ("h.3", 3), ("layers.7.mlp", 7), ("run", None), ("layers.99999", None)]
 )
 def test_the_layer_is_that_of_the_folder(sparsify, folder, layer, tmp_path, caplog) -> None:
     save(sparsify, tmp_path / folder)
@@ -71,13 +71,13 @@ def test_the_layer_is_that_of_the_folder(sparsify, folder, layer, tmp_path, capl
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"signed": True}, "signed=True is not read"),
+        ({"signed": 1}, "signed=1, expected true or false"),
         ({"k": 10**6}, "k=1000000: expected at most d_sae"),
         ({"k": None}, "k=None, expected the number"),
         ({"num_latents": 10**9}, "has the shape"),
         ({"num_latents": 0, "expansion_factor": "x"}, "d_sae=None, expected a positive"),
-        ({"transcode": "\0"}, "is not read: this is a transcoder"),
-        ({"skip_connection": True}, "skip_connection=True is not read"),
+        ({"transcode": "\0"}, "expected true or false"),
+        ({"skip_connection": True}, "missing: W_skip"),
         ({"activation": "groupmax"}, "activation='groupmax' is not read"),
     ],
 )
