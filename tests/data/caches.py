@@ -21,7 +21,7 @@ def summary(layer: int, **changes: Any) -> dict[str, Any]:
     histogram = [0] * 512
     histogram[266], histogram[319] = 15, 5  # bins from 2^(-10 + 266/16) = 99 and 2^(-10 + 319/16) = 981
     return {
-        "hook_name": f"layers.{layer}", "mean": [0.5] * D_IN, "scale": 2.0, "median_norm": 100.0, "max_norm": 400.0,
+        "hook_name": f"layers.{layer}", "hook_side": "output", "mean": [0.5] * D_IN, "scale": 2.0, "median_norm": 100.0, "max_norm": 400.0,
         "largest_norm": 1000.0, "norm_histogram": histogram,
         "sinks_by_position": [0, 3, 1, 0, 0, 0, 0, 0, 0, 0, 1], **changes,
     }  # fmt: skip
@@ -38,8 +38,9 @@ def content(**changes: Any) -> dict[str, Any]:
         "lm_name": "google/gemma-2-2b", "lm_revision": "c" * 40, "lm_dtype": "bfloat16", "lm_batch_tokens": 1024,
         "lm_device": "cpu", "tokenizer_sha256": "0" * 64,
         "dataset": "fancyzhx/ag_news", "dataset_revision": "d" * 40, "dataset_config": None, "split": "train",
-        "text_column": None, "separator": None, "encoding": None, "chat_column": None, "chat_roles": None, "streaming": False, "held_out_fraction": 0.1, "text_fingerprint": None,
-        "text_rows": 1000, "seed": 0, "context_length": 128, "prepend_bos": True, "min_tokens": 8,
+        "text_column": None, "separator": None, "encoding": None, "streaming": False, "held_out_fraction": 0.1,
+        "chat_column": None, "chat_roles": None, "site": "resid_post", "target": None, "target_statistics": {},
+        "text_fingerprint": None, "text_rows": 1000, "seed": 0, "context_length": 128, "prepend_bos": True, "min_tokens": 8,
         "layers": [2, 5], "stored_dtype": "float32", "max_norm_ratio": 4.0, "max_tokens": None,
         "held_out_contexts": 9, "shard_tokens": 100, "processes": 1, "counts": counts, "versions": {"python": "3"},
         "statistics": {"2": summary(2), "5": summary(5)}, "shards": [], "held_out": [], **changes,
