@@ -132,7 +132,8 @@ class RepoRef:
         if os.path.isdir(path) or (path and kind == "dataset" and os.path.exists(path)):
             return cls(path)
         if path and kind == "SAE" and os.path.isfile(path):
-            return cls(os.path.dirname(path) or ".", subfolder=os.path.basename(path))
+            folder, file = os.path.split(path)
+            return cls(folder or ".", subfolder=None if file.endswith(".json") else file)  # a config is of its folder
         match = None if re.match(r"[./~]|file:", typed) else _PLACE.fullmatch(_without_host(typed, kind, argument))
         repo, revision, sub = match.group("repo", "revision", "sub") if match else ("..", None, None)
         revision, is_address = unquote(revision or ""), _ADDRESS.match(typed)
