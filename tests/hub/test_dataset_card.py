@@ -76,8 +76,8 @@ def test_what_the_card_of_shards_says() -> None:
     ):
         assert part in card.text
     assert "norm above 4 times the median" in card.text and "Gemma Terms of Use" in card.text
-    pairs = render_shards_card(replace(MANIFEST, site="mlp_in", target="mlp_out")).text
-    assert "| Layers | 5, 12, at `mlp_in` and, for transcoders, `mlp_out` of each, counted from 0 |" in pairs
+    heads = render_shards_card(replace(MANIFEST, site="attn_z")).text
+    assert "| Layers | 5, 12, at `attn_z` of each, counted from 0 |" in heads
     local = CARDS["shards of local text"]()
     assert (
         local.data.source_datasets is None and "times the median" not in local.text and "has not stated" in local.text
