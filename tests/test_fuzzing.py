@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_selortho
 from hf_selortho import ConfigError, SelOrthoConfig, SelOrthoError, SelOrthoSAE
+from hf_selortho.configuration_selortho import SITES
 from hf_selortho.data.activation_cache import ActivationCache
 from hf_selortho.data.cache_batches import CachedBatches
 from hf_selortho.data.cache_manifest import HELD_OUT, TRAIN
@@ -141,6 +142,16 @@ def allowed_settings(draw: st.DrawFn) -> dict[str, Any]:
     found["held_out_fraction"] = draw(st.none() | _SHARE)
     for name in ("lm_name", "lm_revision", "hook_name", "dataset", "dataset_revision", "dataset_config"):
         found[name] = draw(_TEXT)
+    sites = draw(st.lists(st.sampled_from([*SITES, "model.layers.3.mlp:input"]), min_size=2, max_size=2, unique=True))
+    found |= {"site": sites[0], "target": draw(st.sampled_from([None, sites[1]]))}
+    if found["target"]:
+        found |= {"d_out": draw(_COUNT), "skip": draw(st.booleans()), "centered": False}
+    else:
+        found |= {"d_out": None, "skip": False}
+    for side in ("hook_side", "target_hook_side"):
+        found[side] = draw(st.sampled_from(["input", "output"]))
+    found["chat_roles"] = draw(st.none() | st.lists(st.text(max_size=8), max_size=3))
+    found |= {name: draw(_TEXT) for name in ("target_hook_name", "chat_column")}
     found |= {name: draw(_TEXT) for name in ("dataset_split", "text_column", "separator", "encoding")}
     return found
 

@@ -111,6 +111,10 @@ def check(words: list[str]) -> None:
         assert name in COMMANDS and unknown_arguments(main, f"selortho {name}", arguments) == []
         if {"train": "--preset", "cache": "--layers"}.get(name) in arguments:
             {"train": parse_arguments, "cache": parse_cache_arguments}[name](arguments)
+    elif program.startswith(".venv-circuits/"):  # an environment of its own
+        assert program == ".venv-circuits/bin/python" or {"circuit-tracer==0.5.0", "nnsight>=0.6,<0.8"} <= set(rest)
+    elif program.endswith("python") and rest[0] == "-c":
+        compile(rest[1], "page", "exec")
     elif program.endswith("python"):
         assert rest[0] == "-m", words
         if rest[1].startswith(("hf_selortho.", "experiments.", "benchmarks.")):

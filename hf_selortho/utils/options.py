@@ -139,7 +139,7 @@ def _json_or_path(text: str, argument: str) -> str:
 # How each option that names something is read, in every command; the rest of the package gets normalised names.
 _READERS: dict[str, Callable[[str, str], str | None]] = {
     **dict.fromkeys(("output_dir", "output", "target", "run", "seeds", "resume_from_checkpoint"), local_path),
-    **dict.fromkeys(("template", "labels"), local_path),
+    **dict.fromkeys(("template", "labels", "graph"), local_path),
     **dict.fromkeys(("preset", "variants", "layer_settings"), _json_or_path),
     **dict.fromkeys(("activations", "folder"), activations_of),
     **dict.fromkeys(("sae", "source", "twin", "compare_with"), _place("SAE")),

@@ -56,6 +56,7 @@ def make(tiny_lm, sample_documents, tmp_path) -> Callable[..., Made]:
             **{"text_rows": documents, "seed": 0, "lm_name": lm.name, "lm_revision": lm.revision},
             **{"lm_dtype": "float32", "lm_batch_tokens": 256, "lm_device": "cpu", "tokenizer_sha256": "0" * 64},
             **{"context_length": 64, "prepend_bos": True, "min_tokens": 8, "layers": LAYERS, "stored_dtype": dtype},
+            **{"site": "resid_post", "target": None},
             **{"max_norm_ratio": ratio, "max_tokens": None, "held_out_contexts": 9, "shard_tokens": 400},
             processes=1,
         )

@@ -21,11 +21,11 @@ def stream(tiny_lm, sample_text_files) -> ContextStream:
 
 class SlowCapture(ActivationCapture):
     per_token = 0.0
-    read = 0
+    seen = 0
 
     def capture_all(self, contexts):
         tokens = count_tokens(contexts)
-        self.read += tokens
+        self.seen += tokens
         time.sleep(self.per_token * tokens)
         return super().capture_all(contexts)
 
@@ -37,7 +37,7 @@ def test_the_slower_the_model_the_less_it_reads(per_token, most, stream, tiny_lm
     started = time.perf_counter()
     parts, found = probe_capture(capture, stream, 0.5)
     assert time.perf_counter() - started < 0.5 + 3 * 32 * max(per_token, 0.02)
-    assert 2 <= len(parts) and 32 <= capture.read <= most
+    assert 2 <= len(parts) and 32 <= capture.seen <= most
     assert per_token <= found < per_token + 0.01
 
 

@@ -12,8 +12,9 @@ import torch
 
 from hf_selortho import SelOrthoConfig, SelOrthoSAE
 from hf_selortho.errors import SelOrthoError
-from hf_selortho.evaluation.evaluator import Evaluation, _token_batches, evaluate_saes, next_token_losses
+from hf_selortho.evaluation.evaluator import Evaluation, _token_batches, evaluate_saes
 from hf_selortho.evaluation.metrics import Reconstruction, Sparsity, correlation_summary, max_decoder_cosine
+from hf_selortho.evaluation.replacement import next_token_losses
 from hf_selortho.language_models.capture import ActivationCapture, only
 from hf_selortho.language_models.contexts import Context, pad_batch
 

@@ -48,7 +48,7 @@ def test_every_key_is_documented_and_every_documented_key_occurs(known, argument
     assert {key for row in timings for key in row} - {"step"} == known["timings.jsonl"]
     assert {key for run in runs for key in run} == known["run.json"] - {"converted_from"}
     for content in metrics:
-        assert content.keys() == known["metrics.json"] - {"saes"}
+        assert content.keys() == known["metrics.json"] - {"saes", "all_layers"}
         assert content["evaluation"].keys() == known["evaluation"]
         assert content["data"].keys() == known["data"]
         means = content["training"].keys()
@@ -63,7 +63,10 @@ def test_a_run_of_several_saes(known, arguments, tmp_path) -> None:
     assert content.keys() == {"schema_version", "saes"} <= known["metrics.json"]
     assert set(content["saes"]) == {"layer_0", "layer_0_twin", "layer_2", "layer_2_twin"}
     for sae in content["saes"].values():
-        assert sae.keys() - {"layer", "variant"} == known["metrics.json"] - {"saes"} and sae["evaluation"] == {}
+        assert (
+            sae.keys() - {"layer", "variant"} == known["metrics.json"] - {"saes", "all_layers"}
+            and sae["evaluation"] == {}
+        )
     assert "## SAEs" in (tmp_path / "run/README.md").read_text()
 
 

@@ -120,13 +120,15 @@ def test_nothing_is_pickled_and_nothing_unpickled(arguments, tmp_path) -> None:
     for path in [*(ROOT / "hf_selortho").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if path.name == "tensor_files.py":  # which looks at pickles without running them
+                names = [name for name in names if name != "pickle"]
             if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["UnpicklingError"]:
                 names.append(node.module or "")
             assert not forbidden & {name.split(".")[0] for name in names}, path
             if isinstance(node, ast.Call):
                 called, options = ast.unparse(node.func), [ast.unparse(keyword) for keyword in node.keywords]
-                # the benchmark reads activations that other libraries have saved, as tensors and nothing else
-                allowed = path.parent.name == "benchmarking" and "weights_only=True" in options
+                # SAEs that others have saved so are read as tensors and nothing else
+                allowed = path.name == "tensor_files.py" and "weights_only=True" in options
                 assert called not in ("torch.load", "torch.save") or allowed, f"{path}:{node.lineno}"
                 assert not called.endswith((".save_state", ".load_state")), f"{path}:{node.lineno}"  # of accelerate
 

@@ -16,6 +16,7 @@ from hf_selortho.language_models.capture import ActivationCapture
 from hf_selortho.training.arguments import parse_arguments
 from scripts import cache_activations, train
 from tests.scripts.conftest import command
+from tests.scripts.test_metrics_doc import documented
 
 SITES = {"site": "mlp_in", "target": "mlp_out"}
 
@@ -59,6 +60,7 @@ def test_transcoders_of_several_layers_learn_the_mlps_and_are_replaced_together(
     capsys.readouterr()
     content = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(content["all_layers"]) == {"", "twin"} and content["all_layers"][""]["layers"] == 2
+    assert content["all_layers"][""].keys() == documented()["all_layers"]
     for name, sae in content["saes"].items():
         start, end = sae["training_start"]["fvu"], sae["evaluation"]["fvu"]
         assert end < 0.7, (name, start, end)

@@ -61,7 +61,7 @@ def test_a_preset_of_ones_own(tmp_path) -> None:
     [
         ([], "no language model given: pass --model"),
         (["--model", "org/lm"], "no layer given: pass --layer"),
-        (["--preset", "nosuch"], "unknown preset 'nosuch': expected one of demo, demo-paper, gemma2"),
+        (["--preset", "nosuch"], "unknown preset 'nosuch': expected one of demo, demo-paper, gemma-3"),
         ([*GIVEN, "--max_steps", "0"], "--max_steps 0: expected at least 1"),
         ([*GIVEN, "--learning_rate", "nan"], "--learning_rate nan"),
         ([*GIVEN, "--lm_dtype", "int8"], "--lm_dtype int8: expected auto, bfloat16 or float32"),
