@@ -208,9 +208,11 @@ class SelOrthoSAE(PackageMethods):
         Raises:
             SelOrthoError: as [`encode`].
         """
+        activations = self._checked(activations, "activations")
         y_hat = self.decode(self.encode(activations) if feature_acts is None else feature_acts)
         if self.config.skip:
-            y_hat = y_hat + (self.normalize_input(activations).to(self.W_skip.dtype) @ self.W_skip) * self.output_scale
+            added = (self.normalize_input(activations).to(self.W_skip.dtype) @ self.W_skip) * self.output_scale
+            y_hat = (y_hat + added).to(y_hat.dtype)
         return self._with_mean(y_hat, activations)
 
     def forward(
@@ -240,7 +242,8 @@ class SelOrthoSAE(PackageMethods):
         if not PACKAGE_FOUND:
             if self.training:
                 logger.warning("no loss is computed: training needs the package, pip install hf_selortho")
-            return SelOrthoOutput(reconstruction=self.reconstruct(activations), feature_acts=self.encode(activations))
+            h = self.encode(activations)
+            return SelOrthoOutput(reconstruction=self.reconstruct(activations, h), feature_acts=h)
         activations = self._checked(activations, "activations", finite=not self.training)
         if activations.numel() == 0:
             raise SelOrthoError(f"activations of shape {tuple(activations.shape)}: expected at least one token")

@@ -108,14 +108,16 @@ def test_folded_into_plain_weights_it_computes_the_same(kind: str, skip: bool) -
     torch.testing.assert_close(again.reconstruct(x.float()), y_hat, rtol=1e-4, atol=1e-4)
 
 
-def test_a_resampled_feature_reads_its_token_and_writes_what_that_is_to_become() -> None:
-    sae, (x, y) = make(activation="relu"), batch()
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_resampled_feature_reads_its_token_and_writes_what_that_is_to_become(skip) -> None:
+    sae, (x, y) = make(skip, activation="relu"), batch()
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[4] = True
     errors = torch.zeros(TOKENS)
     errors[17] = 1.0  # the only token that can be drawn
     assert resample_dead(sae, {}, dead, x, errors, torch.Generator().manual_seed(0), target=y) == 1
     token, goal = (x[17] - sae.input_mean) / sae.input_scale, (y[17] - sae.output_mean) / sae.output_scale - sae.b_dec
+    goal = goal - token @ sae.W_skip if skip else goal
     torch.testing.assert_close(sae.W_dec.detach()[4], goal.detach() / goal.detach().norm())
     column = sae.W_enc.detach()[:, 4]
     torch.testing.assert_close(column / column.norm(), token / token.norm())

@@ -98,6 +98,11 @@ class ActivationCache:
                     f"{'one of these' if len(held) > 1 else 'that'}, or cache the activations again with --site and "
                     "--target"
                 )
+        if target is not None and (site, target) != (manifest.site, manifest.target):
+            raise SelOrthoError(
+                f"{self.source} holds what {manifest.site} becomes at {manifest.target}, not {site} at {target}: "
+                f"choose --site {manifest.site} --target {manifest.target}"
+            )
 
     def read(
         self,

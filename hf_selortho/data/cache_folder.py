@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import SelOrthoError
 from ..utils.files import LOCK, is_full, reason, replace_file, sync
 from ..utils.memory import check_fits, free_disk
-from .cache_manifest import FORMAT, FORMAT_VERSION, MANIFEST, WORK, CacheSettings, Manifest
+from .cache_manifest import FORMAT, FORMAT_VERSION, MANIFEST, WORK, CacheSettings, Manifest, of_today
 
 _SETTINGS = "settings.json"
 _SHARD = re.compile(r"(held_out/)?(tokens|(layer|target)_\d+)/\d+\.safetensors")
@@ -50,6 +50,7 @@ class CacheFolder:
                 f"output folder {self.folder} is not empty and holds no cache: choose another --output_dir"
             )
         present = manifest if complete else unfinished
+        present = of_today(present) if present else present
         differing = [name for name, value in plan.items() if present.get(name) != value]
         if "version" in differing:
             differing = ["version"]

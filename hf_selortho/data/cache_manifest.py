@@ -181,7 +181,7 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
                 f"{name} is of version {reprlib.repr(content.get('version'))}, this hf_selortho reads version "
                 f"{FORMAT_VERSION}: cache the activations again"
             )
-        manifest: Manifest = from_json(Manifest, _of_today(content))
+        manifest: Manifest = from_json(Manifest, of_today(content))
     except (ValueError, RecursionError) as error:
         raise CacheError(
             f"{name} is damaged: {one_line(error)}; restore it from a copy, or cache the activations again"
@@ -189,7 +189,7 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     return manifest
 
 
-def _of_today(content: dict[str, Any]) -> dict[str, Any]:
+def of_today(content: dict[str, Any]) -> dict[str, Any]:
     """Add what a manifest lacks that was written before there were these settings."""
     absent: dict[str, Any] = dict.fromkeys(("separator", "encoding", "target", "chat_column", "chat_roles"))
     absent |= {"site": "resid_post", "target_statistics": {}, **content}

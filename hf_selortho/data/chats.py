@@ -6,6 +6,7 @@ import re
 import reprlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,13 @@ _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _OPEN, _CLOSE, _FIRST = "\U000f8000", "\U000f8001", 0xF8002  # a message's begin and end, the first special token
 _EDGE, _SPELT = re.compile(f"[{_OPEN}{_CLOSE}]"), re.compile(f"([{chr(_FIRST)}-\U000ffffd])")
 _DATE = "26 Jul 2024"  # for templates that would write today's, so that a chat has the same tokens on every day
+
+
+def _now(form: str) -> str:
+    return datetime.strptime(_DATE, "%d %b %Y").strftime(form)
+
+
+_DATES: dict[str, Any] = {"date_string": _DATE, "strftime_now": _now}
 
 
 class Chat(NamedTuple):
@@ -122,7 +130,7 @@ class ChatTokenizer:
     def _template(self, number: int, chat: Chat, messages: Sequence[tuple[str, str]]) -> str:
         listed = [{"role": role, "content": content} for role, content in messages]
         try:
-            return str(self._tokenizer.apply_chat_template(listed, tokenize=False, date_string=_DATE))
+            return str(self._tokenizer.apply_chat_template(listed, tokenize=False, **_DATES))
         except Exception as error:  # whatever the code of a template raises
             said = f"is refused by the chat template ({one_line(error)}); many take no system message, or user and "
             raise self._fault(number, chat, f"{said}assistant in turn alone") from error

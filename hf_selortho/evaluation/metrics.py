@@ -180,6 +180,23 @@ class LossRecovered(_Sums):
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What the untouched language model says of the next tokens at some positions."""
+
+    index: Tensor  # (B,), rows of its logits
+    p: Tensor  # (B, V) float32, probabilities
+    negative_entropy: Tensor  # (B,), in nats
+    top: Tensor  # (B,), the likeliest token
+
+    @classmethod
+    def of(cls, logits: Tensor, index: Tensor) -> Prediction:
+        """Take rows `index` (B,) of logits (N, V)."""
+        log_p = logits[index].float().log_softmax(-1)
+        p = log_p.exp()
+        return cls(index, p, torch.special.entr(p).sum(-1).neg(), log_p.argmax(-1))
+
+
+@dataclass(frozen=True)
 class Divergence(_Sums):
     """How far the language model's predictions move when something takes the place of activations."""
 
@@ -187,15 +204,14 @@ class Divergence(_Sums):
     same_top: int = 0
 
     @classmethod
-    def of(cls, clean: Tensor, replaced: Tensor, index: Tensor) -> Divergence:
-        """Compare rows `index` (B,) of the logits (N, V) of the untouched model and of the one with a replacement."""
-        chunk_bytes = _CHUNK_BYTES_CPU if clean.device.type == "cpu" else _CHUNK_BYTES_GPU
+    def of(cls, clean: Prediction, logits: Tensor) -> Divergence:
+        """Compare the untouched model's predictions with the logits (N, V) of the one with a replacement."""
         kl, same = 0.0, 0
-        for rows in index.split(max(1, chunk_bytes // (8 * clean.shape[-1]))):
-            p, q = clean[rows].float().log_softmax(-1), replaced[rows].float().log_softmax(-1)
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            kl += float(nn.functional.kl_div(q, p, reduction="sum", log_target=True))
-        return cls(len(index), kl, same)
+        for rows in torch.arange(len(clean.index), device=logits.device).split(_rows_at_once(logits)):
+            q = logits[clean.index[rows]].float().clamp_min(torch.finfo(torch.float32).min)  # a logit may be -inf
+            kl += float((clean.negative_entropy[rows] - (clean.p[rows] * q).sum(-1) + q.logsumexp(-1)).sum())
+            same += int((q.argmax(-1) == clean.top[rows]).sum())
+        return cls(len(clean.index), kl, same)
 
     def figures(self) -> Figures:
         """Return kl, the mean KL divergence in nats of the replaced from the clean predictions, and top1_agreement."""
@@ -344,6 +360,12 @@ def max_decoder_cosine(W_dec: Tensor, block: int = 1024) -> Tensor:
     return torch.cat(maxima)
 
 
+def _rows_at_once(logits: Tensor) -> int:
+    """Return how many rows of logits are widened to float32 at once."""
+    chunk_bytes = _CHUNK_BYTES_CPU if logits.device.type == "cpu" else _CHUNK_BYTES_GPU
+    return max(1, chunk_bytes // (4 * logits.shape[-1]))
+
+
 def cross_entropy(
     logits: Tensor, targets: Tensor, index: Tensor | None = None, chunk_bytes: int | None = None
 ) -> Tensor:
@@ -354,9 +376,7 @@ def cross_entropy(
     """
     if index is None:
         index = torch.arange(logits.shape[0], device=logits.device)
-    if chunk_bytes is None:
-        chunk_bytes = _CHUNK_BYTES_CPU if logits.device.type == "cpu" else _CHUNK_BYTES_GPU
-    rows = max(1, chunk_bytes // (4 * logits.shape[-1]))
+    rows = _rows_at_once(logits) if chunk_bytes is None else max(1, chunk_bytes // (4 * logits.shape[-1]))
     chunks = zip(index.split(rows), targets.split(rows), strict=True)
     return torch.cat([nn.functional.cross_entropy(logits[i].float(), y, reduction="none") for i, y in chunks])
 

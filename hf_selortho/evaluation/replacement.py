@@ -15,7 +15,7 @@ from ..language_models.capture import ActivationCapture, length_batches
 from ..language_models.contexts import Context, pad_batch, trained_mask
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.progress import Bar
-from .metrics import Divergence, Figures, LossRecovered, cross_entropy
+from .metrics import Divergence, Figures, LossRecovered, Prediction, cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +79,15 @@ def measure_cross_entropy(
             batch = [contexts[number] for number in numbers]
             tokens, trained = pad_batch(batch, pad_id), trained_mask(batch)
             clean = _predict(capture, *tokens)
+            reference, clean_losses = Prediction.of(clean.logits, clean.index), clean.losses
+            del clean  # with its logits
             ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
             for number, (sae, site) in enumerate(zip(saes, sites, strict=True)):
                 if site.layer not in ablated:
                     ablated[site.layer] = _predict_with([(site, _zeros)], trained, *tokens).losses
                 spliced = _predict_with([(site, _reconstruction_of(sae))], trained, *tokens)
-                totals[number] += LossRecovered.of(clean.losses, spliced.losses, ablated[site.layer])
-                divergences[number] += Divergence.of(clean.logits, spliced.logits, clean.index)
+                totals[number] += LossRecovered.of(clean_losses, spliced.losses, ablated[site.layer])
+                divergences[number] += Divergence.of(reference, spliced.logits)
             bar.update(len(numbers))
     both = zip(totals, divergences, strict=True)
     return [{"ce_samples": len(contexts)} | total.figures() | moved.figures() for total, moved in both]
@@ -112,7 +114,9 @@ def replace_all_layers(
         return {}
     sites = [capture.at(layer_of(sae, capture.layers)) for sae in saes]
     kinds: dict[str, list[_Replacement]] = {"replaced": [_reconstruction_of(sae) for sae in saes]}
-    kinds |= {"zero": [_zeros] * len(saes), "mean": [_mean_of(sae) for sae in saes]}
+    kinds["zero"] = [_zeros] * len(saes)
+    if all(sae.config.input_normalization == "standard" for sae in saes):  # others do not know the mean
+        kinds["mean"] = [_mean_of(sae) for sae in saes]
     losses, moved, samples = dict.fromkeys(("clean", *kinds), 0.0), Divergence(), 0
     batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * capture.lm.model.dtype.itemsize)
     with Bar("all layers replaced", total=len(contexts), unit="context", disable=not progress) as bar:
@@ -122,15 +126,18 @@ def replace_all_layers(
             clean = _predict(capture, *tokens)
             losses["clean"] += float(clean.losses.double().sum())
             samples += len(clean.losses)
+            reference = Prediction.of(clean.logits, clean.index)
             for kind, replacements in kinds.items():
                 predicted = _predict_with(list(zip(sites, replacements, strict=True)), trained, *tokens)
                 losses[kind] += float(predicted.losses.double().sum())
                 if kind == "replaced":
-                    moved += Divergence.of(clean.logits, predicted.logits, clean.index)
+                    moved += Divergence.of(reference, predicted.logits)
             bar.update(len(numbers))
     ce = {kind: total / samples for kind, total in losses.items()}
     figures = {"layers": len(saes), "ce": ce["clean"], **{f"ce_{kind}": ce[kind] for kind in kinds}, **moved.figures()}
-    for name, kind in (("loss_recovered", "zero"), ("loss_recovered_mean", "mean")):
+    for name, kind in {"loss_recovered": "zero", "loss_recovered_mean": "mean"}.items():
+        if kind not in ce:
+            continue
         figures[name] = (ce[kind] - ce["replaced"]) / (ce[kind] - ce["clean"]) if ce[kind] != ce["clean"] else math.nan
     return defined({**figures, "ce_samples": len(contexts), "ce_tokens": samples})
 

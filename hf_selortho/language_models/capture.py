@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,7 +65,7 @@ class NonFiniteActivationsError(NonFiniteError):
 
     advice = "load the language model in bfloat16 or float32 (--lm_dtype), never float16"
 
-    def __init__(self, message: str, origins: TokenOrigins, by_layer: Mapping[int, Tensor]) -> None:
+    def __init__(self, message: str, origins: TokenOrigins, by_layer: Mapping[Any, Tensor]) -> None:
         super().__init__(message)
         self.origins, self.by_layer = origins, by_layer  # of the tokens that it read at once
 
@@ -309,10 +310,10 @@ class ActivationCapture:
                 )
         order = list(read)
         for layer, target in self.target_sites.items():
-            if order.index(target) < order.index(self.sites[layer]):
+            if order.index(target) <= order.index(self.sites[layer]):
                 raise SelOrthoError(
-                    f"target {self.target} of layer {layer} is computed before the site {self.site}: choose one that "
-                    "comes after it"
+                    f"target {self.target} of layer {layer} is the site {self.site} itself or computed before it: "
+                    "choose one that comes after it"
                 )
         y = self.target_sites
         return {
@@ -368,10 +369,14 @@ class ActivationCapture:
             f"NaN or infinity in the activations of {self.lm.name} at {site.module}, on "
             f"{int(tokens.sum())} tokens of documents {documents}"
         )
+        read: dict[Any, Tensor] = {
+            **captured.by_layer,
+            **{f"target.{layer}": rows for layer, rows in captured.targets.items()},
+        }
         if self.on_non_finite is None:
             message = f"{message}; {NonFiniteActivationsError.advice}"
-            raise NonFiniteActivationsError(message, captured.origins, captured.by_layer)
-        self.on_non_finite(NonFiniteActivationsError(message, captured.origins, captured.by_layer))
+            raise NonFiniteActivationsError(message, captured.origins, read)
+        self.on_non_finite(NonFiniteActivationsError(message, captured.origins, read))
 
 
 def _sees_later_tokens(hidden: Tensor, strict: bool) -> bool:

@@ -10,12 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..configuration_selortho import SITES
 from ..errors import SelOrthoError
 from .loading import LanguageModel
-
-# Of a decoder layer, in the order of its computation. attn_out and mlp_out are what is added to the residual stream:
-# resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post. attn_z: the heads, one after the other.
-SITES = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
 _SHOWN = 20  # modules in an error
 
@@ -140,13 +137,6 @@ def find_site(lm: LanguageModel, layer: int, site: str) -> HookSite:
             "choose another site"
         )
     return _find_module(lm, f"{path}.{modules[site]}")
-
-
-def layer_of_module(lm: LanguageModel, path: str) -> int | None:
-    """Tell the number of the decoder layer that the module at `path` is, or is within; None outside of them."""
-    start = f"{lm.layers_path}."
-    number = path.removeprefix(start).split(".")[0] if path.startswith(start) else ""
-    return int(number) if number.isdecimal() else None
 
 
 def _find_module(lm: LanguageModel, site: str) -> HookSite:

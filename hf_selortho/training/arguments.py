@@ -283,7 +283,7 @@ def with_texts_here(preset: dict[str, Any], given: Collection[str]) -> dict[str,
 
 def module_site(model: ModelArguments) -> tuple[str, int]:
     """Name the site that `--module` and `--side` ask for, and its layer: 0 of a module that is in no decoder layer."""
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", str(model.module))
+    numbers = re.findall(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?=\.|$)", str(model.module))
     return f"{model.module}:{model.side}", int(numbers[0]) if numbers else 0
 
 
@@ -332,7 +332,7 @@ def _check(arguments: TrainingArguments) -> None:
         arguments.sae.site, arguments.sae.layer = module_site(arguments.model)
     if arguments.sae.layer is None and not run.layers and arguments.data.activations is None:
         raise SelOrthoError(
-            "no layer given: pass --layer or --layers, the decoder layers (counted from 0) to read activations after"
+            "no layer given: pass --layer or --layers, the decoder layers (counted from 0) at which to read activations"
         )
     # What a preset says has no meaning where the command line has chosen another activation function, or no penalty.
     if "k" not in arguments.given and arguments.sae.activation not in ("topk", "batchtopk"):

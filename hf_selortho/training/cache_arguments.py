@@ -85,7 +85,7 @@ def parse_cache_arguments(argv: list[str]) -> tuple[ModelArguments, TextArgument
         arguments.site, layer = module_site(model)
         arguments.layers = [layer]
     if not arguments.layers:
-        raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) to read after")
+        raise SelOrthoError("no layers given: pass --layers, the decoder layers (counted from 0) at which to read")
     if arguments.max_norm_ratio == float("inf"):
         arguments.max_norm_ratio = None
     check_values(model, text, arguments)

@@ -362,6 +362,9 @@ def _write_file(path: Path, content: Any) -> None:
     sync(path)
 
 
+_DEFAULTS = {**SelOrthoConfig.default_settings(), "side": "output", "module": None}
+
+
 def _loss_of(folder: Path) -> float:
     """Return the mean training loss before a checkpoint; infinity if it is not known."""
     try:
@@ -372,7 +375,8 @@ def _loss_of(folder: Path) -> float:
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say what is other now than it was saved."""
-    return "; ".join(f"{key} {saved.get(key)!r} -> {value!r}" for key, value in now.items() if saved.get(key) != value)
+    known = {**_DEFAULTS, **saved}  # what there was no setting for is as by default
+    return "; ".join(f"{key} {known.get(key)!r} -> {value!r}" for key, value in now.items() if known.get(key) != value)
 
 
 def _config_of(sae: SelOrthoSAE) -> dict[str, Any]:

@@ -214,7 +214,8 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
                     "cache them again"
                 )
             setattr(group, name, cached)
-    if "site" not in arguments.given and "target" not in arguments.given:
+    chosen = {"site", "module"} & arguments.given or arguments.sae.site != "resid_post"
+    if not chosen and arguments.sae.target != store.manifest.site:
         arguments.sae.site = store.manifest.site
     if not arguments.run.layers and arguments.sae.layer is None:
         if len(layers := store.manifest.layers) > 1:

@@ -38,7 +38,8 @@ def resample_dead(
     - batchtopk: the fixed threshold, which follows those of the training batches and stays as it is;
     - jumprelu: the feature's threshold, which becomes the median of those of the living features.
 
-    A transcoder's features read along the token itself, and write along what it is to become, less `b_dec`.
+    A transcoder's features read along the token itself, and write along what it is to become, less `b_dec` and what a
+    skip adds.
 
     Adam forgets what it knew of these features.
 
@@ -68,7 +69,8 @@ def resample_dead(
         sae.W_dec[features] = directions
     else:
         y = sae.normalize_target(activations, group.gather(target)[drawn.to(activations.device)])
-        sae.W_dec[features] = torch.nn.functional.normalize(y.to(sae.W_dec.dtype) - sae.b_dec, dim=1)
+        skipped = x @ sae.W_skip if sae.config.skip else 0
+        sae.W_dec[features] = torch.nn.functional.normalize(y.to(sae.W_dec.dtype) - sae.b_dec - skipped, dim=1)
     sae.W_enc[:, features] = directions.T * norms
     sae.b_enc[features] = -norms * (directions @ center)
     for name, axis in {"W_dec": 0, "W_enc": 1, "b_enc": 0, "log_threshold": 0}.items():

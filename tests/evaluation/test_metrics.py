@@ -16,7 +16,9 @@ from hf_selortho.evaluation import metrics
 from hf_selortho.evaluation.metrics import (
     Correlations,
     CrossEntropy,
+    Divergence,
     LossRecovered,
+    Prediction,
     Reconstruction,
     Sparsity,
     correlation_histogram,
@@ -261,3 +263,17 @@ def test_cross_entropy_never_widens_all_rows_at_once():
     with Spy():
         cross_entropy(logits, torch.zeros(256, dtype=torch.int64))
     assert max(seen) <= 8 * 2**20
+
+
+def test_divergence_is_that_of_the_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, replaced = (5 * torch.randn(6, 11, generator=generator) for _ in range(2))
+    replaced[2, 3] = -torch.inf  # as where an architecture masks tokens
+    clean[2, 3] = -torch.inf
+    index = torch.tensor([4, 2, 2, 0])
+    p, q = clean.softmax(-1)[index].double(), replaced.softmax(-1)[index].double()
+    expected = torch.where(p > 0, p * (p / q).log(), 0).sum(-1).mean()
+    figures = (Divergence() + Divergence.of(Prediction.of(clean, index), replaced)).figures()
+    assert figures["kl"] == pytest.approx(float(expected), rel=1e-5)
+    assert figures["top1_agreement"] == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert Divergence.of(Prediction.of(clean, index), clean).figures()["kl"] == pytest.approx(0, abs=1e-6)

@@ -15,7 +15,7 @@ from hf_selortho import SelOrthoError
 from hf_selortho.language_models.capture import ActivationCapture, NonFiniteActivationsError, only
 from hf_selortho.language_models.contexts import Context
 from hf_selortho.language_models.loading import LanguageModel, find_decoder_layers
-from hf_selortho.language_models.sites import _FAMILIES, SITES, HookSite, find_site, layer_of_module
+from hf_selortho.language_models.sites import _FAMILIES, SITES, HookSite, find_site
 
 WIDTH, LAYER, VOCABULARY = 32, 1, 512
 TEXT = {
@@ -203,7 +203,6 @@ def test_nothing_behind_the_last_site_runs(lm_of) -> None:
 def test_a_module_is_a_site_at_any_layer(lm_of) -> None:
     lm = lm_of("gemma3")
     path = "model.language_model.layers.2.mlp.down_proj"
-    assert [layer_of_module(lm, p) for p in (path, "model.language_model.layers.0", "lm_head")] == [2, 0, None]
     capture = ActivationCapture(lm, 7, site=f"{path}:input")
     assert capture.sites == {7: HookSite(path, "input")} and capture.widths == {7: 48}
     for named, module in (("resid_post", f"{lm.layers_path}.1:output"), ("mlp_in", f"{lm.layers_path}.1.mlp:input")):

@@ -87,6 +87,14 @@ def test_shards_hold_both_sites_as_the_language_model_gives_them(tiny_lm, source
     assert (config.target, config.target_hook_name) == ("mlp_out", "model.layers.2.mlp")
     train.main(sourceless(activations=shards, layer=2, site="mlp_out", output_dir=tmp_path / "out"))
     assert torch.equal(weights(tmp_path / "out")["input_mean"], weights(tmp_path / "cached")["output_mean"])
+    train.main(sourceless(activations=shards, layer=2, target="mlp_out", output_dir=tmp_path / "same"))
+    assert torch.equal(weights(tmp_path / "same")["W_enc"], weights(tmp_path / "cached")["W_enc"])
+    with pytest.raises(SelOrthoError, match="not mlp_out at mlp_in: choose --site mlp_in --target mlp_out"):
+        train.main(sourceless(activations=shards, layer=2, site="mlp_out", target="mlp_in", output_dir=tmp_path / "no"))
+    with pytest.raises(SelOrthoError, match=r"not model\.layers\.2\.mlp:input"):
+        train.main(
+            sourceless(activations=shards, module="model.layers.2.mlp", side="input", output_dir=tmp_path / "no")
+        )
     with pytest.raises(SelOrthoError, match=r"holds the sites mlp_in and mlp_out, not attn_z"):
         train.main(sourceless(activations=shards, layer=2, site="attn_z", output_dir=tmp_path / "no"))
 
