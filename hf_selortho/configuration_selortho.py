@@ -49,13 +49,13 @@ Side = Literal["input", "output"]
 
 SITES = (
     "resid_pre",
-    "resid_mid",
-    "resid_post",
     "attn_z",
     "attn_out",
+    "resid_mid",
     "mlp_in",
     "mlp_out",
-)  # in the order of computation
+    "resid_post",
+)  # see language_models/sites.py
 MODULE_SITE = re.compile(r"(\S+):(input|output)")  # any module, by its path in the language model
 
 Range = tuple[Callable[[Any], bool], str]  # whether a value is in it, and what it holds in words

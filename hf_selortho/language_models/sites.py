@@ -10,9 +10,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..configuration_selortho import SITES
 from ..errors import SelOrthoError
 from .loading import LanguageModel
+
+# Of a decoder layer, in the order of its computation. attn_out and mlp_out are what is added to the residual stream:
+# resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post. attn_z: the heads, one after the other.
+SITES = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
 _SHOWN = 20  # modules in an error
 

@@ -54,9 +54,9 @@ _MODULE = [
         "both say where to read; leave one out",
     ),
     Contradiction(
-        "module layer layers",
+        "module",
         lambda v: bool(v.module) and bool({"layer", "layers"} & v.given),
-        "the module's path says in which layer it is; leave the layer out",
+        "its path says in which layer it is; leave --layer and --layers out",
     ),
     *acts_with("side", "module"),
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_selortho import SelOrthoError
+from hf_selortho import SelOrthoError, configuration_selortho
 from hf_selortho.language_models.capture import ActivationCapture, NonFiniteActivationsError, only
 from hf_selortho.language_models.contexts import Context
 from hf_selortho.language_models.loading import LanguageModel, find_decoder_layers
@@ -242,7 +242,11 @@ REFUSED = {
         {"site": "mlp_in", "target": "transformer.wpe:output"},
         r"wpe:output of .* gives \(1, 8, 32\) for \(2, 8\) tokens, expected \(2, 8, 32\)",
     ),
-    "target before": ("llama", {"site": "mlp_in", "target": "attn_out"}, "attn_out of layer 1 is computed before"),
+    "target before": (
+        "llama",
+        {"site": "mlp_in", "target": "attn_out"},
+        "attn_out of layer 1 is the site mlp_in itself or computed before",
+    ),
     "module at layers": ("llama", {"layer": [0, 1], "site": "model.layers.1.mlp:input"}, "expected a single one"),
 }
 
@@ -256,3 +260,7 @@ def test_it_is_refused_in_one_line(case, lm_of) -> None:
     if case == "architecture":
         assert find_site(lm_of(kind), LAYER, "resid_pre") == HookSite("transformer.blocks.1", "input")
         assert ActivationCapture(lm_of(kind), LAYER, site="transformer.blocks.1.ffn:output").widths == {LAYER: WIDTH}
+
+
+def test_the_configuration_has_these_sites() -> None:
+    assert configuration_selortho.SITES == SITES

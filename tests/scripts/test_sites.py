@@ -114,7 +114,7 @@ def test_an_interrupted_run_of_transcoders_ends_as_if_nothing_had_happened(live,
     [
         ({"layer": 1, "skip": "true"}, "only a transcoder takes it"),
         ({"module": "model.layers.1.mlp", "site": "mlp_in"}, "both say where to read"),
-        ({"module": "model.layers.1.mlp", "layer": 2}, "path says in which layer"),
+        ({"module": "model.layers.1.mlp", "layer": 2}, "its path says in which layer"),
         ({"layer": 1, "side": "input"}, "it acts only with --module"),
         ({"layer": 1, "site": "mlp"}, "expected one of resid_pre"),
     ],
