@@ -245,7 +245,7 @@ REFUSED = {
     "target before": (
         "llama",
         {"site": "mlp_in", "target": "attn_out"},
-        "attn_out of layer 1 is the site mlp_in itself or computed before",
+        "attn_out of layer 1 is the site mlp_in itself",
     ),
     "module at layers": ("llama", {"layer": [0, 1], "site": "model.layers.1.mlp:input"}, "expected a single one"),
 }
