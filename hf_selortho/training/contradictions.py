@@ -222,9 +222,9 @@ _CHOICES = [
 _START = [
     *acts_with("input_statistics", "init_from"),
     Contradiction(
-        "init_from input_normalization",
+        "init_from",
         lambda v: bool(v.init_from) and "input_normalization" in v.given,
-        "the SAE says how it scales activations; leave it out, or use --input_statistics measured",
+        "it says how activations are scaled; leave --input_normalization out, or use --input_statistics measured",
     ),
     Contradiction(
         "init_from jumprelu_threshold",

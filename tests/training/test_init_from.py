@@ -178,7 +178,7 @@ def test_what_has_moved_is_in_metrics_file_index_and_page(live, tmp_path, sample
         figures = json.loads((run / "metrics.json").read_text())["moved"][name]
         assert figures["share_above_0.9"] == pytest.approx(float((brute > 0.9).double().mean()))
         assert figures["median_cosine"] == pytest.approx(float(brute.quantile(0.5)), abs=1e-5)
-    index.main([str(run), "--tokens", "300", "--concepts", "none", "--device", "cpu"])
+    index.main([str(run), "--tokens", "300", "--concepts", "none", "--cpu"])
     read = FeatureIndex.open(run).feature_table
     torch.testing.assert_close(torch.tensor(read["moved"].to_pylist()), 1 - moved["decoder"])
     same = SelOrthoSAE.from_pretrained(run)
@@ -192,7 +192,7 @@ LINES = [
     ({"variants": '{"wide": {"d_sae": 64}}'}, "has d_sae=48, not 64"),
     ({"init_from": "wide"}, "has d_in=24, not 32"),
     ({"init_from": "nothing"}, "nothing"),
-    ({"input_normalization": "none"}, "with --input_normalization none: the SAE says how it scales"),
+    ({"input_normalization": "none"}, "/sae: it says how activations are scaled; leave --input_normalization out"),
     ({"jumprelu_threshold": 0.1}, "with --jumprelu_threshold 0.1: its thresholds are kept"),
     ({"freeze": "encoder"}, "--freeze encoder with --penalty selective: the penalty would move only what is frozen"),
     ({"freeze": "decoder", "resample_every": 2, "dead_after_tokens": 128}, "--freeze decoder with --resample_every 2"),
