@@ -1,4 +1,4 @@
-"""What --init_from saves: an SAE of the embedded Gemma goes on, on a fine-tuned copy of it that reads another domain."""
+"""What --init_from saves: an SAE of the embedded Gemma goes on, on a fine-tuned copy that reads another domain."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def fvu(sae: SelOrthoSAE, x: Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_an_sae_of_the_base_model_reaches_a_new_ones_fvu_on_a_fine_tune_with_a_tenth_of_its_tokens(lm, capsys) -> None:
+def test_an_sae_of_the_base_model_reaches_a_new_ones_fvu_on_a_fine_tune_with_a_tenth_of_its_tokens(lm) -> None:
     config = SelOrthoConfig(d_in=640, d_sae=1024, layer=LAYER, activation="topk", k=32, penalty="none")
     prose = contexts(lm, "\n\n".join(python_docs()[:400]), 500)
     files = sorted(Path(inspect.__file__).parent.glob("*.py"))[:60]
@@ -110,11 +110,10 @@ def test_an_sae_of_the_base_model_reaches_a_new_ones_fvu_on_a_fine_tune_with_a_t
     going_on = StartingPoint(start, {"name": "start"}).new_sae(config, statistics_of(tuned), measured=True)
     train(going_on, tuned, STEPS // 10, 2e-3)
     before, new, continued = (fvu(sae, held_out) for sae in (start, scratch, going_on))
-    with capsys.disabled():
-        print(
-            f"\nLM loss {losses[0]:.2f} -> {losses[1]:.2f}; FVU on its own text {own:.4f}; on the fine-tune: start "
-            f"{before:.4f}, from scratch {new:.4f} ({STEPS * BATCH} tokens), going on {continued:.4f} "
-            f"({STEPS // 10 * BATCH} tokens): {(before - continued) / (before - new):.1%} of the gain"
-        )
-    assert losses[1] < losses[0] - 0.5
-    assert before - continued >= 0.95 * (before - new) > 0
+    said = (
+        f"LM loss {losses[0]:.2f} -> {losses[1]:.2f}; FVU on its own text {own:.4f}; on the fine-tune: start "
+        f"{before:.4f}, from scratch {new:.4f} ({STEPS * BATCH} tokens), going on {continued:.4f} "
+        f"({STEPS // 10 * BATCH} tokens): {(before - continued) / (before - new):.1%} of the gain"
+    )
+    assert losses[1] < losses[0] - 0.5, said
+    assert before - continued >= 0.95 * (before - new) > 0, said
