@@ -26,6 +26,7 @@ FEATURE_COLUMNS = {
     "label_score": ("score", "how well the label tells where it fires, from 0 to 1", False),
     "frequency": ("fires on", "share of the tokens of the index", False),
     "max_activation": ("strongest", "largest activation", False),
+    "moved": ("moved", "1 less the cosine of its direction with that in the SAE that the training started from", False),
 }
 _UNNAMED = ("unclear", "none")  # kinds of labels that are listed last
 # Between the bars of the histogram, in percent of the tokens: ..., 1, 1.6, 2.5, 4, 6.3, 10, ..., 100. Two digits, so
@@ -60,7 +61,7 @@ def feature_table(address: Address, index: FeatureIndex) -> str:
         address,
         "Features",
         index=index,
-        columns=FEATURE_COLUMNS,
+        columns=columns_of(index),
         sort=sort_column(index, address.sort),
         rows=feature_rows(index, found[(page - 1) * FEATURES_ON_A_PAGE : page * FEATURES_ON_A_PAGE]),
         counts={kind: counts[kind] for kind in LABEL_SOURCES if kind in counts},
@@ -74,14 +75,19 @@ def feature_table(address: Address, index: FeatureIndex) -> str:
     )
 
 
+def columns_of(index: FeatureIndex) -> dict[str, tuple[str, str, bool]]:
+    """Return the columns of the table, of which an index lacks the last one unless its SAE was trained from another."""
+    return {name: words for name, words in FEATURE_COLUMNS.items() if name in index.feature_table.column_names}
+
+
 def sort_column(index: FeatureIndex, wanted: str) -> str:
     """Return the column that the table is sorted by; without a wanted one, the scores, or frequencies without scores.
 
     Raises:
         SelOrthoError: there is no such column.
     """
-    if wanted and wanted not in FEATURE_COLUMNS:
-        raise SelOrthoError(f"sort={wanted!r:.50}: expected one of {', '.join(FEATURE_COLUMNS)}")
+    if wanted and wanted not in (columns := columns_of(index)):
+        raise SelOrthoError(f"sort={wanted!r:.50}: expected one of {', '.join(columns)}")
     scores = index.feature_table["label_score"]
     return wanted or ("frequency" if scores.null_count == len(scores) else "label_score")
 
@@ -113,7 +119,7 @@ def sorted_features(index: FeatureIndex, address: Address) -> np.ndarray:
 
 def feature_rows(index: FeatureIndex, features: np.ndarray) -> list[dict[str, Any]]:
     """Return the small columns of features, each with "dense": whether it fires on more than a tenth of the tokens."""
-    rows: list[dict[str, Any]] = index.feature_table.select([*FEATURE_COLUMNS, "fires"]).take(features).to_pylist()
+    rows: list[dict[str, Any]] = index.feature_table.select([*columns_of(index), "fires"]).take(features).to_pylist()
     return [{**row, "dense": row["frequency"] > DENSE} for row in rows]
 
 

@@ -84,6 +84,7 @@ class Sources:
     labels: Mapping[int, str] | None = None
     min_tokens: int = 8  # of a context
     text_settings: Mapping[str, Any] = field(default_factory=dict)  # that the text was opened with
+    moved: Sequence[float] = ()  # by feature, where the training started from another SAE: see `records.MOVED`
 
     def contexts(self) -> Iterator[Context]:
         """Read the held-out contexts, from the start."""
@@ -122,7 +123,7 @@ def build_feature_index(
         writer.add_features([record])
         gallery.add(record)
         named[record.label_source] += 1
-    writer.concepts = concepts.rows
+    writer.concepts, writer.moved = concepts.rows, sources.moved
     classes: Counter[str] = Counter()
     for record in pair_records(gathered, pairs):
         writer.add_pairs([record])

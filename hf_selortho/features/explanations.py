@@ -257,6 +257,8 @@ def _write(folder: Path, index: FeatureIndex, labels: Mapping[int, Label], model
         pairs = index.pair_table.select(["a", "b"]).to_pylist()
         writer.add_pairs(index.pair(**pair) for pair in pairs)
         writer.concepts = index.concepts()
+        if "moved" in index.feature_table.column_names:
+            writer.moved = index.feature_table["moved"].to_pylist()
         counts = {source: named[source] for source in LABEL_SOURCES if named[source]}
         writer.facts = {
             **{key: value for key, value in index.facts.items() if key not in ("schema_version", "row_groups")},

@@ -26,6 +26,7 @@ from .index_writer import (
     FEATURE_TABLE_FILE,
     FEATURES_FILE,
     INDEX,
+    MOVED_FILE,
     PAIR_TABLE_FILE,
     PAIRS_FILE,
 )
@@ -34,6 +35,7 @@ from .records import (
     CONCEPTS,
     FEATURE_TABLE,
     FEATURES,
+    MOVED,
     PAIR_TABLE,
     PAIRS,
     SCHEMA_VERSION,
@@ -67,8 +69,8 @@ class FeatureIndex:
     ) -> None:
         self.facts = facts  # index.json
         self._features, self._pairs, self._concepts = features, pairs, concepts
-        # a row for each feature in order, columns as in index_writer.FEATURE_SUMMARY; for each pair sorted by (a, b),
-        # columns as in records.PAIR_TABLE
+        # a row for each feature in order, columns as in index_writer.FEATURE_SUMMARY and, where the training started
+        # from another SAE, "moved"; for each pair sorted by (a, b), columns as in records.PAIR_TABLE
         self.feature_table, self.pair_table = tables
         keys = zip(self.pair_table["a"].to_pylist(), self.pair_table["b"].to_pylist(), strict=True)
         self._pair_rows = {pair: row for row, pair in enumerate(keys)}
@@ -114,6 +116,9 @@ class FeatureIndex:
         if version == 1:
             feature_table = feature_table.append_column("label_score", pa.nulls(len(feature_table), pa.float32()))
         pair_table = _small_table(name, PAIR_TABLE_FILE, where, PAIR_TABLE)
+        if find_file(name, MOVED_FILE, where):
+            moved = _small_table(name, MOVED_FILE, where, MOVED)
+            feature_table = feature_table.append_column("moved", moved["moved"].slice(0, len(feature_table)))
         if (len(feature_table), len(pair_table)) != (len(features), len(pairs)):
             raise SelOrthoError(f"the feature index of {name!r} has files of several builds: build it again")
         concepts = _concepts(name, where, len(features)) if version > 1 else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from .records import (
     CONCEPTS,
     FEATURE_TABLE,
     FEATURES,
+    MOVED,
     PAIR_TABLE,
     PAIRS,
     SCHEMA_VERSION,
@@ -33,7 +34,8 @@ FACTS = "index.json"
 FEATURES_FILE, FEATURE_TABLE_FILE = "features.parquet", "feature_table.parquet"
 PAIRS_FILE, PAIR_TABLE_FILE = "pairs.parquet", "pair_table.parquet"
 CONCEPTS_FILE = "concepts.parquet"  # only where probe sets were read
-FILES = (FACTS, FEATURES_FILE, FEATURE_TABLE_FILE, PAIRS_FILE, PAIR_TABLE_FILE, CONCEPTS_FILE)
+MOVED_FILE = "moved.parquet"  # only of an SAE that was trained from another one
+FILES = (FACTS, FEATURES_FILE, FEATURE_TABLE_FILE, PAIRS_FILE, PAIR_TABLE_FILE, CONCEPTS_FILE, MOVED_FILE)
 ROWS_IN_GROUP = 64  # features or pairs read at once: some hundred kilobytes
 # The small columns of a feature, and the tokens of its top positive logits, for the search.
 FEATURE_SUMMARY = pa.schema([*FEATURE_TABLE, ("promotes", pa.list_(pa.string()))])
@@ -53,6 +55,7 @@ class IndexWriter:
         self.folder = folder
         self.facts: dict[str, Any] = {}
         self.concepts: list[ConceptRow] = []
+        self.moved: Sequence[float] = ()  # by feature, see [`MOVED`]
         self._temporary = folder.with_name(f".{folder.name}.tmp")
         check_index_folder(folder)
 
@@ -104,6 +107,8 @@ class IndexWriter:
         ]
         if self.concepts:
             tables.append((CONCEPTS_FILE, [as_row(row) for row in self.concepts], CONCEPTS))
+        if self.moved:
+            tables.append((MOVED_FILE, [{"moved": value} for value in self.moved], MOVED))
         for file, rows, schema in tables:
             table = pa.Table.from_pylist(rows, schema=schema)
             pq.write_table(table, self._temporary / file, compression="zstd", store_schema=False)

@@ -220,6 +220,8 @@ def _arrow(hint: Any) -> pa.DataType:
 FEATURE_TABLE, FEATURES = schema_of(FeatureSummary), schema_of(FeatureRecord)
 PAIR_TABLE, PAIRS = schema_of(PairSummary), schema_of(PairRecord)
 CONCEPTS = schema_of(ConceptRow)
+# 1 less the cosine of a feature's decoder direction with that of the feature that its training started from
+MOVED = pa.schema([("moved", pa.float32())])
 _NEW_IN = {"label_score": 2, "labels": 2, "head_shares": 3}
 
 

@@ -171,6 +171,7 @@ def results_of(sae: SaeReport) -> dict[str, Any]:
         "training_start": start,
         "rows": list(rows.values()),
         "compared": [rows[key] for key in _COMPARED if key in rows and rows[key].twin],
+        "moved": [(part, _moved(figures)) for part, figures in (sae.metrics.get("moved") or {}).items()],
         "dead": rows["dead_features"].value if evaluation.get("dead_features") else None,
         "has_twin": any(row.twin for row in rows.values()),
         "probes": probes_of(sae.metrics, sae.twin),
@@ -186,6 +187,14 @@ def results_of(sae: SaeReport) -> dict[str, Any]:
             if match  # only plain relative paths are taken
         ],
     }
+
+
+def _moved(figures: Mapping[str, Any]) -> list[Any]:
+    """Return median and quantiles of the features' cosines with their start, and the share that is nearly the same."""
+    known = _known({**figures, **(figures.get("quantiles") or {})})
+    share = known.get("share_above_0.9")
+    cells = [known.get(key) for key in ("median_cosine", "0.05", "0.25")]
+    return [*cells, "" if share is None else Markdown(number(share, "percent"))]
 
 
 def selects_by(config: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from ..features.top_contexts import WINDOW
 from ..formats import write_saelens
 from ..modeling_selortho import SelOrthoSAE
 from ..training.arguments import PublicIds
-from ..training.run_folder import CARD, METRICS, METRICS_LOG, PICTURES, RUN
+from ..training.run_folder import CARD, METRICS, METRICS_LOG, MOVED, PICTURES, RUN
 from ..utils.files import jsonable, refuse_outside
 from ..utils.hub import CONFIG, read_object
 from ..utils.library_errors import storage_error
@@ -209,13 +209,14 @@ def _copy_index(index: Path, folder: Path, names: PublicNames) -> None:
 
 def _copy_texts(place: Path, folder: Path, names: PublicNames) -> None:
     """Copy metrics and arguments; secrets and names of this machine stay here."""
-    for name in (METRICS, RUN, METRICS_LOG):
+    for name in (METRICS, RUN, METRICS_LOG, MOVED):
         refuse_outside(place, place / name)
     for name in (METRICS, RUN):
         if (place / name).is_file():
             _write(folder / name, jsonable(names.clean(read_object(place / name))))
-    if (place / METRICS_LOG).is_file():
-        shutil.copyfile(place / METRICS_LOG, folder / METRICS_LOG)
+    for name in (METRICS_LOG, MOVED):
+        if (place / name).is_file():
+            shutil.copyfile(place / name, folder / name)
 
 
 def _public(sae: SaeReport, names: PublicNames) -> SaeReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..evaluation.plots import (
     plot_training_curves,
 )
 from ..training.run import TrainingRun
-from ..training.run_folder import CARD, METRICS, PICTURES, RUN
+from ..training.run_folder import CARD, METRICS, PICTURES, RUN, START
 from ..training.sae_trainer import LAST_STEPS
 from ..utils.files import write_json, write_text
 from .card_results import METRICS as EVALUATION_METRICS
@@ -62,6 +63,9 @@ def report_run(
             "training_start": trainer.log.mean_of_first(LAST_STEPS),
             "data": {**run.totals, "held_out_fraction": run.arguments.data.held_out_fraction},
         }
+        if run.start:
+            all_metrics[variant.name]["moved"] = run.start.write_moved(trainer.sae, run.output, variant.name)
+            info = {**info, "init_from": run.start.origin}
     reports = []
     for variant, trainer, evaluation in zip(run.variants, run.trainers, evaluations, strict=True):
         assert trainer.log is not None
@@ -79,6 +83,8 @@ def report_run(
                 all_metrics.get(f"{variant.name}{TWIN}"),
             )
         )
+    if run.start:
+        shutil.rmtree(run.output / START)
     if run.variants[0].name:
         write_summary(run.output, reports, {**info, "arguments": run.arguments.flat()}, all_layers)
     return reports

@@ -127,6 +127,16 @@ class RunArguments:
         "none", "Steer ortho_coefficient: gradient holds the penalty's gradient at a share; none: do not."
     )
     ortho_budget_value: Positive = argument(0.01, "That share: the penalty's gradient over the reconstruction's.")
+    init_from: str | None = argument(
+        None,
+        "Start from this SAE or transcoder, of any format: a folder or owner/name[@revision][/folder].",
+    )
+    input_statistics: Annotated[str, one_of("kept", "measured")] = argument(
+        "kept", "With --init_from, scale activations by its own mean and scale (kept), or by those of the new ones."
+    )
+    freeze: Annotated[str, one_of("none", "encoder", "decoder")] = argument(
+        "none", "Which half of the weights stays as it is at the start."
+    )
     resample_every: CountOrZero = argument(
         0, "Steps between two resamplings of dead features (Bricken et al. 2023); 0: none."
     )
@@ -330,7 +340,7 @@ def _check(arguments: TrainingArguments) -> None:
         )
     if arguments.model.module:
         arguments.sae.site, arguments.sae.layer = module_site(arguments.model)
-    if arguments.sae.layer is None and not run.layers and arguments.data.activations is None:
+    if arguments.sae.layer is None and not run.layers and not (arguments.data.activations or run.init_from):
         raise SelOrthoError(
             "no layer given: pass --layer or --layers, the decoder layers (counted from 0) at which to read activations"
         )
@@ -339,6 +349,8 @@ def _check(arguments: TrainingArguments) -> None:
         arguments.sae.k = None
     if "twin" not in arguments.given and not penalised(arguments.sae):
         run.twin = False
+    if run.freeze != "none" and "aux_k" not in arguments.given:
+        arguments.sae.aux_k = 0  # a dead feature cannot be revived by half
     if math.isinf(arguments.sae.max_norm_ratio or 0):
         arguments.sae.max_norm_ratio = None  # `--max_norm_ratio inf` keeps every token
     check_values(arguments.model, arguments.data, run, arguments.evaluation)

@@ -29,6 +29,13 @@ def _too_few_to_resample(v: Any) -> bool:
     return last > 0 and _tokens(v, last) < v.dead_after_tokens
 
 
+def _penalises_what_is_frozen(v: Any) -> bool:
+    on_activations = v.penalty == "full" or (v.penalty == "selective" and v.penalty_space == "activation")
+    if not penalised(v) or (on_activations and v.penalty == "selective" and v.decoder_ratio > 0):
+        return False
+    return bool(v.freeze == ("encoder" if on_activations else "decoder"))
+
+
 _CROSS_ENTROPY = Contradiction(
     "eval_ce_samples eval_samples",
     lambda v: "eval_ce_samples" in v.given and v.eval_ce_samples > v.eval_samples > 0,
@@ -212,7 +219,35 @@ _CHOICES = [
     *acts_with("decoder_pairs", "decoder_ratio"),
     *acts_with("ortho_budget_value", "ortho_budget", "gradient"),
 ]
-TRAIN = [*_TEXT, *_SCHEDULES, *_SIZES, *_CHOICES]
+_START = [
+    *acts_with("input_statistics", "init_from"),
+    Contradiction(
+        "init_from",
+        lambda v: bool(v.init_from) and "input_normalization" in v.given,
+        "it says how activations are scaled; leave --input_normalization out, or use --input_statistics measured",
+    ),
+    Contradiction(
+        "init_from jumprelu_threshold",
+        lambda v: bool(v.init_from) and "jumprelu_threshold" in v.given,
+        "its thresholds are kept; leave one out",
+    ),
+    Contradiction(
+        "freeze resample_every",
+        lambda v: v.freeze != "none" and v.resample_every > 0,
+        "a dead feature cannot be drawn anew by half; leave one out",
+    ),
+    Contradiction(
+        "freeze aux_coefficient",
+        lambda v: v.freeze != "none" and bool({"aux_k", "aux_coefficient"} & v.given) and v.aux_k != 0,
+        "the auxiliary loss cannot revive a dead feature by half; leave one out",
+    ),
+    Contradiction(
+        "freeze penalty",
+        _penalises_what_is_frozen,
+        "the penalty would move only what is frozen; use --penalty none or another --penalty_space, or leave it free",
+    ),
+]
+TRAIN = [*_TEXT, *_SCHEDULES, *_SIZES, *_CHOICES, *_START]
 
 _PROPOSAL = Contradiction(
     "create_pr overwrite",

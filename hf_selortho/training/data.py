@@ -215,7 +215,7 @@ def open_store(arguments: TrainingArguments) -> ActivationCache | None:
                 )
             setattr(group, name, cached)
     chosen = {"site", "module"} & arguments.given or arguments.sae.site != "resid_post"
-    if not chosen and arguments.sae.target != store.manifest.site:
+    if not chosen and not arguments.run.init_from and arguments.sae.target != store.manifest.site:
         arguments.sae.site = store.manifest.site
     if not arguments.run.layers and arguments.sae.layer is None:
         if len(layers := store.manifest.layers) > 1:

@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from ..modeling_selortho import SelOrthoSAE
 from .arguments import RunArguments
 
+FROZEN: dict[str, tuple[str, ...]] = {  # weights of each part that --freeze names
+    "none": (), "encoder": ("W_enc", "b_enc", "log_threshold"), "decoder": ("W_dec", "b_dec", "W_skip")
+}  # fmt: skip
+
 
 class SAEOptimizer:
-    """Fused Adam on the parameters of an SAE.
+    """Fused Adam on the parameters of an SAE that are not frozen, which alone have a gradient.
 
     The encoder is stored feature by feature and handed to Adam as `W_enc.T` (d_sae, d_in), the same memory seen
     contiguously: on the transposed parameter, fused Adam would copy everything twice, which takes longer than the step.
@@ -19,9 +23,12 @@ class SAEOptimizer:
     def __init__(self, sae: SelOrthoSAE, arguments: RunArguments, device: torch.device) -> None:
         sae.store_by_feature()
         self.sae = sae
+        for name, parameter in sae.named_parameters():
+            parameter.requires_grad_(name not in FROZEN[arguments.freeze])
         self.encoder = nn.Parameter(sae.W_enc.data.T)  # (d_sae, d_in)
+        self.names = [name for name, parameter in sae.named_parameters() if parameter.requires_grad]
         self.adam = torch.optim.Adam(
-            [self.encoder if name == "W_enc" else parameter for name, parameter in sae.named_parameters()],
+            [self.encoder if name == "W_enc" else sae.get_parameter(name) for name in self.names],
             lr=arguments.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
@@ -40,9 +47,8 @@ class SAEOptimizer:
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Adam's state by parameter, in the parameters' shapes: views, so that what is written to them counts."""
-        names = [name for name, _ in self.sae.named_parameters()]
         states = [self.adam.state[parameter] for parameter in self.adam.param_groups[0]["params"]]
-        return {name: _as_parameter(name, state) for name, state in zip(names, states, strict=True)}
+        return {name: _as_parameter(name, state) for name, state in zip(self.names, states, strict=True)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as `<parameter>.<exp_avg|exp_avg_sq|step>`, for a checkpoint: views, which change with it."""
@@ -52,7 +58,7 @@ class SAEOptimizer:
         """The reverse of [`tensors`]."""
         if not tensors:  # it had taken no step, as when all batches were skipped
             return
-        for (name, _), parameter in zip(self.sae.named_parameters(), self.adam.param_groups[0]["params"], strict=True):
+        for name, parameter in zip(self.names, self.adam.param_groups[0]["params"], strict=True):
             saved = _as_parameter(name, {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")})
             self.adam.state[parameter] = {key: v.to(parameter.device).contiguous() for key, v in saved.items()}
 

@@ -29,6 +29,7 @@ from .non_finite import NonFinitePolicy
 from .run_folder import TRACKERS, MetricsLog, holds_unfinished_run, prepare_output_folder, replaces_run
 from .sae_trainer import SAETrainer
 from .stage_costs import stage_costs
+from .starting_point import StartingPoint
 from .stop_signals import StopSignals
 from .trainer import Trainer
 from .variants import all_settings, make_variants
@@ -43,7 +44,8 @@ class TrainingRun:
     """A run whose arguments are known to be possible; nothing has been changed yet.
 
     Attributes:
-        variants: the SAEs that it trains. data, saes, trainers: what [`train`] makes, one SAE and trainer a variant.
+        variants: the SAEs that it trains. start: what they start from, unless at random.
+        data, saes, trainers: what [`train`] makes, one SAE and trainer a variant.
         totals: what was read in training, over all processes.
 
     Raises:
@@ -69,6 +71,9 @@ class TrainingRun:
                     "interrupt this one now and type --resume_from_checkpoint auto in its place",
                     last,
                 )
+        self.start = StartingPoint.of(arguments, self.checkpoint)
+        if self.start:
+            self.start.adopt(arguments)
         self.store = open_store(arguments)
         self.variants = make_variants(arguments)
         settings = all_settings(arguments, self.variants)
@@ -89,6 +94,8 @@ class TrainingRun:
             self.saes = self.new_saes()
         if accelerator.is_main_process:  # only now is it known that the run can start
             prepare_output_folder(self.output, replace=self._replaces)
+            if self.start:
+                self.start.keep(self.output, anew=self.checkpoint is None)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, self.arguments, self.resume_at)
         self.trainers = self.make_trainers(self.saes, policy, logged=accelerator.is_main_process)
@@ -114,17 +121,24 @@ class TrainingRun:
         else:
             self.data = CachedData(self.store, self.arguments, layers, self.accelerator)
         self.configs = [variant.config(**self.data.provenance(variant.layer)) for variant in self.variants]
+        if self.start:
+            for config in self.configs:
+                self.start.check(config)
         check_memory(self.data, self.configs, self.arguments.run.batch_size, self.accelerator.device)
         expect_stages(stage_costs(self.data, self.arguments, self.configs))
         return self.data
 
     def new_saes(self) -> list[SelOrthoSAE]:
-        """Fill the source of batches, and make SAEs that all start from the same random numbers."""
+        """Fill the source of batches, and make SAEs that all start from the same random numbers, or from one SAE."""
         statistics = self.data.source.statistics(progress=self.accelerator.is_main_process)
         saes = []
         for variant, config in zip(self.variants, self.configs, strict=True):
             set_seed(self.arguments.run.seed)
             config.max_norm = statistics[variant.layer].max_norm
+            if self.start:
+                measured = self.arguments.run.input_statistics == "measured"
+                saes.append(self.start.new_sae(config, statistics[variant.layer], measured))
+                continue
             saes.append(SelOrthoSAE(config))
             if config.input_normalization == "standard":
                 saes[-1].set_input_statistics(statistics[variant.layer].mean, statistics[variant.layer].scale)

@@ -30,11 +30,13 @@ from ..utils.files import (
 METRICS_LOG, METRICS, RUN, CARD = "metrics.jsonl", "metrics.json", "run.json", "README.md"
 TIMINGS_LOG = "timings.jsonl"
 PICTURES, CHECKPOINTS, TRACKERS, DEBUG = "pictures", "checkpoints", "trackers", "debug"
+START = "start"  # the SAE that an unfinished run of --init_from has started from
+MOVED = "moved.safetensors"  # how far each feature has moved since, as cosines
 MARKER = ".selortho_run.json"  # by which a run's folder is known
 FORMAT = 2  # of the folder; that of version 0.1.0 had no marker
 _SAVING = ".saving.tmp"
-_FOLDERS = (CHECKPOINTS, PAIR_HISTORY, PICTURES, TRACKERS, _SAVING)  # batches in debug/ outlive the run
-_FILES = (CARD, "config.json", "model.safetensors", METRICS, TIMINGS_LOG, METRICS_LOG, RUN)
+_FOLDERS = (CHECKPOINTS, PAIR_HISTORY, PICTURES, TRACKERS, START, _SAVING)  # batches in debug/ outlive the run
+_FILES = (CARD, "config.json", "model.safetensors", METRICS, TIMINGS_LOG, METRICS_LOG, MOVED, RUN)
 
 
 def replaces_run(folder: Path, *, overwrite: bool, resuming: bool) -> bool:

@@ -191,7 +191,7 @@ class SAETrainer:
         """Count a batch of `tokens` over all processes."""
         self.state.count(output.features.detach(), tokens)
         self._since_report["tokens"] += tokens
-        if output.threshold is not None:
+        if output.threshold is not None and self.sae.W_enc.requires_grad:
             self.sae.update_threshold(output.threshold)
 
     def _dead(self) -> Tensor:
@@ -219,7 +219,8 @@ class SAETrainer:
             # a scale that is too large is nothing to speak of, but this one enlarges nothing
             raise NonFiniteError("NaN or infinity in the gradient, however small the scale of the loss")
         self.optimizer.zero_grad()
-        self.sae.normalize_decoder()
+        if self.sae.W_dec.requires_grad:
+            self.sae.normalize_decoder()
         if output.pairs is not None:
             self.penalty.pairs = output.pairs
 

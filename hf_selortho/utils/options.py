@@ -142,7 +142,7 @@ _READERS: dict[str, Callable[[str, str], str | None]] = {
     **dict.fromkeys(("template", "labels", "graph"), local_path),
     **dict.fromkeys(("preset", "variants", "layer_settings"), _json_or_path),
     **dict.fromkeys(("activations", "folder"), activations_of),
-    **dict.fromkeys(("sae", "source", "twin", "compare_with"), _place("SAE")),
+    **dict.fromkeys(("sae", "source", "twin", "compare_with", "init_from"), _place("SAE")),
     **dict.fromkeys(("model", "lm"), _place("model")),
     "dataset": _place("dataset"),
     **dict.fromkeys(("repo_id", "hub_model_id"), lambda text, argument: repo_id(text, argument=argument)),
