@@ -22,6 +22,7 @@ KINDS = {  # what the file calls them
     "logit": "logit",
 }
 EMBEDDING = -1  # the layer of tokens
+_MOST_TOKENS, _MOST_LAYERS = 2048, 256  # a picture of more would take minutes
 
 
 class Node(NamedTuple):
@@ -71,8 +72,10 @@ def read_graph(path: Path) -> AttributionGraph:
         about, nodes, links = content["metadata"], content["nodes"], content["links"]
         prompt, texts = text_of(about["prompt"], "prompt"), about["prompt_tokens"]
         tokens = tuple(text_of(text, f"prompt_tokens[{number}]") for number, text in enumerate(texts))
-        if not tokens or not nodes:
-            raise SelOrthoError(f"{len(tokens)} tokens, {len(nodes)} nodes: expected at least one")
+        if not 0 < len(tokens) <= _MOST_TOKENS or not nodes:
+            raise SelOrthoError(
+                f"{len(tokens)} tokens, {len(nodes)} nodes: expected 1 to {_MOST_TOKENS} and at least 1"
+            )
         found = [_node(node, f"nodes[{number}]", len(tokens)) for number, node in enumerate(nodes)]
         output = 1 + max((node.layer for node in found if node.kind != "logit"), default=0)
         found = [node._replace(layer=output) if node.kind == "logit" else node for node in found]
@@ -90,8 +93,8 @@ def _node(node: dict[str, Any], where: str, tokens: int) -> Node:
         raise SelOrthoError(f"{where}: feature_type {node['feature_type']!r:.50}, expected {' or '.join(KINDS)}")
     text = node["layer"]
     layer = EMBEDDING if kind == "token" else int(text) if str(text).isdecimal() and len(str(text)) < 5 else None
-    if layer is None:
-        raise SelOrthoError(f"{where}: layer {text!r:.50}, expected the number of a decoder layer")
+    if layer is None or layer > _MOST_LAYERS:
+        raise SelOrthoError(f"{where}: layer {text!r:.50}, expected a decoder layer, 0 to {_MOST_LAYERS}")
     feature = None
     if kind == "feature":  # a number pairs layer and feature, by Cantor: (l + f)(l + f + 1)/2 + f
         paired = whole_number(node["feature"], f"{where}: feature", end=1 << 62)

@@ -73,11 +73,16 @@ def open_graphs(sae: str, graph: str | None, main: CatalogEntry) -> Graphs:
         paths.insert(0, Path(graph))
     if not paths:
         return Graphs()
-    layers = {} if main.config is None or main.config.layer is None else {main.config.layer: main}
+    entries = [main]
     for path in run.glob("layer_*"):
-        number = path.name.removeprefix("layer_")
-        if number.isdecimal() and int(number) not in layers and holds_sae(path):
-            layers[int(number)] = open_entry(path.name, RepoRef(str(path)))
+        if path.name.removeprefix("layer_").isdecimal() and path.name != main.key and holds_sae(path):
+            entries.append(open_entry(path.name, RepoRef(str(path))))
+    # the features of a graph are those of transcoders
+    layers = {
+        e.config.layer: e
+        for e in reversed(entries)
+        if e.config and e.config.is_transcoder and e.config.layer is not None
+    }
     metrics = read_object(run / METRICS) if (run / METRICS).is_file() else {}
     by_variant = metrics.get("all_layers")
     replaced = by_variant.get("") if isinstance(by_variant, dict) else None  # "": the SAEs that are no variant
@@ -154,13 +159,17 @@ def _lay_out(graph: AttributionGraph, shown: Iterable[int]) -> dict[str, Any]:
         cells[graph.nodes[number].layer, graph.nodes[number].position].append(number)
     output = 1 + max((node.layer for node in graph.nodes if node.kind != "logit"), default=0)
     places, rows, columns, y, x = [], [], [], float(_TOP), float(_LEFT)
+    widest, highest = defaultdict[int, int](int), defaultdict[int, int](int)
+    for (layer, position), cell in cells.items():
+        widest[position] = max(widest[position], len(cell))
+        highest[layer] = max(highest[layer], -(-len(cell) // _IN_A_ROW))
     for position, text in enumerate(graph.tokens):
-        most = max((len(cell) for (_, at), cell in cells.items() if at == position), default=0)
+        most = widest[position]
         width = max(_NARROWEST, _STEP * min(most, _IN_A_ROW) + 10)
         columns.append((text, x, width))
         x += width
     for layer in range(output, EMBEDDING - 1, -1):
-        lines = max((-(-len(cell) // _IN_A_ROW) for (of, _), cell in cells.items() if of == layer), default=1)
+        lines = max(1, highest[layer])
         for position, (_, left, _) in enumerate(columns):
             for order, number in enumerate(cells.get((layer, position), ())):
                 across, down = order % _IN_A_ROW, order // _IN_A_ROW

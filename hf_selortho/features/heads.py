@@ -30,9 +30,10 @@ def head_norms(sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: s
     lm = language_model_of(sae, lm, token)
     text_config = lm.model.config.get_text_config()
     heads, width = text_config.num_attention_heads, sae.W_dec.shape[1]
-    if width % heads:
+    of_head = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    if width != heads * of_head:
         raise SelOrthoError(
-            f'"{lm.name}" has {heads} attention heads, the SAE d_out={width}, which is no multiple of it: take the '
-            f"language model of its training{f', {config.lm_name}' if config.lm_name else ''}"
+            f'"{lm.name}" has {heads} attention heads of width {of_head}, the SAE d_out={width}: take the language '
+            f"model of its training{f', {config.lm_name}' if config.lm_name else ''}"
         )
     return sae.W_dec.detach().float().unflatten(1, (heads, -1)).norm(dim=2)
