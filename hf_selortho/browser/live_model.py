@@ -123,7 +123,7 @@ class LiveModel:
         if key in self._catalog:
             raise NotLiveError(f"{self._catalog[key].title} could not be loaded beside the language model; see the log")
         if not self.allow_other_saes:
-            raise NotLiveError(f"{key!r:.100}: sentences are read with {' and '.join(self._catalog)} alone here")
+            raise SelOrthoError(f"unknown SAE {key!r:.100}: this page shows {' and '.join(self._catalog)}")
         if key not in self._others:
             repo = RepoRef.parse(key, local=False)
             self._others[key] = FeatureCapture(load_sae(repo.name, **repo.lookup), self._captures[MAIN].lm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,9 +54,21 @@ def test_an_error_and_a_feature_of_one_id_are_told_apart(graph) -> None:
         assert {other for other, *_ in graph.edges(number, into=False)} == above
 
 
+def as_transcoder(folder: Path) -> None:
+    """Let an SAE say that it is one; the page does not load its weights."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"site": "mlp_in", "target": "mlp_out"}))
+
+
 def test_the_run_has_its_graphs_layers_and_figures(tmp_path) -> None:
     run = write_run(tmp_path / "run")
+    as_transcoder(run / "layer_2")
     save_run(run / "layer_3", layer=3)
+    write_graph(run / "graphs/demo.json")
+    assert set(open_graphs(str(run), None, open_catalog(str(run), None)["main"]).layers) == {2}, (
+        "an SAE is no transcoder"
+    )
+    as_transcoder(run / "layer_3")
     write_graph(run / "graphs/demo.json")
     (run / "graphs/graph-metadata.json").write_text('{"graphs": []}')
     catalog = open_catalog(str(run), None)
@@ -106,12 +119,12 @@ def test_a_large_graph_is_thinned(tmp_path) -> None:
         (lambda content: content.update(nodes=7), "is no graph of circuit-tracer (TypeError"),
         (lambda content: content["nodes"][3].update(ctx_idx=8), "nodes[3]: ctx_idx 8: expected a number from 0 to 7"),
         (lambda content: content["nodes"][3].update(feature=4), "nodes[3]: feature 4 is of layer 1, expected layer 0"),
-        (lambda content: content["nodes"][3].update(layer="x"), "nodes[3]: layer 'x', expected the number"),
+        (lambda content: content["nodes"][3].update(layer="x"), "nodes[3]: layer 'x', expected a decoder layer"),
         (lambda content: content["nodes"][3].update(feature_type="x"), "nodes[3]: feature_type 'x', expected cross"),
         (lambda content: content["nodes"].append(content["nodes"][9]), "is that of 2 nodes: expected one"),
         (lambda content: content["links"][0].update(source="x"), "links[0]: {'source': 'x'"),
         (lambda content: content["links"][5].update(weight=float("nan")), "links[5]: weight nan: expected a finite"),
-        (lambda content: content["metadata"].update(prompt_tokens=[]), "0 tokens, 162 nodes: expected at least one"),
+        (lambda content: content["metadata"].update(prompt_tokens=[]), "0 tokens, 162 nodes: expected 1 to 2048"),
     ],
 )
 def test_files_that_are_no_graphs_are_refused(tmp_path, change, words) -> None:
