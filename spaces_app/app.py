@@ -14,7 +14,7 @@ from hf_selortho.utils.command_line import run_script
 from hf_selortho.utils.hub import read_object
 from hf_selortho.utils.options import OneLineParser
 
-SETTINGS = Path(__file__).with_name("settings.json")  # of a Space: sae, twin, lm, allow_other_saes
+SETTINGS = Path(__file__).with_name("settings.json")  # of a Space: sae, twin, lm, allow_other_saes, approximate
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -321,7 +321,8 @@ def _published() -> Target:
     writers = (
         *(published.gemma_scope, published.gemma_scope_2, published.dictionary_learning, published.qwen_scope),
         *(published.saelens, published.circuit_tracer, published.llama_scope, published.llamascopium),
-        *(published.sparsify, published.hook_z, published.goodfire, published.openai),
+        *(published.sparsify, published.hook_z, published.goodfire, published.openai, published.qresearch),
+        published.cross_layer,
     )
     places: dict[Path, Path] = {}
     for number, write in enumerate(writers):
@@ -332,7 +333,7 @@ def _published() -> Target:
 
 
 def _use_published(place: Path) -> None:
-    sae = hf_selortho.load(place)
+    sae = hf_selortho.load(place, approximate=True)
     sae.encode(torch.zeros(2, sae.config.d_in or 0))
 
 

@@ -38,6 +38,7 @@ def launch(
     twin: str | None = None,
     lm: str | None = None,
     allow_other_saes: bool = False,
+    approximate: bool = False,
     graph: str | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -49,6 +50,7 @@ def launch(
         twin: the same of its twin (twin baseline: the same run without the penalty); default: looked for beside it.
         lm: language model for live text; default: that of the training; "none": no live text.
         allow_other_saes: let visitors compare with any SAE of the Hub that they name.
+        approximate: read what cannot be read exactly, and say in the log what is lost.
         graph: attribution graph to show, a JSON file of circuit-tracer; those in the folder graphs of a run are, too.
         host: address to listen on.
         port: default: the first free one from 7860 on.
@@ -62,7 +64,7 @@ def launch(
         )
     _check_port(host, port)
     catalog = open_catalog(sae, twin)
-    live = LiveModel(catalog, lm or "auto", allow_other_saes)
+    live = LiveModel(catalog, lm or "auto", allow_other_saes, approximate)
     blocks = Page(Views(catalog, live, graphs=open_graphs(sae, graph, catalog[MAIN]))).build()
     try:
         blocks.launch(

@@ -41,10 +41,17 @@ class LiveModel:
         catalog: the SAEs of the page. Their weights are loaded beside the language model, and not without it.
         lm: name of the language model; "auto": the one of the training; "none": no live text.
         allow_other_saes: whether visitors may name any SAE of the Hub.
+        approximate: whether what cannot be read exactly is read all the same.
     """
 
-    def __init__(self, catalog: Mapping[str, CatalogEntry], lm: str = "auto", allow_other_saes: bool = False) -> None:
-        self.allow_other_saes = allow_other_saes
+    def __init__(
+        self,
+        catalog: Mapping[str, CatalogEntry],
+        lm: str = "auto",
+        allow_other_saes: bool = False,
+        approximate: bool = False,
+    ) -> None:
+        self.allow_other_saes, self._approximate = allow_other_saes, approximate
         self._catalog, self._lm_name = catalog, lm
         self._lock, self._loaded = threading.Lock(), threading.Event()
         self._captures: dict[str, FeatureCapture] = {}
@@ -126,7 +133,8 @@ class LiveModel:
             raise SelOrthoError(f"unknown SAE {key!r:.100}: this page shows {' and '.join(self._catalog)}")
         if key not in self._others:
             repo = RepoRef.parse(key, local=False)
-            self._others[key] = FeatureCapture(load_sae(repo.name, **repo.lookup), self._captures[MAIN].lm)
+            sae = load_sae(repo.name, approximate=self._approximate, **repo.lookup)
+            self._others[key] = FeatureCapture(sae, self._captures[MAIN].lm)
             if len(self._others) > _OTHERS_KEPT:
                 self._others.popitem(last=False)
         self._others.move_to_end(key)
@@ -136,7 +144,7 @@ class LiveModel:
         try:
             lm: LanguageModel | None = None
             for key, entry in self._catalog.items():
-                sae: Any = load_sae(entry.repo.name, **entry.repo.lookup)
+                sae: Any = load_sae(entry.repo.name, approximate=self._approximate, **entry.repo.lookup)
                 lm = lm or self._language_model(sae)
                 self._captures[key] = FeatureCapture(sae.to(lm.model.device), lm)
         except SelOrthoError as error:

@@ -13,10 +13,10 @@ def add_options(parser: argparse.ArgumentParser, stored: Mapping[str, Any] | Non
 
     Args:
         parser: of the command line.
-        stored: defaults of `twin`, `lm` and `allow_other_saes`, which the environment (TWIN, LM, ALLOW_OTHER_SAES)
+        stored: defaults of `twin`, `lm`, `allow_other_saes` and `approximate`, which the environment (TWIN, LM, ...)
             goes before.
     """
-    default = {name: default_of(name, stored) for name in ("twin", "lm", "allow_other_saes")}
+    default = {name: default_of(name, stored) for name in ("twin", "lm", "allow_other_saes", "approximate")}
     parser.add_argument(
         "--twin", default=default["twin"], help="its twin, trained without the penalty; default: looked for beside it"
     )
@@ -30,6 +30,12 @@ def add_options(parser: argparse.ArgumentParser, stored: Mapping[str, Any] | Non
         action="store_true",
         default=str(default["allow_other_saes"]).lower() in ("1", "true", "yes"),
         help="let visitors compare with any SAE of the Hub that they name",
+    )
+    parser.add_argument(
+        "--approximate",
+        action="store_true",
+        default=str(default["approximate"]).lower() in ("1", "true", "yes"),
+        help="read what cannot be read exactly, such as cross-layer transcoders, and say what is lost",
     )
     parser.add_argument("--graph", help="attribution graph to show: a JSON file of circuit-tracer")
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")

@@ -104,6 +104,7 @@ def gemma_scope_2(root: Path, site: str = "attn_out", config: bool = True, skip:
     _safetensors(folder / "params.safetensors", tensors | ({"affine_skip_connection": more["W_skip"]} if skip else {}))
     hooks = {"attn_out": ["self_attn.o_proj.input"] * 2, "transcoder": ["pre_feedforward_layernorm.output"]}
     hooks["transcoder"] += ["post_feedforward_layernorm.output"]
+    hooks |= {"resid_post": ["output"] * 2, "mlp_out": ["post_feedforward_layernorm.output"] * 2}
     if config:
         content = {"hf_hook_point_in": f"model.layers.3.{hooks[site][0]}", "width": F, "l0": 10, "type": "sae"}
         content |= {"hf_hook_point_out": f"model.layers.3.{hooks[site][1]}", "architecture": "jump_relu"}
