@@ -16,14 +16,12 @@ from ..language_models.loading import load_config
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.hub import CONFIG, listed
 from ..utils.names import local_path
+from .circuit_tracer_layer import read_set
 from .load import read_sae
 from .plain import PlainSae
 
 SET = "config.yaml"  # by which a folder of this format is known
 _LAYER = re.compile(r"layer_(\d{1,4})")
-_LINE = re.compile(
-    r"""^(\w+):[ \t]*["']?([^"'#\n]*?)["']?[ \t]*(?:#.*)?$""", re.MULTILINE
-)  # of a YAML file without levels
 _THRESHOLD = "activation_function.threshold"
 _MLP_IN, _RESID_MID = {"mlp_in": "mlp.hook_in"}, {"resid_mid": "hook_resid_mid"}
 # By architecture: circuit-tracer's names of the sites that a transcoder reads and reconstructs.
@@ -143,10 +141,7 @@ def read_circuit_tracer(name: str, folder: Path) -> None:
         SelOrthoError: a file is damaged or missing, or a hook is at no site of ours.
     """
     place = Path(name)
-    try:
-        about = dict(_LINE.findall((place / SET).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise SelOrthoError(f"{place / SET} cannot be read: {error!s:.100}") from error
+    about = read_set(place / SET)
     for key in ("feature_input_hook", "feature_output_hook"):
         if about.get(key) not in _SITES:
             raise SelOrthoError(f"{place / SET} has {key} {about.get(key)!r:.50}: expected {', '.join(_SITES)}")

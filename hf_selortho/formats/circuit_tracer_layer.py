@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import SelOrthoError
@@ -13,11 +14,10 @@ from .names import facts_of_hooks
 from .place import Place
 from .registry import facts_of_repository
 
-_FILE, _CROSS_LAYER = r"layer_(\d{1,3})\.safetensors", r"W_(?:enc|dec)_(\d{1,3})\.safetensors"
+_FILE, _CROSS_LAYER = r"layer_(\d{1,3})\.safetensors", r"W_enc_\d{1,3}\.safetensors"
 _NAMES = {"W_enc": "W_enc.T", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
 _THRESHOLD = "activation_function.threshold"
-# Of config.yaml, only plain texts by name are taken.
-_LINE = re.compile(r"""^(\w+):[ \t]*(["']?)([^"'#\n]+?)\2[ \t]*(?:#.*)?$""", re.MULTILINE)
+_LARGEST_YAML = 1 << 20  # bytes
 
 
 def find(place: Place) -> str | None:
@@ -27,7 +27,7 @@ def find(place: Place) -> str | None:
 
 def find_cross_layer(place: Place) -> str | None:
     """Return the file of weights, if this is a cross-layer transcoder."""
-    return place.one(_CROSS_LAYER.replace("enc|dec", "enc"))
+    return place.one(_CROSS_LAYER)
 
 
 def describe(place: Place, file: str) -> Description:
@@ -75,11 +75,23 @@ def describe_cross_layer(place: Place, file: str) -> Description:
 def _config(place: Place) -> dict[str, Any]:
     path = find_file(place.name, "config.yaml", place.lookup)
     known = facts_of_repository(place.name)
-    if path is None:
-        return known
-    if path.stat().st_size > 1 << 20:
-        raise SelOrthoError(f"{path} holds more than a megabyte: download it again")
-    return known | {key: value for key, _, value in _LINE.findall(path.read_text(encoding="utf-8", errors="replace"))}
+    return known if path is None else known | read_set(path)
+
+
+def read_set(path: Path) -> dict[str, str]:
+    """Read the config.yaml of a set of transcoders, of which only plain texts by name are taken.
+
+    Raises:
+        SelOrthoError: it cannot be read, or holds more than a megabyte.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_YAML:
+            raise SelOrthoError(f"{path} holds more than a megabyte: download it again")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise SelOrthoError(f"{path} cannot be read: {error!s:.100}") from error
+    pairs = (line.partition(" #")[0].partition(":") for line in lines if not line[:1].isspace())
+    return {key: text for key, _, value in pairs if (text := value.strip().strip("\"'"))}
 
 
 def _facts(place: Place, config: dict[str, Any], layer: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_selortho import SelOrthoError, SelOrthoSAE
 from hf_selortho.commands.convert import main
+from hf_selortho.formats.circuit_tracer_layer import read_set
 from hf_selortho.formats.convert import convert
 from tests.transcoder_run import save_transcoders, transcoder
 
@@ -124,3 +126,14 @@ def test_damaged_sets_are_refused(lm, tmp_path, damage, words) -> None:
     with pytest.raises(SelOrthoError, match=re.escape(words)):
         convert(str(tmp_path / "set"), tmp_path / "back", "selortho")
     assert not (tmp_path / "back").exists()
+
+
+def test_the_config_of_a_set_is_read_line_by_line(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model_name: 'a/b' # x\n  within: x\nscan: x#y\na:" + 100_000 * " " + '"x"y\'\n')
+    start = time.perf_counter()
+    assert {"model_name": "a/b", "scan": "x#y"}.items() <= read_set(path).items() and "  within" not in read_set(path)
+    assert time.perf_counter() - start < 1
+    path.write_text((1 << 20) * "a:b\n")
+    with pytest.raises(SelOrthoError, match="more than a megabyte"):
+        read_set(path)
