@@ -122,7 +122,7 @@ def _config(sae: SelOrthoSAE, plain: PlainSae, metadata: Mapping[str, Any]) -> d
         "device": "cpu",
         "apply_b_dec_to_input": not config.is_transcoder,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if str(known["hook_name"]).endswith("hook_z") else "none",  # heads apart
         "metadata": {key: value for key, value in known.items() if value is not None},
         **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
         **({"d_out": config.width_out} if config.is_transcoder else {}),

@@ -87,7 +87,11 @@ def test_transcoders_are_those_of_sae_lens(kind, skip, sae_lens, tmp_path) -> No
     torch.testing.assert_close(theirs(x), sae.reconstruct(x), atol=1e-2, rtol=1e-3)
     about = theirs.cfg.metadata
     assert (about.hook_name_out, about.hf_hook_name_out) == ("blocks.12.hook_mlp_out", places["target_hook_name"])
-    write_saelens(make_sae(kind, site="attn_z", hook_side="input"), tmp_path / "heads")
+    of_heads = make_sae(kind, site="attn_z", hook_side="input")
+    write_saelens(of_heads, tmp_path / "heads")
+    apart = x.unflatten(-1, (4, -1))  # as TransformerLens has them
+    lens = sae_lens.SAE.load_from_disk(tmp_path / "heads")
+    torch.testing.assert_close(lens.encode(apart), of_heads.encode(x), atol=1e-3, rtol=1e-3)
     heads = json.loads((tmp_path / "heads" / "cfg.json").read_text())["metadata"]
     assert (heads["hook_name"], heads["hf_hook_name"]) == ("blocks.12.attn.hook_z", "model.layers.12.input")
 
