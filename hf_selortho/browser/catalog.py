@@ -13,13 +13,16 @@ from huggingface_hub import hf_hub_url
 
 from ..configuration_selortho import SelOrthoConfig
 from ..data.text_source import SAE_PROBES
+from ..errors import SelOrthoError
 from ..features.index import FeatureIndex
 from ..features.index_writer import INDEX
+from ..formats.load import describe_sae
 from ..hub.run_folder import shown_name, twin_beside
 from ..training.run_folder import CARD, METRICS, METRICS_LOG, read_rows
 from ..utils.files import target_outside
 from ..utils.hub import CONFIG, at_one_commit, find_file, read_object
 from ..utils.names import RepoRef
+from ..utils.sae_formats import is_own
 from ..utils.site_words import place_in_words
 from .address import MAIN, TWIN
 from .rendering import label_of
@@ -107,13 +110,26 @@ def open_entry(key: str, repo: RepoRef) -> CatalogEntry:
         key=key,
         title=_title(repo),
         repo=repo,
-        config=SelOrthoConfig.from_pretrained(repo.name, **repo.lookup) if find(CONFIG) else None,
+        config=_config(repo, find(CONFIG), has_index),
         index=FeatureIndex.open(repo.name, **repo.lookup) if has_index else None,
         metrics=read_object(metrics) if metrics else {},
         rows=read_rows(rows) if rows else [],
         card=card.read_text("utf-8", "replace") if card and card.stat().st_size <= _LARGEST_CARD else "",
         all_layers=_all_layers(repo),
     )
+
+
+def _config(repo: RepoRef, own: Path | None, has_index: bool) -> SelOrthoConfig | None:
+    """Read the config of an SAE in any format, without its weights; None where there is an index and no SAE."""
+    if own and is_own(read_object(own), SelOrthoConfig.model_type):
+        return SelOrthoConfig.from_pretrained(repo.name, **repo.lookup)
+    try:
+        _, place, description = describe_sae(repo.name, "auto", repo.lookup, approximate=True, headers_only=True)
+    except SelOrthoError:
+        if own or not has_index:
+            raise
+        return None
+    return description.config(str(place)) if description else None
 
 
 def _all_layers(repo: RepoRef) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
 from ..utils.hub import check_names, check_shapes
-from .plain import PlainSae, weight_shapes
+from .plain import PlainSae, config_of, weight_shapes
 from .tensor_files import TensorFile
 
 # Names of the tensors by ours; ".T": stored transposed.
@@ -69,6 +70,14 @@ class Description:
             theirs[stored] = headers[stored][0] if one else shape[::-1] if their.endswith(".T") else shape
         check_shapes(self.tensors.path, headers, theirs)
         return shapes
+
+    def config(self, name: str) -> SelOrthoConfig:
+        """Return the config of the SAE that it becomes, without its weights; raises as [`shapes`]."""
+        shapes, both = self.shapes(name), 1 + (self.activation == "abstopk")  # signs
+        facts = {key: value for key, value in self.facts.items() if value is not None}
+        kind = {"gated": "jumprelu", "abstopk": "topk"}.get(self.activation, self.activation)
+        (d_in, d_sae), d_out, skip = shapes["W_enc"], shapes["W_dec"][1], "W_skip" in shapes
+        return config_of(facts, kind, d_in=d_in, d_sae=both * d_sae, d_out=d_out, k=self.k, skip=skip)
 
     def _axes(self, headers: Mapping[str, tuple[tuple[int, ...], str]], key: str) -> tuple[int, int]:
         their = self.names[key]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
+from ..features.token_features import layer_of_site
 from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)
@@ -54,15 +55,14 @@ class PlainSae:
                 raise SelOrthoError(f"{name}: {key} holds NaN or infinity: download it again, or choose another SAE")
         d_in, d_sae = self.W_enc.shape
         kind = "topk" if self.k is not None else "relu" if self.threshold is None else "jumprelu"
-        settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": kind, **self.facts}
-        if settings.get("target"):
-            settings |= {"d_out": self.W_dec.shape[1], "skip": self.W_skip is not None}
+        skip = self.W_skip is not None
+        config = config_of(self.facts, kind, d_in=d_in, d_sae=d_sae, d_out=self.W_dec.shape[1], k=self.k, skip=skip)
         with torch.device("meta"):  # nothing at random, which would be another copy
-            sae = SelOrthoSAE(SelOrthoConfig(d_in=d_in, d_sae=d_sae, k=self.k, **settings))
+            sae = SelOrthoSAE(config)
         sae.to_empty(device="cpu")
         with torch.no_grad():
-            for name, buffer in sae.named_buffers():
-                buffer.fill_(1 if name.endswith("scale") else 0)
+            for key, buffer in sae.named_buffers():
+                buffer.fill_(1 if key.endswith("scale") else 0)
             sae.input_mean.copy_(self.shift)  # ours is added to the output again: that is what b_dec does there
             sae.W_enc.copy_(self.W_enc)
             sae.b_enc.copy_(self.b_enc)
@@ -74,10 +74,10 @@ class PlainSae:
             if self.threshold is not None:
                 # below zero, relu leaves nothing anyway; log 0 is minus infinity, exp of it 0
                 sae.log_threshold.copy_(self.threshold.clamp(min=0).double().log())
-        if sae.config.layer is None:
+        if layer_of_site(sae.config) is None:
             logger.warning(
-                "%s does not say that it reads the output of a decoder layer%s: encode and decode work on activations "
-                "of yours; what needs the language model does not",
+                "%s does not say that it reads a site that is known here%s: encode and decode work on activations of "
+                "yours; what needs the language model does not",
                 name,
                 f", but {sae.config.hook_name}" if sae.config.hook_name else "",
             )
@@ -131,6 +131,14 @@ class PlainSae:
             k=sae.config.k if sae.config.activation == "topk" else None,
             W_skip=None if W_skip is None else W_skip.float().contiguous(),
         )
+
+
+def config_of(
+    facts: Mapping[str, Any], activation: str, *, d_out: int, skip: bool, **widths: int | None
+) -> SelOrthoConfig:
+    """Return the config of an SAE of another library; `facts` are what is known of its settings."""
+    settings = {"penalty": "none", "input_normalization": "none", "activation": activation, **widths, **facts}
+    return SelOrthoConfig(**settings, **({"d_out": d_out, "skip": skip} if facts.get("target") else {}))
 
 
 def checked_k(k: Any, name: str) -> int:

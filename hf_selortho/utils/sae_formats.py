@@ -56,6 +56,6 @@ def check_own(content: Mapping[str, Any], path: Path, model_type: str) -> None:
         raise ConfigError(f"{path} has model_type={kind}, {expected}: this is no SAE")
     name, files = library
     raise ConfigError(
-        f"{path} has no model_type, {expected}: this is the config of an SAE of {name}, which hf_selortho.load and "
-        f"every command read with {files}: name the folder that holds them"
+        f"{path} has no model_type, {expected}: this is the config of an SAE of {name}, which hf_selortho.load, "
+        f"evaluate, index, convert, info and browse read with {files}: name the folder that holds them"
     )

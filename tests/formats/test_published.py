@@ -226,6 +226,20 @@ def test_info_says_what_is_known_and_what_is_not_and_reads_no_weights(tmp_path, 
     assert "layer_1, layer_2" in capsys.readouterr().out
 
 
+def test_the_page_knows_the_config_of_an_sae_of_another_library_without_its_weights(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("gradio")
+    from hf_selortho.browser.catalog import open_catalog
+
+    for case in ("gemma_scope_2", "saelens abstopk", "saelens gated", "llamascopium", "saelens jumprelu_skip"):
+        write = next(write for key, (write, *_) in CASES.items() if key.startswith(case))
+        folder, _ = write(tmp_path / case.replace(" ", "_"))
+        config = hf_selortho.load(folder, approximate=True).config
+        with monkeypatch.context() as patched:
+            patched.setattr("hf_selortho.formats.description.Description.plain", None)
+            shown = open_catalog(str(folder), None)["main"].config
+        assert shown.own_settings() == config.own_settings()
+
+
 def test_the_facts_of_repositories_are_those_of_the_registry() -> None:
     directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory").get_pretrained_saes_directory()
     factors: dict[str, dict[str, float]] = {}
