@@ -1,4 +1,4 @@
-"""How many of the SAEs that SAELens's registry lists are read exactly, by the layouts of their files; what messages say."""
+"""How many of the SAEs in SAELens's registry are read exactly, by the layouts of their files; what messages say."""
 
 from __future__ import annotations
 
