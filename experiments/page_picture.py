@@ -11,7 +11,9 @@ import os
 import shutil
 from pathlib import Path
 
+from hf_selortho.browser.address import MAIN
 from hf_selortho.browser.catalog import open_catalog
+from hf_selortho.browser.graph_view import open_graphs
 from hf_selortho.browser.live_model import LiveModel
 from hf_selortho.browser.page import HEAD, STYLE, Page, theme
 from hf_selortho.browser.views import Views
@@ -33,7 +35,8 @@ def main() -> None:
     if chromium is None:
         raise SelOrthoError("no Chromium: install one, or set CHROMIUM to the path of one")
     catalog = open_catalog(arguments.sae, None)
-    blocks = Page(Views(catalog, LiveModel(catalog, "none"))).build()
+    graphs = open_graphs(arguments.sae, None, catalog[MAIN])
+    blocks = Page(Views(catalog, LiveModel(catalog, "none"), graphs=graphs)).build()
     _, url, _ = blocks.launch(theme=theme(), css=STYLE, head=HEAD, quiet=True, prevent_thread_lock=True, ssr_mode=False)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
