@@ -65,7 +65,7 @@ def test_the_layer_is_that_of_the_folder(sparsify, folder, layer, tmp_path, capl
     save(sparsify, tmp_path / folder)
     config = load_sae(tmp_path, subfolder=folder).config
     assert (config.layer, config.hook_name) == (layer, None if folder in ("run", "layers.99999") else folder)
-    assert ("does not say that it reads the output of a decoder layer" in caplog.text) == (layer is None)
+    assert ("does not say that it reads a site that is known here" in caplog.text) == (layer is None)
 
 
 @pytest.mark.parametrize(
