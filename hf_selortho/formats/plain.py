@@ -133,12 +133,11 @@ class PlainSae:
         )
 
 
-def config_of(
-    facts: Mapping[str, Any], activation: str, *, d_out: int, skip: bool, **widths: int | None
-) -> SelOrthoConfig:
+def config_of(facts: Mapping[str, Any], activation: str, *, d_out: int, skip: bool, **widths: Any) -> SelOrthoConfig:
     """Return the config of an SAE of another library; `facts` are what is known of its settings."""
-    settings = {"penalty": "none", "input_normalization": "none", "activation": activation, **widths, **facts}
-    return SelOrthoConfig(**settings, **({"d_out": d_out, "skip": skip} if facts.get("target") else {}))
+    settings: dict[str, Any] = {"penalty": "none", "input_normalization": "none", "activation": activation}
+    settings |= {**widths, **facts} | ({"d_out": d_out, "skip": skip} if facts.get("target") else {})
+    return SelOrthoConfig(**settings)
 
 
 def checked_k(k: Any, name: str) -> int:
