@@ -429,6 +429,11 @@ class SelOrthoConfig(PreTrainedConfig):
         return self.target or self.site
 
     @property
+    def layer_of_site(self) -> int | None:
+        """Layer of the site that is read, 0 for a module, which is of none; None where it is not said."""
+        return 0 if self.layer is None and self.site not in SITES else self.layer
+
+    @property
     def width_out(self) -> int:
         """Width of what is reconstructed: `d_out`, or `d_in` where it is not set."""
         width = self.d_out or self.d_in

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..data.pair_history import read_pair_history
 from ..data.sae_probes import is_installed
@@ -28,12 +24,10 @@ from ..features.index_writer import FACTS, INDEX, IndexWriter, check_index_folde
 from ..features.labels import read_labels
 from ..hub.run_folder import holds_sae, read_run, shown_name, twin_beside
 from ..language_models.loading import LanguageModel
-from ..training.run_folder import MOVED
-from ..utils.hub import LOOKUP, find_file, listed
-from ..utils.library_errors import one_line
+from ..utils.hub import listed
 from ..utils.memory import where_memory_ends
 from .arguments import parse_index
-from .reading import capture_of, least_tokens, load, load_lm_of, text_source
+from .reading import capture_of, least_tokens, load, load_lm_of, read_moved, text_source
 from .reading_arguments import IndexArguments
 
 LanguageModels = dict[tuple[str | None, str | None], LanguageModel]  # by name and revision
@@ -151,23 +145,5 @@ def open_sources(target: Target, arguments: IndexArguments, lms: LanguageModels)
         labels=labels,
         min_tokens=least_tokens(config, arguments),
         text_settings=vars(source),
-        moved=read_moved(target, {key: value for key, value in lookup.items() if key in LOOKUP}, d_sae),
+        moved=read_moved(target.source, lookup, d_sae),
     )
-
-
-def read_moved(target: Target, lookup: Mapping[str, Any], d_sae: int) -> list[float]:
-    """Read how far each feature has moved since the start of its training; nothing where that was not another SAE.
-
-    Raises:
-        SelOrthoError: the file is damaged.
-    """
-    path = find_file(target.source, MOVED, lookup)
-    if path is None:
-        return []
-    try:
-        cosines = load_file(path)["decoder"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise SelOrthoError(f"{path} is damaged ({one_line(error)}): train again, or remove it") from error
-    if cosines.shape != (d_sae,):
-        raise SelOrthoError(f"{path} is of another SAE than of {d_sae} features: remove it")
-    return (1 - cosines.float()).tolist()

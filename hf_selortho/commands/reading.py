@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..configuration_selortho import SelOrthoConfig
 from ..data.text_source import TextSource
 from ..errors import SelOrthoError
 from ..features import warn_of_other_lm
-from ..features.token_features import check_centering, check_site, layer_of_site, open_capture
+from ..features.token_features import check_centering, check_site, open_capture
 from ..formats import load_sae
 from ..language_models.capture import ActivationCapture
 from ..language_models.loading import LanguageModel, check_context_length, load_language_model
 from ..modeling_selortho import SelOrthoSAE
+from ..training.run_folder import MOVED
+from ..utils.hub import LOOKUP, find_file
+from ..utils.library_errors import one_line
 from ..utils.privacy import LOCAL_TEXT
 from .reading_arguments import ReadingArguments
 
@@ -82,7 +89,7 @@ def capture_of(config: SelOrthoConfig, lm: LanguageModel, arguments: ReadingArgu
     warn_of_other_lm(config, lm)
     check_centering(config, lm)
     check_context_length(lm, config.context_length)
-    layer = layer_of_site(config) if arguments.layer is None else arguments.layer
+    layer = config.layer_of_site if arguments.layer is None else arguments.layer
     return open_capture(config, lm, required(layer, "--layer"))
 
 
@@ -96,3 +103,23 @@ def required(value: Any, name: str) -> Any:
     if value is None:
         raise SelOrthoError(f"the SAE's config does not say what it was trained on: {name} is needed")
     return value
+
+
+def read_moved(source: str, lookup: Mapping[str, Any], d_sae: int) -> list[float]:
+    """Read how far each feature has moved since the start of its training; nothing where that was not another SAE.
+
+    Raises:
+        SelOrthoError: the file is damaged.
+    """
+    if Path(source).is_file():  # of another library
+        return []
+    path = find_file(source, MOVED, {key: value for key, value in lookup.items() if key in LOOKUP})
+    if path is None:
+        return []
+    try:
+        cosines = load_file(path)["decoder"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise SelOrthoError(f"{path} is damaged ({one_line(error)}): train again, or remove it") from error
+    if cosines.shape != (d_sae,):
+        raise SelOrthoError(f"{path} is of another SAE than of {d_sae} features: remove it")
+    return (1 - cosines.float()).tolist()

@@ -85,7 +85,7 @@ class FeatureCapture:
     def __init__(self, sae: SelOrthoSAE, lm: LanguageModel | str | None = None, token: str | None = None) -> None:
         config = SelOrthoSAE.checked(sae).config
         check_site(config)
-        if layer_of_site(config) is None:
+        if config.layer_of_site is None:
             raise SelOrthoError(
                 "layer=None in the SAE's config: it does not say which activations it reads; use sae.encode on yours"
             )
@@ -94,7 +94,7 @@ class FeatureCapture:
         check_centering(config, lm)
         check_context_length(lm, config.context_length)
         self.sae, self.lm = sae, lm
-        self.activations = open_capture(config, lm, layer_of_site(config) or 0)
+        self.activations = open_capture(config, lm, config.layer_of_site or 0)
         self._texts = TokenTexts(lm.tokenizer)
         self.cutter = Cutter(lm.tokenizer, config.context_length, config.prepend_bos, min_tokens=1)
 
@@ -181,11 +181,6 @@ def warn_of_other_lm(config: SelOrthoConfig, lm: LanguageModel) -> None:
     )
 
 
-def layer_of_site(config: SelOrthoConfig) -> int | None:
-    """Return the layer of the site that an SAE reads, 0 for a module, which is of none; None where it is not said."""
-    return 0 if config.layer is None and config.site not in SITES else config.layer
-
-
 def open_capture(config: SelOrthoConfig, lm: LanguageModel, layer: int) -> ActivationCapture:
     """Hook a language model where an SAE reads and, of a transcoder, at what it reconstructs; sinks as in training.
 
@@ -212,7 +207,7 @@ def check_site(config: SelOrthoConfig) -> None:
     Raises:
         SelOrthoError: it names a hook of another library that is none, such as one within a norm.
     """
-    if layer_of_site(config) is None and config.hook_name is not None:
+    if config.layer_of_site is None and config.hook_name is not None:
         raise SelOrthoError(
             f"this SAE reads {config.hook_name}, which is no site that is read here ({', '.join(SITES)}, or a module), "
             "whatever --layer says: choose an SAE of such a site, or encode activations of yours with it"

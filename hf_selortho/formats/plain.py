@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..configuration_selortho import SelOrthoConfig
 from ..errors import SelOrthoError
-from ..features.token_features import layer_of_site
 from ..modeling_selortho import SelOrthoSAE
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class PlainSae:
             if self.threshold is not None:
                 # below zero, relu leaves nothing anyway; log 0 is minus infinity, exp of it 0
                 sae.log_threshold.copy_(self.threshold.clamp(min=0).double().log())
-        if layer_of_site(sae.config) is None:
+        if sae.config.layer_of_site is None:
             logger.warning(
                 "%s does not say that it reads a site that is known here%s: encode and decode work on activations of "
                 "yours; what needs the language model does not",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch import Tensor
 from ..configuration_selortho import SelOrthoConfig
 from ..data.buffer import ActivationStatistics
 from ..errors import SelOrthoError
-from ..formats.load import read_sae
 from ..modeling_selortho import SelOrthoSAE
 from ..utils.files import write_json
 from ..utils.hub import read_object
@@ -53,8 +53,8 @@ class StartingPoint:
             return None
         kept = checkpoint.parent.parent / START if checkpoint else None
         if kept and (kept / RUN).is_file():
-            return cls(read_sae(kept, "selortho", {}).sae, read_object(kept / RUN)["init_from"])
-        loaded = read_sae(name, "auto", {})
+            return cls(SelOrthoSAE.from_pretrained(kept), read_object(kept / RUN)["init_from"])
+        loaded = importlib.import_module("hf_selortho.formats.load").read_sae(name, "auto", {})  # of a layer above
         name, lookup = located(name, {})
         where = {"name": name, "subfolder": lookup.get("subfolder"), "revision": loaded.revision}
         return cls(loaded.sae, {**where, "format": loaded.format})

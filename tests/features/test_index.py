@@ -142,7 +142,7 @@ def test_no_such_pair(sae_folder) -> None:
 def test_an_index_is_replaced_whole_or_not_at_all(tmp_path) -> None:
     folder = write(tmp_path / INDEX)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert set(before) == set(FILES)
+    assert set(before) == set(FILES) - {"moved.parquet"}  # of an SAE that was trained from another one
     with pytest.raises(RuntimeError), IndexWriter(folder) as writer:
         writer.add_features([feature_record(0)])
         raise RuntimeError

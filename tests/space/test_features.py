@@ -97,7 +97,7 @@ def test_an_index_of_the_first_version_is_shown() -> None:
 
 
 @pytest.mark.parametrize("up", [False, True])
-@pytest.mark.parametrize("sort", ["", *FEATURE_COLUMNS])
+@pytest.mark.parametrize("sort", ["", *(name for name in FEATURE_COLUMNS if name != "moved")])
 def test_the_table_is_sorted_as_the_records_are(index, sort, up) -> None:
     column = sort or "label_score"
 
@@ -305,7 +305,7 @@ def test_programs_get_the_same_rows(views, index) -> None:
     answer = api.features(kind="token", limit=3)
     assert answer["total"] == sum(record.label_source == "token" for record in RECORDS)
     assert [row["feature"] for row in answer["features"]] == sorted_features(index, TABLE.to(only="token")).tolist()[:3]
-    assert answer["features"][0].keys() == {*FEATURE_COLUMNS, "fires", "dense"}
+    assert answer["features"][0].keys() == {*FEATURE_COLUMNS, "fires", "dense"} - {"moved"}
     assert api.features("frequency", low=10.0)["features"][0]["dense"] is True
     assert api.features(score=0.9, limit=1)["total"] == sum((record.label_score or 0) >= 0.9 for record in RECORDS)
     answer = api.start("twin")

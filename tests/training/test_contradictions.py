@@ -48,6 +48,8 @@ REFUSED = [
     ("index org/x", "--chat_column a --text_column b", "chat_column a with --text_column b"),
     ("train --model org/lm", "--module a.3.mlp --site mlp_in", "module a.3.mlp with --site"),
     ("train --model org/lm", "--module a.3.mlp --layer 3", "module a.3.mlp: its path says in which layer"),
+    (TRAINS, "--input_statistics measured", "input_statistics measured with --init_from None"),
+    (TRAINS, "--freeze decoder --resample_every 100", "freeze decoder with --resample_every 100"),
     (TRAINS, "--side input", "side input with --module None"),
     (TRAINS, "--layers 3 5", "layer 3 with --layers 3 5"),
     (TRAINS, "--twin --penalty none", "twin True with --penalty none and --ortho_coefficient 0.03"),
