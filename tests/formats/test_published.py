@@ -230,7 +230,7 @@ def test_the_page_knows_the_config_of_an_sae_of_another_library_without_its_weig
     pytest.importorskip("gradio")
     from hf_selortho.browser.catalog import open_catalog
 
-    for case in ("gemma_scope_2", "saelens abstopk", "saelens gated", "llamascopium", "saelens jumprelu_skip"):
+    for case in ("gemma_scope_2", "saelens abstopk", "saelens gated", "llamascopium", "saelens skip"):
         write = next(write for key, (write, *_) in CASES.items() if key.startswith(case))
         folder, _ = write(tmp_path / case.replace(" ", "_"))
         config = hf_selortho.load(folder, approximate=True).config
