@@ -13,7 +13,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.space.served import Served, keep, serve
 from tests.space.test_page_in_browser import SETTLED, open_view
-from tests.space.written_graph import write_graph
+from tests.space.written_graph import as_transcoder, write_graph
 from tests.space.written_run import CONCEPTS, DENSE, FEATURES, record_of, write_run
 
 pytestmark = pytest.mark.slow
@@ -24,6 +24,8 @@ def served(tmp_path_factory) -> Generator[Served, None, None]:
     folder = tmp_path_factory.mktemp("served")
     run = write_run(folder / "run")
     write_graph(run / "graphs/demo.json")
+    as_transcoder(run / "layer_2")
+    as_transcoder(run / "layer_2_twin")
     with serve(folder / "app.log", "--sae", str(run), "--lm", "none") as page:
         yield page
 

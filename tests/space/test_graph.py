@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ from hf_selortho.browser.graph_view import CUTS, EDGES, graph_page, open_graphs
 from hf_selortho.browser.live_model import LiveModel
 from hf_selortho.browser.views import Views
 from tests.finished_run import save_run
-from tests.space.written_graph import TOKENS, graph_content, write_graph
+from tests.space.written_graph import TOKENS, as_transcoder, graph_content, write_graph
 from tests.space.written_run import HOSTILE, write_run
 
 
@@ -52,12 +51,6 @@ def test_an_error_and_a_feature_of_one_id_are_told_apart(graph) -> None:
         above = {n for n, node in enumerate(graph.nodes) if node.kind in ("feature", "logit")
                  and node.layer >= least and node.position >= 3}  # fmt: skip
         assert {other for other, *_ in graph.edges(number, into=False)} == above
-
-
-def as_transcoder(folder: Path) -> None:
-    """Let an SAE say that it is one; the page does not load its weights."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"site": "mlp_in", "target": "mlp_out"}))
 
 
 def test_the_run_has_its_graphs_layers_and_figures(tmp_path) -> None:

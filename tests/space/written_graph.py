@@ -66,3 +66,9 @@ def write_graph(path: Path, **settings: int) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(graph_content(**settings)))
     return path
+
+
+def as_transcoder(folder: Path) -> None:
+    """Let an SAE say that it is one; the page does not load its weights."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"site": "mlp_in", "target": "mlp_out"}))
