@@ -41,7 +41,7 @@ def first_row(page: Page) -> Locator:
 def test_the_start_view_leads_to_a_feature_and_back(page, served) -> None:
     open_view(page, served, "")
     shown = page.locator("#so-out-start")
-    expect(shown.locator("h2")).to_contain_text(f"{FEATURES} features of layer 2")
+    expect(shown.locator("h2")).to_contain_text(f"{FEATURES} features of org/lm, MLP of layer 2")
     expect(page.locator("#so-nav a[aria-current]")).to_have_text("Start")
     cards = shown.locator(".so-gallery li")
     expect(cards).to_have_count(12)
