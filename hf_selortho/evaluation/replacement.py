@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,31 @@ def _predict(capture: ActivationCapture, input_ids: Tensor, attention_mask: Tens
     return _Predictions(logits, index, cross_entropy(logits, input_ids[row, column + 1], index))
 
 
+class _Untouched(NamedTuple):
+    """Some contexts as tokens, and what the untouched language model says of them; its logits are gone."""
+
+    tokens: tuple[Tensor, Tensor]  # input_ids and attention_mask, (b, t)
+    trained: Tensor  # (b, t), which of them are trained on
+    losses: Tensor  # (tokens,), in nats
+    prediction: Prediction
+
+
+def _predict_untouched(
+    capture: ActivationCapture, contexts: Sequence[Context], title: str, progress: bool
+) -> Iterator[_Untouched]:
+    """Let the untouched language model read contexts of two tokens at least, some at a time, with a bar."""
+    batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * capture.lm.model.dtype.itemsize)
+    with Bar(title, total=len(contexts), unit="context", disable=not progress) as bar:
+        for numbers in length_batches(contexts, batch_tokens):
+            batch = [contexts[number] for number in numbers]
+            tokens = pad_batch(batch, capture.lm.pad_id)
+            clean = _predict(capture, *tokens)
+            losses, prediction = clean.losses, Prediction.of(clean.logits, clean.index)
+            del clean  # with its logits
+            yield _Untouched(tokens, trained_mask(batch), losses, prediction)
+            bar.update(len(numbers))
+
+
 def measure_cross_entropy(
     saes: Sequence[SelOrthoSAE], capture: ActivationCapture, contexts: Sequence[Context], progress: bool
 ) -> list[Figures]:
@@ -71,24 +97,14 @@ def measure_cross_entropy(
         return [{} for _ in saes]
     totals, divergences = [LossRecovered() for _ in saes], [Divergence() for _ in saes]
     sites = [capture.at(layer_of(sae, capture.layers)) for sae in saes]
-    lm = capture.lm.model
-    batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * lm.dtype.itemsize)
-    pad_id = capture.lm.pad_id
-    with Bar("cross-entropy", total=len(contexts), unit="context", disable=not progress) as bar:
-        for numbers in length_batches(contexts, batch_tokens):
-            batch = [contexts[number] for number in numbers]
-            tokens, trained = pad_batch(batch, pad_id), trained_mask(batch)
-            clean = _predict(capture, *tokens)
-            reference, clean_losses = Prediction.of(clean.logits, clean.index), clean.losses
-            del clean  # with its logits
-            ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
-            for number, (sae, site) in enumerate(zip(saes, sites, strict=True)):
-                if site.layer not in ablated:
-                    ablated[site.layer] = _predict_with([(site, _zeros)], trained, *tokens).losses
-                spliced = _predict_with([(site, _reconstruction_of(sae))], trained, *tokens)
-                totals[number] += LossRecovered.of(clean_losses, spliced.losses, ablated[site.layer])
-                divergences[number] += Divergence.of(reference, spliced.logits)
-            bar.update(len(numbers))
+    for clean in _predict_untouched(capture, contexts, "cross-entropy", progress):
+        ablated: dict[int, Tensor] = {}  # the same for all SAEs of a layer
+        for number, (sae, site) in enumerate(zip(saes, sites, strict=True)):
+            if site.layer not in ablated:
+                ablated[site.layer] = _predict_with([(site, _zeros)], clean).losses
+            spliced = _predict_with([(site, _reconstruction_of(sae))], clean)
+            totals[number] += LossRecovered.of(clean.losses, spliced.losses, ablated[site.layer])
+            divergences[number] += Divergence.of(clean.prediction, spliced.logits)
     both = zip(totals, divergences, strict=True)
     return [{"ce_samples": len(contexts)} | total.figures() | moved.figures() for total, moved in both]
 
@@ -118,27 +134,20 @@ def replace_all_layers(
     if all(sae.config.input_normalization == "standard" for sae in saes):  # others do not know the mean
         kinds["mean"] = [_mean_of(sae) for sae in saes]
     losses, moved, samples = dict.fromkeys(("clean", *kinds), 0.0), Divergence(), 0
-    batch_tokens = _LOGITS_BYTES // (capture.lm.vocabulary * capture.lm.model.dtype.itemsize)
-    with Bar("all layers replaced", total=len(contexts), unit="context", disable=not progress) as bar:
-        for numbers in length_batches(contexts, batch_tokens):
-            batch = [contexts[number] for number in numbers]
-            tokens, trained = pad_batch(batch, capture.lm.pad_id), trained_mask(batch)
-            clean = _predict(capture, *tokens)
-            losses["clean"] += float(clean.losses.double().sum())
-            samples += len(clean.losses)
-            reference = Prediction.of(clean.logits, clean.index)
-            for kind, replacements in kinds.items():
-                predicted = _predict_with(list(zip(sites, replacements, strict=True)), trained, *tokens)
-                losses[kind] += float(predicted.losses.double().sum())
-                if kind == "replaced":
-                    moved += Divergence.of(reference, predicted.logits)
-            bar.update(len(numbers))
+    for clean in _predict_untouched(capture, contexts, "all layers replaced", progress):
+        losses["clean"] += float(clean.losses.double().sum())
+        samples += len(clean.losses)
+        for kind, replacements in kinds.items():
+            predicted = _predict_with(list(zip(sites, replacements, strict=True)), clean)
+            losses[kind] += float(predicted.losses.double().sum())
+            if kind == "replaced":
+                moved += Divergence.of(clean.prediction, predicted.logits)
     ce = {kind: total / samples for kind, total in losses.items()}
     figures = {"layers": len(saes), "ce": ce["clean"], **{f"ce_{kind}": ce[kind] for kind in kinds}, **moved.figures()}
     for name, kind in {"loss_recovered": "zero", "loss_recovered_mean": "mean"}.items():
-        if kind not in ce:
-            continue
-        figures[name] = (ce[kind] - ce["replaced"]) / (ce[kind] - ce["clean"]) if ce[kind] != ce["clean"] else math.nan
+        if kind in ce:
+            damage = ce[kind] - ce["clean"]
+            figures[name] = (ce[kind] - ce["replaced"]) / damage if damage else math.nan
     return defined({**figures, "ce_samples": len(contexts), "ce_tokens": samples})
 
 
@@ -159,15 +168,10 @@ def _mean_of(sae: SelOrthoSAE) -> _Replacement:
     return lambda x, y: mean.expand(len(y), -1)
 
 
-def _predict_with(
-    replacements: Sequence[tuple[ActivationCapture, _Replacement]],
-    trained: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-) -> _Predictions:
+def _predict_with(replacements: Sequence[tuple[ActivationCapture, _Replacement]], clean: _Untouched) -> _Predictions:
     def replacing(capture: ActivationCapture, replacement: _Replacement) -> Callable[[Tensor, Tensor], Tensor]:
         def replace(x: Tensor, y: Tensor) -> Tensor:
-            keep = capture.keep_mask(input_ids, trained, x)
+            keep = capture.keep_mask(clean.tokens[0], clean.trained, x)
             spliced = y.clone()
             spliced[keep] = replacement(x[keep], y[keep]).to(y)
             return spliced
@@ -177,7 +181,7 @@ def _predict_with(
     with ExitStack() as hooks:
         for capture, replacement in replacements:
             hooks.enter_context(capture.splice_from(replacing(capture, replacement)))
-        return _predict(replacements[0][0], input_ids, attention_mask)
+        return _predict(replacements[0][0], *clean.tokens)
 
 
 def defined(metrics: Figures) -> Figures:
